@@ -1,0 +1,54 @@
+# One environment in .venv and the few commands a developer needs. Wants Python 3.11 or newer, make, g++.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The version the numbers in docs/ come from. On Linux PyPI's torch brings CUDA (gigabytes); for a CPU build
+# run `make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"`, or install
+# torch into .venv yourself beforehand: one that is there is never touched.
+TORCH ?= torch==2.13.0
+
+# Extra arguments for pytest, e.g. make test ARGS="-k progress -x". Torch runs one thread per worker:
+# two workers with two threads each on two cores lose more than they gain.
+ARGS ?=
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv and install the package with its development tools
+
+demo: $(STAMP)  ## calibrate, quantize, sample and compare on a small model; results in out/demo
+	$(BIN)/varptq demo --out out/demo
+
+test: $(STAMP)  ## run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+check: $(STAMP)  ## lint, format and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: $(STAMP)  ## format the code and apply safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and builds; .venv and out/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch goes in first and alone, so that the package's "torch>=2.6" never fetches a second one.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON) is older than 3.11; give a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }; \
+	  $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
+	  $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@

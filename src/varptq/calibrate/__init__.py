@@ -1,0 +1,1 @@
+"""Calibration: self-generated samples, resampling, theta under a budget, and block reconstruction."""

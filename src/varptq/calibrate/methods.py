@@ -1,0 +1,239 @@
+"""Methods by name, and `quantize`: the whole path from a float pipeline to a quantized one.
+
+    rtn    nearest rounding          brecq  + reconstruction          sas  + shift-and-sum + resampling (the paper)
+
+A name may switch single parts on for ablations: "brecq+shift", "brecq+resample", "rtn+shift". LiteVAR is a bit
+policy, so it is a preset of the config ("w4a4+litevar") and composes with every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.reconstruct import UnitReport, reconstruct
+from varptq.calibrate.record import Recorder
+from varptq.calibrate.samples import CalibrationSet, calibration_set
+from varptq.calibrate.theta import AttentionMass, ThetaResult, search_theta
+from varptq.errors import ConfigError, InputError
+from varptq.models.pipeline import Pipeline
+from varptq.models.var import VAR
+from varptq.progress import Progress, silent
+from varptq.quant.bops import FLOAT_BITS
+from varptq.quant.config import QuantConfig
+from varptq.quant.convert import (
+    bops_account,
+    convert,
+    quant_mixes,
+    release_float_weights,
+    set_theta,
+)
+from varptq.quant.layers import QuantMix
+from varptq.quant.pipeline import QuantizedPipeline
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which parts of the method are on."""
+
+    reconstruct: bool = False
+    shift: bool = False
+    resample: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """"<method>" or "<method>+<part>+..."; raises `ConfigError` listing the known names."""
+        base, *parts = name.split("+")
+        unknown = [part for part in parts if part not in PARTS]
+        if base not in METHODS or unknown:
+            raise ConfigError(
+                f"method {name!r}: unknown; methods are {', '.join(METHODS)}, each with any of "
+                + ", ".join(f"+{part}" for part in PARTS)
+            )
+        return replace(METHODS[base], **dict.fromkeys(parts, True))
+
+
+PARTS = ("reconstruct", "shift", "resample")
+METHODS = {
+    "rtn": Method(),
+    "brecq": Method(reconstruct=True),
+    "sas": Method(reconstruct=True, shift=True, resample=True),
+}
+
+
+def quantize(
+    pipe: Pipeline,
+    config: QuantConfig,
+    *,
+    method: str = "sas",
+    calibration: CalibrationConfig | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> QuantizedPipeline:
+    """Quantize the transformer of a float pipeline.
+
+    method: "rtn", "brecq" or "sas", or with single parts switched on ("brecq+shift"). The float pipeline is left as
+    it is; the result shares what stays in float with it. `report` of the result holds the resampling statistic,
+    theta with its bit-operation account, and the losses of every unit.
+    Same seed, settings and thread count give the same result.
+    Raises `ConfigError` for settings that contradict the model, `NonFiniteError` for NaN or infinity by layer.
+    """
+    parts = Method.parse(method)
+    calibration = calibration or CalibrationConfig()
+    if isinstance(pipe, QuantizedPipeline):
+        raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
+    run = _Run(pipe, config, parts, calibration, seed, progress)
+    with eval_mode(pipe.var):
+        quantized = run.quantized
+        theta = run.search_theta() if parts.shift else None
+        if parts.reconstruct:
+            run.reconstruct()
+            theta = run.search_theta() if parts.shift else None
+    release_float_weights(quantized)
+    return QuantizedPipeline(
+        quantized,
+        pipe.vae,
+        pipe.name,
+        pipe.class_names,
+        dict(pipe.sources),
+        config=config,
+        method=method,
+        theta=theta,
+        seed=seed,
+        calibration=calibration.to_dict(),
+        report=run.report,
+    )
+
+
+@contextmanager
+def eval_mode(var: VAR) -> Iterator[None]:
+    """Gradients off for the float model's own tensors while it serves as teacher."""
+    wanted = [p for p in var.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+class _Run:
+    """State of one `quantize` call: samples are made once, on first need."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        config: QuantConfig,
+        parts: Method,
+        calibration: CalibrationConfig,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.pipe, self.config, self.parts = pipe, config, parts
+        self.calibration, self.seed, self.progress = calibration, seed, progress
+        self.quantized = convert(pipe.var, config)
+        self.report: dict[str, Any] = {}
+        self._samples: CalibrationSet | None = None
+
+    @property
+    def samples(self) -> CalibrationSet:
+        if self._samples is None:
+            self._samples = calibration_set(
+                self.pipe,
+                self.calibration,
+                seed=self.seed,
+                resampled=self.parts.resample,
+                progress=self.progress,
+            )
+            if self._samples.resampling is not None:
+                self.report["resampling"] = self._samples.resampling.to_dict()
+        return self._samples
+
+    def search_theta(self) -> float | None:
+        """Measure attention on the quantized model as it is now, choose theta and set it."""
+        masses = measure_attention(
+            self.pipe, self.quantized, self.samples, self.calibration.theta_samples
+        )
+        total = bops_account(self.pipe.var, self.config).total
+        orders = {mix.spec.max_order for mix in quant_mixes(self.quantized)} or {0}
+        result = search_theta(
+            masses, total, self.calibration.budget, self.calibration.theta_grid, max(orders)
+        )
+        # A budget below the price of finding the orders buys no copies: shift-and-sum is off.
+        theta = None if result.status in ("over_budget", "off") else result.theta
+        set_theta(self.quantized, theta)
+        self.report["theta"] = result.to_dict()
+        return theta
+
+    def reconstruct(self) -> None:
+        reports: list[UnitReport] = []
+        recorder = Recorder(
+            self.pipe, self.quantized, self.samples, self.calibration, self.progress
+        )
+        for unit in recorder.units():
+            report = reconstruct(unit, self.calibration, self.seed, self._step_listener(unit.name))
+            if report is not None:
+                reports.append(report)
+        self.report["units"] = [report.to_dict() for report in reports]
+
+    def _step_listener(self, name: str) -> Any:
+        steps = self.calibration.steps
+
+        def listen(step: int, loss: float) -> None:
+            self.progress(f"reconstruct {name}", step, steps, f"loss {loss:.4g}")
+
+        return listen
+
+
+@torch.no_grad()
+def measure_attention(
+    pipe: Pipeline, quantized: VAR, samples: CalibrationSet, count: int
+) -> list[AttentionMass]:
+    """Attention of the quantized model averaged over queries, per block and scale, on `count` samples.
+
+    Rows are the conditional and unconditional ones; probabilities are taken before their quantization.
+    """
+    labels = samples.labels_N[:count].to(pipe.device)
+    rows = torch.cat((labels, torch.full_like(labels, pipe.num_classes)))
+    inputs = pipe.vae.teacher_inputs(samples.ids_NL[:count]).repeat(2, 1, 1)
+    masses: list[AttentionMass] = []
+    lengths = pipe.scales.lengths
+
+    def listener(block: int, mix: QuantMix) -> Any:
+        seen = 0
+
+        def record(_: torch.nn.Module, operands: tuple[Tensor, Tensor]) -> None:
+            nonlocal seen
+            masses.append(_mass(block, seen % len(lengths), operands[0], mix, pipe))
+            seen += 1
+
+        return mix.register_forward_pre_hook(record)
+
+    mixes = [mix for mix in quant_mixes(quantized) if mix.spec.value is not None]
+    handles = [listener(block, mix) for block, mix in enumerate(mixes)]
+    try:
+        quantized(rows, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return masses
+
+
+def _mass(block: int, scale: int, p_BHlL: Tensor, mix: QuantMix, pipe: Pipeline) -> AttentionMass:
+    value, probability = mix.spec.value, mix.spec.probability
+    return AttentionMass(
+        block=block,
+        scale=scale,
+        num_queries=p_BHlL.shape[-2],
+        abar_BHl=p_BHlL.mean(dim=-2).cpu(),
+        head_dim=pipe.var.arch.head_width,
+        probability_bits=probability.num_bits if probability else FLOAT_BITS,
+        value_bits=value.num_bits if value else FLOAT_BITS,
+    )

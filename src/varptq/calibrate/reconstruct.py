@@ -1,0 +1,163 @@
+"""Block reconstruction: the weight rounding of a unit is learned so that its quantized output matches the float one.
+
+    loss = sum over scales of mean over (rows, tokens) of sum over channels (y^ - y)^2 + lambda sum(1 - |2h - 1|^beta)
+
+beta falls from 20 to 2, Adam with a cosine to 0, activations quantized, gradients straight through every rounding
+(AdaRound / BRECQ; paper: base pipeline; method.md section 5). What is trained (soft h) and what is deployed (hard h)
+are both measured. Units are independent of each other: each draws its rows from (seed, unit name).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.record import Unit
+from varptq.errors import NonFiniteError
+from varptq.quant import adaround
+from varptq.quant.layers import LearnedRounding, QuantLinear
+
+# Rows the loss before and after is measured on: enough for two digits, little next to the training itself.
+EVALUATED_ROWS = 64
+# Units with one vector per class are tiny; more rows a step cost nothing there.
+VECTOR_BATCH = 256
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """Losses of one unit: nearest rounding, and the learned rounding while soft and once hard.
+
+    kept: "learned", or "nearest" where the learned codes were no better on the calibration data.
+    undecided: share of h further than 0.05 from both 0 and 1 at the end.
+    """
+
+    name: str
+    steps: int
+    loss_nearest: float
+    loss_soft: float
+    loss_hard: float
+    undecided: float
+    kept: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def unit_loss(output: Tensor, target: Tensor, token_weights: Tensor | None) -> Tensor:
+    """Channel-summed squared error, mean over rows, tokens weighted by 1 / l_k (sum over scales of means)."""
+    error = (output.float() - target).square().sum(dim=-1)
+    return error.mean() if token_weights is None else (error @ token_weights).mean()
+
+
+def unit_generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def unit_layers(unit: Unit) -> list[QuantLinear]:
+    """The layers of a unit that have a quantized weight."""
+    return [m for m in unit.module.modules() if isinstance(m, QuantLinear) and m.weight_bits]
+
+
+def reconstruct(
+    unit: Unit,
+    config: CalibrationConfig,
+    seed: int,
+    on_step: Callable[[int, float], None] | None = None,
+) -> UnitReport | None:
+    """Learn the rounding of `unit` in place. None for a unit without quantized weights or with 0 steps."""
+    layers = unit_layers(unit)
+    if not layers or config.steps == 0:
+        return None
+    generator = unit_generator(seed, unit.name)
+    nearest = [layer.codes for layer in layers]
+    evaluated = torch.randperm(len(unit.inputs), generator=generator)[:EVALUATED_ROWS]
+    loss_nearest = evaluate(unit, evaluated)
+    roundings = [layer.start_rounding() for layer in layers]
+    train(unit, roundings, config, generator, loss_nearest, on_step)
+    loss_soft, undecided = evaluate(unit, evaluated), _undecided(roundings)
+    for layer in layers:
+        layer.finish_rounding()
+    loss_hard = evaluate(unit, evaluated)
+    kept = "learned" if loss_hard < loss_nearest else "nearest"
+    if kept == "nearest":
+        for layer, codes in zip(layers, nearest, strict=True):
+            layer.load_codes(codes, layer.scale, layer.zero_point)
+    return UnitReport(unit.name, config.steps, loss_nearest, loss_soft, loss_hard, undecided, kept)
+
+
+def train(
+    unit: Unit,
+    roundings: list[LearnedRounding],
+    config: CalibrationConfig,
+    generator: torch.Generator,
+    loss_nearest: float,
+    on_step: Callable[[int, float], None] | None = None,
+) -> None:
+    """`config.steps` Adam steps on the alphas of `roundings`."""
+    alphas = [rounding.alpha for rounding in roundings]
+    optimizer = torch.optim.Adam(alphas, lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
+    strength = regularizer_strength(config, loss_nearest, sum(alpha.numel() for alpha in alphas))
+    batch = config.batch_size if unit.token_weights is not None else VECTOR_BATCH
+    batch = min(batch, len(unit.inputs))
+    for step in range(1, config.steps + 1):
+        rows = torch.randint(len(unit.inputs), (batch,), generator=generator)
+        beta = adaround.linear_beta(step, config.steps, config.beta_start, config.beta_end, config.warmup)
+        regularize = strength > 0 and step > config.warmup * config.steps
+        loss = train_step(unit, rows, alphas, optimizer, strength if regularize else 0.0, beta)
+        schedule.step()
+        if on_step is not None:
+            on_step(step, loss)
+
+
+def train_step(
+    unit: Unit,
+    rows: Tensor,
+    alphas: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    strength: float,
+    beta: float,
+) -> float:
+    """One step; returns the reconstruction loss of its batch."""
+    loss = unit_loss(unit.run(unit.inputs[rows]), unit.target(rows), unit.token_weights)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NonFiniteError(f"unit {unit.name}: reconstruction loss is {value}; lower the learning rate")
+    optimizer.zero_grad(set_to_none=True)
+    total = loss
+    if strength > 0:
+        total = loss + strength * sum(adaround.regularizer(alpha, beta) for alpha in alphas)
+    total.backward()
+    optimizer.step()
+    return value
+
+
+def regularizer_strength(config: CalibrationConfig, loss_nearest: float, num_weights: int) -> float:
+    """lambda as a factor of sum(1 - |2h - 1|^beta)."""
+    if config.regularizer_scale == "absolute":
+        return config.regularizer
+    return config.regularizer * loss_nearest / num_weights
+
+
+@torch.no_grad()
+def evaluate(unit: Unit, rows: Tensor) -> float:
+    """Loss over these rows, a few at a time."""
+    total = 0.0
+    for part in rows.split(8):
+        loss = unit_loss(unit.run(unit.inputs[part]), unit.target(part), unit.token_weights)
+        total += float(loss) * len(part)
+    return total / len(rows)
+
+
+@torch.no_grad()
+def _undecided(roundings: list[LearnedRounding]) -> float:
+    targets = torch.cat([adaround.soft_target(r.alpha).flatten() for r in roundings])
+    return float(((targets > 0.05) & (targets < 0.95)).float().mean())

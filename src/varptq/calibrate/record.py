@@ -1,0 +1,239 @@
+"""Recording: one streaming pass that gives every unit its float inputs and targets.
+
+Activations entering block i + 1 are computed from those leaving block i, batch by batch, all K scales at once; no
+image is generated again. What is stored at any time is the residual stream plus input and output of one block's
+two units. Units see float inputs, so they do not depend on each other (paper: base pipeline; method.md section 5).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.samples import CalibrationSet
+from varptq.errors import NonFiniteError
+from varptq.models.pipeline import Pipeline
+from varptq.models.scales import Scales
+from varptq.models.var import Block, causal_spans
+from varptq.progress import Progress, silent
+
+ROWS_PER_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of the model whose rounding is learned on its own.
+
+    run maps a batch of inputs (rows, ...) through the quantized piece, `reference` through the float one. targets
+    may be None: then `reference` is asked at every step (single Linear layers, whose outputs can be large).
+    token_weights (tokens,) says how much the squared error of a position counts: 1 / l_k at scale k, so every scale
+    counts equally; None for units that see one vector per class.
+    """
+
+    name: str
+    module: nn.Module
+    run: Callable[[Tensor], Tensor]
+    reference: Callable[[Tensor], Tensor]
+    inputs: Tensor
+    targets: Tensor | None
+    token_weights: Tensor | None
+
+    def target(self, rows: Tensor) -> Tensor:
+        """Float outputs of these rows, float32."""
+        if self.targets is not None:
+            return self.targets[rows].float()
+        with torch.no_grad():
+            return self.reference(self.inputs[rows].float()).float()
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where recorded activations live: their dtype, and a folder when they do not fit in memory."""
+
+    dtype: torch.dtype
+    folder: Path | None
+
+    @classmethod
+    def plan(cls, numel: int, config: CalibrationConfig, stack: ExitStack) -> Storage:
+        """float32 in memory if a block's record (residual, two inputs, two targets) fits, else bfloat16, else a
+        memory-mapped file. The temporary folder lives as long as `stack`."""
+        limit = config.memory_gb * 2**30
+        if numel * 4 * 5 <= limit:
+            return cls(torch.float32, None)
+        if numel * (4 + 2 * 4) <= limit:
+            return cls(torch.bfloat16, None)
+        folder = tempfile.TemporaryDirectory(prefix="varptq-", dir=config.spool_dir)
+        return cls(torch.bfloat16, Path(stack.enter_context(folder)))
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        if self.folder is None:
+            return torch.empty(shape, dtype=dtype)
+        numel = int(torch.Size(shape).numel())
+        path = str(self.folder / f"{name}.bin")
+        return torch.from_file(path, shared=True, size=numel, dtype=dtype).view(shape)
+
+
+def scale_weights(scales: Scales, first: int = 0) -> Tensor:
+    """(tokens,) 1 / l_k for the tokens of scales `first`..K-1."""
+    lengths = scales.lengths[first:]
+    return torch.cat([torch.full((length,), 1.0 / length) for length in lengths])
+
+
+class Recorder:
+    """Walks the float model once and yields its units in model order.
+
+    pipe: float pipeline; quantized: the converted transformer, whose modules are what units run.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        quantized: nn.Module,
+        samples: CalibrationSet,
+        config: CalibrationConfig,
+        progress: Progress = silent,
+    ) -> None:
+        self.pipe, self.var, self.quantized = pipe, pipe.var, quantized
+        self.config, self.progress = config, progress
+        count = len(samples.labels_N)
+        unconditional = torch.full_like(samples.labels_N, pipe.num_classes)
+        self.labels = torch.cat((samples.labels_N, unconditional)).to(pipe.device)
+        self.samples, self.num_rows = samples, 2 * count
+        self.scales = pipe.scales
+
+    def units(self) -> Iterator[Unit]:
+        """Units as they become ready; storage of a block is reused for the next, so use each before the next."""
+        with ExitStack() as stack:
+            numel = self.num_rows * self.scales.num_tokens * self.var.arch.width
+            storage = Storage.plan(numel, self.config, stack)
+            yield from self._word_embed()
+            if self.var.arch.shared_adaln:
+                yield self._vector_unit("shared_ada_lin.1")
+            residual = self._first_residual(storage)
+            records = self._block_storage(storage, tuple(residual.shape))
+            for index, block in enumerate(self.var.blocks):
+                if not self.var.arch.shared_adaln:
+                    yield self._vector_unit(f"blocks.{index}.ada_lin.1")
+                self._advance(index, cast(Block, block), residual, records)
+                yield self._attention_unit(index, records)
+                yield self._ffn_unit(index, records)
+            yield self._vector_unit("head_nm.ada_lin.1")
+            yield self._head(residual)
+
+    def _batches(self) -> Iterator[slice]:
+        for start in range(0, self.num_rows, ROWS_PER_BATCH):
+            yield slice(start, min(start + ROWS_PER_BATCH, self.num_rows))
+
+    @torch.no_grad()
+    def _word_embed(self) -> Iterator[Unit]:
+        if self.scales.num_scales == 1:
+            return
+        inputs = self.pipe.vae.teacher_inputs(self.samples.ids_NL)
+        yield self._linear_unit("word_embed", inputs.float(), scale_weights(self.scales, first=1))
+
+    def _vector_unit(self, name: str) -> Unit:
+        """An AdaLN layer: it sees one vector per class, so all classes are its calibration data."""
+        inputs = F.silu(self.var.class_emb.weight.detach().float())
+        return self._linear_unit(name, inputs, None)
+
+    def _linear_unit(self, name: str, inputs: Tensor, token_weights: Tensor | None) -> Unit:
+        module = self.quantized.get_submodule(name)
+        reference = self.var.get_submodule(name)
+        dtype = self.pipe.dtype
+
+        def cast_call(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+            return lambda x: layer(x.to(dtype))
+
+        return Unit(name, module, cast_call(module), cast_call(reference), inputs, None, token_weights)
+
+    @torch.no_grad()
+    def _first_residual(self, storage: Storage) -> Tensor:
+        shape = (self.num_rows, self.scales.num_tokens, self.var.arch.width)
+        residual = storage.empty("residual", shape, torch.float32)
+        for rows in self._batches():
+            samples = torch.arange(rows.start, rows.stop) % len(self.samples.ids_NL)
+            inputs = self.pipe.vae.teacher_inputs(self.samples.ids_NL[samples])
+            residual[rows] = self.var.embed(self.var.class_emb(self.labels[rows]), inputs).float()
+        return residual
+
+    def _block_storage(self, storage: Storage, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        names = ("attn.inputs", "attn.targets", "ffn.inputs", "ffn.targets")
+        return {name: storage.empty(name, shape) for name in names}
+
+    @torch.no_grad()
+    def _advance(
+        self, index: int, block: Block, residual: Tensor, records: dict[str, Tensor]
+    ) -> None:
+        """Run the float block over all rows in place, keeping inputs and outputs of attention and FFN."""
+        spans = causal_spans(self.scales)
+        name = f"blocks.{index}"
+        for rows in self._batches():
+            condition = self.var.block_condition(self.var.class_emb(self.labels[rows]))
+            ada = block.modulation(condition)
+            with _Tap(block.attn, records, "attn", rows), _Tap(block.ffn, records, "ffn", rows):
+                x = residual[rows].to(self.pipe.device, self.pipe.dtype)
+                residual[rows] = block(x, ada, spans).float()
+            if not bool(torch.isfinite(residual[rows]).all()):
+                raise NonFiniteError(f"layer {name}: float activations hold NaN or infinity")
+            self.progress(f"record {name}", rows.stop, self.num_rows)
+
+    def _attention_unit(self, index: int, records: dict[str, Tensor]) -> Unit:
+        spans = causal_spans(self.scales)
+        return self._block_unit(f"blocks.{index}.attn", "attn", records, lambda m, x: m(x, spans))
+
+    def _ffn_unit(self, index: int, records: dict[str, Tensor]) -> Unit:
+        return self._block_unit(f"blocks.{index}.ffn", "ffn", records, lambda m, x: m(x))
+
+    def _block_unit(
+        self, name: str, kind: str, records: dict[str, Tensor], call: Callable[[nn.Module, Tensor], Tensor]
+    ) -> Unit:
+        module, reference = self.quantized.get_submodule(name), self.var.get_submodule(name)
+        device, dtype = self.pipe.device, self.pipe.dtype
+        return Unit(
+            name,
+            module,
+            lambda x: call(module, x.to(device, dtype)),
+            lambda x: call(reference, x.to(device, dtype)),
+            records[f"{kind}.inputs"],
+            records[f"{kind}.targets"],
+            scale_weights(self.scales),
+        )
+
+    @torch.no_grad()
+    def _head(self, residual: Tensor) -> Unit:
+        for rows in self._batches():
+            ada = self.var.head_nm.modulation(self.var.class_emb(self.labels[rows]))
+            x = residual[rows].to(self.pipe.device, self.pipe.dtype)
+            residual[rows] = self.var.head_nm(x, ada).float()
+        return self._linear_unit("head", residual, scale_weights(self.scales))
+
+
+class _Tap:
+    """Forward hook that writes a module's input and output into the record's rows."""
+
+    def __init__(self, module: nn.Module, records: dict[str, Tensor], kind: str, rows: slice) -> None:
+        self.module, self.records, self.kind, self.rows = module, records, kind, rows
+
+    def __enter__(self) -> None:
+        self.handle = self.module.register_forward_hook(self._store)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def _store(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.records[f"{self.kind}.inputs"][self.rows] = inputs[0].to(
+            "cpu", self.records[f"{self.kind}.inputs"].dtype
+        )
+        self.records[f"{self.kind}.targets"][self.rows] = output.to(
+            "cpu", self.records[f"{self.kind}.targets"].dtype
+        )

@@ -1,0 +1,175 @@
+"""The threshold theta of shift-and-sum: the smallest whose cost is at most alpha of the network's.
+
+Key j with attention mass abar_j has N_j = 2^n copies, n = clamp(ceil(log2(abar_j / theta)), 0, 3).
+With E = sum over heads and keys of (N_j - 1), a mean over the batch, a block costs at one scale
+    H l_q l_k 16 (means) + H l_k 16 + H l_k 4 (orders) + 16 c E + l_q E (additions)
+    + l_q c E b_p b_v (the longer product).
+E(theta) = #[abar > theta] + 2 #[abar > 2 theta] + 4 #[abar > 4 theta], so one sort of abar serves
+every theta.
+
+It does not measure abar; the caller records it with the quantized model.
+Source: method.md section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from varptq.errors import ConfigError, NonFiniteError
+from varptq.quant.shift_sum import orders
+
+# Widths the paper's account gives to the bookkeeping of shift-and-sum.
+MEAN_BITS, DIVISION_BITS, ORDER_BITS, SHIFT_BITS = 16, 16, 4, 16
+
+ThetaStatus = Literal["ok", "off", "over_budget", "budget_not_reached"]
+
+
+@dataclass(frozen=True)
+class AttentionMass:
+    """abar (B, H, l_k) of one block at one scale: the softmax averaged over its queries.
+
+    H * l_k masses per row of the batch; `num_queries` is l_q, the bits are those of the product.
+    """
+
+    block: int
+    scale: int
+    num_queries: int
+    abar_BHl: Tensor
+    head_dim: int
+    probability_bits: int
+    value_bits: int
+
+    @property
+    def fixed_bops(self) -> int:
+        """Cost that does not depend on theta: finding the orders."""
+        _, heads, keys = self.abar_BHl.shape
+        means = heads * self.num_queries * keys * MEAN_BITS
+        return means + heads * keys * (DIVISION_BITS + ORDER_BITS)
+
+    @property
+    def bops_per_copy(self) -> int:
+        """Cost of one extra copy of one key of one head."""
+        product = self.num_queries * self.head_dim * self.probability_bits * self.value_bits
+        return self.head_dim * SHIFT_BITS + self.num_queries + product
+
+
+@dataclass(frozen=True)
+class CopyStat:
+    """What theta means for one block and scale, averaged over rows and heads.
+
+    Of `keys` cached tokens `duplicated` have more than one copy; a token has `mean_copies` copies.
+    """
+
+    block: int
+    scale: int
+    keys: int
+    duplicated: float
+    mean_copies: float
+
+
+@dataclass(frozen=True)
+class ThetaResult:
+    """The threshold found, what it costs, and where the copies go.
+
+    status: "ok"; "over_budget" - even theta = 1 costs more than the budget; "budget_not_reached" -
+    even the smallest theta of the grid costs no more; "off" - nothing to duplicate (max_order 0 or
+    no attention given).
+    """
+
+    theta: float
+    status: ThetaStatus
+    overhead: float
+    budget: float
+    total: int
+    alpha: float
+    copies: tuple[CopyStat, ...]
+
+    @property
+    def fraction(self) -> float:
+        """Overhead as a share of the network's BOPs; at most alpha unless over budget."""
+        return self.overhead / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "fraction": self.fraction}
+
+
+def theta_grid(num_grid: int) -> Tensor:
+    """(G,) float32: linspace(1/G, 1, G)."""
+    return torch.linspace(1 / num_grid, 1, num_grid)
+
+
+def overhead_curve(
+    entries: Iterable[AttentionMass], thetas_G: Tensor, max_order: int = 3
+) -> Tensor:
+    """BOPs of shift-and-sum at every theta, not rising in theta: (G,) -> (G,) float64, CPU.
+
+    abar is compared in float32, as the quantizer does; `max_order` bounds n. Raises
+    `NonFiniteError` naming the block and scale.
+    """
+    curve = torch.zeros(len(thetas_G), dtype=torch.float64)
+    for entry in entries:
+        mass = entry.abar_BHl.float().flatten().sort().values
+        # NaN and inf sort to the end.
+        if not mass[-1].isfinite():
+            raise NonFiniteError(
+                f"attention of block {entry.block} at scale {entry.scale}: NaN or infinity, "
+                "expected finite probabilities; check the weights and quantization ranges"
+            )
+        extra = torch.zeros_like(curve)
+        for m in range(max_order):
+            # Scaling by a power of two is exact, so this is ceil(log2(abar / theta)) > m.
+            threshold = (thetas_G.float() * 2**m).to(mass.device)
+            above = mass.numel() - torch.searchsorted(mass, threshold, right=True)
+            extra += above.cpu().double() * 2**m
+        curve += entry.fixed_bops + entry.bops_per_copy * extra / len(entry.abar_BHl)
+    return curve
+
+
+def search_theta(
+    entries: Sequence[AttentionMass],
+    total_bops: int,
+    alpha: float = 0.01,
+    num_grid: int = 10_000,
+    max_order: int = 3,
+) -> ThetaResult:
+    """The smallest theta of the grid whose overhead is <= alpha * total_bops.
+
+    Entries of all blocks and scales share one theta. A budget that cannot be met or filled is a
+    `ThetaResult.status`, not an error. Raises `ConfigError` on alpha or num_grid out of range and
+    `NonFiniteError` on attention that is not finite.
+    """
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ConfigError(f"alpha is {alpha}: expected a finite share of the BOPs, at least 0")
+    if num_grid < 1:
+        raise ConfigError(f"num_grid is {num_grid}: expected at least 1 grid value")
+    budget = alpha * total_bops
+    if not entries or max_order == 0:
+        return ThetaResult(1.0, "off", 0.0, budget, total_bops, alpha, ())
+    thetas = theta_grid(num_grid)
+    curve = overhead_curve(entries, thetas, max_order)
+    num_over = int((curve > budget).sum())
+    status: ThetaStatus = "ok"
+    if num_over == 0:
+        status = "budget_not_reached"
+    elif num_over == num_grid:
+        status, num_over = "over_budget", num_grid - 1
+    theta = float(thetas[num_over])
+    copies = tuple(copy_stat(entry, theta, max_order) for entry in entries)
+    return ThetaResult(theta, status, float(curve[num_over]), budget, total_bops, alpha, copies)
+
+
+def copy_stat(entry: AttentionMass, theta: float, max_order: int = 3) -> CopyStat:
+    """Duplicated tokens and mean copies of one block and scale at `theta`."""
+    order = orders(entry.abar_BHl.float(), theta, max_order)
+    keys = order.shape[-1]
+    duplicated = float((order > 0).float().mean()) * keys
+    return CopyStat(
+        entry.block, entry.scale, keys, duplicated, float(torch.exp2(order.float()).mean())
+    )

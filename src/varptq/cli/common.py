@@ -1,0 +1,160 @@
+"""What the verbs share: which model is meant, options that mean the same everywhere, and printing.
+
+Tables for people go to stdout, progress to stderr; with --json stdout holds one document and
+nothing else. torch is imported where it is needed only, so that --help stays quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from varptq.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from varptq.models.pipeline import Pipeline
+
+MAX_SEED = 2**63 - 1
+
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL_OR_ARTIFACT",
+        help="Folder of an artifact, or a model: demo, var-d16, var-d20, var-d24, var-d30, var-d36.",
+    ),
+]
+VarFile = Annotated[
+    Path | None, typer.Option("--var", metavar="FILE", help="Transformer: .pth or .safetensors.")
+]
+VaeFile = Annotated[
+    Path | None, typer.Option("--vae", metavar="FILE", help="VQVAE: .pth or .safetensors.")
+]
+RandomModel = Annotated[
+    str | None,
+    typer.Option("--random", metavar="NAME", help="Architecture of a model, random weights."),
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch a model that is not here yet.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random in the run.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace results that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model as the command line names it: exactly one of `source`, `random` and the two files."""
+
+    source: str | None = None
+    var: Path | None = None
+    vae: Path | None = None
+    random: str | None = None
+    download: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        files = self.var is not None or self.vae is not None
+        if (self.source is not None) + (self.random is not None) + files != 1:
+            raise InputError("model: give one of a name or folder, --var with --vae, or --random")
+
+    @property
+    def folder(self) -> Path | None:
+        """The artifact folder meant, if it is one. Names of models win over folders of that name."""
+        from varptq.models.presets import PRESETS
+
+        if self.source is None or self.source in PRESETS:
+            return None
+        folder = Path(self.source)
+        if not folder.is_dir():
+            names = ", ".join(PRESETS)
+            raise InputError(
+                f"model {self.source!r}: neither an artifact folder nor a model; models: {names}"
+            )
+        return folder
+
+    def load(self, runtime: str = "auto") -> Pipeline:
+        """The float model, or the quantized one on `runtime`."""
+        if (folder := self.folder) is None:
+            if runtime != "auto":
+                raise InputError(f"runtime {runtime!r}: only for artifacts, this model is float")
+            return self.load_float()
+        from varptq.artifact import load
+
+        return load(folder, runtime=runtime, **self._placement())
+
+    def load_float(self) -> Pipeline:
+        from varptq.models.pipeline import build_model, load_model
+
+        if self.random is not None:
+            return build_model(self.random, **self._placement())
+        return load_model(
+            self.source, var=self.var, vae=self.vae, download=self.download, **self._placement()
+        )
+
+    def _placement(self) -> dict[str, Any]:
+        return {"device": parse_device(self.device), "dtype": parse_dtype(self.dtype)}
+
+
+def parse_device(text: str) -> torch.device:
+    """Raises `InputError` for a device that is not here."""
+    import torch
+
+    kind, _, index = text.partition(":")
+    if kind not in {"cpu", "cuda"} or (index and not index.isdigit()):
+        raise InputError(f"device {text!r}: expected cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(index or 0) >= count:
+        raise InputError(f"device {text!r}: not here, {count} CUDA devices found; use cpu")
+    return torch.device(text)
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    from varptq.models.pipeline import DTYPES
+
+    if text not in DTYPES:
+        raise InputError(f"dtype {text!r}: expected {' or '.join(DTYPES)}")
+    return DTYPES[text]
+
+
+def parse_classes(text: str) -> list[str]:
+    """ "cat,3,ship" -> ["cat", "3", "ship"]; names and ids are looked up by the model."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise InputError(f"classes {text!r}: expected names or ids with commas between, e.g. cat,3")
+    return names
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """A table of two columns: what, and its value."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    Console(markup=False, highlight=False).print(table)
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people, in MB of 10^6."""
+    return f"{size / 1e6:.2f} MB"
+
+
+def seconds(duration: float) -> str:
+    minutes, rest = divmod(round(duration), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{duration:.1f} s"

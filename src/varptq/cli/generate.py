@@ -1,0 +1,165 @@
+"""`varptq generate`: images of given classes from a float model or an artifact, as PNG files.
+
+A folder gets one PNG per image, a grid of them all and `tokens.npz` (tokens (B, L) int64, labels
+(B,) int64); a name that ends in .png gets the grid alone. Image i draws from (seed, i), so two
+models asked for the same classes with the same seed answer the same question.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from varptq.cli import common
+from varptq.errors import OutputError
+
+if TYPE_CHECKING:
+    from varptq.models.generate import Output
+    from varptq.models.pipeline import Pipeline
+
+GRID_NAME, TOKENS_NAME = "grid.png", "tokens.npz"
+
+
+def command(
+    classes: Annotated[str, typer.Option(help="Names or ids, e.g. cat,3,ship.")],
+    out: Annotated[Path, typer.Option(help="Folder for all files, or NAME.png for the grid.")],
+    source: common.Source = None,
+    var: common.VarFile = None,
+    vae: common.VaeFile = None,
+    random: common.RandomModel = None,
+    count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
+    seed: common.Seed = 0,
+    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = 1.5,
+    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = 900,
+    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = 0.96,
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
+    more_smooth: Annotated[bool, typer.Option("--more-smooth", help="Mix embeddings.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    runtime: Annotated[str, typer.Option(help="Who computes an artifact.")] = "auto",
+    download: common.Download = False,
+    device: common.Device = "cpu",
+    dtype: common.Dtype = "float32",
+    force: common.Force = False,
+    json: common.Json = False,
+) -> None:
+    """Draw images of the given classes from a float model or an artifact."""
+    from varptq.models.generate import generate
+    from varptq.models.sampling import SamplingSettings
+    from varptq.progress import RichProgress
+
+    settings = SamplingSettings(
+        cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
+    )
+    names = common.parse_classes(classes)
+    choice = common.ModelChoice(source, var, vae, random, download, device, dtype)
+    pipe = choice.load(runtime)
+    labels = pipe.labels([name for name in names for _ in range(count)]).tolist()
+    titles = [class_title(pipe, label) for label in labels]
+    files = Files.plan(out, titles)
+    files.prepare(force)
+    started = time.monotonic()
+    with RichProgress() as progress:
+        output = generate(
+            pipe,
+            labels,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+            **settings.to_dict(),
+        )
+    duration = time.monotonic() - started
+    files.write(output, labels, titles)
+    document = {
+        "model": pipe.name,
+        "runtime": getattr(pipe, "runtime", "float"),
+        "seed": seed,
+        "sampling": settings.to_dict(),
+        "seconds": duration,
+        **files.describe(labels, titles),
+    }
+    if json:
+        common.print_json(document)
+    else:
+        _print(document, out)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the results go. `images` is empty and `tokens` None where only the grid is wanted."""
+
+    grid: Path
+    images: tuple[Path, ...] = ()
+    tokens: Path | None = None
+
+    @classmethod
+    def plan(cls, out: Path, titles: Sequence[str]) -> Files:
+        if out.suffix.lower() == ".png":
+            return cls(out)
+        width = max(4, len(str(len(titles) - 1)))
+        slugs = [re.sub(r"\W+", "-", title.lower()).strip("-") for title in titles]
+        images = tuple(out / f"{i:0{width}}-{slug}.png" for i, slug in enumerate(slugs))
+        return cls(out / GRID_NAME, images, out / TOKENS_NAME)
+
+    def prepare(self, force: bool) -> None:
+        """Make the folder and refuse what cannot be written, before the time is spent."""
+        wanted = [self.grid, *self.images, *([self.tokens] if self.tokens else [])]
+        taken = [path for path in wanted if path.exists()]
+        if taken and not force:
+            raise OutputError(f"{taken[0]}: exists; choose another place or give --force")
+        folder = self.grid.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot be made ({error.strerror}); choose another place"
+            ) from None
+        if not os.access(folder, os.W_OK):
+            raise OutputError(f"{folder}: cannot be written; choose another place")
+
+    def write(self, output: Output, labels: Sequence[int], titles: Sequence[str]) -> None:
+        import numpy as np
+
+        from varptq.files import write_atomic
+        from varptq.pictures import gallery, to_pixels, write_png
+
+        assert output.images is not None
+        pixels = to_pixels(output.images)
+        for path, image in zip(self.images, pixels, strict=False):
+            write_png(path, image)
+        if self.tokens is not None:
+            arrays = {"tokens": output.tokens.cpu().numpy(), "labels": np.array(labels)}
+            write_atomic(self.tokens, lambda file: np.savez(file, **arrays))
+        write_png(self.grid, gallery(pixels, titles))
+
+    def describe(self, labels: Sequence[int], titles: Sequence[str]) -> dict[str, Any]:
+        images = [
+            {"file": str(path), "label": label, "class": title}
+            for path, label, title in zip(self.images, labels, titles, strict=False)
+        ]
+        tokens = str(self.tokens) if self.tokens else None
+        return {"num_images": len(labels), "grid": str(self.grid), "tokens": tokens, "images": images}
+
+
+def class_title(pipe: Pipeline, label: int) -> str:
+    """Name of a class, or "class 207" for a model without names."""
+    return pipe.class_names[label] if pipe.class_names else f"class {label}"
+
+
+def _print(document: dict[str, Any], out: Path) -> None:
+    count, duration = document["num_images"], document["seconds"]
+    common.print_rows(
+        "varptq generate",
+        [
+            ("model", f"{document['model']}, {document['runtime']}"),
+            ("images", f"{count} in {common.seconds(duration)}, {count / duration:.2f} a second"),
+            ("seed", str(document["seed"])),
+            ("written", str(out)),
+        ],
+    )

@@ -1,0 +1,226 @@
+"""`varptq info`: what a float model or an artifact is made of, and what it costs.
+
+Architecture, sizes, bits of every kind of tensor, bit operations (BOPs) per image by kind, and for
+an artifact theta with the tokens it duplicates. A model given by name is described from its
+architecture alone, no weights are read; nothing is computed with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from varptq.cli import common
+
+if TYPE_CHECKING:
+    from varptq.models.pipeline import Pipeline
+    from varptq.models.var import VAR
+    from varptq.quant.config import QuantConfig, TensorSpec
+    from varptq.quant.pipeline import QuantizedPipeline
+
+
+def command(
+    source: common.Source = None,
+    var: common.VarFile = None,
+    vae: common.VaeFile = None,
+    random: common.RandomModel = None,
+    json: common.Json = False,
+) -> None:
+    """Describe a model or an artifact: architecture, sizes, bits, bit operations, theta."""
+    document = describe(_open(common.ModelChoice(source, var, vae, random)))
+    if json:
+        common.print_json(document)
+        return
+    common.print_rows(f"{document['name']}, {document['kind']}", overview(document))
+    common.print_table(bits_table(document))
+    common.print_table(bops_table(document))
+    if document.get("duplicated"):
+        common.print_table(copies_table(document))
+
+
+def _open(choice: common.ModelChoice) -> Pipeline:
+    name = choice.random or choice.source
+    if name is None or choice.folder is not None:
+        return choice.load()
+    import torch
+
+    from varptq.models import presets
+    from varptq.models.pipeline import Pipeline
+    from varptq.models.var import VAR
+    from varptq.models.vqvae import VQVAE
+
+    preset = presets.preset(name)
+    with torch.device("meta"):
+        transformer = VAR(preset.var_arch)
+        return Pipeline(transformer, VQVAE(preset.vae_arch, preset.var_arch.scales), name)
+
+
+def describe(pipe: Pipeline) -> dict[str, Any]:
+    """Everything `info` knows, as plain JSON values."""
+    from varptq.quant.convert import bops_account
+    from varptq.quant.pipeline import QuantizedPipeline
+
+    config = pipe.config if isinstance(pipe, QuantizedPipeline) else None
+    account = bops_account(pipe.var, config)
+    document: dict[str, Any] = {
+        "name": pipe.name,
+        "kind": "float" if config is None else f"quantized {config.name}",
+        "architecture": architecture(pipe),
+        "sources": pipe.sources,
+        "sizes": sizes(pipe),
+        "bits": bits(pipe.var, config),
+        "bops": {
+            "total": account.total,
+            "float_total": account.float_total,
+            "by_kind": account.by_kind(),
+        },
+    }
+    return document | (quantization(pipe) if isinstance(pipe, QuantizedPipeline) else {})
+
+
+def architecture(pipe: Pipeline) -> dict[str, Any]:
+    arch = asdict(pipe.var.arch)
+    arch["scales"] = list(pipe.scales.sides)
+    parts = {"var": pipe.var, "vae": pipe.vae}
+    return {
+        **arch,
+        "num_tokens": pipe.scales.num_tokens,
+        "image_size": pipe.vae.image_size,
+    }
+
+
+def quantization(pipe: QuantizedPipeline) -> dict[str, Any]:
+    """How an artifact came about, and what theta does."""
+    theta = pipe.report.get("theta") or {}
+    return {
+        "config": pipe.config.to_dict(),
+        "method": pipe.method,
+        "seed": pipe.seed,
+        "calibration": pipe.calibration,
+        "theta": {"value": pipe.theta, **{k: v for k, v in theta.items() if k != "copies"}},
+        "duplicated": duplicated_per_scale(theta.get("copies", ())),
+    }
+
+
+def duplicated_per_scale(copies: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Means over the blocks: at every scale `duplicated` of `keys` cached tokens have copies."""
+    rows = []
+    for scale in sorted({copy["scale"] for copy in copies}):
+        blocks = [copy for copy in copies if copy["scale"] == scale]
+        means = {
+            key: sum(block[key] for block in blocks) / len(blocks)
+            for key in ("keys", "duplicated", "mean_copies")
+        }
+        rows.append({"scale": scale, **means})
+    return rows
+
+
+def bits(var: VAR, config: QuantConfig | None) -> dict[str, dict[str, str]]:
+    """Kind of layer -> operand -> what it is stored as; layers of a kind that differ are joined."""
+    from varptq.quant.bops import layer_kind
+    from varptq.quant.convert import describe_linears, describe_products
+
+    found: dict[str, dict[str, list[str]]] = {}
+
+    def note(kind: str, operand: str, text: str) -> None:
+        texts = found.setdefault(kind, {}).setdefault(operand, [])
+        if text not in texts:
+            texts.append(text)
+
+    for layer in describe_linears(var, config):
+        spec = config.linear_for(layer.name) if config else None
+        for operand in ("weight", "input"):
+            text = stored_as(getattr(spec, operand, None), layer.in_features, layer.name)
+            note(layer_kind(layer.name), operand, text)
+    for product in describe_products(var, config):
+        spec = config.attention_for(product.name) if config else None
+        for operand in ("query", "key", "probability", "value"):
+            note("attention", operand, stored_as(getattr(spec, operand, None)))
+    return {
+        kind: {operand: "; ".join(texts) for operand, texts in operands.items()}
+        for kind, operands in found.items()
+    }
+
+
+def stored_as(spec: TensorSpec | None, row: int | None = None, layer: str = "") -> str:
+    """A spec in words, e.g. "4 bits, groups of 128"; for a Linear after the fallback of its groups."""
+    if spec is None:
+        return "float"
+    words = [f"{spec.num_bits} bits"]
+    if spec.type != "affine":
+        words.append(spec.type.replace("_", "-"))
+    group = spec.group_for(row, layer) if row is not None else None
+    if group:
+        words.append(f"groups of {group}")
+    else:
+        words.append("whole rows" if spec.strategy == "group" else f"per {spec.strategy}")
+    return ", ".join(words)
+
+
+def overview(document: dict[str, Any]) -> list[tuple[str, str]]:
+    arch = document["architecture"]
+    rows = [
+        (
+            "transformer",
+            f"depth {arch['depth']}, width {arch['width']}, {arch['num_heads']} heads, "
+            f"{arch['num_classes']} classes",
+        ),
+        (
+            "tokens",
+            f"{arch['num_tokens']} in sides {', '.join(map(str, arch['scales']))}; "
+            f"codebook {arch['codebook_size']} x {arch['code_dim']}",
+        ),
+        ("image", f"{arch['image_size']} x {arch['image_size']}"),
+        *size_rows(document["sizes"]),
+        bops_row(document["bops"]),
+    ]
+    if "theta" in document:
+        rows += [
+            ("method", f"{document['method']}, seed {document['seed']}"),
+            ("theta", common.theta_text(document["theta"])),
+        ]
+    return rows
+
+
+def bops_row(bops: dict[str, Any]) -> tuple[str, str]:
+    ratio = bops["float_total"] / bops["total"]
+    return "BOPs per image", f"{bops['total']:.3e}, 16-bit float / this = {ratio:.2f}"
+
+
+def bits_table(document: dict[str, Any]) -> Table:
+    table = Table("layers", "operand", "stored as", title="Bits", title_justify="left")
+    for kind, operands in document["bits"].items():
+        for index, (operand, text) in enumerate(operands.items()):
+            table.add_row("" if index else kind, operand, text)
+    return table
+
+
+def bops_table(document: dict[str, Any]) -> Table:
+    bops = document["bops"]
+    table = Table("product", "BOPs", "share", title="Bit operations", title_justify="left")
+    for kind, value in sorted(bops["by_kind"].items(), key=lambda item: -item[1]):
+        table.add_row(kind, f"{value:.3e}", f"{value / bops['total']:.1%}")
+    return table
+
+
+def copies_table(document: dict[str, Any]) -> Table:
+    table = Table(
+        "scale",
+        "cached tokens",
+        "with copies",
+        "mean copies",
+        title="Tokens duplicated by shift-and-sum",
+        title_justify="left",
+    )
+    for row in document["duplicated"]:
+        share = row["duplicated"] / row["keys"]
+        table.add_row(
+            str(row["scale"] + 1),
+            f"{row['keys']:.0f}",
+            f"{row['duplicated']:.1f} ({share:.0%})",
+            f"{row['mean_copies']:.2f}",
+        )
+    return table

@@ -1,0 +1,83 @@
+"""The command `varptq`: its verbs, and what a failure looks like.
+
+Whatever the user got wrong ends with exit code 2 and one line "error: ..." on stderr, be it found by
+the argument parser or deep in a call (`VarptqError`). Ctrl-C ends with 130. Anything else is a bug
+of ours and keeps its traceback. No verb is implemented here.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from varptq.cli import demo, generate, info, quantize
+from varptq.errors import VarptqError
+
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+# click lives inside newer versions of typer and beside older ones; this base class is the usage
+# error of either.
+UsageError = typer.BadParameter.__mro__[1]
+
+
+class OneLineErrors(TyperGroup):
+    """A group of commands whose failures are one line."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run, and leave the process with an exit code (in standalone mode)."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except VarptqError as error:
+            fail(str(error), EXIT_USER_ERROR)
+        except typer.Abort:
+            fail("interrupted", EXIT_INTERRUPTED)
+        except Exception as error:
+            if not isinstance(error, UsageError):
+                raise
+            fail(f"{error.format_message()} (see --help)", EXIT_USER_ERROR)  # type: ignore
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted", EXIT_INTERRUPTED)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, whatever line breaks the message holds, and the exit code."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def varptq(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Post-training quantization of next-scale visual autoregressive image generators."""
+    if version:
+        from varptq import __version__
+
+        typer.echo(f"varptq {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+app.command("quantize")(quantize.command)
+app.command("generate")(generate.command)
+app.command("info")(info.command)
+app.command("demo")(demo.command)

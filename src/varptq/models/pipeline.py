@@ -1,0 +1,156 @@
+"""A float model ready to use: transformer, VQVAE and where they came from; loading and building them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from varptq.errors import InputError
+from varptq.models import checkpoint, presets
+from varptq.models.scales import Scales
+from varptq.models.var import VAR, randomize
+from varptq.models.vqvae import VQVAE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Pipeline:
+    """`var(labels_B, inputs_BLc) -> logits_BLV` and `vae.encode / decode / teacher_inputs`, on one device.
+
+    sources: sha256 of the files the weights came from, or the seed of random ones.
+    """
+
+    var: VAR
+    vae: VQVAE
+    name: str
+    class_names: tuple[str, ...] = ()
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def scales(self) -> Scales:
+        return self.var.scales
+
+    @property
+    def num_classes(self) -> int:
+        return self.var.arch.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        return self.var.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.var.dtype
+
+    def to(self, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move and/or cast both networks in place; codes and index buffers keep their integer types."""
+        self.var.to(device=device, dtype=dtype)
+        self.vae.to(device=device, dtype=dtype)
+        return self
+
+    def labels(self, classes: Sequence[int | str] | Tensor) -> Tensor:
+        """(B,) int64 from class ids and names. Raises `InputError` naming the first that does not exist."""
+        values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+        if not values:
+            raise InputError("labels: empty; give at least one class")
+        return torch.tensor([self._label(value) for value in values], device=self.device)
+
+    def _label(self, value: Any) -> int:
+        if isinstance(value, str) and not value.lstrip("-").isdigit():
+            return self._label_of_name(value)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise InputError(f"class {value!r}: expected an id or a name, got {type(value).__name__}")
+        if not 0 <= int(value) < self.num_classes:
+            raise InputError(f"class {value}: not in 0..{self.num_classes - 1} of model {self.name!r}")
+        return int(value)
+
+    def _label_of_name(self, name: str) -> int:
+        if not self.class_names:
+            raise InputError(f"class {name!r}: model {self.name!r} has no class names; give an id")
+        if name in self.class_names:
+            return self.class_names.index(name)
+        near = get_close_matches(name, self.class_names) or self.class_names[:5]
+        raise InputError(f"class {name!r}: unknown; did you mean {', '.join(near)}?")
+
+
+def load_model(
+    name: str | None = None,
+    *,
+    var: str | Path | None = None,
+    vae: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    download: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Pipeline:
+    """A float model by preset name ("demo", "var-d16" .. "var-d36") or from two checkpoint files.
+
+    The architecture is read off the tensors. Files are `.pth` (weights only) or `.safetensors`. Presets other than
+    "demo" come from the local hub cache, or from the hub with `download=True`.
+    Raises `InputError` for contradicting arguments, `CheckpointError` for files that cannot be used.
+    """
+    if name is not None:
+        if var is not None or vae is not None:
+            raise InputError(f"model {name!r}: give either a name or the two files var= and vae=")
+        preset = presets.preset(name)
+        var_path, vae_path = presets.resolve(name, download=download, cache_dir=cache_dir)
+        class_names = tuple(preset.class_names or ())
+    else:
+        if var is None or vae is None:
+            raise InputError("model: give a preset name, or both files var= and vae=")
+        var_path, vae_path, class_names = Path(var), Path(vae), ()
+        name = var_path.stem
+    transformer = _load_var(var_path)
+    autoencoder = _load_vae(vae_path, transformer.scales)
+    checkpoint.check_pair(transformer.arch, autoencoder.arch)
+    sources = {"var": checkpoint.file_sha256(var_path), "vae": checkpoint.file_sha256(vae_path)}
+    pipeline = Pipeline(transformer, autoencoder, name, class_names, sources)
+    return _frozen(pipeline.to(device=device, dtype=dtype))
+
+
+def _load_var(path: Path) -> VAR:
+    state = checkpoint.read_state(path, part="var")
+    with torch.device("meta"):
+        model = VAR(checkpoint.infer_var(state))
+    checkpoint.load_strict(model, state, str(path))
+    return model
+
+
+def _load_vae(path: Path, scales: Scales) -> VQVAE:
+    state = checkpoint.read_state(path, part="vae")
+    with torch.device("meta"):
+        model = VQVAE(checkpoint.infer_vqvae(state), scales)
+    checkpoint.load_strict(model, state, str(path))
+    return model
+
+
+def build_model(
+    name: str,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Pipeline:
+    """A preset's architecture with random weights: for benchmarks and trials without a checkpoint."""
+    preset = presets.preset(name)
+    generator = torch.Generator().manual_seed(seed)
+    transformer = VAR(preset.var_arch)
+    randomize(transformer, generator)
+    autoencoder = VQVAE(preset.vae_arch, preset.var_arch.scales)
+    autoencoder.randomize(generator)
+    sources = {"var": f"random, seed {seed}", "vae": f"random, seed {seed}"}
+    pipeline = Pipeline(transformer, autoencoder, name, tuple(preset.class_names or ()), sources)
+    return _frozen(pipeline.to(device=device, dtype=dtype))
+
+
+def _frozen(pipeline: Pipeline) -> Pipeline:
+    pipeline.var.eval().requires_grad_(False)
+    pipeline.vae.eval().requires_grad_(False)
+    return pipeline

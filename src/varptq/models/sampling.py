@@ -1,0 +1,156 @@
+"""From logits to token ids: guidance, top-k and top-p, and noise that belongs to one image.
+
+guided = (1 + t) cond - t uncond with t = cfg * k / (K - 1) at scale k; top-k first, top-p on what
+is left; then id = argmax(logits + temperature * g) with Gumbel noise g, which draws from
+softmax(logits / temperature).
+The noise of image i is a function of (seed, i) alone: batches can be cut anywhere, and a float and
+a quantized model fed the same noise choose the same id unless their logits differ enough.
+
+The loop over scales lives with the model, not here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from varptq.errors import NonFiniteError
+from varptq.models.scales import Scales
+from varptq.settings import Settings
+
+# Schedule of more_smooth: temperature of the Gumbel softmax from 0.27 down to 5% of it, never below
+# 0.005.
+SMOOTH_TAU, SMOOTH_DECAY, SMOOTH_TAU_MIN = 0.27, 0.95, 0.005
+# torch.rand gives multiples of 2^-24; half a step moves them off 0, where the Gumbel noise would be
+# infinite.
+HALF_STEP, BELOW_ONE = 2.0**-25, 1 - 2.0**-24
+# Odd, hence a bijection of the 32-bit integers (2^32 over the golden ratio).
+MIX = 0x9E3779B1
+
+
+class SamplingSettings(Settings):
+    """How an image is drawn; the defaults are the VAR paper's evaluation (method.md section 1).
+
+    cfg: guidance, reached at the last scale; 0 is unguided.
+    top_k: candidates per token; 0, or V and above, is off.
+    top_p: probability mass of the candidates; 0 or 1 is off.
+    temperature: of the draw among the candidates, which the filters choose at temperature 1.
+    more_smooth: feed mixtures of embeddings to the next scale instead of single codebook entries.
+    """
+
+    cfg: float = Field(default=1.5, ge=0)
+    top_k: int = Field(default=900, ge=0)
+    top_p: float = Field(default=0.96, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    more_smooth: bool = False
+
+
+def guidance_strength(cfg: float, scale: int, scales: Scales) -> float:
+    """t of scale index `scale`: a ramp from 0 at the first scale to `cfg` at the last."""
+    return cfg * scales.ratio(scale)
+
+
+def guided(logits_2BlV: Tensor, t: float) -> Tensor:
+    """(1 + t) cond - t uncond of rows [cond; uncond]: (2B, l, V) -> (B, l, V), same dtype."""
+    cond, uncond = logits_2BlV.chunk(2)
+    return (1 + t) * cond - t * uncond
+
+
+def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits with -inf at the entries that top-k and then top-p drop: (..., V) -> (..., V) float32.
+
+    top-k keeps everything not below the k-th largest, ties included. top-p goes through the rest in
+    ascending order and drops while the cumulative probability is <= 1 - top_p; the largest always
+    stays. Of equal logits at that border some may stay and some go. Source: VAR's sampling,
+    method.md section 1.
+    """
+    logits = logits_BlV.float()
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if not 0 < top_p < 1:
+        return logits
+    # Order the candidates only: sorting all V entries costs several times more.
+    width = max(1, int((logits > -torch.inf).sum(-1).max()))
+    descending, index = logits.topk(width)
+    ascending, index = descending.flip(-1), index.flip(-1)
+    drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    drop[..., -1] = False
+    return logits.scatter(-1, index, ascending.masked_fill(drop, -torch.inf))
+
+
+class ImageRandom:
+    """The random numbers of one image for one purpose: a function of (seed, image, purpose) alone.
+
+    `image` is the index in the whole run, not in the batch. Numbers are drawn on the CPU, whose
+    generator gives the same stream for every device.
+    """
+
+    def __init__(self, seed: int, image: int, purpose: str = "tokens") -> None:
+        # torch's Mersenne twister reads 32 bits of its seed, so a plain 64-bit hash could give two
+        # images of one run the same noise. The image enters by a bijection: that cannot happen.
+        key = hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=4).digest()
+        state = (int.from_bytes(key, "little") ^ (image % 2**32)) * MIX % 2**32
+        self._generator = torch.Generator().manual_seed(state)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """The next values: float32 in (0, 1), both ends excluded."""
+        steps = torch.rand(shape, generator=self._generator)
+        return steps.add_(HALF_STEP).clamp_(max=BELOW_ONE)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        """The next values as standard Gumbel noise: float32, always finite (about -2.9 to 17.4)."""
+        # log1p of the small side keeps the upper tail, which decides the draws, at full resolution.
+        return self.uniform(*shape).neg_().log1p_().neg_().log_().neg_()
+
+
+def image_randoms(seed: int, images: Iterable[int], purpose: str = "tokens") -> list[ImageRandom]:
+    """One stream per image index."""
+    return [ImageRandom(seed, image, purpose) for image in images]
+
+
+def gumbel_noise(
+    randoms: Sequence[ImageRandom], length: int, vocabulary: int, device: torch.device
+) -> Tensor:
+    """(B, length, vocabulary) float32 Gumbel noise on `device`: the next values of each image."""
+    return torch.stack([random.gumbel(length, vocabulary) for random in randoms]).to(device)
+
+
+def sample_ids(
+    filtered_BlV: Tensor, randoms: Sequence[ImageRandom], temperature: float = 1.0
+) -> Tensor:
+    """(B, l, V) filtered logits -> (B, l) int64, a draw from softmax(filtered / temperature) each.
+
+    `randoms` has one stream per row, which advances by l * V values. Raises `NonFiniteError` where
+    logits are NaN or +inf, or where a token has no candidate.
+    """
+    batch, length, vocabulary = filtered_BlV.shape
+    assert len(randoms) == batch
+    noise_BlV = gumbel_noise(randoms, length, vocabulary, filtered_BlV.device)
+    # Scaling the noise up is dividing the logits by the temperature, without overflow near 0.
+    best_Bl, ids_Bl = noise_BlV.mul_(temperature).add_(filtered_BlV.float()).max(-1)
+    finite_B = best_Bl.isfinite().all(-1)
+    if not finite_B.all():
+        raise NonFiniteError(
+            f"logits of batch row {int((~finite_B).nonzero()[0])}: NaN or infinity, "
+            "expected finite numbers; check the weights, the quantization ranges and cfg"
+        )
+    return ids_Bl
+
+
+def smooth_embedding(
+    filtered_BlV: Tensor, noise_BlV: Tensor, codebook_VC: Tensor, ratio: float
+) -> Tensor:
+    """more_smooth: a mixture of codebook rows instead of one row, (B, l, V) -> (B, l, C).
+
+    h = softmax((filtered * (1 + r) + g) / tau) @ codebook, tau = max(0.27 (1 - 0.95 r), 0.005),
+    with r = k / (K - 1) at scale k. `noise_BlV` is float32 Gumbel noise g, drawn after the noise
+    of the ids from the same streams. The result has the codebook's dtype.
+    """
+    tau = max(SMOOTH_TAU * (1 - SMOOTH_DECAY * ratio), SMOOTH_TAU_MIN)
+    weights_BlV = ((filtered_BlV.float() * (1 + ratio) + noise_BlV) / tau).softmax(-1)
+    return weights_BlV.to(codebook_VC.dtype) @ codebook_VC

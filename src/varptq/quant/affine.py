@@ -1,0 +1,106 @@
+"""The uniform asymmetric quantizer: weights, Linear inputs, q, k and v (method: section 2).
+
+    s = max((max - min) / (2^b - 1), 1e-6)      z = -round(min / s)
+    q = clamp(round(x / s) + z, 0, 2^b - 1)     x^ = (q - z) s          round half to even
+
+Pure functions on tensors; the extent of one scale is the set of dimensions the range is taken
+over. Gradients flow through everything, rounding passes them straight: a caller who wants a fixed
+grid detaches it. Inputs narrower than float32 are quantized in float32. Which tensor gets which
+quantizer is decided in config.py, not here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varptq.quant.config import RangeRule
+
+SCALE_FLOOR = 1e-6
+Dims = int | tuple[int, ...]
+
+
+class Grid(NamedTuple):
+    """scale and integer-valued zero_point, float32 or wider, that broadcast to the tensor."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype quantizers compute in: float32, or float64 if x has it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """round(x), half to even; the gradient passes as if it were x."""
+    if not x.requires_grad:
+        return x.round()
+    return x + (x.round() - x).detach()
+
+
+def affine_grid(
+    x: Tensor, num_bits: int, dims: Dims = -1, range_rule: RangeRule = "with_zero"
+) -> Grid:
+    """One scale and zero point per slice of x over `dims`, which stay as dimensions of size 1.
+
+    The scale is at least 1e-6. Zero points lie in [0, 2^b - 1] except under "min_max", where a
+    slice of one sign puts it outside. Constants under "min_max" come back to about 1e-6 up to
+    3e32; above, where the reference code gives NaN, the value saturates.
+    """
+    low, high = wide(x.amin(dims, keepdim=True)), wide(x.amax(dims, keepdim=True))
+    if range_rule == "with_zero":
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    top = 2**num_bits - 1
+    # Halves of both sides give the same float, and do not overflow where max - min would.
+    scale = (0.5 * high - 0.5 * low) / (0.5 * top)
+    scale = scale.clamp(min=SCALE_FLOOR)
+    limit = torch.finfo(scale.dtype).max
+    bounds = (-limit, limit) if range_rule == "min_max" else (0, top)
+    return Grid(scale, (-(low / scale).round()).clamp(*bounds))
+
+
+def affine_codes(x: Tensor, grid: Grid, num_bits: int) -> Tensor:
+    """Codes of x, integer-valued floats in [0, 2^b - 1], in the dtype of the grid."""
+    steps = x.to(grid.scale.dtype) / grid.scale
+    top = 2**num_bits - 1
+    if steps.requires_grad:
+        return (round_ste(steps) + grid.zero_point).clamp(0, top)
+    # The same arithmetic without temporaries: this runs on every activation of a simulated model.
+    return steps.round_().add_(grid.zero_point)
+
+
+def affine_values(codes: Tensor, grid: Grid) -> Tensor:
+    """The real values of codes (float or integer dtype), in the dtype of the grid."""
+    steps = codes - grid.zero_point
+    if steps.requires_grad or grid.scale.requires_grad:
+        return steps * grid.scale
+    return steps.mul_(grid.scale)
+
+
+def affine_fake(
+    x: Tensor, num_bits: int, dims: Dims = -1, range_rule: RangeRule = "with_zero"
+) -> Tensor:
+    """x on its own grid, same shape and dtype."""
+    grid = affine_grid(x, num_bits, dims, range_rule)
+    return affine_values(affine_codes(x, grid, num_bits), grid).to(x.dtype)
+
+
+def to_groups(x: Tensor, group_size: int | None) -> Tensor:
+    """Cut the last axis of x (..., n) into (..., G, group_size); None leaves x as it is.
+
+    `group_size` must divide n: `TensorSpec.group_for` sees to that.
+    """
+    return x if group_size is None else x.unflatten(-1, (-1, group_size))
+
+
+def from_groups(x: Tensor) -> Tensor:
+    """Undo `to_groups` with a size: (..., G, group_size) to (..., n)."""
+    return x.flatten(-2)
+
+
+def integer_codes(codes: Tensor, *, signed: bool = False) -> Tensor:
+    """Integer-valued float codes as uint8, or int8 where they are signed."""
+    return codes.detach().to(torch.int8 if signed else torch.uint8)

@@ -1,0 +1,149 @@
+"""The BOP account: bit operations of the quantized transformer for one image without guidance.
+
+A product of a b1-bit and a b2-bit operand costs b1 * b2: a Linear out * in * tokens * b_w * b_a, an
+attention product H * l_q * l_k * c * b1 * b2 per scale. An operand left in float counts as 16 bits.
+Everything is an exact integer. Embeddings, normalisation, softmax, GELU, additions and the image
+decoder are not counted.
+
+Shift-and-sum's own cost is not part of it; see varptq.calibrate.theta. Source: method.md section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from varptq.models.scales import Scales
+
+# A float operand counts as 16 bits, whatever dtype computes it here.
+FLOAT_BITS = 16
+
+
+class LayerShape(NamedTuple):
+    """A Linear as the account needs it. Bits None: that side stays in float."""
+
+    name: str
+    out_features: int
+    in_features: int
+    tokens_per_image: int
+    weight_bits: int | None
+    input_bits: int | None
+
+
+class ProductShape(NamedTuple):
+    """The two products of an attention module. Bits None: that operand stays in float."""
+
+    name: str
+    num_heads: int
+    head_dim: int
+    query_bits: int | None
+    key_bits: int | None
+    probability_bits: int | None
+    value_bits: int | None
+
+
+@dataclass(frozen=True)
+class BopsEntry:
+    """One matrix product. In attention the cached operand (k, v) takes the place of the weight."""
+
+    name: str
+    kind: str
+    macs_per_image: int
+    weight_bits: int
+    activation_bits: int
+
+    @property
+    def bops(self) -> int:
+        return self.macs_per_image * self.weight_bits * self.activation_bits
+
+
+@dataclass(frozen=True)
+class BopsAccount:
+    """All products of one model. `float_total` is the same model with every operand in 16 bits."""
+
+    entries: tuple[BopsEntry, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(entry.bops for entry in self.entries)
+
+    @property
+    def float_total(self) -> int:
+        return sum(entry.macs_per_image for entry in self.entries) * FLOAT_BITS**2
+
+    def by_kind(self) -> dict[str, int]:
+        """BOPs per kind (mat_qkv, fc1, query_key, ...), in order of first appearance."""
+        return self._sums(lambda entry: entry.kind)
+
+    def by_layer(self) -> dict[str, int]:
+        """BOPs per named product."""
+        return self._sums(lambda entry: entry.name)
+
+    def _sums(self, key: Callable[[BopsEntry], str]) -> dict[str, int]:
+        sums: dict[str, int] = {}
+        for entry in self.entries:
+            sums[key(entry)] = sums.get(key(entry), 0) + entry.bops
+        return sums
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "total": self.total,
+            "float_total": self.float_total,
+            "by_kind": self.by_kind(),
+            "by_layer": self.by_layer(),
+        }
+
+
+def layer_kind(name: str) -> str:
+    """The last word of a layer's name: "blocks.0.ada_lin.1" -> "ada_lin"."""
+    return [part for part in name.split(".") if not part.isdigit()][-1]
+
+
+def tokens_per_image(name: str, scales: Scales) -> int:
+    """How many tokens of one image go through the Linear `name`.
+
+    AdaLN layers: one token at each of the K scales, as the paper counts, although the condition is
+    the same at all of them. word_embed: the tokens of all scales but the first, which starts from
+    the class. Others: all L.
+    """
+    kind = layer_kind(name)
+    if kind in {"ada_lin", "shared_ada_lin"}:
+        return scales.num_scales
+    if kind == "word_embed":
+        return scales.num_tokens - scales.lengths[0]
+    return scales.num_tokens
+
+
+def linear_entry(layer: LayerShape) -> BopsEntry:
+    """out * in * tokens at the layer's widths."""
+    macs = layer.out_features * layer.in_features * layer.tokens_per_image
+    weight_bits, input_bits = layer.weight_bits or FLOAT_BITS, layer.input_bits or FLOAT_BITS
+    return BopsEntry(layer.name, layer_kind(layer.name), macs, weight_bits, input_bits)
+
+
+def product_entries(product: ProductShape, scales: Scales) -> tuple[BopsEntry, BopsEntry]:
+    """Query-key and probability-value product: H * c * sum over scales of l_q * l_k each.
+
+    l_k counts the cached tokens, those of the scale itself included.
+    """
+    pairs = sum(l_q * l_k for l_q, l_k in zip(scales.lengths, scales.ends, strict=True))
+    macs = product.num_heads * product.head_dim * pairs
+    name, _, _, q, k, p, v = product
+    return (
+        BopsEntry(f"{name}.query_key", "query_key", macs, k or FLOAT_BITS, q or FLOAT_BITS),
+        BopsEntry(
+            f"{name}.probability_value", "probability_value", macs, v or FLOAT_BITS, p or FLOAT_BITS
+        ),
+    )
+
+
+def account(
+    layers: Iterable[LayerShape], products: Iterable[ProductShape], scales: Scales
+) -> BopsAccount:
+    """The account of a model given as plain descriptions of its Linears and attention modules."""
+    entries = [linear_entry(LayerShape(*layer)) for layer in layers]
+    for product in products:
+        entries.extend(product_entries(ProductShape(*product), scales))
+    return BopsAccount(tuple(entries))

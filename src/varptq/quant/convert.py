@@ -1,0 +1,139 @@
+"""Conversion: one registry and one walk over the float model, replacing the modules in its seams.
+
+The result shares every tensor it does not replace with the float model; no forward pass is written again.
+A new kind of layer is one entry in `REGISTRY`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from varptq.errors import ConfigError, NonFiniteError
+from varptq.models.var import VAR, Mix, Scores
+from varptq.quant.bops import (
+    BopsAccount,
+    LayerShape,
+    ProductShape,
+    account,
+    tokens_per_image,
+)
+from varptq.quant.config import QuantConfig
+from varptq.quant.layers import QuantLinear, QuantMix, QuantScores
+
+Factory = Callable[[nn.Module, QuantConfig, str], nn.Module]
+
+
+def _linear(module: nn.Module, config: QuantConfig, name: str) -> nn.Module:
+    assert isinstance(module, nn.Linear)
+    spec = config.linear_for(name)
+    return module if spec.weight is None and spec.input is None else QuantLinear(module, spec, name)
+
+
+def _scores(module: nn.Module, config: QuantConfig, name: str) -> nn.Module:
+    spec = config.attention_for(name.rpartition(".")[0])
+    return module if spec is None else QuantScores(spec, name)
+
+
+def _mix(module: nn.Module, config: QuantConfig, name: str) -> nn.Module:
+    spec = config.attention_for(name.rpartition(".")[0])
+    return module if spec is None else QuantMix(spec, name)
+
+
+REGISTRY: dict[type[nn.Module], Factory] = {nn.Linear: _linear, Scores: _scores, Mix: _mix}
+
+
+def convert(var: VAR, config: QuantConfig) -> VAR:
+    """A copy of `var` with quantizers in its seams, weights rounded to nearest.
+
+    A model on the meta device gives one with empty buffers of the right shapes, to be filled from an artifact.
+    Raises `ConfigError` for a rule that matches no layer or a group size that does not fit, `NonFiniteError`
+    naming the first tensor with NaN or infinity.
+    """
+    check_finite(var)
+    check_rules(var, config)
+    shared = {id(t): t for t in (*var.parameters(), *var.buffers())}
+    model = copy.deepcopy(var, shared)
+    for parent_name, parent in list(model.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            factory = REGISTRY.get(type(child))
+            if factory is not None:
+                name = f"{parent_name}.{child_name}".lstrip(".")
+                setattr(parent, child_name, factory(child, config, name))
+    return model.requires_grad_(False)
+
+
+def check_finite(var: VAR) -> None:
+    for name, tensor in var.state_dict().items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"tensor {name}: holds NaN or infinity; repair the checkpoint")
+
+
+def check_rules(var: VAR, config: QuantConfig) -> None:
+    """Every rule must change at least one layer: a pattern that matches nothing is a spelling mistake."""
+    linears = [name for name, m in var.named_modules() if isinstance(m, nn.Linear)]
+    attentions = [name.rpartition(".")[0] for name, m in var.named_modules() if isinstance(m, Mix)]
+    for rule in config.rules:
+        if not any(fnmatchcase(name, rule.targets) for name in (*linears, *attentions)):
+            raise ConfigError(
+                f"rule {rule.targets!r}: matches no layer; layers are named like {linears[0]!r}, "
+                f"{linears[-1]!r} and {attentions[0]!r}"
+            )
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """Quantized Linear layers by full name."""
+    return {m.layer: m for m in model.modules() if isinstance(m, QuantLinear)}
+
+
+def quant_mixes(model: nn.Module) -> list[QuantMix]:
+    """Attention-value products in block order."""
+    return [m for m in model.modules() if isinstance(m, QuantMix)]
+
+
+def set_theta(model: nn.Module, theta: float | None) -> None:
+    """One threshold for the whole model; None switches shift-and-sum off."""
+    for mix in quant_mixes(model):
+        mix.theta = theta
+
+
+def release_float_weights(model: nn.Module) -> None:
+    for linear in quant_linears(model).values():
+        linear.drop_float_weight()
+
+
+def describe_linears(var: VAR, config: QuantConfig | None) -> Iterator[LayerShape]:
+    """Every Linear with its size, tokens per image and widths; `config` None describes the float model."""
+    for name, module in var.named_modules():
+        if isinstance(module, nn.Linear | QuantLinear):
+            spec = config.linear_for(name) if config else None
+            weight, input_ = (spec.weight, spec.input) if spec else (None, None)
+            yield LayerShape(
+                name,
+                module.out_features,
+                module.in_features,
+                tokens_per_image(name, var.scales),
+                weight.num_bits if weight else None,
+                input_.num_bits if input_ else None,
+            )
+
+
+def describe_products(var: VAR, config: QuantConfig | None) -> Iterator[ProductShape]:
+    for name, module in var.named_modules():
+        if isinstance(module, Mix):
+            attention = name.rpartition(".")[0]
+            spec = config.attention_for(attention) if config else None
+            operands = (spec.query, spec.key, spec.probability, spec.value) if spec else (None,) * 4
+            bits = [operand.num_bits if operand else None for operand in operands]
+            yield ProductShape(attention, var.arch.num_heads, var.arch.head_width, *bits)
+
+
+def bops_account(var: VAR, config: QuantConfig | None) -> BopsAccount:
+    """Bit operations for one image without guidance, without shift-and-sum (method.md section 3)."""
+    return account(list(describe_linears(var, config)), list(describe_products(var, config)), var.scales)

@@ -1,0 +1,101 @@
+"""Packed storage of integer codes: a dense stream of b-bit fields in int32 words, low bits first.
+
+    code i of a row occupies bits i*b .. i*b + b - 1; bit k is bit k % 32 of word k // 32
+
+For 4 bits this is the layout of compressed-tensors (eight codes a word, the first in the lowest
+nibble); widths that do not divide 32 straddle words, so nothing is wasted but the end of the last
+word, which is zero. The pattern repeats every 32 / gcd(b, 32) codes, and one step moves the codes
+at one place of the pattern for all rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WORD_BITS = 32
+
+
+class _Place(NamedTuple):
+    """Code `index` of the pattern: from bit `shift` of `word` on, `spill` bits in the next word."""
+
+    index: int
+    word: int
+    shift: int
+    spill: int
+
+
+def packed_words(n: int, num_bits: int) -> int:
+    """int32 words of a row of n codes."""
+    return -(-n * num_bits // WORD_BITS)
+
+
+def _pattern(num_bits: int) -> tuple[int, int]:
+    """Codes and words after which the layout repeats."""
+    common = gcd(num_bits, WORD_BITS)
+    return WORD_BITS // common, num_bits // common
+
+
+def _places(num_bits: int) -> Iterator[_Place]:
+    for index in range(_pattern(num_bits)[0]):
+        word, shift = divmod(index * num_bits, WORD_BITS)
+        yield _Place(index, word, shift, max(0, shift + num_bits - WORD_BITS))
+
+
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    """x (rows, n) with zeros up to a multiple of columns, as (rows, n / multiple, multiple)."""
+    missing = -x.shape[1] % multiple
+    x = F.pad(x, (0, missing)) if missing else x
+    return x.reshape(x.shape[0], x.shape[1] // multiple, multiple)
+
+
+def pack(codes: Tensor, num_bits: int) -> Tensor:
+    """codes (rows, n) uint8 to words (rows, ceil(n * num_bits / 32)) int32.
+
+    Raises ValueError for a code that does not fit `num_bits`, which would overwrite its neighbours.
+    """
+    if codes.numel() and int(codes.max()) >> num_bits:
+        raise ValueError(f"code {int(codes.max())} does not fit {num_bits} bits")
+    rows, n = codes.shape
+    pattern_codes, pattern_words = _pattern(num_bits)
+    blocks = _padded(codes, pattern_codes)
+    words = torch.zeros(
+        (rows, blocks.shape[1], pattern_words), dtype=torch.int32, device=codes.device
+    )
+    for place in _places(num_bits):
+        code = blocks[..., place.index].int()
+        words[..., place.word].bitwise_or_(code << place.shift)
+        if place.spill:
+            words[..., place.word + 1].bitwise_or_(code >> (num_bits - place.spill))
+    return words.flatten(1)[:, : packed_words(n, num_bits)].contiguous()
+
+
+def unpack(words: Tensor, num_bits: int, n: int) -> Tensor:
+    """words (rows, ceil(n * num_bits / 32)) int32 to codes (rows, n) uint8: the inverse of `pack`.
+
+    Raises ValueError where the number of words is not that of n codes.
+    """
+    rows, found = words.shape
+    if found != packed_words(n, num_bits):
+        raise ValueError(
+            f"{found} words a row for {n} codes of {num_bits} bits, "
+            f"expected {packed_words(n, num_bits)}"
+        )
+    pattern_codes, pattern_words = _pattern(num_bits)
+    blocks = _padded(words, pattern_words)
+    codes = torch.empty(
+        (rows, blocks.shape[1], pattern_codes), dtype=torch.uint8, device=words.device
+    )
+    for place in _places(num_bits):
+        # >> keeps the sign, so everything above the field is masked away.
+        kept = num_bits - place.spill
+        code = (blocks[..., place.word] >> place.shift) & (2**kept - 1)
+        if place.spill:
+            code |= (blocks[..., place.word + 1] & (2**place.spill - 1)) << kept
+        codes[..., place.index] = code
+    return codes.flatten(1)[:, :n].contiguous()

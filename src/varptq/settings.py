@@ -1,0 +1,96 @@
+"""Base of every configuration object: frozen, validated, unknown keys refused, to and from plain
+dicts.
+
+The same object comes from Python, a JSON or YAML file, or command-line flags, and is stored in the
+artifact.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from varptq.errors import ConfigError
+
+
+class SettingError(ConfigError):
+    """A bad field: `path` leads to it from the object that was made, `problem` says what is wrong.
+
+    Both are kept apart so that an enclosing object can put its own path in front.
+    """
+
+    def __init__(self, owner: str, path: tuple[int | str, ...], problem: str) -> None:
+        place = ".".join(str(part) for part in path)
+        super().__init__(f"{owner}: {place}{problem}" if place else f"{owner}{problem}")
+        self.path, self.problem = path, problem
+
+
+def describe(error: ValidationError, owner: str) -> SettingError:
+    """The first problem in one line: field, value, what was expected."""
+    first = error.errors()[0]
+    path = first["loc"]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, SettingError):
+        return SettingError(owner, (*path, *inner.path), inner.problem)
+    if first["type"] == "extra_forbidden":
+        return SettingError(owner, path[:-1], f": unknown field {path[-1]!r}")
+    message = first["msg"].removeprefix("Value error, ")
+    value = first["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f" is {value!r}"
+    return SettingError(owner, path, f"{shown}: {message}")
+
+
+class Settings(BaseModel):
+    """A frozen configuration object. Construction with a bad value raises `ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise describe(error, type(self).__name__) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**values, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; fields left unset in a partial rule stay out."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """The object these plain values describe; raises `ConfigError` as the constructor does."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{cls.__name__}: expected a mapping, got {type(values).__name__}")
+        return cls(**{str(key): value for key, value in values.items()})
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a `.json`, `.yaml` or `.yml` file."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration {path}: cannot be read ({error})") from None
+        return cls.from_dict(_parse(text, path))
+
+
+def _parse(text: str, path: Path) -> Any:
+    if path.suffix not in {".yaml", ".yml"}:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"configuration {path}: not valid JSON ({error})") from None
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = str(error).splitlines()[0]
+        raise ConfigError(f"configuration {path}: not valid YAML ({line})") from None

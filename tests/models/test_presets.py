@@ -1,0 +1,170 @@
+"""Presets: the bundled demo model, the hub's cache, and one line when a file cannot be had."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from varptq.errors import CheckpointError, InputError
+from varptq.models.checkpoint import check_pair, infer_var, infer_vqvae, read_state
+from varptq.models.presets import HUB_REPO, PRESETS, preset, resolve
+
+RELEASED = [name for name, entry in PRESETS.items() if entry.repo]
+COMMIT = "0" * 40
+
+
+def hub_folder(cache: Path) -> Path:
+    return cache / f"models--{HUB_REPO.replace('/', '--')}"
+
+
+def put(cache: Path, file: str, content: bytes, etag: str) -> Path:
+    """A file as the hub's library lays it out: a link in a snapshot to a blob named by its etag."""
+    folder = hub_folder(cache)
+    for part in ("refs", "blobs", f"snapshots/{COMMIT}"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "blobs" / etag).write_bytes(content)
+    link = folder / "snapshots" / COMMIT / file
+    link.symlink_to(Path("../../blobs") / etag)
+    return link
+
+
+def test_demo_files_are_what_the_preset_says() -> None:
+    entry = preset("demo")
+    var_path, vae_path = resolve("demo")
+    assert infer_var(read_state(var_path, "var")) == entry.var_arch
+    assert infer_vqvae(read_state(vae_path, "vae")) == entry.vae_arch
+    assert entry.class_names is not None
+    assert len(entry.class_names) == entry.var_arch.num_classes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_pair(name: str) -> None:
+    entry = preset(name)
+    assert entry.name == name
+    check_pair(entry.var_arch, entry.vae_arch)
+    assert entry.var_arch.width % entry.var_arch.num_heads == 0
+
+
+def test_released_architectures() -> None:
+    assert RELEASED == ["var-d16", "var-d20", "var-d24", "var-d30", "var-d36"]
+    for name in RELEASED:
+        entry = preset(name)
+        arch, depth = entry.var_arch, int(name.removeprefix("var-d"))
+        assert (arch.depth, arch.num_heads, arch.head_width) == (depth, depth, 64)
+        assert arch.shared_adaln == (depth == 36)
+        assert arch.scales.num_tokens == (2240 if depth == 36 else 680)
+        pixels = arch.scales.last_side * entry.vae_arch.downsampling
+        assert pixels == (512 if depth == 36 else 256)
+        assert entry.var_file == f"var_d{depth}.pth"
+
+
+def test_unknown_name_lists_the_known_and_the_nearest() -> None:
+    for call in (preset, resolve):
+        with pytest.raises(InputError) as caught:
+            call("vard16")
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "'vard16'" in message
+        assert "did you mean 'var-d16'?" in message
+        assert all(name in message for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_not_cached_is_one_line_that_says_what_to_do(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        resolve(name, cache_dir=tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert name in message
+    assert "download=True (--download)" in message
+
+
+def test_offline_is_one_line(tmp_path: Path) -> None:
+    """In a process of its own: the hub's library reads HF_HUB_OFFLINE when it is imported."""
+    code = (
+        "from varptq.errors import CheckpointError\n"
+        "from varptq.models.presets import resolve\n"
+        "try:\n"
+        f"    resolve('var-d16', download=True, cache_dir={str(tmp_path)!r})\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+    )
+    source = Path(__file__).resolve().parents[2] / "src"
+    path = os.pathsep.join((str(source), os.environ.get("PYTHONPATH", "")))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1
+    assert "var_d16.pth" in done.stdout
+    assert "HF_HUB_OFFLINE" in done.stdout
+
+
+def test_cached_files_need_no_network(tmp_path: Path) -> None:
+    entry = preset("var-d16")
+    expected = tuple(
+        put(tmp_path, file, file.encode(), f"etag-{file}")
+        for file in (entry.var_file, entry.vae_file)
+    )
+    assert resolve("var-d16", cache_dir=tmp_path) == expected
+    assert resolve("var-d16", download=True, cache_dir=tmp_path) == expected
+
+
+class FakeHub:
+    """Stands in for `hf_hub_download`: writes what it was given into the cache, or fails."""
+
+    def __init__(self, content: bytes, etag: str, failure: Exception | None = None) -> None:
+        self.content, self.etag, self.failure = content, etag, failure
+        self.asked: list[str] = []
+
+    def __call__(self, repo: str, file: str, *, cache_dir: Path) -> str:
+        self.asked.append(file)
+        if self.failure is not None:
+            raise self.failure
+        return str(put(cache_dir, file, self.content, self.etag))
+
+
+def use(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+
+
+def test_download_fetches_what_is_missing_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = preset("var-d20")
+    put(tmp_path, entry.vae_file, b"vae", "etag")
+    hub = FakeHub(b"var", hashlib.sha256(b"var").hexdigest())
+    use(hub, monkeypatch)
+    first = resolve("var-d20", download=True, cache_dir=tmp_path)
+    assert first[0].read_bytes() == b"var"
+    assert resolve("var-d20", download=True, cache_dir=tmp_path) == first
+    assert hub.asked == [entry.var_file]
+
+
+def test_damaged_download_is_refused_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(FakeHub(b"damaged", hashlib.sha256(b"whole").hexdigest()), monkeypatch)
+    with pytest.raises(CheckpointError) as caught:
+        resolve("var-d20", download=True, cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "SHA-256" in str(caught.value)
+    assert not list((hub_folder(tmp_path) / "blobs").iterdir())
+    with pytest.raises(CheckpointError, match="is not in the Hugging Face cache"):
+        resolve("var-d20", cache_dir=tmp_path)
+
+
+def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = RuntimeError("no route to host\nand a second line")
+    use(FakeHub(b"", "", failure), monkeypatch)
+    with pytest.raises(CheckpointError) as caught:
+        resolve("var-d24", download=True, cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "no route to host" in str(caught.value)

@@ -1,0 +1,294 @@
+"""Configuration: presets and rules, round trips through plain values, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from varptq.errors import ConfigError
+from varptq.quant.config import (
+    MODIFIERS,
+    AttentionSpec,
+    LayerRule,
+    LinearSpec,
+    QuantConfig,
+    TensorSpec,
+)
+
+FC2 = "blocks.3.ffn.fc2"
+PRESETS = st.builds(
+    lambda w, a, modifiers: "+".join([f"w{w}a{a}", *modifiers]),
+    st.integers(2, 8),
+    st.integers(2, 8),
+    st.lists(st.sampled_from(sorted(MODIFIERS)), unique=True),
+)
+
+
+def plain(config: QuantConfig) -> dict[str, Any]:
+    """As it would come back from a JSON file."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def test_grouped_below_six_bits() -> None:
+    config = QuantConfig.preset("w4a4")
+    weight, x = config.linear.weight, config.linear.input
+    assert weight is not None and x is not None and config.attention is not None
+    assert (weight.num_bits, weight.strategy, weight.group_size) == (4, "group", 128)
+    assert (x.num_bits, x.strategy, x.group_size) == (4, "group", 64)
+    key = config.attention.key
+    assert key is not None and key.strategy == "token"
+
+
+def test_whole_rows_from_six_bits_on() -> None:
+    config = QuantConfig.preset("w6a6")
+    weight, x = config.linear.weight, config.linear.input
+    assert weight is not None and x is not None and config.attention is not None
+    assert (weight.strategy, x.strategy) == ("channel", "token")
+    key = config.attention.key
+    assert key is not None and key.strategy == "channel"
+
+
+def test_sides_are_chosen_apart() -> None:
+    linear = QuantConfig.preset("w4a8").linear
+    assert linear.weight is not None and linear.weight.strategy == "group"
+    assert linear.input is not None and linear.input.strategy == "token"
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w6a6", "w2a8"])
+def test_fc2_input_is_sign_split(name: str) -> None:
+    config = QuantConfig.preset(name)
+    fc2, fc1 = config.linear_for(FC2), config.linear_for("blocks.3.ffn.fc1")
+    assert fc2.input is not None and fc2.input.type == "sign_split"
+    assert fc1.input is not None and fc1.input.type == "affine"
+    assert fc2.weight == fc1.weight == config.linear.weight
+
+
+def test_modifiers() -> None:
+    config = QuantConfig.preset("w4a4+litevar+skip-head+p8+released")
+    assert (
+        config.linear_for(FC2) == config.linear_for("head") == LinearSpec(weight=None, input=None)
+    )
+    assert config.linear_for("head_nm.ada_lin.1").weight is not None
+    assert config.attention is not None and config.attention.probability is not None
+    assert (config.attention.probability.type, config.attention.probability.num_bits) == (
+        "uniform",
+        8,
+    )
+    proj = config.linear_for("blocks.0.attn.proj")
+    assert proj.weight is not None and proj.weight.range_rule == "min_max_clamped"
+    assert proj.input is not None and proj.input.range_rule == "min_max"
+
+
+@given(PRESETS)
+def test_every_preset_comes_back_from_plain_values(name: str) -> None:
+    config = QuantConfig.preset(name)
+    assert config.name == name
+    again = QuantConfig.from_dict(plain(config))
+    assert again == config and again.to_dict() == config.to_dict()
+    for layer in (FC2, "head", "word_embed"):
+        assert again.linear_for(layer) == config.linear_for(layer)
+
+
+def test_a_rule_keeps_none_and_unset_apart() -> None:
+    """None says float, nothing says as before: both must survive storing, copying and comparing."""
+    rule = LayerRule(targets="head", weight=None)
+    assert rule.to_dict() == {"targets": "head", "weight": None}
+    config = QuantConfig.preset("w4a4").with_rules(rule)
+    for version in (config, QuantConfig.from_dict(plain(config)), config.replace(name="other")):
+        head = version.linear_for("head")
+        assert head.weight is None
+        assert head.input == config.linear.input
+    assert rule.replace(targets="x").to_dict() == {"targets": "x", "weight": None}
+    assert rule.replace(input=None).to_dict() == {"targets": "head", "weight": None, "input": None}
+
+
+def test_later_rules_win() -> None:
+    two, three = (TensorSpec(num_bits=b, strategy="channel") for b in (2, 3))
+    config = QuantConfig.preset("w8a8").with_rules(
+        LayerRule(targets="blocks.*", weight=two), LayerRule(targets="blocks.1.*", weight=three)
+    )
+    assert config.linear_for("blocks.0.attn.proj").weight == two
+    assert config.linear_for("blocks.1.attn.proj").weight == three
+    assert config.linear_for("head").weight == config.linear.weight
+
+
+def test_attention_rules() -> None:
+    rule = LayerRule(targets="blocks.0.attn", attention=None)
+    config = QuantConfig.preset("w4a4").with_rules(rule)
+    for version in (config, QuantConfig.from_dict(plain(config))):
+        assert version.attention_for("blocks.0.attn") is None
+        assert version.attention_for("blocks.1.attn") == config.attention
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("w1a4", ["weight bits 1", "2..8"]),
+        ("w4a1", ["activation bits 1", "2..8"]),
+        ("w17a4", ["weight bits 17", "2..8"]),
+        ("w4a17", ["activation bits 17", "2..8"]),
+        ("int4", ["'int4'", "w<bits>a<bits>", "w4a4"]),
+        ("", ["w<bits>a<bits>"]),
+        ("W4A4", ["w<bits>a<bits>"]),
+        ("w٤a4", ["w<bits>a<bits>"]),
+        ("w4a4+lite", ["unknown modifier 'lite'", *(f"+{name}" for name in MODIFIERS)]),
+        ("w4a4+", ["unknown modifier ''"]),
+    ],
+)
+def test_unknown_presets_name_the_known_ones(name: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        QuantConfig.preset(name)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_bits": 1}, "TensorSpec: num_bits is 1: Input should be greater than or equal to 2"),
+        ({"num_bits": 17}, "TensorSpec: num_bits is 17: Input should be less than or equal to 8"),
+        ({}, "TensorSpec: num_bits: Field required"),
+        ({"num_bits": 4, "tpye": "log2"}, "TensorSpec: unknown field 'tpye'"),
+        (
+            {"num_bits": 4, "type": "fp4"},
+            "TensorSpec: type is 'fp4': Input should be 'affine', 'sign_split', 'log2' or 'uniform'",
+        ),
+        (
+            {"num_bits": 4, "strategy": "group"},
+            "TensorSpec: strategy 'group' with group_size None: group_size goes with 'group' only",
+        ),
+        (
+            {"num_bits": 4, "group_size": 64},
+            "TensorSpec: strategy 'token' with group_size 64: group_size goes with 'group' only",
+        ),
+    ],
+)
+def test_bad_fields(values: dict[str, Any], message: str) -> None:
+    for make in (lambda: TensorSpec(**values), lambda: TensorSpec.from_dict(values)):
+        with pytest.raises(ConfigError) as error:
+            make()
+        assert str(error.value) == message
+
+
+def edited(path: list[str | int], value: Any) -> dict[str, Any]:
+    """The plain values of w4a4 with one place changed."""
+    values = plain(QuantConfig.preset("w4a4"))
+    place: Any = values
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (edited(["bits"], 4), "QuantConfig: unknown field 'bits'"),
+        (
+            edited(["linear", "weight", "bits"], 4),
+            "QuantConfig: linear.weight: unknown field 'bits'",
+        ),
+        (
+            edited(["rules", 0, "input", "num_bits"], 99),
+            "QuantConfig: rules.0.input.num_bits is 99: Input should be less than or equal to 8",
+        ),
+        (edited(["rules", 0, "target"], "x"), "QuantConfig: rules.0: unknown field 'target'"),
+        (
+            edited(["attention", "value", "type"], "log2"),
+            "QuantConfig: attention.value: type 'log2' with strategy 'head', "
+            "expected type affine and strategy head",
+        ),
+        (
+            edited(["linear", "weight", "group_size"], None),
+            "QuantConfig: linear.weight: strategy 'group' with group_size None: "
+            "group_size goes with 'group' only",
+        ),
+        (
+            edited(["linear"], "w4"),
+            "QuantConfig: linear is 'w4': Input should be a valid dictionary or instance of "
+            "LinearSpec",
+        ),
+        ([], "QuantConfig: expected a mapping, got list"),
+        ({1: 2}, "QuantConfig: unknown field '1'"),
+    ],
+)
+def test_a_bad_place_is_named_from_the_top(values: Any, message: str) -> None:
+    if values == {1: 2}:
+        values = {**plain(QuantConfig.preset("w4a4")), **values}
+    with pytest.raises(ConfigError) as error:
+        QuantConfig.from_dict(values)
+    assert str(error.value) == message
+
+
+def test_operands_take_only_quantizers_that_exist() -> None:
+    token, log2 = TensorSpec(num_bits=4), TensorSpec(num_bits=4, type="log2")
+    with pytest.raises(ConfigError, match="weight: type 'affine' with strategy 'token', expected"):
+        LinearSpec(weight=token, input=token)
+    with pytest.raises(ConfigError, match="query: type 'log2' with strategy 'token', expected"):
+        AttentionSpec(query=log2, key=None, probability=log2, value=None)
+
+
+def test_settings_are_frozen_and_hashable() -> None:
+    config = QuantConfig.preset("w4a4")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
+    assert hash(config) == hash(QuantConfig.preset("w4a4"))
+    assert config.replace(name="other").name == "other" and config.name == "w4a4"
+    with pytest.raises(ConfigError, match="unknown field 'nmae'"):
+        config.replace(nmae="other")
+
+
+def test_group_for() -> None:
+    weight, x = QuantConfig.preset("w4a4").linear.weight, QuantConfig.preset("w4a4").linear.input
+    assert weight is not None and x is not None
+    assert [weight.group_for(row, "head") for row in (128, 256, 192, 32)] == [128, 128, None, None]
+    # 64 divides 192, but the released code asks that 128 does before it groups.
+    assert [x.group_for(row, "head") for row in (128, 192, 32)] == [64, None, None]
+    assert TensorSpec(num_bits=8).group_for(37, "head") is None
+
+
+def test_group_for_without_fallback_names_the_layer() -> None:
+    spec = TensorSpec(num_bits=4, strategy="group", group_size=128, fallback=False)
+    assert [spec.group_for(row, "head") for row in (256, 32)] == [128, None]
+    with pytest.raises(ConfigError) as error:
+        spec.group_for(192, "blocks.0.attn.proj")
+    assert str(error.value) == (
+        "layer blocks.0.attn.proj: group_size 128 needs a multiple of 128 input channels, "
+        "found 192; choose another size or allow the fallback to whole rows"
+    )
+    with pytest.raises(ConfigError, match="group_size 64 needs a multiple of 128 .* found 192"):
+        spec.replace(group_size=64, row_multiple=128).group_for(192, "head")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_from_file(tmp_path: Path, suffix: str) -> None:
+    config = QuantConfig.preset("w4a4+litevar")
+    path = tmp_path / f"quant{suffix}"
+    # JSON is YAML.
+    path.write_text(json.dumps(config.to_dict()))
+    assert QuantConfig.from_file(path) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", b"{", "not valid JSON"),
+        ("a.yaml", b"a: [", "not valid YAML"),
+        ("a.json", b"\xff\xfe", "cannot be read"),
+        ("a.json", b"[1]", "expected a mapping, got list"),
+        ("a.yaml", b"", "expected a mapping, got NoneType"),
+        ("absent.json", None, "cannot be read"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as error:
+        QuantConfig.from_file(tmp_path / name)
+    assert "\n" not in str(error.value)
