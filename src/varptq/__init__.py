@@ -1,6 +1,6 @@
 """varptq: post-training quantization for visual autoregressive (next-scale) image models."""
 
-# ARTIFACT from varptq.artifact import load, save
+from varptq.artifact import load, save
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import quantize
 from varptq.errors import VarptqError
@@ -20,8 +20,8 @@ __all__ = [
     "VarptqError",
     "build_model",
     "generate",
-    # "load",
+    "load",
     "load_model",
     "quantize",
-    # "save",
+    "save",
 ]

@@ -1,7 +1,8 @@
-"""The errors a user can meet. Each message is one line: the thing, the value, what was expected, what to do.
+"""The errors a user can meet. Each message is one line: the thing, the value, what was expected,
+what to do.
 
-Anything raised by varptq on bad input derives from `VarptqError`; the command line prints its message
-and exits with code 2. Bugs of our own stay ordinary Python exceptions.
+Anything raised by varptq on bad input derives from `VarptqError`; the command line prints its
+message and exits with code 2. Bugs of our own stay ordinary Python exceptions.
 """
 
 

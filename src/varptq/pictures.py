@@ -47,7 +47,7 @@ class Block:
 
 
 def to_pixels(images_B3HW: Tensor) -> Pixels:
-    """(B, 3, H, W) float in [0, 1] -> (B, H, W, 3) uint8, rounded to nearest; values outside clip."""
+    """(B, 3, H, W) float in [0, 1] -> (B, H, W, 3) uint8, rounded to nearest, clipped."""
     scaled = images_B3HW.detach().float().clamp(0, 1).mul(255).round()
     return scaled.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
 
@@ -98,13 +98,12 @@ def sheet(
 def gallery(images: Pixels, labels: Sequence[str], zoom: int | None = None) -> Image.Image:
     """One sheet of images (N, H, W, 3) with a label each: neighbours of one label share a block.
 
-    Single images of different labels stand in a near-square; several of a label in a row of its own.
+    Single images of different labels stand in a near-square; several of a label in a row of its
+    own.
     """
     starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
     ends = [*starts[1:], len(labels)]
-    blocks = [
-        Block([Row(images[a:b])], title=labels[a]) for a, b in zip(starts, ends, strict=True)
-    ]
+    blocks = [Block([Row(images[a:b])], title=labels[a]) for a, b in zip(starts, ends, strict=True)]
     single = len(blocks) == len(labels)
     return sheet(blocks, across=int(np.ceil(np.sqrt(len(blocks)))) if single else 1, zoom=zoom)
 

@@ -1,7 +1,8 @@
 """Golden data: numbers from the reference implementations, and where the tests find them.
 
-The folder comes from the environment variable VARPTQ_GOLDEN; the default is the small copy beside this file.
-Every test takes its sizes from the arrays, so the same tests run on a folder with other widths and seeds.
+The folder comes from the environment variable VARPTQ_GOLDEN; the default is the small copy beside
+this file. Every test takes its sizes from the arrays, so the same tests run on a folder with other
+widths and seeds.
 """
 
 from __future__ import annotations

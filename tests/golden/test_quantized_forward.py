@@ -1,4 +1,5 @@
-"""The converted model against the released code: which quantizer where, every op on given inputs, end to end."""
+"""The converted model against the released code: which quantizer where, every op on given inputs,
+end to end."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from golden.conftest import Golden
 from torch import Tensor
 
+from golden.conftest import Golden
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.quant.bops import layer_kind

@@ -1,14 +1,15 @@
-"""Parity of the float transformer with the reference: teacher-forced, cached, forced tokens, shared AdaLN."""
+"""Parity of the float transformer with the reference: teacher-forced, cached, forced tokens, shared
+AdaLN."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from golden.conftest import Golden
-from golden.recipe import recipe_state
 from torch import Tensor
 
+from golden.conftest import Golden
+from golden.recipe import recipe_state
 from varptq.models import checkpoint
 from varptq.models.generate import ScaleEvent, generate, teacher_forced_guided
 from varptq.models.pipeline import Pipeline, load_model

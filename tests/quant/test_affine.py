@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,6 +38,7 @@ def normal(rows: int, width: int, seed: int, scale: float = 1.0, offset: float =
     return torch.randn(rows, width, generator=generator) * scale + offset
 
 
+@settings(deadline=None)
 @given(BITS, WIDTHS, st.integers(0, 99), st.floats(1e-3, 1e6), st.floats(-3, 3))
 def test_with_zero_codes_are_codes_and_the_error_is_half_a_step(
     num_bits: int, width: int, seed: int, scale: float, offset: float
@@ -56,6 +57,7 @@ def test_with_zero_codes_are_codes_and_the_error_is_half_a_step(
     assert bool((error <= HALF_STEP * grid.scale)[inside].all())
 
 
+@settings(deadline=None)
 @given(BITS, st.integers(0, 99), st.sampled_from(RULES))
 def test_values_of_codes_come_back_as_the_same_codes(
     num_bits: int, seed: int, rule: RangeRule
@@ -65,6 +67,7 @@ def test_values_of_codes_come_back_as_the_same_codes(
     assert torch.equal(affine_codes(affine_values(codes, grid), grid, num_bits), codes)
 
 
+@settings(deadline=None)
 @given(BITS, st.integers(0, 99))
 def test_zero_is_exact_with_zero_in_the_range(num_bits: int, seed: int) -> None:
     x = normal(4, 37, seed, offset=20.0)
@@ -72,6 +75,7 @@ def test_zero_is_exact_with_zero_in_the_range(num_bits: int, seed: int) -> None:
     assert torch.equal(affine_fake(x, num_bits)[:, 0], torch.zeros(4))
 
 
+@settings(deadline=None)
 @given(BITS, st.integers(0, 99))
 def test_more_bits_are_never_much_worse(num_bits: int, seed: int) -> None:
     x = normal(2, 130, seed)
@@ -138,6 +142,7 @@ def test_one_scale_per_slice(dims: int | tuple[int, ...]) -> None:
     assert torch.equal(grid.scale, (high - low) / 15)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.sampled_from([1, 3, 64]))
 def test_groups_are_separate_rows(groups: int, size: int) -> None:
     x = normal(2, groups * size, groups)
@@ -196,7 +201,7 @@ def test_gradient_reaches_the_range_unless_the_caller_detaches_it() -> None:
     """With fixed codes, d value / d scale = code - zero_point; the range hands it to the extreme
     elements.
     """
-    x = torch.tensor([[-1.0, 0.2, 0.5, 2.0]], requires_grad=True)
+    x = torch.tensor([[-1.0, 0.2, 0.45, 2.0]], requires_grad=True)
     grid = affine_grid(x, 4)
     assert grid.scale.requires_grad
     fixed = Grid(*(t.detach() for t in grid))
@@ -204,8 +209,10 @@ def test_gradient_reaches_the_range_unless_the_caller_detaches_it() -> None:
     assert x.grad is not None and x.grad.tolist() == [[1, 1, 1, 1]]
     x.grad = None
     affine_fake(x, 4).sum().backward()
-    assert x.grad is not None and not torch.equal(x.grad, torch.ones_like(x))
-    assert x.grad[0, 1:3].tolist() == [1, 1]
+    assert x.grad is not None
+    # x / s = -5, 1, 2.25, 10: only the third is rounded, by -0.25, and s = (max - min) / 15.
+    expected = torch.tensor([[1 + 0.25 / 15, 1, 1, 1 - 0.25 / 15]])
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_round_ste() -> None:

@@ -1,4 +1,4 @@
-"""Configuration: presets and rules, round trips through plain values, and one line for every mistake."""
+"""Configuration: presets, rules, round trips through plain values, one line for every mistake."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -85,6 +85,7 @@ def test_modifiers() -> None:
     assert proj.input is not None and proj.input.range_rule == "min_max"
 
 
+@settings(deadline=None)
 @given(PRESETS)
 def test_every_preset_comes_back_from_plain_values(name: str) -> None:
     config = QuantConfig.preset(name)
@@ -157,7 +158,8 @@ def test_unknown_presets_name_the_known_ones(name: str, words: list[str]) -> Non
         ({"num_bits": 4, "tpye": "log2"}, "TensorSpec: unknown field 'tpye'"),
         (
             {"num_bits": 4, "type": "fp4"},
-            "TensorSpec: type is 'fp4': Input should be 'affine', 'sign_split', 'log2' or 'uniform'",
+            "TensorSpec: type is 'fp4': "
+            "Input should be 'affine', 'sign_split', 'log2' or 'uniform'",
         ),
         (
             {"num_bits": 4, "strategy": "group"},
@@ -262,7 +264,7 @@ def test_group_for_without_fallback_names_the_layer() -> None:
         "layer blocks.0.attn.proj: group_size 128 needs a multiple of 128 input channels, "
         "found 192; choose another size or allow the fallback to whole rows"
     )
-    with pytest.raises(ConfigError, match="group_size 64 needs a multiple of 128 .* found 192"):
+    with pytest.raises(ConfigError, match="group_size 64 needs a multiple of 128 input"):
         spec.replace(group_size=64, row_multiple=128).group_for(192, "head")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +28,7 @@ def oracle(codes: list[int], num_bits: int) -> bytes:
     return stream.to_bytes(4 * packed_words(len(codes), num_bits), "little")
 
 
+@settings(deadline=None)
 @given(st.sampled_from(BITS), st.sampled_from([0, 1, 3]), SIZES, st.integers(0, 99))
 def test_layout_and_round_trip(num_bits: int, rows: int, n: int, seed: int) -> None:
     codes = random_codes(rows, n, num_bits, seed)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -49,6 +49,7 @@ def some_orders(v: Tensor) -> Tensor:
     return torch.arange(v.shape[-2]).remainder(4).expand(v.shape[:-1])
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 99))
 def test_equals_the_copies(num_bits: int, seed: int) -> None:
     v = values(seed)
@@ -58,6 +59,7 @@ def test_equals_the_copies(num_bits: int, seed: int) -> None:
     assert torch.equal(shift_sum_codes(v, grid, order, num_bits), expected)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 99), st.sampled_from(ORDERS))
 def test_error_bound_of_the_paper(num_bits: int, seed: int, n: int) -> None:
     """|v - f(v)| <= s / (2N), the paper's s / (4 order) with order = N/2, wherever the clamp is
@@ -92,6 +94,7 @@ def test_ties_differ_from_the_copies_by_one_fine_step(n: int) -> None:
         assert bool((error == 0.5 / copies).all())
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 99))
 def test_order_zero_is_the_plain_quantizer(num_bits: int, seed: int) -> None:
     v = values(seed).float()
@@ -100,6 +103,7 @@ def test_order_zero_is_the_plain_quantizer(num_bits: int, seed: int) -> None:
     assert torch.equal(shift_sum_fake(v, grid, zero, num_bits), affine_fake(v, num_bits, (-2, -1)))
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 99))
 def test_one_wide_integer_holds_all_copies(num_bits: int, seed: int) -> None:
     v = values(seed).float()
@@ -114,6 +118,7 @@ def test_one_wide_integer_holds_all_copies(num_bits: int, seed: int) -> None:
     assert torch.equal(affine_values(wide, fine), shift_sum_fake(v, grid, order, num_bits))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.floats(1e-3, 1.0), st.integers(0, 3))
 def test_orders_follow_the_formula(seed: int, theta: float, max_order: int) -> None:
     abar = torch.rand(2, 3, 37, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -136,6 +141,7 @@ def test_orders_at_the_thresholds() -> None:
     assert orders(abar, 1.0).tolist() == [0] * 5, "theta = 1 makes no copies: a mean is at most 1"
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99))
 def test_larger_theta_never_raises_an_order(seed: int) -> None:
     abar = torch.rand(37, generator=torch.Generator().manual_seed(seed))

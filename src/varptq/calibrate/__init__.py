@@ -1,1 +1,1 @@
-"""Calibration: self-generated samples, resampling, theta under a budget, and block reconstruction."""
+"""Calibration: self-generated samples, resampling, theta under a budget, reconstruction."""

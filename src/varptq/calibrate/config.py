@@ -1,4 +1,5 @@
-"""Settings of calibration, with presets. The numbers of the released code are the preset "released"."""
+"""Settings of calibration, with presets. The numbers of the released code are the preset
+"released"."""
 
 from __future__ import annotations
 
@@ -12,25 +13,24 @@ from varptq.settings import Settings
 
 
 class CalibrationConfig(Settings):
-    """How a model is calibrated (method.md sections 3 to 5).
+    """How a model is calibrated (docs/method.md sections 3 to 5).
 
     num_samples: self-generated images, one class each, classes without replacement while they last.
-    steps: reconstruction steps per unit; 0 keeps nearest rounding. batch_size: rows (an image has two, conditional
-    and unconditional) per step. learning_rate, warmup (fraction of steps without regulariser), beta_start, beta_end,
-    regularizer: AdaRound. regularizer_scale "relative" measures the regulariser in units of the loss of nearest
-    rounding per weight, so one value serves every layer; "absolute" adds it as it is (released code).
-    budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the theta search.
-    theta_samples: images theta is measured on. memory_gb: recorded activations above this go to bfloat16, and then
-    to a memory-mapped file in `spool_dir` (default: the system's temporary folder).
+    steps: reconstruction steps per unit; 0 keeps nearest rounding. batch_size: rows (an image has
+    two, conditional and unconditional) per step. learning_rate: Adam's, on alpha. forward: "hard"
+    trains the codes that will be deployed, straight through; "soft" trains fractional ones, which
+    `regularizer` (lambda, with beta falling from beta_start to beta_end) drives to 0 or 1.
+    budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the theta search. theta_samples: images theta is
+    measured on. memory_gb: recorded activations above this go to bfloat16, and then to a
+    memory-mapped file in `spool_dir` (default: the system's temporary folder).
     """
 
     num_samples: int = Field(default=256, ge=1)
     steps: int = Field(default=2000, ge=0)
     batch_size: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=1e-2, gt=0)
-    regularizer: float = Field(default=1.0, ge=0)
-    regularizer_scale: Literal["relative", "absolute"] = "relative"
-    warmup: float = Field(default=0.2, ge=0, le=1)
+    learning_rate: float = Field(default=0.3, gt=0)
+    forward: Literal["hard", "soft"] = "hard"
+    regularizer: float = Field(default=0.0, ge=0)
     beta_start: float = Field(default=20.0, gt=0)
     beta_end: float = Field(default=2.0, gt=0)
     budget: float = Field(default=0.01, ge=0)
@@ -42,7 +42,8 @@ class CalibrationConfig(Settings):
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """ "default", "released" (the authors' settings) or "fast" (a short calibration for trials)."""
+        """ "default", "released" (the authors' settings) or "fast" (a short calibration for
+        trials)."""
         if name not in PRESETS:
             raise ConfigError(f"calibration preset {name!r}: unknown, known: {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[name])
@@ -53,9 +54,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "released": {
         "steps": 5000,
         "learning_rate": 1e-4,
+        "forward": "soft",
         "regularizer": 1e-5,
-        "regularizer_scale": "absolute",
-        "warmup": 0.0,
         "theta_samples": 1,
     },
     "fast": {"num_samples": 64, "steps": 200},

@@ -1,9 +1,11 @@
 """Methods by name, and `quantize`: the whole path from a float pipeline to a quantized one.
 
-    rtn    nearest rounding          brecq  + reconstruction          sas  + shift-and-sum + resampling (the paper)
+    rtn    nearest rounding          brecq  + reconstruction          sas  + shift-and-sum +
+    resampling (the paper)
 
-A name may switch single parts on for ablations: "brecq+shift", "brecq+resample", "rtn+shift". LiteVAR is a bit
-policy, so it is a preset of the config ("w4a4+litevar") and composes with every method.
+A name may switch single parts on for ablations: "brecq+shift", "brecq+resample", "rtn+shift".
+LiteVAR is a bit policy, so it is a preset of the config ("w4a4+litevar") and composes with every
+method.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.reconstruct import UnitReport, reconstruct
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import CalibrationSet, calibration_set
-from varptq.calibrate.theta import AttentionMass, ThetaResult, search_theta
+from varptq.calibrate.theta import AttentionMass, search_theta
 from varptq.errors import ConfigError, InputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.var import VAR
@@ -48,7 +50,7 @@ class Method:
 
     @classmethod
     def parse(cls, name: str) -> Method:
-        """"<method>" or "<method>+<part>+..."; raises `ConfigError` listing the known names."""
+        """ "<method>" or "<method>+<part>+..."; raises `ConfigError` listing the known names."""
         base, *parts = name.split("+")
         unknown = [part for part in parts if part not in PARTS]
         if base not in METHODS or unknown:
@@ -78,11 +80,11 @@ def quantize(
 ) -> QuantizedPipeline:
     """Quantize the transformer of a float pipeline.
 
-    method: "rtn", "brecq" or "sas", or with single parts switched on ("brecq+shift"). The float pipeline is left as
-    it is; the result shares what stays in float with it. `report` of the result holds the resampling statistic,
-    theta with its bit-operation account, and the losses of every unit.
-    Same seed, settings and thread count give the same result.
-    Raises `ConfigError` for settings that contradict the model, `NonFiniteError` for NaN or infinity by layer.
+    method: "rtn", "brecq" or "sas", or with single parts switched on ("brecq+shift"). The float
+    pipeline is left as it is; the result shares what stays in float with it. `report` of the result
+    holds the resampling statistic, theta with its bit-operation account, and the losses of every
+    unit. Same seed, settings and thread count give the same result. Raises `ConfigError` for
+    settings that contradict the model, `NonFiniteError` for NaN or infinity by layer.
     """
     parts = Method.parse(method)
     calibration = calibration or CalibrationConfig()
@@ -196,9 +198,11 @@ class _Run:
 def measure_attention(
     pipe: Pipeline, quantized: VAR, samples: CalibrationSet, count: int
 ) -> list[AttentionMass]:
-    """Attention of the quantized model averaged over queries, per block and scale, on `count` samples.
+    """Attention of the quantized model averaged over queries, per block and scale, on `count`
+    samples.
 
-    Rows are the conditional and unconditional ones; probabilities are taken before their quantization.
+    Rows are the conditional and unconditional ones; probabilities are taken before their
+    quantization.
     """
     labels = samples.labels_N[:count].to(pipe.device)
     rows = torch.cat((labels, torch.full_like(labels, pipe.num_classes)))

@@ -1,10 +1,14 @@
-"""Block reconstruction: the weight rounding of a unit is learned so that its quantized output matches the float one.
+"""Block reconstruction: the weight rounding of a unit is learned so that its quantized output
+matches the float one.
 
-    loss = sum over scales of mean over (rows, tokens) of sum over channels (y^ - y)^2 + lambda sum(1 - |2h - 1|^beta)
+    loss = sum over scales of mean over (rows, tokens) of sum over channels (y^ - y)^2
+           + lambda sum(1 - |2h - 1|^beta)
 
-beta falls from 20 to 2, Adam with a cosine to 0, activations quantized, gradients straight through every rounding
-(AdaRound / BRECQ; paper: base pipeline; method.md section 5). What is trained (soft h) and what is deployed (hard h)
-are both measured. Units are independent of each other: each draws its rows from (seed, unit name).
+Adam on alpha with a cosine to 0, activations quantized, gradients straight through every rounding
+(AdaRound / BRECQ; paper: base pipeline; docs/method.md section 5). The released code trains the
+soft h and deploys the hard one, which differ; by default the hard one is trained, with the soft
+one's gradient, and lambda is 0. Both losses are measured. Units are independent of each other: each
+draws its rows from (seed, unit name).
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from varptq.errors import NonFiniteError
 from varptq.quant import adaround
 from varptq.quant.layers import LearnedRounding, QuantLinear
 
-# Rows the loss before and after is measured on: enough for two digits, little next to the training itself.
+# Rows the loss before and after is measured on: enough for two digits, little next to the training
+# itself.
 EVALUATED_ROWS = 64
 # Units with one vector per class are tiny; more rows a step cost nothing there.
 VECTOR_BATCH = 256
@@ -32,10 +37,10 @@ VECTOR_BATCH = 256
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Losses of one unit: nearest rounding, and the learned rounding while soft and once hard.
+    """Losses of one unit: nearest rounding, and the learned one with h as a fraction (soft) and as
+    deployed (hard).
 
     kept: "learned", or "nearest" where the learned codes were no better on the calibration data.
-    undecided: share of h further than 0.05 from both 0 and 1 at the end.
     """
 
     name: str
@@ -43,7 +48,6 @@ class UnitReport:
     loss_nearest: float
     loss_soft: float
     loss_hard: float
-    undecided: float
     kept: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +55,8 @@ class UnitReport:
 
 
 def unit_loss(output: Tensor, target: Tensor, token_weights: Tensor | None) -> Tensor:
-    """Channel-summed squared error, mean over rows, tokens weighted by 1 / l_k (sum over scales of means)."""
+    """Channel-summed squared error, mean over rows, tokens weighted by 1 / l_k (sum over scales of
+    means)."""
     error = (output.float() - target).square().sum(dim=-1)
     return error.mean() if token_weights is None else (error @ token_weights).mean()
 
@@ -72,7 +77,8 @@ def reconstruct(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
 ) -> UnitReport | None:
-    """Learn the rounding of `unit` in place. None for a unit without quantized weights or with 0 steps."""
+    """Learn the rounding of `unit` in place. None for a unit without quantized weights or with 0
+    steps."""
     layers = unit_layers(unit)
     if not layers or config.steps == 0:
         return None
@@ -80,9 +86,11 @@ def reconstruct(
     nearest = [layer.codes for layer in layers]
     evaluated = torch.randperm(len(unit.inputs), generator=generator)[:EVALUATED_ROWS]
     loss_nearest = evaluate(unit, evaluated)
-    roundings = [layer.start_rounding() for layer in layers]
-    train(unit, roundings, config, generator, loss_nearest, on_step)
-    loss_soft, undecided = evaluate(unit, evaluated), _undecided(roundings)
+    roundings = [layer.start_rounding(hard=config.forward == "hard") for layer in layers]
+    train(unit, roundings, config, generator, on_step)
+    for rounding in roundings:
+        rounding.hard = False
+    loss_soft = evaluate(unit, evaluated)
     for layer in layers:
         layer.finish_rounding()
     loss_hard = evaluate(unit, evaluated)
@@ -90,7 +98,7 @@ def reconstruct(
     if kept == "nearest":
         for layer, codes in zip(layers, nearest, strict=True):
             layer.load_codes(codes, layer.scale, layer.zero_point)
-    return UnitReport(unit.name, config.steps, loss_nearest, loss_soft, loss_hard, undecided, kept)
+    return UnitReport(unit.name, config.steps, loss_nearest, loss_soft, loss_hard, kept)
 
 
 def train(
@@ -98,21 +106,18 @@ def train(
     roundings: list[LearnedRounding],
     config: CalibrationConfig,
     generator: torch.Generator,
-    loss_nearest: float,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """`config.steps` Adam steps on the alphas of `roundings`."""
     alphas = [rounding.alpha for rounding in roundings]
     optimizer = torch.optim.Adam(alphas, lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
-    strength = regularizer_strength(config, loss_nearest, sum(alpha.numel() for alpha in alphas))
     batch = config.batch_size if unit.token_weights is not None else VECTOR_BATCH
     batch = min(batch, len(unit.inputs))
     for step in range(1, config.steps + 1):
         rows = torch.randint(len(unit.inputs), (batch,), generator=generator)
-        beta = adaround.linear_beta(step, config.steps, config.beta_start, config.beta_end, config.warmup)
-        regularize = strength > 0 and step > config.warmup * config.steps
-        loss = train_step(unit, rows, alphas, optimizer, strength if regularize else 0.0, beta)
+        beta = adaround.linear_beta(step, config.steps, config.beta_start, config.beta_end)
+        loss = train_step(unit, rows, alphas, optimizer, config.regularizer, beta)
         schedule.step()
         if on_step is not None:
             on_step(step, loss)
@@ -130,7 +135,9 @@ def train_step(
     loss = unit_loss(unit.run(unit.inputs[rows]), unit.target(rows), unit.token_weights)
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise NonFiniteError(f"unit {unit.name}: reconstruction loss is {value}; lower the learning rate")
+        raise NonFiniteError(
+            f"unit {unit.name}: reconstruction loss is {value}; lower the learning rate"
+        )
     optimizer.zero_grad(set_to_none=True)
     total = loss
     if strength > 0:
@@ -138,13 +145,6 @@ def train_step(
     total.backward()
     optimizer.step()
     return value
-
-
-def regularizer_strength(config: CalibrationConfig, loss_nearest: float, num_weights: int) -> float:
-    """lambda as a factor of sum(1 - |2h - 1|^beta)."""
-    if config.regularizer_scale == "absolute":
-        return config.regularizer
-    return config.regularizer * loss_nearest / num_weights
 
 
 @torch.no_grad()
@@ -155,9 +155,3 @@ def evaluate(unit: Unit, rows: Tensor) -> float:
         loss = unit_loss(unit.run(unit.inputs[part]), unit.target(part), unit.token_weights)
         total += float(loss) * len(part)
     return total / len(rows)
-
-
-@torch.no_grad()
-def _undecided(roundings: list[LearnedRounding]) -> float:
-    targets = torch.cat([adaround.soft_target(r.alpha).flatten() for r in roundings])
-    return float(((targets > 0.05) & (targets < 0.95)).float().mean())

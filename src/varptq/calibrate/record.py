@@ -1,8 +1,9 @@
 """Recording: one streaming pass that gives every unit its float inputs and targets.
 
-Activations entering block i + 1 are computed from those leaving block i, batch by batch, all K scales at once; no
-image is generated again. What is stored at any time is the residual stream plus input and output of one block's
-two units. Units see float inputs, so they do not depend on each other (paper: base pipeline; method.md section 5).
+Activations entering block i + 1 are computed from those leaving block i, batch by batch, all K
+scales at once; no image is generated again. What is stored at any time is the residual stream plus
+input and output of one block's two units. Units see float inputs, so they do not depend on each
+other (paper: base pipeline; docs/method.md section 5).
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ ROWS_PER_BATCH = 8
 class Unit:
     """One piece of the model whose rounding is learned on its own.
 
-    run maps a batch of inputs (rows, ...) through the quantized piece, `reference` through the float one. targets
-    may be None: then `reference` is asked at every step (single Linear layers, whose outputs can be large).
-    token_weights (tokens,) says how much the squared error of a position counts: 1 / l_k at scale k, so every scale
-    counts equally; None for units that see one vector per class.
+    run maps a batch of inputs (rows, ...) through the quantized piece, `reference` through the
+    float one. targets may be None: then `reference` is asked at every step (single Linear layers,
+    whose outputs can be large). token_weights (tokens,) says how much the squared error of a
+    position counts: 1 / l_k at scale k, so every scale counts equally; None for units that see one
+    vector per class.
     """
 
     name: str
@@ -64,8 +66,8 @@ class Storage:
 
     @classmethod
     def plan(cls, numel: int, config: CalibrationConfig, stack: ExitStack) -> Storage:
-        """float32 in memory if a block's record (residual, two inputs, two targets) fits, else bfloat16, else a
-        memory-mapped file. The temporary folder lives as long as `stack`."""
+        """float32 in memory if a block's record (residual, two inputs, two targets) fits, else
+        bfloat16, else a memory-mapped file. The temporary folder lives as long as `stack`."""
         limit = config.memory_gb * 2**30
         if numel * 4 * 5 <= limit:
             return cls(torch.float32, None)
@@ -112,7 +114,8 @@ class Recorder:
         self.scales = pipe.scales
 
     def units(self) -> Iterator[Unit]:
-        """Units as they become ready; storage of a block is reused for the next, so use each before the next."""
+        """Units as they become ready; storage of a block is reused for the next, so use each before
+        the next."""
         with ExitStack() as stack:
             numel = self.num_rows * self.scales.num_tokens * self.var.arch.width
             storage = Storage.plan(numel, self.config, stack)
@@ -154,7 +157,9 @@ class Recorder:
         def cast_call(layer: nn.Module) -> Callable[[Tensor], Tensor]:
             return lambda x: layer(x.to(dtype))
 
-        return Unit(name, module, cast_call(module), cast_call(reference), inputs, None, token_weights)
+        return Unit(
+            name, module, cast_call(module), cast_call(reference), inputs, None, token_weights
+        )
 
     @torch.no_grad()
     def _first_residual(self, storage: Storage) -> Tensor:
@@ -174,7 +179,8 @@ class Recorder:
     def _advance(
         self, index: int, block: Block, residual: Tensor, records: dict[str, Tensor]
     ) -> None:
-        """Run the float block over all rows in place, keeping inputs and outputs of attention and FFN."""
+        """Run the float block over all rows in place, keeping inputs and outputs of attention and
+        FFN."""
         spans = causal_spans(self.scales)
         name = f"blocks.{index}"
         for rows in self._batches():
@@ -195,7 +201,11 @@ class Recorder:
         return self._block_unit(f"blocks.{index}.ffn", "ffn", records, lambda m, x: m(x))
 
     def _block_unit(
-        self, name: str, kind: str, records: dict[str, Tensor], call: Callable[[nn.Module, Tensor], Tensor]
+        self,
+        name: str,
+        kind: str,
+        records: dict[str, Tensor],
+        call: Callable[[nn.Module, Tensor], Tensor],
     ) -> Unit:
         module, reference = self.quantized.get_submodule(name), self.var.get_submodule(name)
         device, dtype = self.pipe.device, self.pipe.dtype
@@ -221,7 +231,9 @@ class Recorder:
 class _Tap:
     """Forward hook that writes a module's input and output into the record's rows."""
 
-    def __init__(self, module: nn.Module, records: dict[str, Tensor], kind: str, rows: slice) -> None:
+    def __init__(
+        self, module: nn.Module, records: dict[str, Tensor], kind: str, rows: slice
+    ) -> None:
         self.module, self.records, self.kind, self.rows = module, records, kind, rows
 
     def __enter__(self) -> None:

@@ -7,7 +7,7 @@ mass on the entries that are short. Each draws a new entry from its own distribu
 the entries still short (uniform if that mass is 0).
 
 The probabilities are those of the tokens as first drawn; tokens of later scales are not drawn
-again. Source: "Shift-and-Sum Quantization for VAR models" (ICLR 2026), method.md section 4.
+again. Source: "Shift-and-Sum Quantization for VAR models" (ICLR 2026), docs/method.md section 4.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The calibration set: images the float model generates itself, optionally resampled (paper: resampling of
-calibration data so that codebook frequencies match predicted probabilities; method.md section 4)."""
+"""The calibration set: images the float model generates itself, optionally resampled (paper:
+resampling of calibration data so that codebook frequencies match predicted probabilities; docs/method.md
+section 4)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from varptq.progress import Progress, silent
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """labels_N (N,) int64 and tokens ids_NL (N, L) int64; `resampling` tells what was moved, if anything was."""
+    """labels_N (N,) int64 and tokens ids_NL (N, L) int64; `resampling` tells what was moved, if
+    anything was."""
 
     labels_N: Tensor
     ids_NL: Tensor
@@ -28,7 +30,8 @@ class CalibrationSet:
 class FilteredProbabilities:
     """Filtered next-token probabilities, stored as their largest entries per position.
 
-    A filter leaves few of V entries, so values (float32) and indices (int32) of those are kept, padded per batch.
+    A filter leaves few of V entries, so values (float32) and indices (int32) of those are kept,
+    padded per batch.
     """
 
     vocabulary: int
@@ -38,7 +41,9 @@ class FilteredProbabilities:
         probs_BlV = event.logits_BlV.softmax(dim=-1)
         kept = int((probs_BlV > 0).sum(dim=-1).max())
         values, indices = probs_BlV.topk(kept, dim=-1)
-        self.parts.setdefault(event.scale, []).append((values.cpu(), indices.to("cpu", torch.int32)))
+        self.parts.setdefault(event.scale, []).append(
+            (values.cpu(), indices.to("cpu", torch.int32))
+        )
 
     def dense(self, scale: int) -> Tensor:
         """(N, l, V) float32 probabilities of one scale."""
@@ -51,7 +56,8 @@ class FilteredProbabilities:
 
 
 def choose_labels(num_classes: int, count: int, seed: int) -> Tensor:
-    """(count,) int64 distinct classes in random order; fewer classes than samples are cycled through."""
+    """(count,) int64 distinct classes in random order; fewer classes than samples are cycled
+    through."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-count // num_classes)
     order = [torch.randperm(num_classes, generator=generator) for _ in range(rounds)]

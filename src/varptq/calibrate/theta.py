@@ -8,7 +8,7 @@ E(theta) = #[abar > theta] + 2 #[abar > 2 theta] + 4 #[abar > 4 theta], so one s
 every theta.
 
 It does not measure abar; the caller records it with the quantized model.
-Source: method.md section 3.
+Source: docs/method.md section 3.
 """
 
 from __future__ import annotations

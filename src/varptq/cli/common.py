@@ -1,4 +1,4 @@
-"""What the verbs share: which model is meant, options that mean the same everywhere, and printing.
+"""What the verbs share: which model is meant, options of one meaning, and printing.
 
 Tables for people go to stdout, progress to stderr; with --json stdout holds one document and
 nothing else. torch is imported where it is needed only, so that --help stays quick.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from varptq.models.pipeline import Pipeline
+    from varptq.quant.pipeline import QuantizedPipeline
 
 MAX_SEED = 2**63 - 1
 
@@ -29,7 +30,8 @@ Source = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL_OR_ARTIFACT",
-        help="Folder of an artifact, or a model: demo, var-d16, var-d20, var-d24, var-d30, var-d36.",
+        help="Folder of an artifact, or a model: demo, var-d16, var-d20, var-d24, var-d30, "
+        "var-d36.",
     ),
 ]
 VarFile = Annotated[
@@ -69,7 +71,7 @@ class ModelChoice:
 
     @property
     def folder(self) -> Path | None:
-        """The artifact folder meant, if it is one. Names of models win over folders of that name."""
+        """The artifact folder meant, if it is one; names of models win over folders."""
         from varptq.models.presets import PRESETS
 
         if self.source is None or self.source in PRESETS:
@@ -158,3 +160,47 @@ def megabytes(size: float) -> str:
 def seconds(duration: float) -> str:
     minutes, rest = divmod(round(duration), 60)
     return f"{minutes} min {rest} s" if minutes else f"{duration:.1f} s"
+
+
+def sizes(pipe: Pipeline) -> dict[str, Any]:
+    """Bytes as stored and in float32: by kind of tensor, and of both networks."""
+    from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+
+    kinds = sizes(pipe)
+    packed = quantized_size(pipe)
+    transformer = total({kind: size for kind, size in kinds.items() if kind != VAE})
+    return {
+        "transformer": transformer.to_dict(),
+        "vae": kinds[VAE].to_dict(),
+        "bits_per_quantized_weight": packed.bits_per_element or None,
+        "kinds": {kind: size.to_dict() for kind, size in kinds.items()},
+    }
+
+
+def size_rows(sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The totals of `sizes` for a table."""
+    rows = []
+    for name, part in (("transformer size", "transformer"), ("VQVAE size", "vae")):
+        stored, full = sizes[part]["bytes"], sizes[part]["float32_bytes"]
+        compared = f", {full / stored:.2f}x smaller than float32" if stored < full else ", float"
+        rows.append((name, megabytes(stored) + compared))
+    if (bits := sizes["bits_per_quantized_weight"]) is not None:
+        rows.append(("quantized weights", f"{bits:.2f} bits each, with scales and zero points"))
+    return rows
+
+
+def theta_summary(pipe: QuantizedPipeline) -> dict[str, Any]:
+    """The threshold in use and what its search found, without the list of copies."""
+    found = pipe.report.get("theta") or {}
+    kept = {name: value for name, value in found.items() if name not in {"copies", "theta"}}
+    return {"value": pipe.theta, **kept}
+
+
+def theta_text(theta: Mapping[str, Any]) -> str:
+    if theta["value"] is None:
+        over = theta.get("status") == "over_budget"
+        return "off" + (", the budget does not even pay for finding the tokens" if over else "")
+    text = f"{theta['value']:.4f}"
+    if "fraction" in theta:
+        text += f", adds {theta['fraction']:.2%} BOPs of a budget of {theta['alpha']:.2%}"
+    return text

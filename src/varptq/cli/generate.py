@@ -144,7 +144,12 @@ class Files:
             for path, label, title in zip(self.images, labels, titles, strict=False)
         ]
         tokens = str(self.tokens) if self.tokens else None
-        return {"num_images": len(labels), "grid": str(self.grid), "tokens": tokens, "images": images}
+        return {
+            "num_images": len(labels),
+            "grid": str(self.grid),
+            "tokens": tokens,
+            "images": images,
+        }
 
 
 def class_title(pipe: Pipeline, label: int) -> str:

@@ -35,7 +35,8 @@ def command(
         common.print_json(document)
         return
     common.print_rows(f"{document['name']}, {document['kind']}", overview(document))
-    common.print_table(bits_table(document))
+    if "config" in document:
+        common.print_table(bits_table(document))
     common.print_table(bops_table(document))
     if document.get("duplicated"):
         common.print_table(copies_table(document))
@@ -70,7 +71,7 @@ def describe(pipe: Pipeline) -> dict[str, Any]:
         "kind": "float" if config is None else f"quantized {config.name}",
         "architecture": architecture(pipe),
         "sources": pipe.sources,
-        "sizes": sizes(pipe),
+        "sizes": common.sizes(pipe),
         "bits": bits(pipe.var, config),
         "bops": {
             "total": account.total,
@@ -84,7 +85,6 @@ def describe(pipe: Pipeline) -> dict[str, Any]:
 def architecture(pipe: Pipeline) -> dict[str, Any]:
     arch = asdict(pipe.var.arch)
     arch["scales"] = list(pipe.scales.sides)
-    parts = {"var": pipe.var, "vae": pipe.vae}
     return {
         **arch,
         "num_tokens": pipe.scales.num_tokens,
@@ -94,14 +94,14 @@ def architecture(pipe: Pipeline) -> dict[str, Any]:
 
 def quantization(pipe: QuantizedPipeline) -> dict[str, Any]:
     """How an artifact came about, and what theta does."""
-    theta = pipe.report.get("theta") or {}
+    copies = (pipe.report.get("theta") or {}).get("copies", ())
     return {
         "config": pipe.config.to_dict(),
         "method": pipe.method,
         "seed": pipe.seed,
         "calibration": pipe.calibration,
-        "theta": {"value": pipe.theta, **{k: v for k, v in theta.items() if k != "copies"}},
-        "duplicated": duplicated_per_scale(theta.get("copies", ())),
+        "theta": common.theta_summary(pipe),
+        "duplicated": duplicated_per_scale(copies),
     }
 
 
@@ -146,7 +146,7 @@ def bits(var: VAR, config: QuantConfig | None) -> dict[str, dict[str, str]]:
 
 
 def stored_as(spec: TensorSpec | None, row: int | None = None, layer: str = "") -> str:
-    """A spec in words, e.g. "4 bits, groups of 128"; for a Linear after the fallback of its groups."""
+    """A spec in words, e.g. "4 bits, groups of 128", after the fallback of its groups."""
     if spec is None:
         return "float"
     words = [f"{spec.num_bits} bits"]
@@ -174,7 +174,7 @@ def overview(document: dict[str, Any]) -> list[tuple[str, str]]:
             f"codebook {arch['codebook_size']} x {arch['code_dim']}",
         ),
         ("image", f"{arch['image_size']} x {arch['image_size']}"),
-        *size_rows(document["sizes"]),
+        *common.size_rows(document["sizes"]),
         bops_row(document["bops"]),
     ]
     if "theta" in document:
@@ -187,7 +187,8 @@ def overview(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 def bops_row(bops: dict[str, Any]) -> tuple[str, str]:
     ratio = bops["float_total"] / bops["total"]
-    return "BOPs per image", f"{bops['total']:.3e}, 16-bit float / this = {ratio:.2f}"
+    compared = f"{ratio:.2f}x fewer than in 16-bit float" if ratio > 1 else "16-bit float"
+    return "BOPs per image", f"{bops['total']:.3e}, {compared}"
 
 
 def bits_table(document: dict[str, Any]) -> Table:

@@ -1,8 +1,8 @@
 """The command `varptq`: its verbs, and what a failure looks like.
 
-Whatever the user got wrong ends with exit code 2 and one line "error: ..." on stderr, be it found by
-the argument parser or deep in a call (`VarptqError`). Ctrl-C ends with 130. Anything else is a bug
-of ours and keeps its traceback. No verb is implemented here.
+Whatever the user got wrong ends with exit code 2 and one line "error: ..." on stderr, be it found
+by the argument parser or deep in a call (`VarptqError`). Ctrl-C ends with 130. Anything else is a
+bug of ours and keeps its traceback. No verb is implemented here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class OneLineErrors(TyperGroup):
         except Exception as error:
             if not isinstance(error, UsageError):
                 raise
-            fail(f"{error.format_message()} (see --help)", EXIT_USER_ERROR)  # type: ignore
+            fail(usage_message(error), EXIT_USER_ERROR)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -46,6 +46,12 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
+
+
+def usage_message(error: Any) -> str:
+    """What the parser says, and the help that answers it."""
+    command = error.ctx.command_path if error.ctx else "varptq"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
 
 
 def fail(message: str, code: int) -> NoReturn:

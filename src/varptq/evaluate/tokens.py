@@ -63,9 +63,9 @@ def token_fidelity(
 ) -> TokenFidelity:
     """Compare two pipelines on given tokens.
 
-    labels_B: B class ids or names. ids_BL: (B, L) int64 tokens both models read, best ones the float
-    model sampled for these labels and calibration has not seen. Raises `InputError` for models that do
-    not speak the same tokens, and for tokens, labels or settings out of range.
+    labels_B: B class ids or names. ids_BL: (B, L) int64 tokens both models read, best ones the
+    float model sampled for these labels and calibration has not seen. Raises `InputError` for
+    models that do not speak the same tokens, and for tokens, labels or settings out of range.
     """
     SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
     labels_B = float_pipe.labels(labels_B)
@@ -91,9 +91,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return terms.masked_fill(log_p == -torch.inf, 0.0).sum(-1)
 
 
-def filtered_kl_divergence(
-    p_logits: Tensor, q_logits: Tensor, top_k: int, top_p: float
-) -> Tensor:
+def filtered_kl_divergence(p_logits: Tensor, q_logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """The same with both cut to what the filter keeps of p and renormalised, (..., V) -> (...)."""
     p_kept = filter_logits(p_logits, top_k, top_p)
     return kl_divergence(p_kept, q_logits.masked_fill(p_kept == -torch.inf, -torch.inf))

@@ -1,1 +1,2 @@
-"""Float models: the VAR transformer, its VQVAE, checkpoints, presets and generation. Knows no quantization."""
+"""Float models: the VAR transformer, its VQVAE, checkpoints, presets and generation. Knows no
+quantization."""

@@ -1,8 +1,9 @@
-"""Class-conditional generation: scale by scale, with guidance, filters, forced tokens and per-image randomness.
+"""Class-conditional generation: scale by scale, with guidance, filters, forced tokens and per-image
+randomness.
 
-Each image has a generator of its own made from (seed, image index): batch size and order change nothing but float
-summation. AdaLN vectors are computed once per image, keys and values live in a preallocated cache.
-Shapes as in models/var.py.
+Each image has a generator of its own made from (seed, image index): batch size and order change
+nothing but float summation. AdaLN vectors are computed once per image, keys and values live in a
+preallocated cache. Shapes as in models/var.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ DEFAULT_BATCH = 16
 
 @dataclass(frozen=True)
 class Output:
-    """images (B, 3, H, W) float32 in [0, 1] (None when decoding was not asked for), tokens (B, L) int64."""
+    """images (B, 3, H, W) float32 in [0, 1] (None when decoding was not asked for), tokens (B, L)
+    int64."""
 
     images: Tensor | None
     tokens: Tensor
@@ -41,7 +43,8 @@ class Output:
 
 @dataclass(frozen=True)
 class ScaleEvent:
-    """What `on_scale` sees: the filtered logits (b, l, V) and ids (b, l) of images `rows` of the call."""
+    """What `on_scale` sees: the filtered logits (b, l, V) and ids (b, l) of images `rows` of the
+    call."""
 
     scale: int
     rows: slice
@@ -69,10 +72,10 @@ def generate(
 ) -> Output:
     """Generate one image per label, with a float or a quantized pipeline.
 
-    labels: B class ids or names. forced: (B, L) int64 ids to use instead of sampling, -1 where free.
-    Image i of the call draws from (seed, first_index + i) only. top_k 0 and top_p 0 or 1 switch a filter off.
-    Source: VAR paper (sampling), method.md section 1. Raises `InputError` for labels, settings or forced ids out
-    of range.
+    labels: B class ids or names. forced: (B, L) int64 ids to use instead of sampling, -1 where
+    free. Image i of the call draws from (seed, first_index + i) only. top_k 0 and top_p 0 or 1
+    switch a filter off. Source: VAR paper (sampling), docs/method.md section 1. Raises `InputError` for
+    labels, settings or forced ids out of range.
     """
     settings = SamplingSettings(
         cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
@@ -99,7 +102,9 @@ def _check_forced(pipe: Pipeline, forced: Tensor | None, count: int) -> Tensor |
         return None
     expected = (count, pipe.scales.num_tokens)
     if tuple(forced.shape) != expected:
-        raise InputError(f"forced: shape {tuple(forced.shape)}, expected {expected} (images, tokens)")
+        raise InputError(
+            f"forced: shape {tuple(forced.shape)}, expected {expected} (images, tokens)"
+        )
     low, high = int(forced.min()), int(forced.max())
     if low < -1 or high >= pipe.var.arch.codebook_size:
         raise InputError(
@@ -140,7 +145,9 @@ def _generate_batch(
             given = forced_BL[:, part] >= 0
             ids_Bl = torch.where(given, forced_BL[:, part], ids_Bl)
             if embedding is not None:
-                embedding = torch.where(given.unsqueeze(-1), pipe.vae.quantize.embed(ids_Bl), embedding)
+                embedding = torch.where(
+                    given.unsqueeze(-1), pipe.vae.quantize.embed(ids_Bl), embedding
+                )
         if embedding is None:
             embedding = pipe.vae.quantize.embed(ids_Bl)
         f_hat = pipe.vae.quantize.add_scale(f_hat, embedding, scale)
@@ -151,7 +158,8 @@ def _generate_batch(
 
 
 class _Stepper:
-    """Guided logits scale by scale; rows are [conditional; unconditional], the latter only when guidance needs it."""
+    """Guided logits scale by scale; rows are [conditional; unconditional], the latter only when
+    guidance needs it."""
 
     def __init__(self, pipe: Pipeline, labels_B: Tensor, cfg: float) -> None:
         self.pipe, self.cfg = pipe, cfg
@@ -172,7 +180,9 @@ class _Stepper:
             if self.cfg > 0:
                 x_BlC = x_BlC.repeat(2, 1, 1)
         logits = var.step(x_BlC, self.condition, scale, self.cache)
-        return guided(logits, guidance_strength(self.cfg, scale, scales)) if self.cfg > 0 else logits
+        return (
+            guided(logits, guidance_strength(self.cfg, scale, scales)) if self.cfg > 0 else logits
+        )
 
 
 def teacher_forced_guided(
@@ -184,5 +194,3 @@ def teacher_forced_guided(
     logits_2BLV = pipe.var(labels, inputs.repeat(2, 1, 1))
     for scale, part in enumerate(pipe.scales.slices()):
         yield scale, guided(logits_2BLV[:, part], guidance_strength(cfg, scale, pipe.scales))
-
-

@@ -1,4 +1,5 @@
-"""A float model ready to use: transformer, VQVAE and where they came from; loading and building them."""
+"""A float model ready to use: transformer, VQVAE and where they came from; loading and building
+them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Pipeline:
-    """`var(labels_B, inputs_BLc) -> logits_BLV` and `vae.encode / decode / teacher_inputs`, on one device.
+    """`var(labels_B, inputs_BLc) -> logits_BLV` and `vae.encode / decode / teacher_inputs`, on one
+    device.
 
     sources: sha256 of the files the weights came from, or the seed of random ones.
     """
@@ -49,14 +51,18 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         return self.var.dtype
 
-    def to(self, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move and/or cast both networks in place; codes and index buffers keep their integer types."""
+    def to(
+        self, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Move and/or cast both networks in place; codes and index buffers keep their integer
+        types."""
         self.var.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=dtype)
         return self
 
     def labels(self, classes: Sequence[int | str] | Tensor) -> Tensor:
-        """(B,) int64 from class ids and names. Raises `InputError` naming the first that does not exist."""
+        """(B,) int64 from class ids and names. Raises `InputError` naming the first that does not
+        exist."""
         values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
         if not values:
             raise InputError("labels: empty; give at least one class")
@@ -66,9 +72,13 @@ class Pipeline:
         if isinstance(value, str) and not value.lstrip("-").isdigit():
             return self._label_of_name(value)
         if isinstance(value, bool) or not isinstance(value, int | str):
-            raise InputError(f"class {value!r}: expected an id or a name, got {type(value).__name__}")
+            raise InputError(
+                f"class {value!r}: expected an id or a name, got {type(value).__name__}"
+            )
         if not 0 <= int(value) < self.num_classes:
-            raise InputError(f"class {value}: not in 0..{self.num_classes - 1} of model {self.name!r}")
+            raise InputError(
+                f"class {value}: not in 0..{self.num_classes - 1} of model {self.name!r}"
+            )
         return int(value)
 
     def _label_of_name(self, name: str) -> int:
@@ -92,9 +102,10 @@ def load_model(
 ) -> Pipeline:
     """A float model by preset name ("demo", "var-d16" .. "var-d36") or from two checkpoint files.
 
-    The architecture is read off the tensors. Files are `.pth` (weights only) or `.safetensors`. Presets other than
-    "demo" come from the local hub cache, or from the hub with `download=True`.
-    Raises `InputError` for contradicting arguments, `CheckpointError` for files that cannot be used.
+    The architecture is read off the tensors. Files are `.pth` (weights only) or `.safetensors`.
+    Presets other than "demo" come from the local hub cache, or from the hub with `download=True`.
+    Raises `InputError` for contradicting arguments, `CheckpointError` for files that cannot be
+    used.
     """
     if name is not None:
         if var is not None or vae is not None:
@@ -138,7 +149,7 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Pipeline:
-    """A preset's architecture with random weights: for benchmarks and trials without a checkpoint."""
+    """A preset's architecture with random weights, for trials without a checkpoint."""
     preset = presets.preset(name)
     generator = torch.Generator().manual_seed(seed)
     transformer = VAR(preset.var_arch)

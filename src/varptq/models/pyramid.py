@@ -31,7 +31,7 @@ def phi_index(num_scales: int, num_phi: int) -> tuple[int, ...]:
 
     Computed in float64 with numpy's `linspace` as the released models were: for K = 10, J = 4 two
     scales lie exactly between two ticks, and only the same rounding gives 0,0,1,1,1,2,2,3,3,3
-    (method.md section 1). A tie goes to the lower tick.
+    (docs/method.md section 1). A tie goes to the lower tick.
     """
     margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
     ticks = np.linspace(margin, 1 - margin, num_phi)

@@ -33,7 +33,7 @@ MIX = 0x9E3779B1
 
 
 class SamplingSettings(Settings):
-    """How an image is drawn; the defaults are the VAR paper's evaluation (method.md section 1).
+    """How an image is drawn; the defaults are the VAR paper's evaluation (docs/method.md section 1).
 
     cfg: guidance, reached at the last scale; 0 is unguided.
     top_k: candidates per token; 0, or V and above, is off.
@@ -66,7 +66,7 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     top-k keeps everything not below the k-th largest, ties included. top-p goes through the rest in
     ascending order and drops while the cumulative probability is <= 1 - top_p; the largest always
     stays. Of equal logits at that border some may stay and some go. Source: VAR's sampling,
-    method.md section 1.
+    docs/method.md section 1.
     """
     logits = logits_BlV.float()
     if 0 < top_k < logits.shape[-1]:

@@ -1,7 +1,8 @@
 """The schedule of scales: which token belongs to which token map.
 
-A next-scale model writes K square token maps of growing side, concatenated coarse to fine and row-major
-inside a map; L is the sum of squared sides. Everything that cuts a sequence by scale asks this class.
+A next-scale model writes K square token maps of growing side, concatenated coarse to fine and
+row-major inside a map; L is the sum of squared sides. Everything that cuts a sequence by scale asks
+this class.
 """
 
 from __future__ import annotations

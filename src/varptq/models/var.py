@@ -1,13 +1,16 @@
 """The VAR transformer (Tian et al., NeurIPS 2024), float, with seams where quantizers go.
 
-    block:  x += attn(LN(x) (1 + scale1) + shift1) gamma1;   x += ffn(LN(x) (1 + scale2) + shift2) gamma2
+    block:  x += attn(LN(x) (1 + scale1) + shift1) gamma1;   x += ffn(LN(x) (1 + scale2) + shift2)
+    gamma2
 
-Two ways through the same modules: `forward` runs all K scales in one block-causal pass (teacher-forced), `step`
-runs one scale against a preallocated cache. Block causality is a list of spans (queries of scale k see the keys of
-scales 0..k), so no mask is stored and both ways do the same products. The seams are child modules: every
-`nn.Linear`, and in attention `Scores` (q k^T) and `Mix` (p v). Nothing here knows of quantization.
+Two ways through the same modules: `forward` runs all K scales in one block-causal pass
+(teacher-forced), `step` runs one scale against a preallocated cache. Block causality is a list of
+spans (queries of scale k see the keys of scales 0..k), so no mask is stored and both ways do the
+same products. The seams are child modules: every `nn.Linear`, and in attention `Scores` (q k^T) and
+`Mix` (p v). Nothing here knows of quantization.
 
-Shapes: B rows, L tokens, l tokens of one scale, K scales, C width, H heads, c head width, V codebook.
+Shapes: B rows, L tokens, l tokens of one scale, K scales, C width, H heads, c head width, V
+codebook.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class VARArch:
-    """Everything the tensors of a checkpoint say about the transformer (method.md section 1)."""
+    """Everything the tensors of a checkpoint say about the transformer (docs/method.md section 1)."""
 
     num_classes: int
     depth: int
@@ -90,13 +93,17 @@ class Mix(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention. With `l2_norm` q and k are unit vectors and q carries exp(min(scale_mul, log 100));
-    without it q is scaled by 0.25 / sqrt(c)."""
+    """Self-attention. With `l2_norm` q and k are unit vectors and q carries exp(min(scale_mul, log
+    100)); without it q is scaled by 0.25 / sqrt(c)."""
 
     def __init__(self, arch: VARArch) -> None:
         super().__init__()
         width = arch.width
-        self.num_heads, self.head_width, self.l2_norm = arch.num_heads, arch.head_width, arch.l2_norm
+        self.num_heads, self.head_width, self.l2_norm = (
+            arch.num_heads,
+            arch.head_width,
+            arch.l2_norm,
+        )
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -110,11 +117,15 @@ class Attention(nn.Module):
         self.mix = Mix()
 
     def forward(self, x_BLC: Tensor, spans: list[Span], cache: LayerCache | None = None) -> Tensor:
-        """(B, L, C) -> (B, L, C); `spans` index the queries of `x_BLC` and count keys in cache + input."""
+        """(B, L, C) -> (B, L, C); `spans` index the queries of `x_BLC` and count keys in cache +
+        input."""
         q_BHLc, k_BHLc, v_BHLc = self._qkv(x_BLC)
         if cache is not None:
             k_BHLc, v_BHLc = cache.append(k_BHLc, v_BHLc)
-        mixed = [self._attend(q_BHLc[:, :, s.queries], k_BHLc[:, :, : s.keys], v_BHLc[:, :, : s.keys]) for s in spans]
+        mixed = [
+            self._attend(q_BHLc[:, :, s.queries], k_BHLc[:, :, : s.keys], v_BHLc[:, :, : s.keys])
+            for s in spans
+        ]
         out_BHLc = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
         return self.proj(out_BHLc.transpose(1, 2).flatten(2))
 
@@ -155,8 +166,8 @@ def modulated_norm(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tenso
 
 
 class Block(nn.Module):
-    """One transformer block. Its AdaLN vectors come from its own `ada_lin`, or with shared AdaLN (d36) from
-    `ada_gss` plus the output of the shared layer."""
+    """One transformer block. Its AdaLN vectors come from its own `ada_lin`, or with shared AdaLN
+    (d36) from `ada_gss` plus the output of the shared layer."""
 
     def __init__(self, arch: VARArch) -> None:
         super().__init__()
@@ -206,7 +217,7 @@ class Condition(NamedTuple):
 
 
 class VAR(nn.Module):
-    """Next-scale transformer; parameter names are upstream's. `forward` is the teacher-forced pass."""
+    """Next-scale transformer, upstream's parameter names. `forward` is the teacher-forced pass."""
 
     def __init__(self, arch: VARArch) -> None:
         super().__init__()
@@ -239,8 +250,9 @@ class VAR(nn.Module):
     def forward(self, labels_B: Tensor, inputs_BLc: Tensor) -> Tensor:
         """Teacher-forced logits of all scales in one block-causal pass.
 
-        labels_B (B,) int64, `num_classes` meaning unconditional; inputs_BLc (B, L - l_0, Cvae), the input tokens of
-        scales 1..K-1 as `vae.teacher_inputs` gives them. Returns float32 logits (B, L, V).
+        labels_B (B,) int64, `num_classes` meaning unconditional; inputs_BLc (B, L - l_0, Cvae), the
+        input tokens of scales 1..K-1 as `vae.teacher_inputs` gives them. Returns float32 logits (B,
+        L, V).
         """
         condition = self.condition(labels_B)
         x_BLC = self.embed(condition.class_BC, inputs_BLc)
@@ -257,7 +269,7 @@ class VAR(nn.Module):
         return Condition(class_BC, blocks, self.head_nm.modulation(class_BC))
 
     def block_condition(self, class_BC: Tensor) -> Tensor:
-        """What `Block.modulation` takes: the class embedding, or the shared layer's (B, 1, 6, C)."""
+        """What `Block.modulation` takes: class embeddings, or the shared layer's (B, 1, 6, C)."""
         if not self.arch.shared_adaln:
             return class_BC
         return self.shared_ada_lin(class_BC).unflatten(-1, (1, 6, -1))
@@ -276,7 +288,7 @@ class VAR(nn.Module):
         return class_BC.unsqueeze(1) + self.pos_start + self._position(positions)
 
     def embed_inputs(self, inputs_Blc: Tensor, positions: slice) -> Tensor:
-        """Input of later scales from token embeddings (B, l, Cvae) at `positions` of the sequence."""
+        """Input of later scales from token embeddings (B, l, Cvae) at these `positions`."""
         return self.word_embed(inputs_Blc.to(self.dtype)) + self._position(positions)
 
     def _position(self, positions: slice) -> Tensor:
@@ -316,5 +328,7 @@ def randomize(var: VAR, generator: torch.Generator) -> None:
         if name.endswith("scale_mul_1H11"):
             continue
         std = 0.5 / math.sqrt(parameter.shape[-1]) if "ada_lin.1.weight" in name else INIT_STD
-        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(
+            0.0, std, generator=generator
+        )
         parameter.copy_(values)

@@ -29,7 +29,7 @@ IMAGE_CHANNELS = 3
 
 @dataclass(frozen=True)
 class VQVAEArch:
-    """Everything the tensors of a checkpoint say about the VQVAE (method.md section 1)."""
+    """Everything the tensors of a checkpoint say about the VQVAE (docs/method.md section 1)."""
 
     ch: int
     """Channels of the first convolution."""

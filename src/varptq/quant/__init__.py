@@ -1,1 +1,2 @@
-"""Quantizers as pure functions, their configuration, and conversion of a float model to simulated quantization."""
+"""Quantizers as pure functions, their configuration, and conversion of a float model to simulated
+quantization."""

@@ -46,6 +46,13 @@ def hard_codes(floor: Tensor, alpha: Tensor, num_bits: int) -> Tensor:
     return (floor + (alpha >= 0)).clamp(0, 2**num_bits - 1)
 
 
+def straight_through_codes(floor: Tensor, alpha: Tensor, num_bits: int) -> Tensor:
+    """The hard codes, with the gradient of the soft ones: what is trained is what is deployed."""
+    soft = soft_target(alpha)
+    hard = (alpha >= 0).to(soft.dtype)
+    return (floor + (soft + (hard - soft).detach())).clamp(0, 2**num_bits - 1)
+
+
 def regularizer(alpha: Tensor, beta: float) -> Tensor:
     """sum(1 - |2h - 1|^beta), a scalar: 0 when every h is 0 or 1."""
     return (1 - (2 * soft_target(alpha) - 1).abs().pow(beta)).sum()

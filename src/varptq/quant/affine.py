@@ -41,6 +41,16 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def round_ste_(x: Tensor) -> Tensor:
+    """`round_ste` of a tensor nobody else holds: overwrites it where no gradient is wanted.
+
+    Quantizers run on every activation of a simulated model, and new temporaries cost more there
+    than the arithmetic. So they work in place on what they made themselves; autograd keeps the
+    operands it needs.
+    """
+    return round_ste(x) if x.requires_grad else x.round_()
+
+
 def affine_grid(
     x: Tensor, num_bits: int, dims: Dims = -1, range_rule: RangeRule = "with_zero"
 ) -> Grid:
@@ -64,20 +74,13 @@ def affine_grid(
 
 def affine_codes(x: Tensor, grid: Grid, num_bits: int) -> Tensor:
     """Codes of x, integer-valued floats in [0, 2^b - 1], in the dtype of the grid."""
-    steps = x.to(grid.scale.dtype) / grid.scale
-    top = 2**num_bits - 1
-    if steps.requires_grad:
-        return (round_ste(steps) + grid.zero_point).clamp(0, top)
-    # The same arithmetic without temporaries: this runs on every activation of a simulated model.
-    return steps.round_().add_(grid.zero_point)
+    steps = round_ste_(x.to(grid.scale.dtype) / grid.scale)
+    return steps.add_(grid.zero_point).clamp_(0, 2**num_bits - 1)
 
 
 def affine_values(codes: Tensor, grid: Grid) -> Tensor:
     """The real values of codes (float or integer dtype), in the dtype of the grid."""
-    steps = codes - grid.zero_point
-    if steps.requires_grad or grid.scale.requires_grad:
-        return steps * grid.scale
-    return steps.mul_(grid.scale)
+    return codes.sub(grid.zero_point).mul_(grid.scale)
 
 
 def affine_fake(

@@ -19,8 +19,7 @@ from varptq.errors import ConfigError
 from varptq.settings import Settings
 
 MIN_BITS, MAX_BITS = 2, 8
-# The released code switches to groups below this width (method.md section 2: "b >= 6" against "b
-# <= 5").
+# The released code switches to groups below this width (docs/method.md section 2).
 GROUPED_BELOW_BITS = 6
 WEIGHT_GROUP, INPUT_GROUP = 128, 64
 
@@ -28,26 +27,20 @@ RangeRule = Literal["with_zero", "min_max", "min_max_clamped"]
 
 
 class TensorSpec(Settings):
-    """How one kind of tensor becomes codes. Field names follow compressed-tensors where it has a
-    word.
+    """How one kind of tensor becomes codes; field names follow compressed-tensors where it has one.
 
     type: "affine" (scale and zero point), "sign_split" (a scale per sign), "log2" and "uniform"
-    (attention
-        probabilities, scaled by their row maximum).
+        (attention probabilities, scaled by their row maximum).
     strategy: the extent of one scale. "channel" = one output row of a weight, or one head channel
-    of the keys;
-        "token" = the last axis; "group" = `group_size` neighbours on the last axis; "head" = all
-        tokens and channels of one head.
+        of the keys; "token" = the last axis; "group" = `group_size` neighbours on the last axis;
+        "head" = all tokens and channels of one head.
     fallback: rows that the group size does not fit are quantized whole ("channel"/"token");
-    without it they
-        are an error.
-    row_multiple: use groups only on rows whose length this divides (the released code asks for
-    128 even for
-        groups of 64).
+        without it they are an error.
+    row_multiple: use groups only on rows whose length this divides (the released code asks for 128
+        even for groups of 64).
     range_rule: "with_zero" extends every range to contain 0, so zero points are codes; "min_max"
-    takes the
-        range as it is, and the zero point may lie outside the codes; "min_max_clamped" clamps
-        that zero point (released weights: a row of one sign collapses).
+        takes the range as it is, and the zero point may lie outside the codes; "min_max_clamped"
+        clamps that zero point (released weights: a row of one sign collapses).
     """
 
     num_bits: int = Field(ge=MIN_BITS, le=MAX_BITS)
@@ -62,7 +55,8 @@ class TensorSpec(Settings):
     def _consistent(self) -> Self:
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError(
-                f"strategy {self.strategy!r} with group_size {self.group_size}: group_size goes with 'group' only"
+                f"strategy {self.strategy!r} with group_size {self.group_size}: "
+                "group_size goes with 'group' only"
             )
         return self
 
@@ -82,8 +76,8 @@ class TensorSpec(Settings):
             return None
         fits = math.lcm(self.group_size, self.row_multiple or 1)
         raise ConfigError(
-            f"layer {layer}: group_size {self.group_size} needs a multiple of {fits} input channels, "
-            f"found {row}; choose another size or allow the fallback to whole rows"
+            f"layer {layer}: group_size {self.group_size} needs a multiple of {fits} input "
+            f"channels, found {row}; choose another size or allow the fallback to whole rows"
         )
 
 
@@ -232,7 +226,7 @@ class QuantConfig(Settings):
 
     @classmethod
     def from_bits(cls, weight_bits: int, activation_bits: int) -> QuantConfig:
-        """The paper's assignment of quantizers for these widths (method.md section 2)."""
+        """The paper's assignment of quantizers for these widths (docs/method.md section 2)."""
         weight = _weight_spec(weight_bits)
         plain = _input_spec(activation_bits)
         gelu = plain.replace(type="sign_split")

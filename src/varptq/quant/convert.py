@@ -1,7 +1,7 @@
 """Conversion: one registry and one walk over the float model, replacing the modules in its seams.
 
-The result shares every tensor it does not replace with the float model; no forward pass is written again.
-A new kind of layer is one entry in `REGISTRY`.
+The result shares every tensor it does not replace with the float model; no forward pass is written
+again. A new kind of layer is one entry in `REGISTRY`.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ REGISTRY: dict[type[nn.Module], Factory] = {nn.Linear: _linear, Scores: _scores,
 def convert(var: VAR, config: QuantConfig) -> VAR:
     """A copy of `var` with quantizers in its seams, weights rounded to nearest.
 
-    A model on the meta device gives one with empty buffers of the right shapes, to be filled from an artifact.
-    Raises `ConfigError` for a rule that matches no layer or a group size that does not fit, `NonFiniteError`
-    naming the first tensor with NaN or infinity.
+    A model on the meta device gives one with empty buffers of the right shapes, to be filled from
+    an artifact. Raises `ConfigError` for a rule that matches no layer or a group size that does not
+    fit, `NonFiniteError` naming the first tensor with NaN or infinity.
     """
     check_finite(var)
     check_rules(var, config)
@@ -76,7 +76,8 @@ def check_finite(var: VAR) -> None:
 
 
 def check_rules(var: VAR, config: QuantConfig) -> None:
-    """Every rule must change at least one layer: a pattern that matches nothing is a spelling mistake."""
+    """Every rule must change at least one layer: a pattern that matches nothing is a spelling
+    mistake."""
     linears = [name for name, m in var.named_modules() if isinstance(m, nn.Linear)]
     attentions = [name.rpartition(".")[0] for name, m in var.named_modules() if isinstance(m, Mix)]
     for rule in config.rules:
@@ -109,7 +110,8 @@ def release_float_weights(model: nn.Module) -> None:
 
 
 def describe_linears(var: VAR, config: QuantConfig | None) -> Iterator[LayerShape]:
-    """Every Linear with its size, tokens per image and widths; `config` None describes the float model."""
+    """Every Linear with its size, tokens per image and widths; `config` None describes the float
+    model."""
     for name, module in var.named_modules():
         if isinstance(module, nn.Linear | QuantLinear):
             spec = config.linear_for(name) if config else None
@@ -135,5 +137,7 @@ def describe_products(var: VAR, config: QuantConfig | None) -> Iterator[ProductS
 
 
 def bops_account(var: VAR, config: QuantConfig | None) -> BopsAccount:
-    """Bit operations for one image without guidance, without shift-and-sum (method.md section 3)."""
-    return account(list(describe_linears(var, config)), list(describe_products(var, config)), var.scales)
+    """Bit operations for one image, no guidance, no shift-and-sum (paper: BOP budget)."""
+    return account(
+        list(describe_linears(var, config)), list(describe_products(var, config)), var.scales
+    )

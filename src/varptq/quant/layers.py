@@ -4,9 +4,9 @@
     QuantScores   fake(q) fake(k)^T
     QuantMix      fake(p) fake(v),  v with shift-and-sum where attention mass is high
 
-They compute in float on dequantized codes ("simulated"): the arithmetic of every quantizer is the pure function in
-its own file, and runtimes on integers are held against these layers. Shapes as in models/var.py; G groups of g
-input channels.
+They compute in float on dequantized codes ("simulated"): the arithmetic of every quantizer is the
+pure function in its own file, and runtimes on integers are held against these layers. Shapes as in
+models/var.py; G groups of g input channels.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from varptq.quant.sign_split import sign_split_fake
 
 
 def weight_grid(weight: Tensor, spec: TensorSpec, layer: str) -> tuple[Tensor, Grid]:
-    """Cut a weight (out, in) into (out, G, g) float32 and find its grid, scale and zero_point (out, G, 1)."""
+    """Cut a weight (out, in) into (out, G, g) float32 and find its grid, scale and zero_point (out,
+    G, 1)."""
     group = spec.group_for(weight.shape[1], layer)
     rows = to_groups(weight.float(), group or weight.shape[1])
     grid = affine_grid(rows, spec.num_bits, -1, spec.range_rule)
@@ -47,17 +48,19 @@ def weight_grid(weight: Tensor, spec: TensorSpec, layer: str) -> tuple[Tensor, G
 
 
 class LearnedRounding(nn.Module):
-    """The weight of one layer while its rounding is learned: codes = floor(w / s) + z + h(alpha)."""
+    """A weight while its rounding is learned: codes = floor(w / s) + z + h(alpha)."""
 
-    def __init__(self, rows: Tensor, grid: Grid, num_bits: int) -> None:
+    def __init__(self, rows: Tensor, grid: Grid, num_bits: int, hard: bool) -> None:
         super().__init__()
-        self.grid, self.num_bits = grid, num_bits
+        self.grid, self.num_bits, self.hard = grid, num_bits, hard
         self.floor = adaround.floor_codes(rows, grid)
         self.alpha = nn.Parameter(adaround.init_alpha(rows, grid))
 
-    def soft_weight(self) -> Tensor:
-        """(out, in) float32 weight with fractional rounding h(alpha), differentiable in alpha."""
-        codes = adaround.soft_codes(self.floor, self.alpha, self.num_bits)
+    def weight(self) -> Tensor:
+        """(out, in) float32 weight, differentiable in alpha: rounded by the sign of alpha (`hard`)
+        or by the fraction h(alpha)."""
+        codes_of = adaround.straight_through_codes if self.hard else adaround.soft_codes
+        codes = codes_of(self.floor, self.alpha, self.num_bits)
         return affine_values(codes, self.grid).flatten(1)
 
     def hard_codes(self) -> Tensor:
@@ -68,8 +71,9 @@ class LearnedRounding(nn.Module):
 class QuantLinear(nn.Module):
     """A Linear with quantized weight and/or input.
 
-    Buffers: `codes` (out, in) uint8, `scale` and `zero_point` (out, G) float32; a weight kept in float
-    (spec.weight None) stays a parameter instead. `rounding` exists only during reconstruction.
+    Buffers: `codes` (out, in) uint8, `scale` and `zero_point` (out, G) float32; a weight kept in
+    float (spec.weight None) stays a parameter instead. `rounding` exists only during
+    reconstruction.
     """
 
     def __init__(self, linear: nn.Linear, spec: LinearSpec, layer: str) -> None:
@@ -97,7 +101,9 @@ class QuantLinear(nn.Module):
     @property
     def grid(self) -> Grid:
         """Scale and zero_point as (out, G, 1)."""
-        return Grid(cast(Tensor, self.scale).unsqueeze(-1), cast(Tensor, self.zero_point).unsqueeze(-1))
+        return Grid(
+            cast(Tensor, self.scale).unsqueeze(-1), cast(Tensor, self.zero_point).unsqueeze(-1)
+        )
 
     @property
     def codes_grouped(self) -> Tensor:
@@ -106,9 +112,13 @@ class QuantLinear(nn.Module):
         return cast(Tensor, self.codes).unflatten(1, (groups, -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda` and `bfloat16` go through. Scale and zero point give the codes their values, so they
-        follow the model to another device but not to another dtype."""
-        grid = {name: buffer for name, buffer in self._buffers.items() if name in ("scale", "zero_point")}
+        """What `to`, `cuda` and `bfloat16` go through. Scale and zero point give the codes their
+        values, so they follow the model to another device but not to another dtype."""
+        grid = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if name in ("scale", "zero_point")
+        }
         super()._apply(fn, recurse)
         for name, before in grid.items():
             after = self._buffers[name]
@@ -125,11 +135,11 @@ class QuantLinear(nn.Module):
         self.codes, self.scale, self.zero_point = codes, scale, zero_point
         self._cached_weight = None
 
-    def start_rounding(self) -> LearnedRounding:
+    def start_rounding(self, *, hard: bool) -> LearnedRounding:
         """Make the rounding of this weight learnable, starting at the float weight."""
         assert self.spec.weight is not None and self.float_weight is not None
         rows = to_groups(self.float_weight.float(), self.codes_grouped.shape[-1])
-        self.rounding = LearnedRounding(rows, self.grid, self.spec.weight.num_bits)
+        self.rounding = LearnedRounding(rows, self.grid, self.spec.weight.num_bits, hard)
         return self.rounding
 
     def finish_rounding(self) -> None:
@@ -150,19 +160,26 @@ class QuantLinear(nn.Module):
         if self.spec.weight is None:
             return self.weight
         if self.rounding is not None:
-            return self.rounding.soft_weight().to(dtype)
+            return self.rounding.weight().to(dtype)
         cached = self._cached_weight
         if cached is None or cached.dtype != dtype or cached.device != self.codes.device:
             cached = self._cached_weight = self.dequantized().to(dtype)
         return cached
 
     def fake_input(self, x: Tensor) -> Tensor:
-        """The input on its grid: per token, or per group of channels of a token."""
+        """The input on its grid: per token, or per group of channels of a token. Raises
+        `NonFiniteError` naming the layer, since a range with NaN or infinity has no grid."""
         spec = self.spec.input
         if spec is None:
             return x
+        if not bool(x.isfinite().all()):
+            raise NonFiniteError(f"layer {self.layer}: input holds NaN or infinity")
         rows = to_groups(x, self.input_group)
-        fake = sign_split_fake(rows, spec.num_bits) if spec.type == "sign_split" else _affine(rows, spec, -1)
+        fake = (
+            sign_split_fake(rows, spec.num_bits)
+            if spec.type == "sign_split"
+            else _affine(rows, spec, -1)
+        )
         return from_groups(fake) if self.input_group else fake
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +194,8 @@ def _affine(x: Tensor, spec: TensorSpec, dims: int | tuple[int, ...]) -> Tensor:
 
 
 class QuantScores(Scores):
-    """q k^T with both sides quantized. Keys per head channel share a range over all tokens of the call."""
+    """q k^T with both sides quantized. Keys per head channel share a range over all tokens of the
+    call."""
 
     def __init__(self, spec: AttentionSpec, layer: str) -> None:
         super().__init__()
@@ -195,8 +213,8 @@ class QuantScores(Scores):
 class QuantMix(Mix):
     """p v with p by its probability rule and v per head, shift-and-sum where `theta` is set.
 
-    The order of each key follows from the float attention averaged over the queries of the call, before p is
-    quantized (paper section on kernel selection; method.md section 2).
+    The order of each key follows from the float attention averaged over the queries of the call,
+    before p is quantized (paper section on kernel selection; docs/method.md section 2).
     """
 
     def __init__(self, spec: AttentionSpec, layer: str) -> None:

@@ -13,9 +13,10 @@ from varptq.quant.config import QuantConfig
 class QuantizedPipeline(Pipeline):
     """Quantized transformer with the float VQVAE.
 
-    method: name of the method, e.g. "sas". theta: threshold of shift-and-sum, None when it is off. runtime: who
-    computes ("simulated": float arithmetic on dequantized codes). report: what calibration measured, plain JSON
-    values. calibration: its settings as a dict; seed: of the whole run.
+    method: name of the method, e.g. "sas". theta: threshold of shift-and-sum, None when it is off.
+    runtime: who computes ("simulated": float arithmetic on dequantized codes). report: what
+    calibration measured, plain JSON values. calibration: its settings as a dict; seed: of the whole
+    run.
     """
 
     config: QuantConfig

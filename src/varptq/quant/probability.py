@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from varptq.quant.affine import SCALE_FLOOR, round_ste, wide
+from varptq.quant.affine import SCALE_FLOOR, round_ste_, wide
 from varptq.quant.config import TensorSpec
 
 # Keeps log2 and its gradient finite at p = 0, whose exponent is then 66: zero up to 6 bits, m
@@ -32,14 +32,14 @@ def log2_codes(p: Tensor, scale: Tensor, num_bits: int) -> Tensor:
 
     2^b means zero. They fit uint8 at every width, since no exponent is above 66.
     """
-    ratio = p.to(scale.dtype) / scale
-    return round_ste(-torch.log2(ratio + LOG2_SHIFT)).clamp(0, 2**num_bits)
+    ratio = (p.to(scale.dtype) / scale).add_(LOG2_SHIFT)
+    return round_ste_(ratio.log2_().neg_()).clamp_(0, 2**num_bits)
 
 
 def log2_values(codes: Tensor, scale: Tensor, num_bits: int) -> Tensor:
     """scale * 2^-code, exactly 0 for the code 2^b; codes float or integer, result as the scale."""
-    power = F.threshold(-codes.to(scale.dtype), -(2.0**num_bits), -torch.inf)
-    return torch.exp2(power) * scale
+    power = codes.to(scale.dtype).neg()
+    return torch.exp2(F.threshold_(power, -(2.0**num_bits), -torch.inf)) * scale
 
 
 def uniform_scale(p: Tensor, num_bits: int) -> Tensor:
@@ -49,7 +49,7 @@ def uniform_scale(p: Tensor, num_bits: int) -> Tensor:
 
 def uniform_codes(p: Tensor, scale: Tensor, num_bits: int) -> Tensor:
     """Codes of p (..., n) on `uniform_scale` (..., 1): integer-valued floats in [0, 2^b - 1]."""
-    return round_ste(p.to(scale.dtype) / scale).clamp(0, 2**num_bits - 1)
+    return round_ste_(p.to(scale.dtype) / scale).clamp_(0, 2**num_bits - 1)
 
 
 def uniform_values(codes: Tensor, scale: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varptq.quant.affine import Grid, affine_values, round_ste
+from varptq.quant.affine import Grid, affine_values, round_ste_
 
 
 def orders(abar: Tensor, theta: float, max_order: int = 3) -> Tensor:
@@ -45,8 +45,8 @@ def shift_sum_codes(v: Tensor, grid: Grid, order: Tensor, num_bits: int) -> Tens
     `affine_values` decodes.
     """
     copies = copies_of(order, grid.scale.dtype)
-    fine_steps = v.to(grid.scale.dtype) / (grid.scale / copies)
-    return (round_ste(fine_steps) / copies + grid.zero_point).clamp(0, 2**num_bits - 1)
+    fine = round_ste_(v.to(grid.scale.dtype) / (grid.scale / copies))
+    return fine.div_(copies).add_(grid.zero_point).clamp_(0, 2**num_bits - 1)
 
 
 def shift_sum_integers(v: Tensor, grid: Grid, order: Tensor, num_bits: int) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from varptq.quant.affine import SCALE_FLOOR, Dims, round_ste, wide
+from varptq.quant.affine import SCALE_FLOOR, Dims, round_ste_, wide
 
 
 class SignGrid(NamedTuple):
@@ -44,19 +44,21 @@ def _side_codes(x: Tensor, grid: SignGrid, num_bits: int) -> tuple[Tensor, Tenso
     """
     levels = sign_split_levels(num_bits)
     x = x.to(grid.positive.dtype)
-    negative = round_ste(x.clamp(max=0.0) / grid.negative).clamp(min=-levels)
-    return negative, round_ste(x.relu() / grid.positive).clamp(max=levels)
+    negative = round_ste_(x.clamp(max=0.0).div_(grid.negative)).clamp_(min=-levels)
+    positive = round_ste_(x.relu() / grid.positive).clamp_(max=levels)
+    return negative, positive
 
 
 def sign_split_codes(x: Tensor, grid: SignGrid, num_bits: int) -> Tensor:
     """Codes of x, integer-valued floats in [-L, L], in the dtype of the grid."""
     negative, positive = _side_codes(x, grid, num_bits)
-    return negative + positive
+    return negative.add_(positive)
 
 
 def sign_split_values(codes: Tensor, grid: SignGrid) -> Tensor:
     """The real values of signed codes (float or integer dtype), in the dtype of the grid."""
-    return codes.clamp(max=0) * grid.negative + codes.clamp(min=0) * grid.positive
+    negative = codes.clamp(max=0) * grid.negative
+    return negative.add_(codes.clamp(min=0) * grid.positive)
 
 
 def sign_split_fake(x: Tensor, num_bits: int, dims: Dims = -1) -> Tensor:
@@ -67,4 +69,4 @@ def sign_split_fake(x: Tensor, num_bits: int, dims: Dims = -1) -> Tensor:
     """
     grid = sign_split_grid(x, num_bits, dims)
     negative, positive = _side_codes(x, grid, num_bits)
-    return (negative * grid.negative + positive * grid.positive).to(x.dtype)
+    return negative.mul_(grid.negative).add_(positive.mul_(grid.positive)).to(x.dtype)

@@ -1,0 +1,111 @@
+"""Does every part of the method help? KL to the float model, product errors, codebook frequencies.
+
+    python benchmarks/proof.py run  [--seeds 0 1 2] [--widths ...] [--methods ...] [--threads N]
+    python benchmarks/proof.py plot
+
+`run` appends one line per calibration to results/proof.jsonl and skips what is there, so it can be
+stopped and started, and split over processes by --seeds. `plot` makes the pictures and the tables of
+docs/results.md from that file. On the bundled demo model; held-out images are of other seeds than
+any calibration's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import varptq
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.methods import measure_attention, set_theta
+from varptq.calibrate.samples import CalibrationSet, calibration_set
+from varptq.evaluate.attention import product_errors
+from varptq.evaluate.tokens import token_fidelity
+from varptq.models.pipeline import Pipeline
+from varptq.quant.convert import quant_mixes
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "proof.jsonl"
+WIDTHS = ("w6a6", "w4a8", "w4a6", "w4a4")
+METHODS = ("rtn", "brecq", "brecq+shift", "brecq+resample", "sas", "sas+litevar")
+SEEDS = (0, 1, 2)
+HELD_OUT_SEED, HELD_OUT_IMAGES = 1_000_003, 100
+CALIBRATION = CalibrationConfig(num_samples=128, steps=200)
+
+
+def held_out(pipe: Pipeline) -> CalibrationSet:
+    config = CalibrationConfig(num_samples=HELD_OUT_IMAGES)
+    return calibration_set(pipe, config, seed=HELD_OUT_SEED, resampled=False)
+
+
+def done() -> set[tuple[str, str, int]]:
+    if not RESULTS.exists():
+        return set()
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return {(line["width"], line["method"], line["seed"]) for line in lines}
+
+
+def one(pipe: Pipeline, test: CalibrationSet, width: str, method: str, seed: int) -> dict[str, Any]:
+    """Calibrate once and measure; "sas+litevar" is the method sas on the preset "<width>+litevar"."""
+    base, _, policy = method.partition("+litevar")
+    config = varptq.QuantConfig.preset(width + ("+litevar" if "+litevar" in method else ""))
+    started = time.monotonic()
+    quantized = varptq.quantize(pipe, config, method=base + policy, calibration=CALIBRATION, seed=seed)
+    seconds = time.monotonic() - started
+    fidelity = token_fidelity(pipe, quantized, test.labels_N, test.ids_NL)
+    products = product_errors(pipe, quant_mixes(quantized.var), test.labels_N[:20], test.ids_NL[:20])
+    units = quantized.report.get("units", [])
+    return {
+        "width": width,
+        "method": method,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "theta": quantized.theta,
+        "fidelity": fidelity.to_dict(),
+        "product_error": products.mean(0).tolist(),
+        "loss_hard_to_nearest": [u["loss_hard"] / u["loss_nearest"] for u in units],
+        "resampling": quantized.report.get("resampling"),
+        "calibration": CALIBRATION.to_dict(),
+        "version": varptq.__version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    RESULTS.parent.mkdir(exist_ok=True)
+    pipe = varptq.load_model("demo")
+    test = held_out(pipe)
+    for seed in arguments.seeds:
+        for width in arguments.widths:
+            for method in arguments.methods:
+                if (width, method, seed) in done():
+                    continue
+                line = one(pipe, test, width, method, seed)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                kl = line["fidelity"]["kl_filtered"]
+                print(f"{width} {method} seed {seed}: kl {kl:.4f}, {line['seconds']} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("run")
+    verb.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    verb.add_argument("--widths", nargs="+", default=WIDTHS)
+    verb.add_argument("--methods", nargs="+", default=METHODS)
+    verb.add_argument("--threads", type=int, default=2)
+    verb.set_defaults(call=run)
+    arguments = parser.parse_args()
+    arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Read an artifact back, every step checked before the next.
+
+    config.json -> document -> modules without memory -> does the header of model.safetensors fit?
+    -> does its SHA-256? -> tensors, unpacked into the modules -> QuantizedPipeline
+
+No memory is taken for a tensor before its shape is known to be the right one, nothing is unpickled,
+and whatever is wrong with the files is one `ArtifactError`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from varptq.artifact.format import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    LEVELS,
+    SEAL,
+    VAE_PREFIX,
+    VAR_PREFIX,
+    WEIGHTS_FILE,
+    Slot,
+    linear_slots,
+    packed_linears,
+    slots,
+    unpack_linear,
+)
+from varptq.artifact.schema import (
+    MAX_CONFIG_BYTES,
+    SealedDocument,
+    compressed_tensors_block,
+    digest,
+)
+from varptq.errors import ArtifactError, CheckpointError, ConfigError, InputError
+from varptq.models.state_file import file_sha256
+from varptq.models.var import VAR
+from varptq.models.vqvae import VQVAE
+from varptq.quant.convert import convert, release_float_weights, set_theta
+from varptq.quant.pipeline import QuantizedPipeline
+from varptq.runtime.resolve import resolve
+
+DAMAGED = "damaged or altered, copy the artifact again"
+
+
+def load(
+    folder: str | Path,
+    *,
+    runtime: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> QuantizedPipeline:
+    """The quantized pipeline stored in `folder`, with the codes and scales it was saved with.
+
+    runtime: see `varptq.runtime.resolve`. dtype: of the float parts and of the arithmetic; scales
+    stay float32.
+    Raises `InputError` for an unknown runtime or a dtype that is not floating, `ArtifactError`
+    naming the file and what is wrong with it.
+    """
+    runtime = resolve(runtime)
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype {dtype}: expected a floating dtype, e.g. torch.bfloat16")
+    folder = Path(folder)
+    document, seal = read_config(folder)
+    var, vae = _empty_modules(folder / CONFIG_FILE, document)
+    tensors = _read_tensors(folder / WEIGHTS_FILE, document, seal, slots(var, vae))
+    _fill(var, vae, tensors, folder / WEIGHTS_FILE)
+    recipe = document.varptq
+    set_theta(var, recipe.theta)
+    pipeline = QuantizedPipeline(
+        var.eval().requires_grad_(False),
+        vae.eval().requires_grad_(False),
+        document.name,
+        document.class_names,
+        dict(document.sources),
+        config=recipe.config,
+        method=recipe.method,
+        theta=recipe.theta,
+        runtime=runtime,
+        seed=recipe.seed,
+        calibration=dict(recipe.calibration),
+        report=dict(recipe.report),
+    )
+    return pipeline.to(device=device, dtype=dtype)
+
+
+def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
+    """The validated config.json and its `digest`; the weights are not looked at.
+
+    Raises `ArtifactError`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        found = "is a file, expected a folder" if folder.exists() else "no such folder"
+        raise ArtifactError(f"artifact {folder}: {found} with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    path = folder / CONFIG_FILE
+    content = _parse(path)
+    _check_version(path, content)
+    try:
+        return SealedDocument.from_dict(content), digest(content)
+    except (ValueError, RecursionError) as error:
+        # ConfigError is a ValueError; the others come from numbers and nesting beyond JSON's.
+        raise ArtifactError(f"{path}: {_line(error)}") from None
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    _check_file(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ArtifactError(
+            f"{path}: larger than {MAX_CONFIG_BYTES} bytes, no config of an artifact"
+        )
+    try:
+        content = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not valid JSON ({_line(error)}); {DAMAGED}") from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_version(path: Path, content: dict[str, Any]) -> None:
+    found = content.get("format_version")
+    if type(found) is not int:
+        raise ArtifactError(
+            f"{path}: format_version is {found!r:.80}, expected {FORMAT_VERSION}; "
+            "not an artifact of varptq"
+        )
+    if found != FORMAT_VERSION:
+        remedy = "update varptq" if found > FORMAT_VERSION else "quantize the model again"
+        raise ArtifactError(
+            f"{path}: format_version {found!r:.80}, this varptq reads {FORMAT_VERSION}; {remedy}"
+        )
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        found = "is not a file" if path.exists() else "is missing"
+        raise ArtifactError(f"{path}: {found}; give the folder of an artifact, copied whole")
+
+
+def _empty_modules(path: Path, document: SealedDocument) -> tuple[VAR, VQVAE]:
+    """Both networks on the meta device, where tensors have shapes but no memory."""
+    var_arch, vae_arch = document.architecture.var.arch(), document.architecture.vae.arch()
+    try:
+        with torch.device("meta"):
+            vae = VQVAE(vae_arch, var_arch.scales)
+            var = convert(VAR(var_arch), document.varptq.config)
+    except ConfigError as error:
+        raise ArtifactError(f"{path}: {_line(error)}") from None
+    release_float_weights(var)
+    if document.quantization_config != compressed_tensors_block(var):
+        raise ArtifactError(f"{path}: quantization_config contradicts varptq.config; {DAMAGED}")
+    return var, vae
+
+
+def _read_tensors(
+    path: Path, document: SealedDocument, seal: str, expected: dict[str, Slot]
+) -> dict[str, Tensor]:
+    """All tensors, in memory of their own: a mapped file that changes would change the model."""
+    _check_file(path)
+    entry = document.files[WEIGHTS_FILE]
+    try:
+        found = path.stat().st_size
+        if found != entry.bytes:
+            raise ArtifactError(
+                f"{path}: has {found} bytes, {CONFIG_FILE} says {entry.bytes}; "
+                "truncated or of another artifact"
+            )
+        with safe_open(path, framework="pt", device="cpu") as file:
+            _check_header(path, file, expected)
+            if file_sha256(path) != entry.sha256:
+                raise ArtifactError(f"{path}: SHA-256 is not that of {CONFIG_FILE}; {DAMAGED}")
+            if (file.metadata() or {}).get(SEAL) != seal:
+                config = path.with_name(CONFIG_FILE)
+                raise ArtifactError(f"{config}: not what {WEIGHTS_FILE} was saved with; {DAMAGED}")
+            return {name: file.get_tensor(name).clone() for name in expected}
+    except (SafetensorError, CheckpointError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({_line(error)}); {DAMAGED}") from None
+
+
+def _check_header(path: Path, file: Any, expected: dict[str, Slot]) -> None:
+    """Names, shapes and dtypes against those of the architecture."""
+    found = set(file.keys())
+    for name, slot in expected.items():
+        if name not in found:
+            raise ArtifactError(f"{path}: tensor {name!r} is missing, {CONFIG_FILE} asks for it")
+        view = file.get_slice(name)
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        if shape != slot.shape or dtype not in slot.dtypes:
+            raise ArtifactError(
+                f"{path}: tensor {name!r} is {dtype} {shape}, {CONFIG_FILE} asks for "
+                f"{' or '.join(slot.dtypes)} {slot.shape}"
+            )
+    if extra := sorted(found - expected.keys()):
+        raise ArtifactError(
+            f"{path}: tensor {extra[0]!r:.80} has no place in the model of {CONFIG_FILE}"
+        )
+
+
+def _fill(var: VAR, vae: VQVAE, tensors: dict[str, Tensor], path: Path) -> None:
+    """Check the contents and give the modules their tensors; `tensors` is used up."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
+    if not torch.equal(tensors[LEVELS], var.scales.scale_of_L().view(1, -1)):
+        raise ArtifactError(f"{path}: tensor {LEVELS!r} contradicts the scales in {CONFIG_FILE}")
+    for layer, linear in packed_linears(var).items():
+        prefix = f"{VAR_PREFIX}{layer}."
+        stored = {name: tensors.pop(prefix + name) for name in linear_slots(linear)}
+        try:
+            unpacked = unpack_linear(linear, stored)
+        except ValueError as error:
+            raise ArtifactError(f"{path}: layer {layer}: {error}") from None
+        tensors |= {prefix + name: tensor for name, tensor in unpacked.items()}
+    for prefix, module in ((VAR_PREFIX, var), (VAE_PREFIX, vae)):
+        state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        module.load_state_dict(state, strict=True, assign=True)
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message, at most 300 characters."""
+    return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,124 @@
+"""Write a quantized pipeline as an artifact: packed tensors, then config.json, then one rename.
+
+The folder appears whole or not at all (files.py). The same pipeline gives the same bytes: no time
+stamp and no name of a machine goes in. The format is in format.py and schema.py.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from varptq.artifact.format import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    SEAL,
+    VAR_PREFIX,
+    WEIGHTS_FILE,
+    pack_linear,
+    packed_linears,
+    plain_tensors,
+)
+from varptq.artifact.schema import (
+    MAX_CONFIG_BYTES,
+    Architecture,
+    Autoencoder,
+    Document,
+    Recipe,
+    Transformer,
+    compressed_tensors_block,
+    digest,
+    plain,
+)
+from varptq.artifact.sizes import sizes
+from varptq.errors import InputError, NonFiniteError
+from varptq.files import StagedFolder
+from varptq.models.pipeline import Pipeline
+from varptq.models.state_file import file_sha256
+from varptq.quant.pipeline import QuantizedPipeline
+
+
+def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path:
+    """Write `pipeline` to `folder` and return its path.
+
+    force: replace a folder that holds a config.json; without it one that is not empty is refused.
+    Raises `InputError` for a pipeline that is not quantized or a report that is not plain JSON,
+    `NonFiniteError` for NaN or infinity by tensor, `OutputError` where the folder cannot be
+    written. Nothing is left behind then.
+    """
+    if not isinstance(pipeline, QuantizedPipeline):
+        raise InputError(f"model {pipeline.name!r}: not quantized; quantize it before saving")
+    document = describe(pipeline)
+    with StagedFolder(folder, force=force, marker=CONFIG_FILE) as staging:
+        weights = staging / WEIGHTS_FILE
+        # One entry only: safetensors writes several in an order that changes from run to run.
+        save_file(packed_tensors(pipeline), weights, {SEAL: digest(document)})
+        entry = {"bytes": weights.stat().st_size, "sha256": file_sha256(weights)}
+        text = _encoded({**document, "files": {WEIGHTS_FILE: entry}})
+        config = staging / CONFIG_FILE
+        config.write_bytes(text)
+        # Some versions of safetensors write files that only their owner can read.
+        weights.chmod(config.stat().st_mode)
+    return Path(folder)
+
+
+def describe(pipeline: QuantizedPipeline) -> dict[str, Any]:
+    """config.json as plain values, without `files`."""
+    architecture = Architecture(
+        var=Transformer.of(pipeline.var.arch), vae=Autoencoder.of(pipeline.vae.arch)
+    )
+    recipe = Recipe(
+        config=pipeline.config,
+        method=pipeline.method,
+        theta=pipeline.theta,
+        seed=pipeline.seed,
+        calibration=plain(pipeline.calibration, "calibration"),
+        report=plain(pipeline.report, "report"),
+    )
+    return Document(
+        format_version=FORMAT_VERSION,
+        varptq_version=_version(),
+        name=pipeline.name,
+        class_names=pipeline.class_names,
+        architecture=architecture,
+        quantization_config=compressed_tensors_block(pipeline.var),
+        varptq=recipe,
+        sources=pipeline.sources,
+        sizes={kind: size.to_dict() for kind, size in sizes(pipeline).items()},
+    ).to_dict()
+
+
+def packed_tensors(pipeline: QuantizedPipeline) -> dict[str, Tensor]:
+    """Every tensor of the artifact by name, on the CPU. Raises `NonFiniteError` by tensor."""
+    tensors = plain_tensors(pipeline.var, pipeline.vae)
+    for layer, linear in packed_linears(pipeline.var).items():
+        for name, tensor in pack_linear(linear).items():
+            tensors[f"{VAR_PREFIX}{layer}.{name}"] = tensor
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"tensor {name}: holds NaN or infinity, the model is not saved")
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _encoded(document: dict[str, Any]) -> bytes:
+    text = json.dumps(document, indent=2, allow_nan=False).encode() + b"\n"
+    if len(text) > MAX_CONFIG_BYTES:
+        raise InputError(
+            f"report: makes {CONFIG_FILE} {len(text)} bytes, at most {MAX_CONFIG_BYTES}; "
+            "keep large results in files of their own"
+        )
+    return text
+
+
+def _version() -> str:
+    try:
+        return version("varptq")
+    except PackageNotFoundError:
+        # Run from the source tree.
+        return "unknown"

@@ -1,0 +1,113 @@
+"""How many bytes each kind of tensor takes, float or packed: the numbers of `varptq info`.
+
+    bits per weight = 8 * (packed codes + scales + zero points) / weights
+
+Counted from the tensors as an artifact stores them, without the header of the file (kilobytes).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+
+from varptq.artifact.format import (
+    PACKED,
+    VAE_PREFIX,
+    VAR_PREFIX,
+    Slot,
+    linear_slots,
+    plain_tensors,
+)
+from varptq.models.pipeline import Pipeline
+from varptq.quant.bops import layer_kind
+from varptq.quant.layers import QuantLinear
+
+FLOAT_PARTS, VAE = "float parts", "vae"
+KINDS = (
+    *("word_embed", "ada_lin", "shared_ada_lin", "mat_qkv", "proj", "fc1", "fc2", "head"),
+    *(FLOAT_PARTS, VAE),
+)
+DTYPE_BYTES = {"I32": 4, "F32": 4, "I64": 8}
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class KindSize:
+    """`elements` numbers in `bytes`, of which `grid_bytes` are scales, zero points and shapes."""
+
+    elements: int = 0
+    bytes: int = 0
+    grid_bytes: int = 0
+
+    @property
+    def bits_per_element(self) -> float:
+        """Effective bits, scales and zero points included; 0 for an empty kind."""
+        return 8 * self.bytes / self.elements if self.elements else 0.0
+
+    @property
+    def float32_bytes(self) -> int:
+        """What the same numbers take in float32."""
+        return FLOAT32_BYTES * self.elements
+
+    def __add__(self, other: KindSize) -> KindSize:
+        return KindSize(
+            self.elements + other.elements,
+            self.bytes + other.bytes,
+            self.grid_bytes + other.grid_bytes,
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain JSON values."""
+        return {**asdict(self), "float32_bytes": self.float32_bytes}
+
+
+def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
+    """Size by kind, for a float or a quantized pipeline, in the order of `KINDS`.
+
+    A Linear's weight counts under the last word of its name, "float parts" are what is left of the
+    transformer (biases, embeddings), "vae" is the VQVAE. Kinds that are absent are left out.
+    """
+    found: dict[str, KindSize] = {}
+    weights: dict[str, str] = {}
+    for name, module in pipeline.var.named_modules():
+        if isinstance(module, QuantLinear) and module.spec.weight is not None:
+            kind = layer_kind(name)
+            found[kind] = found.get(kind, KindSize()) + _packed_size(module)
+        elif isinstance(module, nn.Linear | QuantLinear):
+            weights[f"{VAR_PREFIX}{name}.weight"] = layer_kind(name)
+    for name, tensor in plain_tensors(pipeline.var, pipeline.vae).items():
+        kind = VAE if name.startswith(VAE_PREFIX) else weights.get(name, FLOAT_PARTS)
+        found[kind] = found.get(kind, KindSize()) + _plain_size(tensor)
+    return {kind: found[kind] for kind in sorted(found, key=_position)}
+
+
+def total(parts: dict[str, KindSize]) -> KindSize:
+    """The sum over kinds."""
+    return sum(parts.values(), KindSize())
+
+
+def quantized_size(pipeline: Pipeline) -> KindSize:
+    """The layers whose weight is codes, together."""
+    layers = (m for m in pipeline.var.modules() if isinstance(m, QuantLinear) and m.spec.weight)
+    return sum(map(_packed_size, layers), KindSize())
+
+
+def _packed_size(linear: QuantLinear) -> KindSize:
+    stored = {name: _slot_bytes(slot) for name, slot in linear_slots(linear).items()}
+    codes = stored.pop(PACKED)
+    grid = sum(stored.values())
+    return KindSize(linear.out_features * linear.in_features, codes + grid, grid)
+
+
+def _slot_bytes(slot: Slot) -> int:
+    return math.prod(slot.shape) * DTYPE_BYTES[slot.dtypes[0]]
+
+
+def _plain_size(tensor: Tensor) -> KindSize:
+    return KindSize(tensor.numel(), tensor.numel() * tensor.element_size())
+
+
+def _position(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else KINDS.index(FLOAT_PARTS)

@@ -1,0 +1,264 @@
+"""`varptq demo`: the whole path on the bundled model, in a few minutes on two CPU cores.
+
+Quantize with the full method, save, reload the artifact in a new process, sample the same classes
+from the same seeds with both models, compare. Written to --out: `comparison.png`, `summary.txt`
+and `artifact/`; these three are replaced if they exist, other files there are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from varptq.cli import common
+from varptq.cli import generate as generate_verb
+from varptq.cli import quantize as quantize_verb
+from varptq.errors import VarptqError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from varptq.evaluate.tokens import TokenFidelity
+    from varptq.models.generate import Output
+    from varptq.models.pipeline import Pipeline
+    from varptq.pictures import Pixels
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the demo. Calibration is as long as five minutes on two cores allow."""
+
+    model: str = "demo"
+    config: str = "w4a4"
+    method: str = "sas"
+    samples: int = 100
+    steps: int = 300
+    calibration_seed: int = 0
+    # Another seed than calibration's: the compared images are held out.
+    sampling_seed: int = 1
+    images_per_class: int = 5
+    cfg: float = 4.0
+    top_k: int = 100
+    top_p: float = 0.96
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/demo"),
+    samples: Annotated[int, typer.Option(help="Calibration images.")] = Recipe.samples,
+    steps: Annotated[int, typer.Option(help="Reconstruction steps per unit.")] = Recipe.steps,
+    json: common.Json = False,
+) -> None:
+    """Quantize the bundled model to 4 bits and compare its images with the original's."""
+    recipe = Recipe(samples=samples, steps=steps)
+    result = run(recipe, out)
+    document = result.to_dict()
+    write_results(result, document, out)
+    if json:
+        common.print_json(document)
+    else:
+        common.print_rows("varptq demo", rows(document))
+        typer.echo(f"written: {out}/comparison.png, {out}/summary.txt, {out}/artifact/")
+
+
+@dataclass
+class Clock:
+    """Seconds per stage, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `run` found. Images (B, H, W, 3) uint8, class by class, `images_per_class` of each."""
+
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    float_pixels: Pixels
+    quant_pixels: Pixels
+    sizes: dict[str, Any]
+    quantization: dict[str, Any]
+    agreement: float
+    psnr: float
+    fidelity: TokenFidelity
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the images; `psnr` is null where all images are equal."""
+        return {
+            "recipe": asdict(self.recipe),
+            "sizes": self.sizes,
+            "theta": self.quantization["theta"],
+            "units": self.quantization["units"],
+            "token_agreement": self.agreement,
+            "psnr": self.psnr if math.isfinite(self.psnr) else None,
+            "fidelity": self.fidelity.to_dict(),
+            "seconds": self.seconds,
+        }
+
+
+def run(recipe: Recipe, out: Path) -> Result:
+    """Quantize, save to `out`/artifact, sample with both models, compare."""
+    from varptq.artifact import load
+    from varptq.evaluate.paired import psnr, token_agreement
+    from varptq.evaluate.tokens import token_fidelity
+    from varptq.models.pipeline import load_model
+    from varptq.pictures import to_pixels
+
+    artifact, clock = out / "artifact", Clock()
+    pipe = load_model(recipe.model)
+    quantization = quantize(recipe, pipe, artifact, clock)
+    labels = [label for label in range(pipe.num_classes) for _ in range(recipe.images_per_class)]
+    with clock.stage("sample the float model"):
+        output = sample_float(recipe, pipe, labels)
+    assert output.images is not None
+    with clock.stage("reload and sample in a new process"):
+        quant_tokens, quant_pixels = sample_in_new_process(recipe, pipe.num_classes, artifact)
+    with clock.stage("compare next-token distributions"):
+        fidelity = token_fidelity(
+            pipe, load(artifact), labels, output.tokens, recipe.cfg, recipe.top_k, recipe.top_p
+        )
+    pixels = to_pixels(output.images)
+    return Result(
+        recipe,
+        tuple(generate_verb.class_title(pipe, label) for label in range(pipe.num_classes)),
+        pixels,
+        quant_pixels,
+        quantization["sizes"],
+        quantization,
+        token_agreement(output.tokens, quant_tokens),
+        psnr(pixels, quant_pixels),
+        fidelity,
+        clock.seconds,
+    )
+
+
+def quantize(recipe: Recipe, pipe: Pipeline, artifact: Path, clock: Clock) -> dict[str, Any]:
+    """Calibrate, quantize and save; returns the summary that `varptq quantize` prints."""
+    from varptq.artifact import save
+    from varptq.calibrate.config import CalibrationConfig
+    from varptq.calibrate.methods import quantize
+    from varptq.progress import RichProgress
+    from varptq.quant.config import QuantConfig
+
+    calibration = CalibrationConfig(num_samples=recipe.samples, steps=recipe.steps)
+    quantize_verb.check_output(artifact, force=True)
+    with clock.stage("calibrate and quantize"), RichProgress() as progress:
+        quantized = quantize(
+            pipe,
+            QuantConfig.preset(recipe.config),
+            method=recipe.method,
+            calibration=calibration,
+            seed=recipe.calibration_seed,
+            progress=progress,
+        )
+    with clock.stage("save the artifact"):
+        save(quantized, artifact, force=True)
+    return quantize_verb.summary(quantized, artifact, clock.seconds["calibrate and quantize"])
+
+
+def sample_float(recipe: Recipe, pipe: Pipeline, labels: list[int]) -> Output:
+    from varptq.models.generate import generate
+    from varptq.progress import RichProgress
+
+    with RichProgress() as progress:
+        return generate(
+            pipe,
+            labels,
+            seed=recipe.sampling_seed,
+            cfg=recipe.cfg,
+            top_k=recipe.top_k,
+            top_p=recipe.top_p,
+            progress=progress,
+        )
+
+
+def sample_in_new_process(
+    recipe: Recipe, num_classes: int, artifact: Path
+) -> tuple[Tensor, Pixels]:
+    """Tokens (B, L) and images of the artifact, from `varptq generate` as a user would run it."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory(prefix="varptq-demo-") as folder:
+        options = {
+            "classes": ",".join(map(str, range(num_classes))),
+            "count": recipe.images_per_class,
+            "seed": recipe.sampling_seed,
+            "cfg": recipe.cfg,
+            "top-k": recipe.top_k,
+            "top-p": recipe.top_p,
+            "out": folder,
+        }
+        words = [f"--{name}={value}" for name, value in options.items()]
+        call = [sys.executable, "-m", "varptq", "generate", os.fspath(artifact), *words]
+        code = subprocess.run(call, stdout=subprocess.DEVNULL, check=False).returncode
+        if code:
+            raise VarptqError(f"demo: sampling in a new process failed with exit code {code}")
+        tokens = torch.from_numpy(np.load(Path(folder, generate_verb.TOKENS_NAME))["tokens"])
+        files = sorted(Path(folder).glob("[0-9]*.png"))
+        return tokens, np.stack([np.asarray(Image.open(file)) for file in files])
+
+
+def write_results(result: Result, document: dict[str, Any], out: Path) -> None:
+    """comparison.png and summary.txt."""
+    from varptq.files import write_atomic
+    from varptq.pictures import Block, Row, sheet, write_png
+
+    recipe, count = result.recipe, result.recipe.images_per_class
+    blocks = []
+    for label, name in enumerate(result.class_names):
+        part = slice(label * count, (label + 1) * count)
+        pairs = [(result.float_pixels, "float"), (result.quant_pixels, recipe.config.upper())]
+        blocks.append(Block([Row(pixels[part], label) for pixels, label in pairs], title=name))
+    heading = f"Float above {recipe.config.upper()} ({recipe.method}), same seeds"
+    write_png(out / "comparison.png", sheet(blocks, across=2, heading=heading))
+    lines = rows(document)
+    width = max(len(name) for name, _ in lines)
+    text = "\n".join(f"{name:{width}}  {value}" for name, value in lines)
+    write_atomic(out / "summary.txt", f"varptq demo\n\n{text}\n".encode())
+
+
+def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the table and summary.txt say."""
+    recipe, fidelity = document["recipe"], document["fidelity"]
+    psnr = document["psnr"]
+    return [
+        ("settings", f"{recipe['config']}, {recipe['method']}"),
+        ("calibration", f"{recipe['samples']} images, {recipe['steps']} steps per unit"),
+        *common.size_rows(document["sizes"]),
+        ("theta", common.theta_text(document["theta"])),
+        ("units", quantize_verb.units_text(document["units"])),
+        (
+            "compared",
+            f"{fidelity['num_images']} images, cfg {recipe['cfg']:g}, top-k {recipe['top_k']}, "
+            f"top-p {recipe['top_p']:g}, seed {recipe['sampling_seed']}",
+        ),
+        (
+            "token agreement",
+            f"{document['token_agreement']:.1%} of {fidelity['num_tokens']} tokens",
+        ),
+        ("PSNR", "identical images" if psnr is None else f"{psnr:.2f} dB"),
+        ("KL(float || quantized)", f"{fidelity['kl']:.4f} nats per token, same context"),
+        ("  on filtered support", f"{fidelity['kl_filtered']:.4f} nats per token"),
+        ("  per scale", ", ".join(f"{kl:.4f}" for kl in fidelity["kl_per_scale"])),
+        ("same top-1 token", f"{fidelity['top1']:.1%}"),
+        *((f"time: {name}", common.seconds(took)) for name, took in document["seconds"].items()),
+    ]
