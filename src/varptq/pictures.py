@@ -79,7 +79,7 @@ def sheet(
     zoom = zoom or max(1, VISIBLE_SIDE // max(height, width))
     layout = _Layout.of(blocks, (width * zoom, height * zoom))
     lines = [blocks[start : start + across] for start in range(0, len(blocks), across)]
-    top = MARGIN + (TITLE_SIZE + 2 * GAP if heading else 0)
+    top = MARGIN + (TITLE_SIZE + BLOCK_GAP if heading else 0)
     body = max(len(line) for line in lines) * (layout.block_width + BLOCK_GAP) - BLOCK_GAP
     size = (
         2 * MARGIN + max(body, _text_width(heading, TITLE_SIZE)),

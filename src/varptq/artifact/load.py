@@ -43,7 +43,6 @@ from varptq.models.var import VAR
 from varptq.models.vqvae import VQVAE
 from varptq.quant.convert import convert, release_float_weights, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
-from varptq.runtime.resolve import resolve
 
 DAMAGED = "damaged or altered, copy the artifact again"
 
@@ -51,18 +50,16 @@ DAMAGED = "damaged or altered, copy the artifact again"
 def load(
     folder: str | Path,
     *,
-    runtime: str = "auto",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> QuantizedPipeline:
     """The quantized pipeline stored in `folder`, with the codes and scales it was saved with.
 
-    runtime: see `varptq.runtime.resolve`. dtype: of the float parts and of the arithmetic; scales
-    stay float32.
-    Raises `InputError` for an unknown runtime or a dtype that is not floating, `ArtifactError`
-    naming the file and what is wrong with it.
+    dtype: of the float parts and of the arithmetic; scales stay float32. It computes "simulated";
+    `varptq.runtime.load` chooses another runtime.
+    Raises `InputError` for a dtype that is not floating, `ArtifactError` naming the file and what
+    is wrong with it.
     """
-    runtime = resolve(runtime)
     if not dtype.is_floating_point:
         raise InputError(f"dtype {dtype}: expected a floating dtype, e.g. torch.bfloat16")
     folder = Path(folder)
@@ -81,7 +78,6 @@ def load(
         config=recipe.config,
         method=recipe.method,
         theta=recipe.theta,
-        runtime=runtime,
         seed=recipe.seed,
         calibration=dict(recipe.calibration),
         report=dict(recipe.report),

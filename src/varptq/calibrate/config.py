@@ -20,9 +20,10 @@ class CalibrationConfig(Settings):
     two, conditional and unconditional) per step. learning_rate: Adam's, on alpha. forward: "hard"
     trains the codes that will be deployed, straight through; "soft" trains fractional ones, which
     `regularizer` (lambda, with beta falling from beta_start to beta_end) drives to 0 or 1.
-    budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the theta search. theta_samples: images theta is
-    measured on. memory_gb: recorded activations above this go to bfloat16, and then to a
-    memory-mapped file in `spool_dir` (default: the system's temporary folder).
+    budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the
+    theta search. theta_samples: images theta is measured on. memory_gb: recorded activations above
+    this go to bfloat16, and then to a memory-mapped file in `spool_dir` (default: the system's
+    temporary folder).
     """
 
     num_samples: int = Field(default=256, ge=1)

@@ -10,8 +10,7 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +24,9 @@ from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.theta import AttentionMass, search_theta
 from varptq.errors import ConfigError, InputError
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR
+from varptq.models.var import VAR, Mix
 from varptq.progress import Progress, silent
+from varptq.quant.affine import wide
 from varptq.quant.bops import FLOAT_BITS
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import (
@@ -91,15 +91,13 @@ def quantize(
     if isinstance(pipe, QuantizedPipeline):
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
     run = _Run(pipe, config, parts, calibration, seed, progress)
-    with eval_mode(pipe.var):
-        quantized = run.quantized
+    theta = run.search_theta() if parts.shift else None
+    if parts.reconstruct:
+        run.reconstruct()
         theta = run.search_theta() if parts.shift else None
-        if parts.reconstruct:
-            run.reconstruct()
-            theta = run.search_theta() if parts.shift else None
-    release_float_weights(quantized)
+    release_float_weights(run.quantized)
     return QuantizedPipeline(
-        quantized,
+        run.quantized,
         pipe.vae,
         pipe.name,
         pipe.class_names,
@@ -111,19 +109,6 @@ def quantize(
         calibration=calibration.to_dict(),
         report=run.report,
     )
-
-
-@contextmanager
-def eval_mode(var: VAR) -> Iterator[None]:
-    """Gradients off for the float model's own tensors while it serves as teacher."""
-    wanted = [p for p in var.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 class _Run:
@@ -179,10 +164,12 @@ class _Run:
         recorder = Recorder(
             self.pipe, self.quantized, self.samples, self.calibration, self.progress
         )
-        for unit in recorder.units():
-            report = reconstruct(unit, self.calibration, self.seed, self._step_listener(unit.name))
-            if report is not None:
-                reports.append(report)
+        with closing(recorder.units()) as units:  # its files go at once, whatever happens
+            for unit in units:
+                listen = self._step_listener(unit.name)
+                report = reconstruct(unit, self.calibration, self.seed, listen)
+                if report is not None:
+                    reports.append(report)
         self.report["units"] = [report.to_dict() for report in reports]
 
     def _step_listener(self, name: str) -> Any:
@@ -220,8 +207,11 @@ def measure_attention(
 
         return mix.register_forward_pre_hook(record)
 
-    mixes = [mix for mix in quant_mixes(quantized) if mix.spec.value is not None]
-    handles = [listener(block, mix) for block, mix in enumerate(mixes)]
+    handles = [
+        listener(block, mix)
+        for block, mix in enumerate(m for m in quantized.modules() if isinstance(m, Mix))
+        if isinstance(mix, QuantMix) and mix.spec.value is not None
+    ]
     try:
         quantized(rows, inputs)
     finally:
@@ -236,7 +226,7 @@ def _mass(block: int, scale: int, p_BHlL: Tensor, mix: QuantMix, pipe: Pipeline)
         block=block,
         scale=scale,
         num_queries=p_BHlL.shape[-2],
-        abar_BHl=p_BHlL.mean(dim=-2).cpu(),
+        abar_BHl=wide(p_BHlL).mean(dim=-2).cpu(),
         head_dim=pipe.var.arch.head_width,
         probability_bits=probability.num_bits if probability else FLOAT_BITS,
         value_bits=value.num_bits if value else FLOAT_BITS,

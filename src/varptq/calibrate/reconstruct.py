@@ -57,8 +57,10 @@ class UnitReport:
 def unit_loss(output: Tensor, target: Tensor, token_weights: Tensor | None) -> Tensor:
     """Channel-summed squared error, mean over rows, tokens weighted by 1 / l_k (sum over scales of
     means)."""
-    error = (output.float() - target).square().sum(dim=-1)
-    return error.mean() if token_weights is None else (error @ token_weights).mean()
+    error = (output.float() - target.to(output.device)).square().sum(dim=-1)
+    if token_weights is None:
+        return error.mean()
+    return (error @ token_weights.to(error.device)).mean()
 
 
 def unit_generator(seed: int, name: str) -> torch.Generator:
@@ -87,6 +89,8 @@ def reconstruct(
     evaluated = torch.randperm(len(unit.inputs), generator=generator)[:EVALUATED_ROWS]
     loss_nearest = evaluate(unit, evaluated)
     roundings = [layer.start_rounding(hard=config.forward == "hard") for layer in layers]
+    if on_step is not None:
+        on_step(0, loss_nearest)
     train(unit, roundings, config, generator, on_step)
     for rounding in roundings:
         rounding.hard = False

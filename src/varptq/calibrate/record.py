@@ -8,8 +8,9 @@ other (paper: base pipeline; docs/method.md section 5).
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,15 @@ from torch.nn import functional as F
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet
-from varptq.errors import NonFiniteError
+from varptq.errors import NonFiniteError, OutputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.var import Block, causal_spans
 from varptq.progress import Progress, silent
 
 ROWS_PER_BATCH = 8
+# A block's record per activation: residual in float32, two inputs and two targets in 4 or 2 bytes.
+FLOAT_BYTES, HALF_BYTES = 4 + 4 * 4, 4 + 4 * 2
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class Unit:
     """One piece of the model whose rounding is learned on its own.
 
     run maps a batch of inputs (rows, ...) through the quantized piece, `reference` through the
-    float one. targets may be None: then `reference` is asked at every step (single Linear layers,
-    whose outputs can be large). token_weights (tokens,) says how much the squared error of a
-    position counts: 1 / l_k at scale k, so every scale counts equally; None for units that see one
-    vector per class.
+    float one; both move inputs to the model's device. targets may be None: then `reference` is
+    asked at every step (single Linear layers, whose outputs can be large). token_weights (tokens,)
+    says how much the squared error of a position counts: 1 / l_k at scale k, so every scale counts
+    equally; None for units that see one vector per class.
     """
 
     name: str
@@ -66,15 +69,16 @@ class Storage:
 
     @classmethod
     def plan(cls, numel: int, config: CalibrationConfig, stack: ExitStack) -> Storage:
-        """float32 in memory if a block's record (residual, two inputs, two targets) fits, else
-        bfloat16, else a memory-mapped file. The temporary folder lives as long as `stack`."""
+        """float32 in memory if a block's record fits, else bfloat16, else memory-mapped files.
+
+        The temporary folder lives as long as `stack`. Raises `OutputError` where it cannot be made.
+        """
         limit = config.memory_gb * 2**30
-        if numel * 4 * 5 <= limit:
+        if numel * FLOAT_BYTES <= limit:
             return cls(torch.float32, None)
-        if numel * (4 + 2 * 4) <= limit:
+        if numel * HALF_BYTES <= limit:
             return cls(torch.bfloat16, None)
-        folder = tempfile.TemporaryDirectory(prefix="varptq-", dir=config.spool_dir)
-        return cls(torch.bfloat16, Path(stack.enter_context(folder)))
+        return cls(torch.bfloat16, _spool(numel * HALF_BYTES, config.spool_dir, stack))
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
@@ -83,6 +87,23 @@ class Storage:
         numel = int(torch.Size(shape).numel())
         path = str(self.folder / f"{name}.bin")
         return torch.from_file(path, shared=True, size=numel, dtype=dtype).view(shape)
+
+
+def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
+    """A temporary folder with room for `size` bytes: a mapped file on a full disk ends the process
+    without an exception."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="varptq-", dir=parent)
+        path = Path(stack.enter_context(folder))
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise OutputError(f"spool_dir {parent}: cannot be used ({error.strerror})") from None
+    if size > free:
+        raise OutputError(
+            f"spool_dir {path.parent}: has {free / 2**30:.1f} GiB free, expected "
+            f"{size / 2**30:.1f}; give another folder or take fewer samples"
+        )
+    return path
 
 
 def scale_weights(scales: Scales, first: int = 0) -> Tensor:
@@ -113,7 +134,7 @@ class Recorder:
         self.samples, self.num_rows = samples, 2 * count
         self.scales = pipe.scales
 
-    def units(self) -> Iterator[Unit]:
+    def units(self) -> Generator[Unit]:
         """Units as they become ready; storage of a block is reused for the next, so use each before
         the next."""
         with ExitStack() as stack:
@@ -152,10 +173,10 @@ class Recorder:
     def _linear_unit(self, name: str, inputs: Tensor, token_weights: Tensor | None) -> Unit:
         module = self.quantized.get_submodule(name)
         reference = self.var.get_submodule(name)
-        dtype = self.pipe.dtype
+        device, dtype = self.pipe.device, self.pipe.dtype
 
         def cast_call(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-            return lambda x: layer(x.to(dtype))
+            return lambda x: layer(x.to(device, dtype))
 
         return Unit(
             name, module, cast_call(module), cast_call(reference), inputs, None, token_weights
@@ -183,6 +204,7 @@ class Recorder:
         FFN."""
         spans = causal_spans(self.scales)
         name = f"blocks.{index}"
+        self.progress(f"record {name}", 0, self.num_rows)
         for rows in self._batches():
             condition = self.var.block_condition(self.var.class_emb(self.labels[rows]))
             ada = block.modulation(condition)

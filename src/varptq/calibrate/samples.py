@@ -1,6 +1,8 @@
-"""The calibration set: images the float model generates itself, optionally resampled (paper:
-resampling of calibration data so that codebook frequencies match predicted probabilities; docs/method.md
-section 4)."""
+"""The calibration set: images the float model generates itself, optionally resampled.
+
+Resampling makes codebook frequencies match predicted probabilities (paper: resampling of
+calibration data; docs/method.md section 4).
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,11 @@ class FilteredProbabilities:
     """
 
     vocabulary: int
+    temperature: float = 1.0
     parts: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def add(self, event: ScaleEvent) -> None:
-        probs_BlV = event.logits_BlV.softmax(dim=-1)
+        probs_BlV = (event.logits_BlV / self.temperature).softmax(dim=-1)
         kept = int((probs_BlV > 0).sum(dim=-1).max())
         values, indices = probs_BlV.topk(kept, dim=-1)
         self.parts.setdefault(event.scale, []).append(
@@ -64,6 +67,13 @@ def choose_labels(num_classes: int, count: int, seed: int) -> Tensor:
     return torch.cat(order)[:count]
 
 
+def _renamed(progress: Progress, stage_name: str) -> Progress:
+    def report(stage: str, done: int, total: int, info: str = "") -> None:
+        progress(stage_name, done, total, info)
+
+    return report
+
+
 def calibration_set(
     pipe: Pipeline,
     config: CalibrationConfig,
@@ -74,19 +84,15 @@ def calibration_set(
 ) -> CalibrationSet:
     """Generate `config.num_samples` images' tokens with the float model; resample them if asked."""
     labels_N = choose_labels(pipe.num_classes, config.num_samples, seed)
-    probabilities = FilteredProbabilities(pipe.var.arch.codebook_size)
-    settings = config.sampling
+    probabilities = FilteredProbabilities(pipe.var.arch.codebook_size, config.sampling.temperature)
     output = generate(
         pipe,
         labels_N,
         seed=seed,
-        cfg=settings.cfg,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        temperature=settings.temperature,
+        **config.sampling.to_dict(),
         decode=False,
         on_scale=probabilities.add if resampled else None,
-        progress=lambda _, done, total, info="": progress("calibration samples", done, total, info),
+        progress=_renamed(progress, "calibration samples"),
     )
     if not resampled:
         return CalibrationSet(labels_N, output.tokens)

@@ -90,7 +90,7 @@ class ModelChoice:
             if runtime != "auto":
                 raise InputError(f"runtime {runtime!r}: only for artifacts, this model is float")
             return self.load_float()
-        from varptq.artifact import load
+        from varptq.runtime import load
 
         return load(folder, runtime=runtime, **self._placement())
 

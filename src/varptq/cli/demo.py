@@ -42,8 +42,8 @@ class Recipe:
     model: str = "demo"
     config: str = "w4a4"
     method: str = "sas"
-    samples: int = 100
-    steps: int = 300
+    samples: int = 64
+    steps: int = 120
     calibration_seed: int = 0
     # Another seed than calibration's: the compared images are held out.
     sampling_seed: int = 1
@@ -57,11 +57,13 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/demo"),
     samples: Annotated[int, typer.Option(help="Calibration images.")] = Recipe.samples,
     steps: Annotated[int, typer.Option(help="Reconstruction steps per unit.")] = Recipe.steps,
+    images: Annotated[int, typer.Option(min=1, help="Images per class to compare.")] = (
+        Recipe.images_per_class
+    ),
     json: common.Json = False,
 ) -> None:
     """Quantize the bundled model to 4 bits and compare its images with the original's."""
-    recipe = Recipe(samples=samples, steps=steps)
-    result = run(recipe, out)
+    result = run(Recipe(samples=samples, steps=steps, images_per_class=images), out)
     document = result.to_dict()
     write_results(result, document, out)
     if json:
@@ -115,11 +117,11 @@ class Result:
 
 def run(recipe: Recipe, out: Path) -> Result:
     """Quantize, save to `out`/artifact, sample with both models, compare."""
-    from varptq.artifact import load
     from varptq.evaluate.paired import psnr, token_agreement
     from varptq.evaluate.tokens import token_fidelity
     from varptq.models.pipeline import load_model
     from varptq.pictures import to_pixels
+    from varptq.runtime import load
 
     artifact, clock = out / "artifact", Clock()
     pipe = load_model(recipe.model)

@@ -66,13 +66,9 @@ def command(
     files.prepare(force)
     started = time.monotonic()
     with RichProgress() as progress:
+        sampling = settings.to_dict()
         output = generate(
-            pipe,
-            labels,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-            **settings.to_dict(),
+            pipe, labels, seed=seed, batch_size=batch_size, progress=progress, **sampling
         )
     duration = time.monotonic() - started
     files.write(output, labels, titles)
@@ -80,14 +76,14 @@ def command(
         "model": pipe.name,
         "runtime": getattr(pipe, "runtime", "float"),
         "seed": seed,
-        "sampling": settings.to_dict(),
+        "sampling": sampling,
         "seconds": duration,
         **files.describe(labels, titles),
     }
     if json:
         common.print_json(document)
     else:
-        _print(document, out)
+        common.print_rows("varptq generate", rows(document, out))
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,10 @@ class Files:
         for path, image in zip(self.images, pixels, strict=False):
             write_png(path, image)
         if self.tokens is not None:
-            arrays = {"tokens": output.tokens.cpu().numpy(), "labels": np.array(labels)}
-            write_atomic(self.tokens, lambda file: np.savez(file, **arrays))
+            tokens = output.tokens.cpu().numpy()
+            write_atomic(
+                self.tokens, lambda file: np.savez(file, tokens=tokens, labels=np.array(labels))
+            )
         write_png(self.grid, gallery(pixels, titles))
 
     def describe(self, labels: Sequence[int], titles: Sequence[str]) -> dict[str, Any]:
@@ -157,14 +155,12 @@ def class_title(pipe: Pipeline, label: int) -> str:
     return pipe.class_names[label] if pipe.class_names else f"class {label}"
 
 
-def _print(document: dict[str, Any], out: Path) -> None:
+def rows(document: dict[str, Any], out: Path) -> list[tuple[str, str]]:
     count, duration = document["num_images"], document["seconds"]
-    common.print_rows(
-        "varptq generate",
-        [
-            ("model", f"{document['model']}, {document['runtime']}"),
-            ("images", f"{count} in {common.seconds(duration)}, {count / duration:.2f} a second"),
-            ("seed", str(document["seed"])),
-            ("written", str(out)),
-        ],
-    )
+    speed = f"{count} in {common.seconds(duration)}, {count / duration:.2f} a second"
+    return [
+        ("model", f"{document['model']}, {document['runtime']}"),
+        ("images", speed),
+        ("seed", str(document["seed"])),
+        ("written", str(out)),
+    ]

@@ -1,9 +1,9 @@
 """Error of the attention-value product per scale: what quantizing p and v does to p v.
 
-Both models' products are fed the float model's own p and v, so nothing but their quantizers differs:
+Both products are fed the float model's own p and v, so nothing but their quantizers differs:
     error = ||p^ v^ - p v||^2 / ||p v||^2 over all heads, queries and channels of a scale
-This is the paper's picture of coarse scales, whose few tokens gather the attention mass. How such an
-error moves the next tokens is measured in tokens.py.
+This is the paper's picture of coarse scales, whose few tokens gather the attention mass. How such
+an error moves the next tokens is measured in tokens.py.
 """
 
 from __future__ import annotations

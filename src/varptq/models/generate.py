@@ -74,8 +74,8 @@ def generate(
 
     labels: B class ids or names. forced: (B, L) int64 ids to use instead of sampling, -1 where
     free. Image i of the call draws from (seed, first_index + i) only. top_k 0 and top_p 0 or 1
-    switch a filter off. Source: VAR paper (sampling), docs/method.md section 1. Raises `InputError` for
-    labels, settings or forced ids out of range.
+    switch a filter off. Source: VAR paper (sampling), docs/method.md section 1. Raises `InputError`
+    for labels, forced ids or batch_size that cannot be used, `ConfigError` for settings.
     """
     settings = SamplingSettings(
         cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
@@ -85,6 +85,7 @@ def generate(
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: must be at least 1")
     images, tokens = [], []
+    progress("generate", 0, len(labels_B))
     for start in range(0, len(labels_B), batch_size):
         rows = slice(start, min(start + batch_size, len(labels_B)))
         randoms = image_randoms(seed, range(first_index + rows.start, first_index + rows.stop))
@@ -105,6 +106,8 @@ def _check_forced(pipe: Pipeline, forced: Tensor | None, count: int) -> Tensor |
         raise InputError(
             f"forced: shape {tuple(forced.shape)}, expected {expected} (images, tokens)"
         )
+    if forced.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"forced: {forced.dtype}, expected torch.int64 ids")
     low, high = int(forced.min()), int(forced.max())
     if low < -1 or high >= pipe.var.arch.codebook_size:
         raise InputError(

@@ -3,9 +3,10 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,15 +64,19 @@ class Pipeline:
     def labels(self, classes: Sequence[int | str] | Tensor) -> Tensor:
         """(B,) int64 from class ids and names. Raises `InputError` naming the first that does not
         exist."""
-        values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
-        if not values:
+        values = classes.tolist() if isinstance(classes, Tensor) else classes
+        # A lone name would pass as a sequence of letters.
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise InputError(f"labels: {values!r}, expected a list of class ids and names")
+        labels = [self._label(value) for value in values]
+        if not labels:
             raise InputError("labels: empty; give at least one class")
-        return torch.tensor([self._label(value) for value in values], device=self.device)
+        return torch.tensor(labels, device=self.device)
 
     def _label(self, value: Any) -> int:
-        if isinstance(value, str) and not value.lstrip("-").isdigit():
+        if isinstance(value, str) and not value.removeprefix("-").isdecimal():
             return self._label_of_name(value)
-        if isinstance(value, bool) or not isinstance(value, int | str):
+        if isinstance(value, bool) or not isinstance(value, Integral | str):
             raise InputError(
                 f"class {value!r}: expected an id or a name, got {type(value).__name__}"
             )
@@ -152,9 +157,11 @@ def build_model(
     """A preset's architecture with random weights, for trials without a checkpoint."""
     preset = presets.preset(name)
     generator = torch.Generator().manual_seed(seed)
-    transformer = VAR(preset.var_arch)
+    # torch's constructors draw from the global state, which is the caller's.
+    with torch.random.fork_rng(devices=[]):
+        transformer = VAR(preset.var_arch)
+        autoencoder = VQVAE(preset.vae_arch, preset.var_arch.scales)
     randomize(transformer, generator)
-    autoencoder = VQVAE(preset.vae_arch, preset.var_arch.scales)
     autoencoder.randomize(generator)
     sources = {"var": f"random, seed {seed}", "vae": f"random, seed {seed}"}
     pipeline = Pipeline(transformer, autoencoder, name, tuple(preset.class_names or ()), sources)

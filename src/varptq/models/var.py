@@ -34,7 +34,7 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class VARArch:
-    """Everything the tensors of a checkpoint say about the transformer (docs/method.md section 1)."""
+    """What the tensors of a checkpoint say about the transformer (docs/method.md section 1)."""
 
     num_classes: int
     depth: int

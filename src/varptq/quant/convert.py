@@ -1,7 +1,7 @@
 """Conversion: one registry and one walk over the float model, replacing the modules in its seams.
 
-The result shares every tensor it does not replace with the float model; no forward pass is written
-again. A new kind of layer is one entry in `REGISTRY`.
+What it does not replace shares its memory with the float model; no forward pass is written again.
+A new kind of layer is one entry in `REGISTRY`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.var import VAR, Mix, Scores
@@ -56,7 +56,10 @@ def convert(var: VAR, config: QuantConfig) -> VAR:
     """
     check_finite(var)
     check_rules(var, config)
-    shared = {id(t): t for t in (*var.parameters(), *var.buffers())}
+    # Parameters of its own on the same memory: moving, casting or freezing one model must not reach
+    # the other.
+    shared: dict[int, Tensor] = {id(b): b for b in var.buffers()}
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in var.parameters()}
     model = copy.deepcopy(var, shared)
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent.named_children()):
@@ -64,7 +67,7 @@ def convert(var: VAR, config: QuantConfig) -> VAR:
             if factory is not None:
                 name = f"{parent_name}.{child_name}".lstrip(".")
                 setattr(parent, child_name, factory(child, config, name))
-    return model.requires_grad_(False)
+    return model
 
 
 def check_finite(var: VAR) -> None:

@@ -12,7 +12,7 @@ models/var.py; G groups of g input channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from varptq.quant.affine import (
     affine_values,
     from_groups,
     to_groups,
+    wide,
 )
 from varptq.quant.config import AttentionSpec, LinearSpec, TensorSpec
 from varptq.quant.probability import probability_fake
@@ -76,6 +77,10 @@ class QuantLinear(nn.Module):
     reconstruction.
     """
 
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
     def __init__(self, linear: nn.Linear, spec: LinearSpec, layer: str) -> None:
         super().__init__()
         self.layer, self.spec = layer, spec
@@ -101,15 +106,12 @@ class QuantLinear(nn.Module):
     @property
     def grid(self) -> Grid:
         """Scale and zero_point as (out, G, 1)."""
-        return Grid(
-            cast(Tensor, self.scale).unsqueeze(-1), cast(Tensor, self.zero_point).unsqueeze(-1)
-        )
+        return Grid(self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1))
 
     @property
     def codes_grouped(self) -> Tensor:
         """uint8 codes as (out, G, g)."""
-        groups = cast(Tensor, self.scale).shape[1]
-        return cast(Tensor, self.codes).unflatten(1, (groups, -1))
+        return self.codes.unflatten(1, (self.scale.shape[1], -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `cuda` and `bfloat16` go through. Scale and zero point give the codes their
@@ -235,6 +237,7 @@ class QuantMix(Mix):
         assert spec is not None
         if self.theta is None:
             return _affine(v_BHLc, spec, (-2, -1))
-        order_BHL = orders(p_BHlL.detach().mean(dim=-2), self.theta, self.spec.max_order)
+        abar_BHL = wide(p_BHlL.detach()).mean(dim=-2)
+        order_BHL = orders(abar_BHL, self.theta, self.spec.max_order)
         grid = affine_grid(v_BHLc, spec.num_bits, (-2, -1), spec.range_rule)
         return shift_sum_fake(v_BHLc, grid, order_BHL, spec.num_bits)

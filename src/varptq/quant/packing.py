@@ -22,9 +22,9 @@ WORD_BITS = 32
 
 
 class _Place(NamedTuple):
-    """Code `index` of the pattern: from bit `shift` of `word` on, `spill` bits in the next word."""
+    """Code `code` of the pattern: from bit `shift` of `word` on, `spill` bits in the next word."""
 
-    index: int
+    code: int
     word: int
     shift: int
     spill: int
@@ -68,7 +68,7 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
         (rows, blocks.shape[1], pattern_words), dtype=torch.int32, device=codes.device
     )
     for place in _places(num_bits):
-        code = blocks[..., place.index].int()
+        code = blocks[..., place.code].int()
         words[..., place.word].bitwise_or_(code << place.shift)
         if place.spill:
             words[..., place.word + 1].bitwise_or_(code >> (num_bits - place.spill))
@@ -97,5 +97,5 @@ def unpack(words: Tensor, num_bits: int, n: int) -> Tensor:
         code = (blocks[..., place.word] >> place.shift) & (2**kept - 1)
         if place.spill:
             code |= (blocks[..., place.word + 1] & (2**place.spill - 1)) << kept
-        codes[..., place.index] = code
+        codes[..., place.code] = code
     return codes.flatten(1)[:, :n].contiguous()

@@ -39,7 +39,7 @@ def log2_codes(p: Tensor, scale: Tensor, num_bits: int) -> Tensor:
 def log2_values(codes: Tensor, scale: Tensor, num_bits: int) -> Tensor:
     """scale * 2^-code, exactly 0 for the code 2^b; codes float or integer, result as the scale."""
     power = codes.to(scale.dtype).neg()
-    return torch.exp2(F.threshold_(power, -(2.0**num_bits), -torch.inf)) * scale
+    return torch.exp2(F.threshold(power, -(2.0**num_bits), -torch.inf, inplace=True)) * scale
 
 
 def uniform_scale(p: Tensor, num_bits: int) -> Tensor:

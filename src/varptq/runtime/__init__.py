@@ -1,5 +1,6 @@
-"""Who computes a quantized model. A runtime takes a `QuantizedPipeline` and knows of no files."""
+"""Who computes a quantized model, and loading an artifact onto it."""
 
+from varptq.runtime.load import load
 from varptq.runtime.resolve import RUNTIMES, resolve
 
-__all__ = ["RUNTIMES", "resolve"]
+__all__ = ["RUNTIMES", "load", "resolve"]
