@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "calibrate": BASE | {"models", "quant"},
     "artifact": BASE | {"models", "quant"},
     "runtime": BASE | {"models", "quant", "artifact"},
+    "pictures": BASE,
+    "evaluate": BASE | {"models", "quant", "pictures"},
 }
 # The ways in for people, and who may import them.
 WAYS_IN: dict[str, set[str]] = {"__main__": set(), "cli": {"__main__"}, "web": {"cli"}}

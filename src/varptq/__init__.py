@@ -1,14 +1,24 @@
-"""varptq: post-training quantization for visual autoregressive (next-scale) image models."""
+"""varptq: post-training quantization for visual autoregressive (next-scale) image models.
 
-from varptq.artifact import save
-from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import quantize
-from varptq.errors import VarptqError
-from varptq.models.generate import Output, generate
-from varptq.models.pipeline import Pipeline, build_model, load_model
-from varptq.quant.config import QuantConfig
-from varptq.quant.pipeline import QuantizedPipeline
-from varptq.runtime import load
+The public names load their modules on first use, so that `import varptq` and `varptq --help` need
+no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from varptq.artifact import save
+    from varptq.calibrate.config import CalibrationConfig
+    from varptq.calibrate.methods import quantize
+    from varptq.errors import VarptqError
+    from varptq.models.generate import Output, generate
+    from varptq.models.pipeline import Pipeline, build_model, load_model
+    from varptq.quant.config import QuantConfig
+    from varptq.quant.pipeline import QuantizedPipeline
+    from varptq.runtime import load
 
 __version__ = "0.1.0"
 
@@ -26,3 +36,30 @@ __all__ = [
     "quantize",
     "save",
 ]
+
+_HOMES = {
+    "CalibrationConfig": "calibrate.config",
+    "Output": "models.generate",
+    "Pipeline": "models.pipeline",
+    "QuantConfig": "quant.config",
+    "QuantizedPipeline": "quant.pipeline",
+    "VarptqError": "errors",
+    "build_model": "models.pipeline",
+    "generate": "models.generate",
+    "load": "runtime",
+    "load_model": "models.pipeline",
+    "quantize": "calibrate.methods",
+    "save": "artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *_HOMES))

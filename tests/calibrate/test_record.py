@@ -72,7 +72,10 @@ def test_units_come_in_model_order(any_tiny: Pipeline) -> None:
 def test_every_quantized_layer_is_in_one_unit(any_tiny: Pipeline) -> None:
     run = recorder(any_tiny)
     layers = Counter(
-        layer.layer for unit in run.units() for layer in unit.module.modules() if hasattr(layer, "codes")
+        layer.layer
+        for unit in run.units()
+        for layer in unit.module.modules()
+        if hasattr(layer, "codes")
     )
     wanted = [n for n, m in any_tiny.var.named_modules() if isinstance(m, torch.nn.Linear)]
     assert layers == dict.fromkeys(wanted, 1)
@@ -87,7 +90,9 @@ def check_against_formulas(pipe: Pipeline, config: CalibrationConfig | None, bou
         if "ada_lin" in unit.name:  # one row per class and the unconditional one
             assert len(ours[0]) == pipe.num_classes + 1
             ours = tuple(part[labels] for part in ours)
-        theirs = tuple(part.flatten(1, -2) if part.dim() > 3 else part for part in pieces[unit.name])
+        theirs = tuple(
+            part.flatten(1, -2) if part.dim() > 3 else part for part in pieces[unit.name]
+        )
         if unit.name == "word_embed":  # the same for both rows of an image
             theirs = tuple(part[: len(part) // 2] for part in theirs)
         for mine, exact in zip(ours, theirs, strict=True):

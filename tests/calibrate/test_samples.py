@@ -27,7 +27,9 @@ def make(pipe: Pipeline, config: CalibrationConfig = CONFIG, **options: object) 
 
 
 @given(st.integers(1, 40), st.integers(1, 130), st.integers(0, 99))
-def test_classes_are_distinct_while_they_last_then_cycle(classes: int, count: int, seed: int) -> None:
+def test_classes_are_distinct_while_they_last_then_cycle(
+    classes: int, count: int, seed: int
+) -> None:
     labels = choose_labels(classes, count, seed)
     assert labels.shape == (count,) and labels.dtype == torch.int64
     for block in labels.split(classes):
@@ -110,7 +112,9 @@ def test_resampling_brings_frequencies_to_the_probabilities(
         mean_V = (torch.cat(logits[scale]).double() / temperature).softmax(-1).mean((0, 1))
         for samples, l1 in ((plain, report.l1_before), (moved, report.l1_after)):
             counts = torch.bincount(samples.ids_NL[:, part].flatten(), minlength=32).double()
-            assert float((counts / counts.sum() - mean_V).abs().sum()) == pytest.approx(l1, abs=1e-5)
+            assert float((counts / counts.sum() - mean_V).abs().sum()) == pytest.approx(
+                l1, abs=1e-5
+            )
         assert report.l1_after <= report.l1_before
         assert torch.equal(report.count_after, report.target_count)
         changed = int((plain.ids_NL != moved.ids_NL)[:, part].sum())

@@ -34,7 +34,13 @@ def tokens(pipe: Pipeline, labels: Any = LABELS, **options: Any) -> Tensor:
 
 
 def plain_loop(
-    pipe: Pipeline, labels: Tensor, seed: int, cfg: float, top_k: int, top_p: float, temperature: float
+    pipe: Pipeline,
+    labels: Tensor,
+    seed: int,
+    cfg: float,
+    top_k: int,
+    top_p: float,
+    temperature: float,
 ) -> Tensor:
     """Every scale from a whole teacher-forced pass, guidance by its formula: no cache, no batch."""
     scales, rows = pipe.scales, []
@@ -153,7 +159,7 @@ def test_images_are_the_decoded_tokens(tiny: Pipeline) -> None:
     side = tiny.vae.image_size
     assert output.images is not None and output.images.shape == (5, 3, side, side)
     assert output.images.dtype == torch.float32
-    assert 0 <= output.images.min() and output.images.max() <= 1
+    assert output.images.min() >= 0 and output.images.max() <= 1
     torch.testing.assert_close(output.images, tiny.vae.decode(output.tokens) / 2 + 0.5)
     assert generate(tiny, LABELS, decode=False).images is None
 
@@ -162,7 +168,9 @@ def test_top_k_one_is_greedy_whatever_the_noise(tiny: Pipeline) -> None:
     first = tokens(tiny, top_k=1, seed=0)
     for options in (dict(seed=1), dict(temperature=50.0), dict(first_index=9)):
         assert torch.equal(tokens(tiny, top_k=1, **options), first)
-    logits = torch.cat([x for _, x in teacher_forced_guided(tiny, torch.tensor(LABELS), first, 1.5)], 1)
+    logits = torch.cat(
+        [x for _, x in teacher_forced_guided(tiny, torch.tensor(LABELS), first, 1.5)], 1
+    )
     assert torch.equal(logits.argmax(-1), first)
 
 
@@ -300,7 +308,11 @@ def test_a_quantized_model_generates_alike(tiny: Pipeline) -> None:
 
 def test_progress_counts_images_from_zero_to_all(tiny: Pipeline) -> None:
     seen: list[tuple[str, int, int]] = []
-    tokens(tiny, batch_size=2, progress=lambda stage, done, total, info="": seen.append((stage, done, total)))
+    tokens(
+        tiny,
+        batch_size=2,
+        progress=lambda stage, done, total, info="": seen.append((stage, done, total)),
+    )
     assert seen == [("generate", done, 5) for done in (0, 2, 4, 5)]
 
 
@@ -314,7 +326,10 @@ def test_progress_counts_images_from_zero_to_all(tiny: Pipeline) -> None:
         (dict(forced=torch.zeros(1, 14).long()), r"forced: shape \(1, 14\), expected \(2, 14\)"),
         (dict(forced=torch.zeros(2, 13).long()), r"forced: shape \(2, 13\), expected \(2, 14\)"),
         (dict(forced=torch.zeros(14).long()), r"forced: shape \(14,\)"),
-        (dict(forced=torch.full((2, 14), 32)), r"forced: ids 32..32, expected -1 \(free\) or 0..31"),
+        (
+            dict(forced=torch.full((2, 14), 32)),
+            r"forced: ids 32..32, expected -1 \(free\) or 0..31",
+        ),
         (dict(forced=torch.full((2, 14), -2)), r"forced: ids -2..-2"),
         (dict(forced=torch.zeros(2, 14)), r"forced: torch.float32, expected torch.int64"),
         (dict(forced=torch.ones(2, 14).bool()), r"forced: torch.bool, expected torch.int64"),
@@ -325,7 +340,9 @@ def test_progress_counts_images_from_zero_to_all(tiny: Pipeline) -> None:
         (dict(temperature=0.0), "temperature is 0.0"),
     ],
 )
-def test_unusable_arguments_are_named(tiny: Pipeline, options: dict[str, Any], message: str) -> None:
+def test_unusable_arguments_are_named(
+    tiny: Pipeline, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(VarptqError, match=message) as caught:
         tokens(tiny, **{"labels": [0, 1], **options})
     assert isinstance(caught.value, InputError | ConfigError)

@@ -55,9 +55,7 @@ def test_any_schedule_follows_the_formulas(
     labels = torch.tensor([0, pipe.num_classes, 4])
     inputs = inputs_of(pipe, 3)
     expected = trace(pipe.var, labels, inputs).logits
-    torch.testing.assert_close(
-        pipe.var(labels, inputs).double(), expected, rtol=0, atol=LOGITS
-    )
+    torch.testing.assert_close(pipe.var(labels, inputs).double(), expected, rtol=0, atol=LOGITS)
 
 
 def test_the_attention_temperature_is_capped(make_tiny: Callable[..., Pipeline]) -> None:

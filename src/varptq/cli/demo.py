@@ -42,8 +42,8 @@ class Recipe:
     model: str = "demo"
     config: str = "w4a4"
     method: str = "sas"
-    samples: int = 64
-    steps: int = 120
+    samples: int = 100
+    steps: int = 300
     calibration_seed: int = 0
     # Another seed than calibration's: the compared images are held out.
     sampling_seed: int = 1

@@ -67,7 +67,7 @@ def command(
     choice = common.ModelChoice(source or model, var, vae, random, download, device, dtype)
     if choice.folder is not None:
         raise InputError(f"model {str(choice.folder)!r}: a folder, expected a float model")
-    pass
+    check_output(out, force)
     started = time.monotonic()
     pipe = choice.load_float()
     with RichProgress() as progress:
