@@ -1,10 +1,9 @@
-"""Does every part of the method help? KL to the float model, product errors, codebook frequencies.
+"""Does every part of the method help? KL to the float model, and errors of p v, per calibration.
 
-    python benchmarks/proof.py run  [--seeds 0 1 2] [--widths ...] [--methods ...] [--threads N]
-    python benchmarks/proof.py plot
+    python benchmarks/proof.py [--seeds 0 1 2] [--widths ...] [--methods ...] [--threads N]
 
-`run` appends one line per calibration to results/proof.jsonl and skips what is there, so it can be
-stopped and started, and split over processes by --seeds. `plot` makes the pictures and the tables of
+Appends one line per calibration to results/proof.jsonl and skips what is there, so it can be stopped
+and started, and split over processes by --seeds. `proof_report.py` makes the pictures and tables of
 docs/results.md from that file. On the bundled demo model; held-out images are of other seeds than
 any calibration's.
 """
@@ -22,7 +21,6 @@ import torch
 
 import varptq
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import measure_attention, set_theta
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.evaluate.attention import product_errors
 from varptq.evaluate.tokens import token_fidelity
@@ -51,14 +49,16 @@ def done() -> set[tuple[str, str, int]]:
 
 
 def one(pipe: Pipeline, test: CalibrationSet, width: str, method: str, seed: int) -> dict[str, Any]:
-    """Calibrate once and measure; "sas+litevar" is the method sas on the preset "<width>+litevar"."""
-    base, _, policy = method.partition("+litevar")
-    config = varptq.QuantConfig.preset(width + ("+litevar" if "+litevar" in method else ""))
+    """Calibrate once and measure; "sas+litevar" is the method sas on "<width>+litevar"."""
+    name, litevar, _ = method.partition("+litevar")
+    config = varptq.QuantConfig.preset(width + litevar)
     started = time.monotonic()
-    quantized = varptq.quantize(pipe, config, method=base + policy, calibration=CALIBRATION, seed=seed)
+    quantized = varptq.quantize(pipe, config, method=name, calibration=CALIBRATION, seed=seed)
     seconds = time.monotonic() - started
     fidelity = token_fidelity(pipe, quantized, test.labels_N, test.ids_NL)
-    products = product_errors(pipe, quant_mixes(quantized.var), test.labels_N[:20], test.ids_NL[:20])
+    products = product_errors(
+        pipe, quant_mixes(quantized.var), test.labels_N[:20], test.ids_NL[:20]
+    )
     units = quantized.report.get("units", [])
     return {
         "width": width,
@@ -95,16 +95,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    verbs = parser.add_subparsers(required=True)
-    verb = verbs.add_parser("run")
-    verb.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    verb.add_argument("--widths", nargs="+", default=WIDTHS)
-    verb.add_argument("--methods", nargs="+", default=METHODS)
-    verb.add_argument("--threads", type=int, default=2)
-    verb.set_defaults(call=run)
-    arguments = parser.parse_args()
-    arguments.call(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--widths", nargs="+", default=WIDTHS)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--threads", type=int, default=2)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

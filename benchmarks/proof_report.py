@@ -83,7 +83,9 @@ def plot_product_error(pipe: Pipeline) -> None:
                 set_theta(model, theta)
                 errors = product_errors(pipe, list(quant_mixes(model)), labels, ids).mean(0)
                 name = f"{width.upper()}, " + ("plain" if theta is None else "shift-and-sum")
-                axis.plot(range(1, len(errors) + 1), errors, style, color=color, marker="o", label=name)
+                axis.plot(
+                    range(1, len(errors) + 1), errors, style, color=color, marker="o", label=name
+                )
         axis.set_title("log2 probabilities (paper)" if not extra else "uniform 8-bit probabilities")
         axis.set_xlabel("scale")
         axis.set_yscale("log")
@@ -142,11 +144,16 @@ def main() -> None:
     resampling = plot_resampling(pipe)
     seconds = [x["seconds"] for x in lines if x["method"] != "rtn"]
     text = [
-        f"{len(lines)} calibrations, {CALIBRATION.num_samples} samples, {CALIBRATION.steps} steps per unit, "
-        f"mean ± standard deviation over up to {len(SEEDS)} calibration seeds; {HELD_OUT_IMAGES} held-out images. "
-        f"A calibration took {min(seconds):.0f} to {max(seconds):.0f} s on one thread of a shared machine.",
+        f"{len(lines)} calibrations, {CALIBRATION.num_samples} samples, {CALIBRATION.steps} steps "
+        f"per unit, mean ± standard deviation over up to {len(SEEDS)} calibration seeds; "
+        f"{HELD_OUT_IMAGES} held-out images. A calibration took {min(seconds):.0f} to "
+        f"{max(seconds):.0f} s on one thread of a shared machine.",
         "",
-        *table(lines, "**KL of the guided, filtered distributions, nats per token:**", lambda x: x["fidelity"]["kl_filtered"]),
+        *table(
+            lines,
+            "**KL of the guided, filtered distributions, nats per token:**",
+            lambda x: x["fidelity"]["kl_filtered"],
+        ),
         *table(lines, "**The same without the filter:**", lambda x: x["fidelity"]["kl"]),
         *table(lines, "**Top-1 agreement:**", lambda x: x["fidelity"]["top1"]),
         "![KL per scale](images/kl.png)",

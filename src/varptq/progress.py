@@ -19,6 +19,8 @@ from rich.text import Text
 
 # A step may take minutes; rich's default of 30 s would then never hold the two samples of a speed.
 SPEED_WINDOW_SECONDS = 600.0
+# A log gets a sign of life of a long stage this often.
+LOG_EVERY_SECONDS = 30.0
 
 
 class Progress(Protocol):
@@ -50,6 +52,7 @@ class _Stage:
     first: int = 0
     done: int = -1
     started: float = 0.0
+    printed: float = 0.0
     bar: bars.TaskID | None = None
 
 
@@ -57,7 +60,8 @@ class RichProgress:
     """A `Progress` on stderr, used as a context manager.
 
     On a terminal every stage has a bar with its pace and remaining time. Elsewhere (a log file, CI)
-    a stage prints one line at its start and one at its end. A count that goes back starts it again.
+    a stage prints one line at its start, one at its end and a sign of life between. A count that
+    goes back starts it again.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -94,6 +98,7 @@ class RichProgress:
         begins = state.done < 0 or done < state.done
         if begins:
             state.first, state.done, state.started = done, -1, time.monotonic()
+            state.printed = state.started
         ends = state.done < total <= done
         state.done = done
         if self._console.is_interactive:
@@ -102,7 +107,10 @@ class RichProgress:
         if begins:
             self._print(f"{stage}: {total - done} steps")
         if ends:
-            self._print(_summary(stage, state, info))
+            self._print(_summary(f"{stage}: done in", state, info))
+        elif not begins and time.monotonic() - state.printed >= LOG_EVERY_SECONDS:
+            self._print(_summary(f"{stage}: {done} of {total} after", state, info))
+            state.printed = time.monotonic()
 
     def _draw(self, stage: str, state: _Stage, total: int, info: str, begins: bool) -> None:
         if state.bar is None:
@@ -115,8 +123,8 @@ class RichProgress:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _summary(stage: str, state: _Stage, info: str) -> str:
+def _summary(what: str, state: _Stage, info: str) -> str:
     seconds = time.monotonic() - state.started
     steps = state.done - state.first
     rate = pace(steps / seconds) if seconds else ""
-    return ", ".join(part for part in (f"{stage}: done in {seconds:.1f} s", rate, info) if part)
+    return ", ".join(part for part in (f"{what} {seconds:.1f} s", rate, info) if part)

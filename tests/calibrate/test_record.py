@@ -234,10 +234,9 @@ def test_non_finite_float_activations_name_the_block(make_tiny: Callable[..., Pi
         list(recorder(pipe).units())
 
 
-def test_progress_of_a_block_goes_from_zero_to_all_rows(tiny: Pipeline) -> None:
-    seen: list[tuple[str, int, int]] = []
-    run = recorder(
-        tiny, progress=lambda stage, done, total, info="": seen.append((stage, done, total))
-    )
-    list(run.units())
-    assert seen == [(f"record blocks.{i}", done, 14) for i in (0, 1) for done in (0, 8, 14)]
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_number_of_units_is_known_beforehand(
+    make_tiny: Callable[..., Pipeline], shared_adaln: bool
+) -> None:
+    run = recorder(make_tiny(shared_adaln=shared_adaln))
+    assert run.num_units == len(list(run.units()))

@@ -34,7 +34,7 @@ def test_classes_are_distinct_while_they_last_then_cycle(
     assert labels.shape == (count,) and labels.dtype == torch.int64
     for block in labels.split(classes):
         assert len(set(block.tolist())) == len(block)
-        assert 0 <= block.min() and block.max() < classes
+        assert block.min() >= 0 and block.max() < classes
     assert torch.equal(labels, choose_labels(classes, count, seed))
 
 

@@ -1,4 +1,4 @@
-"""Product errors: zero for the product itself, brute force over blocks and scales, what moves them."""
+"""Product errors: zero for the product itself, brute force, and what moves them."""
 
 from __future__ import annotations
 

@@ -87,8 +87,10 @@ def test_weight_is_what_the_codes_say(var: VAR) -> None:
         for layer in quant_linears(convert(var, QuantConfig.preset(preset))).values():
             assert layer.float_weight is not None and layer.weight_bits is not None
             assert int(layer.codes.max()) <= 2**layer.weight_bits - 1
-            error = (layer.dequantized() - layer.float_weight).abs().unflatten(
-                1, (layer.codes_grouped.shape[1], -1)
+            error = (
+                (layer.dequantized() - layer.float_weight)
+                .abs()
+                .unflatten(1, (layer.codes_grouped.shape[1], -1))
             )
             assert bool((error <= layer.scale.unsqueeze(-1) * 0.5001).all())
 

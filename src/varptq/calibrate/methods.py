@@ -1,7 +1,8 @@
 """Methods by name, and `quantize`: the whole path from a float pipeline to a quantized one.
 
-    rtn    nearest rounding          brecq  + reconstruction          sas  + shift-and-sum +
-    resampling (the paper)
+    rtn      nearest rounding
+    brecq    + reconstruction
+    sas      + shift-and-sum and resampling (the paper)
 
 A name may switch single parts on for ablations: "brecq+shift", "brecq+resample", "rtn+shift".
 LiteVAR is a bit policy, so it is a preset of the config ("w4a4+litevar") and composes with every
@@ -10,6 +11,8 @@ method.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,10 +94,10 @@ def quantize(
     if isinstance(pipe, QuantizedPipeline):
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
     run = _Run(pipe, config, parts, calibration, seed, progress)
-    theta = run.search_theta() if parts.shift else None
+    theta = run.search_theta("theta") if parts.shift else None
     if parts.reconstruct:
         run.reconstruct()
-        theta = run.search_theta() if parts.shift else None
+        theta = run.search_theta("theta after reconstruction") if parts.shift else None
     release_float_weights(run.quantized)
     return QuantizedPipeline(
         run.quantized,
@@ -143,10 +146,12 @@ class _Run:
                 self.report["resampling"] = self._samples.resampling.to_dict()
         return self._samples
 
-    def search_theta(self) -> float | None:
+    def search_theta(self, stage: str) -> float | None:
         """Measure attention on the quantized model as it is now, choose theta and set it."""
+        samples = self.samples
+        self.progress(stage, 0, 1)
         masses = measure_attention(
-            self.pipe, self.quantized, self.samples, self.calibration.theta_samples
+            self.pipe, self.quantized, samples, self.calibration.theta_samples
         )
         total = bops_account(self.pipe.var, self.config).total
         orders = {mix.spec.max_order for mix in quant_mixes(self.quantized)} or {0}
@@ -157,26 +162,29 @@ class _Run:
         theta = None if result.status in ("over_budget", "off") else result.theta
         set_theta(self.quantized, theta)
         self.report["theta"] = result.to_dict()
+        self.progress(stage, 1, 1, f"theta {result.theta:.4f}, {result.status}")
         return theta
 
     def reconstruct(self) -> None:
         reports: list[UnitReport] = []
-        recorder = Recorder(
-            self.pipe, self.quantized, self.samples, self.calibration, self.progress
-        )
+        recorder = Recorder(self.pipe, self.quantized, self.samples, self.calibration)
         with closing(recorder.units()) as units:  # its files go at once, whatever happens
-            for unit in units:
-                listen = self._step_listener(unit.name)
+            for index, unit in enumerate(units):
+                listen = self._step_listener(unit.name, index, recorder.num_units)
+                listen(0, math.nan)
                 report = reconstruct(unit, self.calibration, self.seed, listen)
                 if report is not None:
                     reports.append(report)
+                    listen(self.calibration.steps, report.loss_hard)
         self.report["units"] = [report.to_dict() for report in reports]
 
-    def _step_listener(self, name: str) -> Any:
-        steps = self.calibration.steps
+    def _step_listener(self, name: str, index: int, num_units: int) -> Callable[[int, float], None]:
+        """Progress over the steps of all units together: one bar, whatever the depth."""
+        steps = max(self.calibration.steps, 1)
 
         def listen(step: int, loss: float) -> None:
-            self.progress(f"reconstruct {name}", step, steps, f"loss {loss:.4g}")
+            info = name if math.isnan(loss) else f"{name}, loss {loss:.4g}"
+            self.progress("reconstruct", index * steps + step, num_units * steps, info)
 
         return listen
 

@@ -26,7 +26,6 @@ from varptq.errors import NonFiniteError, OutputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.var import Block, causal_spans
-from varptq.progress import Progress, silent
 
 ROWS_PER_BATCH = 8
 # A block's record per activation: residual in float32, two inputs and two targets in 4 or 2 bytes.
@@ -124,15 +123,20 @@ class Recorder:
         quantized: nn.Module,
         samples: CalibrationSet,
         config: CalibrationConfig,
-        progress: Progress = silent,
     ) -> None:
         self.pipe, self.var, self.quantized = pipe, pipe.var, quantized
-        self.config, self.progress = config, progress
+        self.config = config
         count = len(samples.labels_N)
         unconditional = torch.full_like(samples.labels_N, pipe.num_classes)
         self.labels = torch.cat((samples.labels_N, unconditional)).to(pipe.device)
         self.samples, self.num_rows = samples, 2 * count
         self.scales = pipe.scales
+
+    @property
+    def num_units(self) -> int:
+        """How many units `units` yields."""
+        shared, several = self.var.arch.shared_adaln, self.scales.num_scales > 1
+        return self.var.arch.depth * (2 if shared else 3) + int(shared) + int(several) + 2
 
     def units(self) -> Generator[Unit]:
         """Units as they become ready; storage of a block is reused for the next, so use each before
@@ -204,7 +208,6 @@ class Recorder:
         FFN."""
         spans = causal_spans(self.scales)
         name = f"blocks.{index}"
-        self.progress(f"record {name}", 0, self.num_rows)
         for rows in self._batches():
             condition = self.var.block_condition(self.var.class_emb(self.labels[rows]))
             ada = block.modulation(condition)
@@ -213,7 +216,6 @@ class Recorder:
                 residual[rows] = block(x, ada, spans).float()
             if not bool(torch.isfinite(residual[rows]).all()):
                 raise NonFiniteError(f"layer {name}: float activations hold NaN or infinity")
-            self.progress(f"record {name}", rows.stop, self.num_rows)
 
     def _attention_unit(self, index: int, records: dict[str, Tensor]) -> Unit:
         spans = causal_spans(self.scales)

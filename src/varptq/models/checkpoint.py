@@ -2,7 +2,7 @@
 
     file -> read_state -> dict of finite tensors -> infer_var / infer_vqvae -> module -> load_strict
 
-The names and shapes of the tensors fix everything (docs/method.md section 1); no argument is needed.
+Names and shapes of the tensors fix everything (docs/method.md section 1); no argument is needed.
 Every failure is one `CheckpointError` naming the tensor. `state_file.py` reads the files and
 `presets.py` finds them by name.
 """

@@ -33,7 +33,7 @@ MIX = 0x9E3779B1
 
 
 class SamplingSettings(Settings):
-    """How an image is drawn; the defaults are the VAR paper's evaluation (docs/method.md section 1).
+    """How an image is drawn; defaults are the VAR paper's evaluation (docs/method.md section 1).
 
     cfg: guidance, reached at the last scale; 0 is unguided.
     top_k: candidates per token; 0, or V and above, is off.

@@ -5,7 +5,8 @@ attention product H * l_q * l_k * c * b1 * b2 per scale. An operand left in floa
 Everything is an exact integer. Embeddings, normalisation, softmax, GELU, additions and the image
 decoder are not counted.
 
-Shift-and-sum's own cost is not part of it; see varptq.calibrate.theta. Source: docs/method.md section 3.
+Shift-and-sum's own cost is not part of it; see varptq.calibrate.theta. Source: docs/method.md
+section 3.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def load(
 
     runtime: "auto" or a name of `varptq.runtime.RUNTIMES`; the choice is in the result's `runtime`.
     dtype: of the float parts and of the arithmetic. Raises `InputError` for a runtime that is not
-    there or a dtype that is not floating, `ArtifactError` naming the file and what is wrong with it.
+    there or a dtype that is not floating, `ArtifactError` naming the file and what is wrong.
     """
     name = resolve(runtime)
     pipeline = artifact.load(folder, device=device, dtype=dtype)
