@@ -2,8 +2,8 @@
 
     python benchmarks/proof_report.py
 
-Writes docs/images/{kl,product_error,resampling}.png and replaces the text between the markers
-`<!-- proof: begin -->` and `<!-- proof: end -->` of docs/results.md.
+Writes docs/images/{kl,product_error,resampling}.png and replaces the text between the "proof"
+markers of docs/results.md and the "headline" markers of README.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images"
-BEGIN, END = "<!-- proof: begin -->", "<!-- proof: end -->"
 Line = dict[str, Any]
 
 
@@ -46,11 +45,11 @@ def cell(lines: list[Line], width: str, method: str, value: Callable[[Line], flo
     return f"{mean(values):.3f} ± {spread:.3f}"
 
 
-def table(lines: list[Line], title: str, value: Callable[[Line], float]) -> list[str]:
+def table(lines: list[Line], value: Callable[[Line], float]) -> list[str]:
     head = ["method", *WIDTHS]
     rows = [[f"`{method}`", *(cell(lines, w, method, value) for w in WIDTHS)] for method in METHODS]
     text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
-    return [title, "", *(f"| {row} |" for row in text), ""]
+    return [*(f"| {row} |" for row in text), ""]
 
 
 def plot_kl(lines: list[Line]) -> None:
@@ -128,11 +127,12 @@ def save(figure: Any, name: str) -> None:
     plt.close(figure)
 
 
-def replace(text: str) -> None:
-    path = DOCS / "results.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+def replace(path: Path, mark: str, lines: list[str]) -> None:
+    """Put `lines` between `<!-- mark: begin -->` and `<!-- mark: end -->`."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, _, rest = path.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    path.write_text("\n".join([before + begin, *lines, end + after]))
 
 
 def main() -> None:
@@ -142,6 +142,7 @@ def main() -> None:
     plot_kl(lines)
     plot_product_error(pipe)
     resampling = plot_resampling(pipe)
+    headline = table(lines, lambda x: x["fidelity"]["kl_filtered"])
     seconds = [x["seconds"] for x in lines if x["method"] != "rtn"]
     text = [
         f"{len(lines)} calibrations, {CALIBRATION.num_samples} samples, {CALIBRATION.steps} steps "
@@ -149,13 +150,15 @@ def main() -> None:
         f"{HELD_OUT_IMAGES} held-out images. A calibration took {min(seconds):.0f} to "
         f"{max(seconds):.0f} s on one thread of a shared machine.",
         "",
-        *table(
-            lines,
-            "**KL of the guided, filtered distributions, nats per token:**",
-            lambda x: x["fidelity"]["kl_filtered"],
-        ),
-        *table(lines, "**The same without the filter:**", lambda x: x["fidelity"]["kl"]),
-        *table(lines, "**Top-1 agreement:**", lambda x: x["fidelity"]["top1"]),
+        "**KL of the guided, filtered distributions, nats per token:**",
+        "",
+        *headline,
+        "**The same without the filter:**",
+        "",
+        *table(lines, lambda x: x["fidelity"]["kl"]),
+        "**Top-1 agreement:**",
+        "",
+        *table(lines, lambda x: x["fidelity"]["top1"]),
         "![KL per scale](images/kl.png)",
         "",
         "![error of the attention-value product per scale](images/product_error.png)",
@@ -164,7 +167,8 @@ def main() -> None:
         "",
         *resampling,
     ]
-    replace("\n".join(text))
+    replace(DOCS / "results.md", "proof", text)
+    replace(DOCS.parent / "README.md", "headline", headline)
 
 
 if __name__ == "__main__":
