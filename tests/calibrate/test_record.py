@@ -42,12 +42,10 @@ def sample_set(pipe: Pipeline, count: int = COUNT) -> CalibrationSet:
 
 
 def recorder(
-    pipe: Pipeline, config: CalibrationConfig | None = None, count: int = COUNT, **options: object
+    pipe: Pipeline, config: CalibrationConfig | None = None, count: int = COUNT
 ) -> Recorder:
     quantized = convert(pipe.var, W4A4)
-    return Recorder(
-        pipe, quantized, sample_set(pipe, count), config or CalibrationConfig(), **options
-    )
+    return Recorder(pipe, quantized, sample_set(pipe, count), config or CalibrationConfig())
 
 
 def rows_of(unit: Unit) -> tuple[Tensor, Tensor]:
@@ -65,8 +63,10 @@ def unit_names(depth: int, shared: bool) -> list[str]:
 
 
 def test_units_come_in_model_order(any_tiny: Pipeline) -> None:
-    found = [unit.name for unit in recorder(any_tiny).units()]
+    run = recorder(any_tiny)
+    found = [unit.name for unit in run.units()]
     assert found == unit_names(2, any_tiny.var.arch.shared_adaln)
+    assert run.num_units == len(found)
 
 
 def test_every_quantized_layer_is_in_one_unit(any_tiny: Pipeline) -> None:
@@ -149,8 +149,10 @@ def test_each_block_runs_once_over_the_rows_and_nothing_is_generated(
 
 def test_a_single_scale_has_no_word_embed_unit(make_tiny: Callable[..., Pipeline]) -> None:
     pipe = make_tiny(scales=Scales((3,)), depth=1)
-    names = [unit.name for unit in recorder(pipe).units()]
+    run = recorder(pipe)
+    names = [unit.name for unit in run.units()]
     assert names == unit_names(1, shared=False)[1:]
+    assert run.num_units == len(names)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -232,11 +234,3 @@ def test_non_finite_float_activations_name_the_block(make_tiny: Callable[..., Pi
     pipe.var.blocks[1].ada_lin[1].bias.fill_(1e38)
     with pytest.raises(NonFiniteError, match=r"layer blocks\.1: float activations"):
         list(recorder(pipe).units())
-
-
-@pytest.mark.parametrize("shared_adaln", [False, True])
-def test_number_of_units_is_known_beforehand(
-    make_tiny: Callable[..., Pipeline], shared_adaln: bool
-) -> None:
-    run = recorder(make_tiny(shared_adaln=shared_adaln))
-    assert run.num_units == len(list(run.units()))

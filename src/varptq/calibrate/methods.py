@@ -175,7 +175,8 @@ class _Run:
                 report = reconstruct(unit, self.calibration, self.seed, listen)
                 if report is not None:
                     reports.append(report)
-                    listen(self.calibration.steps, report.loss_hard)
+                # A unit with nothing to learn is done too, or the stage might never end.
+                listen(max(self.calibration.steps, 1), report.loss_hard if report else math.nan)
         self.report["units"] = [report.to_dict() for report in reports]
 
     def _step_listener(self, name: str, index: int, num_units: int) -> Callable[[int, float], None]:
