@@ -116,7 +116,9 @@ class StagedFolder:
         if not any(target.iterdir()):
             return
         if not self.force:
-            raise OutputError(f"{target}: exists and is not empty; choose another folder or force")
+            raise OutputError(
+                f"{target}: exists and is not empty; choose another folder or force=True (--force)"
+            )
         if any(place.is_relative_to(target) for place in (Path.cwd(), Path.home())):
             raise OutputError(
                 f"{target}: holds the working or the home folder and is not replaced; "

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import varptq
 from varptq.artifact import load, save
 from varptq.errors import ArtifactError, InputError
 from varptq.quant.pipeline import QuantizedPipeline
@@ -357,7 +358,7 @@ def test_the_largest_model_a_config_can_ask_for_is_refused_soon(forge: Forge) ->
 
 def test_a_bad_argument_is_found_before_anything_is_read(pristine: Path) -> None:
     with pytest.raises(InputError, match="runtime 'gpu': unknown"):
-        load(pristine.parent / "nowhere", runtime="gpu")
+        varptq.load(pristine.parent / "nowhere", runtime="gpu")
     with pytest.raises(InputError, match="expected a floating dtype"):
         load(pristine, dtype=torch.int32)
 

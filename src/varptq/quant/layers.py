@@ -165,7 +165,9 @@ class QuantLinear(nn.Module):
             return self.rounding.weight().to(dtype)
         cached = self._cached_weight
         if cached is None or cached.dtype != dtype or cached.device != self.codes.device:
-            cached = self._cached_weight = self.dequantized().to(dtype)
+            # Kept for later calls, which may want gradients: not an inference tensor.
+            with torch.inference_mode(False):
+                cached = self._cached_weight = self.dequantized().to(dtype)
         return cached
 
     def fake_input(self, x: Tensor) -> Tensor:
