@@ -1,6 +1,6 @@
 """Does every part of the method help? KL to the float model, and errors of p v, per calibration.
 
-    python benchmarks/proof.py [--seeds 0 1 2] [--widths ...] [--methods ...] [--threads N]
+    python benchmarks/proof.py [--seeds 0 1 2] [--widths ...] [--methods ...] [--samples N]
 
 Appends one line per calibration to results/proof.jsonl and skips what is there, so it can be
 stopped and started, and split over processes by --seeds. `proof_report.py` makes the pictures and
@@ -41,19 +41,26 @@ def held_out(pipe: Pipeline) -> CalibrationSet:
     return calibration_set(pipe, config, seed=HELD_OUT_SEED, resampled=False)
 
 
-def done() -> set[tuple[str, str, int]]:
+def done() -> set[tuple[str, str, int, int]]:
     if not RESULTS.exists():
         return set()
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {(line["width"], line["method"], line["seed"]) for line in lines}
+    return {(x["width"], x["method"], x["seed"], x["calibration"]["num_samples"]) for x in lines}
 
 
-def one(pipe: Pipeline, test: CalibrationSet, width: str, method: str, seed: int) -> dict[str, Any]:
+def one(
+    pipe: Pipeline,
+    test: CalibrationSet,
+    width: str,
+    method: str,
+    seed: int,
+    calibration: CalibrationConfig,
+) -> dict[str, Any]:
     """Calibrate once and measure; "sas+litevar" is the method sas on "<width>+litevar"."""
     name, litevar, _ = method.partition("+litevar")
     config = varptq.QuantConfig.preset(width + litevar)
     started = time.monotonic()
-    quantized = varptq.quantize(pipe, config, method=name, calibration=CALIBRATION, seed=seed)
+    quantized = varptq.quantize(pipe, config, method=name, calibration=calibration, seed=seed)
     seconds = time.monotonic() - started
     fidelity = token_fidelity(pipe, quantized, test.labels_N, test.ids_NL)
     products = product_errors(
@@ -70,7 +77,7 @@ def one(pipe: Pipeline, test: CalibrationSet, width: str, method: str, seed: int
         "product_error": products.mean(0).tolist(),
         "loss_hard_to_nearest": [u["loss_hard"] / u["loss_nearest"] for u in units],
         "resampling": quantized.report.get("resampling"),
-        "calibration": CALIBRATION.to_dict(),
+        "calibration": calibration.to_dict(),
         "version": varptq.__version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -82,12 +89,13 @@ def run(arguments: argparse.Namespace) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     pipe = varptq.load_model("demo")
     test = held_out(pipe)
+    calibration = CALIBRATION.replace(num_samples=arguments.samples)
     for seed in arguments.seeds:
         for width in arguments.widths:
             for method in arguments.methods:
-                if (width, method, seed) in done():
+                if (width, method, seed, arguments.samples) in done():
                     continue
-                line = one(pipe, test, width, method, seed)
+                line = one(pipe, test, width, method, seed, calibration)
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 kl = line["fidelity"]["kl_filtered"]
@@ -101,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--widths", nargs="+", default=WIDTHS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--samples", type=int, default=CALIBRATION.num_samples)
     parser.add_argument("--threads", type=int, default=2)
     run(parser.parse_args())
 

@@ -33,8 +33,9 @@ IMAGES = DOCS / "images"
 Line = dict[str, Any]
 
 
-def read() -> list[Line]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+def read(samples: int = CALIBRATION.num_samples) -> list[Line]:
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return [line for line in lines if line["calibration"]["num_samples"] == samples]
 
 
 def cell(lines: list[Line], width: str, method: str, value: Callable[[Line], float]) -> str:
@@ -50,6 +51,21 @@ def table(lines: list[Line], value: Callable[[Line], float]) -> list[str]:
     rows = [[f"`{method}`", *(cell(lines, w, method, value) for w in WIDTHS)] for method in METHODS]
     text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
     return [*(f"| {row} |" for row in text), ""]
+
+
+def few_samples() -> list[str]:
+    """Resampling where frequencies are far off: a handful of calibration images."""
+    head = ["samples", "`brecq`", "`brecq+resample`"]
+    rows = [
+        [str(n), *(cell(read(n), "w4a4", m, kl_filtered) for m in ("brecq", "brecq+resample"))]
+        for n in (8, 32, CALIBRATION.num_samples)
+    ]
+    text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
+    return ["**Resampling with fewer samples, W4A4:**", "", *(f"| {row} |" for row in text), ""]
+
+
+def kl_filtered(line: Line) -> float:
+    return line["fidelity"]["kl_filtered"]
 
 
 def plot_kl(lines: list[Line]) -> None:
@@ -142,7 +158,7 @@ def main() -> None:
     plot_kl(lines)
     plot_product_error(pipe)
     resampling = plot_resampling(pipe)
-    headline = table(lines, lambda x: x["fidelity"]["kl_filtered"])
+    headline = table(lines, kl_filtered)
     seconds = [x["seconds"] for x in lines if x["method"] != "rtn"]
     text = [
         f"{len(lines)} calibrations, {CALIBRATION.num_samples} samples, {CALIBRATION.steps} steps "
@@ -166,6 +182,7 @@ def main() -> None:
         "![codebook counts before and after resampling](images/resampling.png)",
         "",
         *resampling,
+        *few_samples(),
     ]
     replace(DOCS / "results.md", "proof", text)
     replace(DOCS.parent / "README.md", "headline", headline)
