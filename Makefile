@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# The version the numbers in docs/ come from. On Linux PyPI's torch brings CUDA (gigabytes); for a CPU build
-# run `make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"`, or install
-# torch into .venv yourself beforehand: one that is there is never touched.
+# The version the numbers in docs/ come from. Where pip's default torch brings CUDA (gigabytes) and a CPU
+# build is wanted, install that into .venv beforehand: one that is there is never touched. Or pass pip's
+# arguments, as in `make install TORCH="torch==2.13.0 --index-url ..."`.
 TORCH ?= torch==2.13.0
 
 # Extra arguments for pytest, e.g. make test ARGS="-k progress -x". Torch runs one thread per worker:
