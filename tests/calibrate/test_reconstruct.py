@@ -26,7 +26,7 @@ from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.var import VAR
+from varptq.models.var import VAR, spans_of
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_linears, set_theta
 from varptq.quant.layers import LearnedRounding
@@ -75,7 +75,13 @@ def toy_unit(pipe: Pipeline, model: VAR, rows: int = 12) -> Unit:
     """The FFN of block 0 on random inputs, with the float one as target."""
     layer, teacher = (m.get_submodule("blocks.0.ffn") for m in (model, pipe.var))
     inputs = torch.randn(rows, 14, 128, generator=torch.Generator().manual_seed(0))
-    return Unit("toy", layer, layer, teacher, inputs, None, scale_weights(pipe.scales))
+    spans = spans_of(pipe.scales)
+
+    def caller(piece: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: piece(x, spans)
+
+    weights = scale_weights(spans)
+    return Unit("toy", layer, caller(layer), caller(teacher), inputs, None, weights)
 
 
 @given(
@@ -91,7 +97,7 @@ def test_the_loss_is_a_sum_of_means_over_scales(
     """Sum over scales of the mean over rows and tokens of the channel-summed squared error."""
     scales = Scales.of(sides)
     lengths = scales.lengths[min(first, len(sides) - 1) :]
-    weights = scale_weights(scales, first=min(first, len(sides) - 1))
+    weights = scale_weights(spans_of(scales, first=min(first, len(sides) - 1)))
     generator = torch.Generator().manual_seed(seed)
     output, target = (torch.randn(rows, sum(lengths), channels, generator=generator) for _ in "ab")
     expected, start = 0.0, 0

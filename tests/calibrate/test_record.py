@@ -23,7 +23,7 @@ from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import NonFiniteError, OutputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.var import Block
+from varptq.models.var import Block, spans_of
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 
@@ -164,11 +164,11 @@ def test_few_samples(tiny: Pipeline, count: int) -> None:
 
 def test_weights_count_every_scale_once() -> None:
     scales = Scales((1, 2, 3))
-    weights = scale_weights(scales)
+    weights = scale_weights(spans_of(scales))
     assert weights.shape == (14,)
     sums = [float(weights[part].sum()) for part in scales.slices()]
     assert sums == pytest.approx([1, 1, 1])
-    assert torch.equal(scale_weights(scales, first=1), weights[1:])
+    assert torch.equal(scale_weights(spans_of(scales, first=1)), weights[1:])
 
 
 def test_storage_goes_from_memory_to_half_to_a_file(tmp_path: Path) -> None:

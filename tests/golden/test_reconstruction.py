@@ -12,7 +12,7 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.reconstruct import evaluate, train_step, unit_loss
 from varptq.calibrate.record import Unit, scale_weights
 from varptq.models.pipeline import Pipeline, load_model
-from varptq.models.var import causal_spans
+from varptq.models.var import spans_of
 from varptq.quant import adaround
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_linears, set_theta
@@ -42,13 +42,13 @@ def make_unit(pipe: Pipeline, data: dict[str, np.ndarray], kind: str, width: str
     model = convert(pipe.var, QuantConfig.preset(f"{width}+released"))
     set_theta(model, float(data["theta"]))
     name = f"blocks.{int(data['block'])}.{kind}"
-    module, spans = model.get_submodule(name), causal_spans(pipe.scales)
+    module, spans = model.get_submodule(name), spans_of(pipe.scales)
 
     def run(x: Tensor) -> Tensor:
-        return module(x, spans) if kind == "attn" else module(x)
+        return module(x, spans)
 
     inputs, targets = (torch.from_numpy(data[f"{kind}.{end}"]) for end in ("inputs", "targets"))
-    return Unit(name, module, run, run, inputs, targets, scale_weights(pipe.scales))
+    return Unit(name, module, run, run, inputs, targets, scale_weights(spans))
 
 
 def start(

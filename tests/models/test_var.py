@@ -13,7 +13,7 @@ from torch import Tensor
 from var_oracle import trace
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, LayerCache, causal_spans, randomize
+from varptq.models.var import VAR, LayerCache, randomize, spans_of
 
 # float32 against float64: the models are two blocks deep, logits are of the order of 10.
 LOGITS = 1e-4
@@ -108,7 +108,8 @@ def test_scale_by_scale_equals_one_pass(
             x = var.embed_first(condition.class_BC)
         else:
             first = scales.lengths[0]
-            x = var.embed_inputs(inputs[:, part.start - first : part.stop - first], part)
+            own = inputs[:, part.start - first : part.stop - first]
+            x = var.embed_inputs(own, spans_of(scales, scale, scale + 1))
         logits = var.step(x, condition, scale, cache)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, whole[:, part], rtol=1e-6, atol=1e-6)
@@ -134,9 +135,9 @@ def test_the_cache_is_preallocated_and_written_in_place(tiny: Pipeline) -> None:
 
 def test_spans_cover_every_query_once_and_see_a_growing_prefix() -> None:
     scales = Scales((1, 3, 2))
-    queries = [i for span in causal_spans(scales) for i in range(*span.queries.indices(99))]
+    queries = [i for span in spans_of(scales) for i in range(*span.queries.indices(99))]
     assert queries == list(range(14))
-    assert [span.keys for span in causal_spans(scales)] == [1, 10, 14]
+    assert [span.keys for span in spans_of(scales)] == [1, 10, 14]
 
 
 def test_an_overfull_cache_is_a_loud_error(tiny: Pipeline) -> None:

@@ -14,10 +14,10 @@ from varptq.models.var import (
     VAR,
     Attention,
     LayerCache,
-    Span,
+    TokenLinear,
     VARArch,
-    causal_spans,
     randomize,
+    spans_of,
 )
 from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
 from varptq.quant.convert import convert, quant_linears, quant_mixes, set_theta
@@ -62,12 +62,11 @@ def test_one_pass_over_all_scales_equals_the_cached_loop(
     attention = model.get_submodule("blocks.0.attn").double()
     assert isinstance(attention, Attention)
     x_BLC = noise(2, ARCH.scales.num_tokens, ARCH.width).double()
-    whole = attention(x_BLC, causal_spans(ARCH.scales))
+    whole = attention(x_BLC, spans_of(ARCH.scales))
     shape = (2, ARCH.num_heads, ARCH.scales.num_tokens, ARCH.head_width)
     cache = LayerCache(torch.empty(shape).double(), torch.empty(shape).double())
-    for part in ARCH.scales.slices():
-        span = Span(slice(0, part.stop - part.start), part.stop)
-        step = attention(x_BLC[:, part], [span], cache)
+    for scale, part in enumerate(ARCH.scales.slices()):
+        step = attention(x_BLC[:, part], spans_of(ARCH.scales, scale, scale + 1), cache)
         torch.testing.assert_close(step, whole[:, part], rtol=1e-10, atol=1e-10)
 
 
@@ -153,7 +152,7 @@ def test_conversion_shares_what_stays_float_and_leaves_the_model_alone(var: VAR)
     model = convert(var, QuantConfig.preset("w4a4+litevar"))
     assert model.pos_1LC.data_ptr() == var.pos_1LC.data_ptr()
     assert model.blocks[0].ffn.fc2 is not var.blocks[0].ffn.fc2
-    assert type(model.blocks[0].ffn.fc2) is nn.Linear
+    assert type(model.blocks[0].ffn.fc2) is TokenLinear
     kept, own = model.blocks[0].ffn.fc2.weight, var.blocks[0].ffn.fc2.weight
     assert kept.data_ptr() == own.data_ptr()
     for name, tensor in var.state_dict().items():

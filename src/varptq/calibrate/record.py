@@ -24,8 +24,7 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import NonFiniteError, OutputError
 from varptq.models.pipeline import Pipeline
-from varptq.models.scales import Scales
-from varptq.models.var import Block, causal_spans
+from varptq.models.var import Block, Span, spans_of
 
 ROWS_PER_BATCH = 8
 # A block's record per activation: residual in float32, two inputs and two targets in 4 or 2 bytes.
@@ -105,9 +104,9 @@ def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
     return path
 
 
-def scale_weights(scales: Scales, first: int = 0) -> Tensor:
-    """(tokens,) 1 / l_k for the tokens of scales `first`..K-1."""
-    lengths = scales.lengths[first:]
+def scale_weights(spans: list[Span]) -> Tensor:
+    """(tokens,) 1 / l_k for every token of scale k."""
+    lengths = [span.queries.stop - span.queries.start for span in spans]
     return torch.cat([torch.full((length,), 1.0 / length) for length in lengths])
 
 
@@ -153,8 +152,8 @@ class Recorder:
                 if not self.var.arch.shared_adaln:
                     yield self._vector_unit(f"blocks.{index}.ada_lin.1")
                 self._advance(index, cast(Block, block), residual, records)
-                yield self._attention_unit(index, records)
-                yield self._ffn_unit(index, records)
+                yield self._block_unit(index, "attn", records)
+                yield self._block_unit(index, "ffn", records)
             yield self._vector_unit("head_nm.ada_lin.1")
             yield self._head(residual)
 
@@ -167,24 +166,25 @@ class Recorder:
         if self.scales.num_scales == 1:
             return
         inputs = self.pipe.vae.teacher_inputs(self.samples.ids_NL)
-        yield self._linear_unit("word_embed", inputs.float(), scale_weights(self.scales, first=1))
+        yield self._unit("word_embed", inputs.float(), None, spans_of(self.scales, first=1))
 
     def _vector_unit(self, name: str) -> Unit:
         """An AdaLN layer: it sees one vector per class, so all classes are its calibration data."""
         inputs = F.silu(self.var.class_emb.weight.detach().float())
-        return self._linear_unit(name, inputs, None)
+        return self._unit(name, inputs, None, None)
 
-    def _linear_unit(self, name: str, inputs: Tensor, token_weights: Tensor | None) -> Unit:
-        module = self.quantized.get_submodule(name)
-        reference = self.var.get_submodule(name)
+    def _unit(
+        self, name: str, inputs: Tensor, targets: Tensor | None, spans: list[Span] | None
+    ) -> Unit:
+        module, reference = self.quantized.get_submodule(name), self.var.get_submodule(name)
         device, dtype = self.pipe.device, self.pipe.dtype
 
-        def cast_call(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-            return lambda x: layer(x.to(device, dtype))
+        def caller(piece: nn.Module) -> Callable[[Tensor], Tensor]:
+            arguments = () if spans is None else (spans,)
+            return lambda x: piece(x.to(device, dtype), *arguments)
 
-        return Unit(
-            name, module, cast_call(module), cast_call(reference), inputs, None, token_weights
-        )
+        weights = None if spans is None else scale_weights(spans)
+        return Unit(name, module, caller(module), caller(reference), inputs, targets, weights)
 
     @torch.no_grad()
     def _first_residual(self, storage: Storage) -> Tensor:
@@ -206,7 +206,7 @@ class Recorder:
     ) -> None:
         """Run the float block over all rows in place, keeping inputs and outputs of attention and
         FFN."""
-        spans = causal_spans(self.scales)
+        spans = spans_of(self.scales)
         name = f"blocks.{index}"
         for rows in self._batches():
             condition = self.var.block_condition(self.var.class_emb(self.labels[rows]))
@@ -217,31 +217,10 @@ class Recorder:
             if not bool(torch.isfinite(residual[rows]).all()):
                 raise NonFiniteError(f"layer {name}: float activations hold NaN or infinity")
 
-    def _attention_unit(self, index: int, records: dict[str, Tensor]) -> Unit:
-        spans = causal_spans(self.scales)
-        return self._block_unit(f"blocks.{index}.attn", "attn", records, lambda m, x: m(x, spans))
-
-    def _ffn_unit(self, index: int, records: dict[str, Tensor]) -> Unit:
-        return self._block_unit(f"blocks.{index}.ffn", "ffn", records, lambda m, x: m(x))
-
-    def _block_unit(
-        self,
-        name: str,
-        kind: str,
-        records: dict[str, Tensor],
-        call: Callable[[nn.Module, Tensor], Tensor],
-    ) -> Unit:
-        module, reference = self.quantized.get_submodule(name), self.var.get_submodule(name)
-        device, dtype = self.pipe.device, self.pipe.dtype
-        return Unit(
-            name,
-            module,
-            lambda x: call(module, x.to(device, dtype)),
-            lambda x: call(reference, x.to(device, dtype)),
-            records[f"{kind}.inputs"],
-            records[f"{kind}.targets"],
-            scale_weights(self.scales),
-        )
+    def _block_unit(self, index: int, kind: str, records: dict[str, Tensor]) -> Unit:
+        """Attention or FFN of a block: both are called with their tokens and spans."""
+        inputs, targets = records[f"{kind}.inputs"], records[f"{kind}.targets"]
+        return self._unit(f"blocks.{index}.{kind}", inputs, targets, spans_of(self.scales))
 
     @torch.no_grad()
     def _head(self, residual: Tensor) -> Unit:
@@ -249,7 +228,7 @@ class Recorder:
             ada = self.var.head_nm.modulation(self.var.class_emb(self.labels[rows]))
             x = residual[rows].to(self.pipe.device, self.pipe.dtype)
             residual[rows] = self.var.head_nm(x, ada).float()
-        return self._linear_unit("head", residual, scale_weights(self.scales))
+        return self._unit("head", residual, None, spans_of(self.scales))
 
 
 class _Tap:

@@ -27,6 +27,7 @@ from varptq.models.sampling import (
     sample_ids,
     smooth_embedding,
 )
+from varptq.models.var import spans_of
 from varptq.progress import Progress, silent
 
 DEFAULT_BATCH = 16
@@ -179,7 +180,7 @@ class _Stepper:
             x_BlC = var.embed_first(self.condition.class_BC)
         else:
             inputs = self.pipe.vae.quantize.next_input(f_hat, scale - 1)
-            x_BlC = var.embed_inputs(inputs, scales.slices()[scale])
+            x_BlC = var.embed_inputs(inputs, spans_of(scales, scale, scale + 1))
             if self.cfg > 0:
                 x_BlC = x_BlC.repeat(2, 1, 1)
         logits = var.step(x_BlC, self.condition, scale, self.cache)

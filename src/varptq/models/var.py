@@ -16,6 +16,7 @@ codebook.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -52,15 +53,22 @@ class VARArch:
 
 
 class Span(NamedTuple):
-    """Queries at `queries` (positions in the current input) see the first `keys` cached tokens."""
+    """Tokens of `scale`, at `queries` of the current input, see the first `keys` cached tokens."""
 
     queries: slice
     keys: int
+    scale: int
 
 
-def causal_spans(scales: Scales) -> list[Span]:
-    """Block causality over whole sequences: one span per scale."""
-    return [Span(part, part.stop) for part in scales.slices()]
+def spans_of(scales: Scales, first: int = 0, end: int | None = None) -> list[Span]:
+    """Block causality for an input that holds the tokens of scales `first`..`end` - 1 (default: the
+    whole sequence): one span per scale."""
+    chosen = range(first, scales.num_scales if end is None else end)
+    offset = scales.starts[first]
+    return [
+        Span(slice(scales.starts[k] - offset, scales.ends[k] - offset), scales.ends[k], k)
+        for k in chosen
+    ]
 
 
 class LayerCache:
@@ -76,6 +84,13 @@ class LayerCache:
         self.values[:, :, self.length : end] = v_BHlc
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class TokenLinear(nn.Linear):
+    """Seam: a Linear over tokens. What scale each token is of matters to quantizers only."""
+
+    def forward(self, input: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
+        return super().forward(input)
 
 
 class Scores(nn.Module):
@@ -104,7 +119,7 @@ class Attention(nn.Module):
             arch.head_width,
             arch.l2_norm,
         )
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = TokenLinear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
@@ -112,14 +127,14 @@ class Attention(nn.Module):
             self.scale_mul_1H11 = nn.Parameter(
                 torch.full((1, arch.num_heads, 1, 1), INIT_LOG_SCALE)
             )
-        self.proj = nn.Linear(width, width)
+        self.proj = TokenLinear(width, width)
         self.scores = Scores()
         self.mix = Mix()
 
     def forward(self, x_BLC: Tensor, spans: list[Span], cache: LayerCache | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C); `spans` index the queries of `x_BLC` and count keys in cache +
         input."""
-        q_BHLc, k_BHLc, v_BHLc = self._qkv(x_BLC)
+        q_BHLc, k_BHLc, v_BHLc = self._qkv(x_BLC, spans)
         if cache is not None:
             k_BHLc, v_BHLc = cache.append(k_BHLc, v_BHLc)
         mixed = [
@@ -127,17 +142,18 @@ class Attention(nn.Module):
             for s in spans
         ]
         out_BHLc = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
-        return self.proj(out_BHLc.transpose(1, 2).flatten(2))
+        return self.proj(out_BHLc.transpose(1, 2).flatten(2), spans)
 
     def _attend(self, q_BHlc: Tensor, k_BHLc: Tensor, v_BHLc: Tensor) -> Tensor:
         scores_BHlL = self.scores(q_BHlc, k_BHLc)
         p_BHlL = scores_BHlL.softmax(dim=-1, dtype=torch.float32)
         return self.mix(p_BHlL.to(v_BHLc.dtype), v_BHLc)
 
-    def _qkv(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x_BLC: Tensor, spans: list[Span]) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat((self.q_bias, cast(Tensor, self.zero_k_bias), self.v_bias))
-        qkv = (self.mat_qkv(x_BLC) + bias).unflatten(-1, (3, self.num_heads, self.head_width))
-        q_BHLc, k_BHLc, v_BHLc = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.mat_qkv(x_BLC, spans) + bias
+        heads = qkv.unflatten(-1, (3, self.num_heads, self.head_width))
+        q_BHLc, k_BHLc, v_BHLc = heads.permute(2, 0, 3, 1, 4).unbind(0)
         if not self.l2_norm:
             return q_BHLc * (0.25 / math.sqrt(self.head_width)), k_BHLc, v_BHLc
         temperature = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
@@ -149,11 +165,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, MLP_RATIO * width)
-        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+        self.fc1 = TokenLinear(width, MLP_RATIO * width)
+        self.fc2 = TokenLinear(MLP_RATIO * width, width)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+    def forward(self, x_BLC: Tensor, spans: Sequence[Span]) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BLC, spans), approximate="tanh"), spans)
 
 
 def _ada_lin(width: int, vectors: int) -> nn.Sequential:
@@ -189,7 +205,7 @@ class Block(nn.Module):
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
         x_BLC = x_BLC + self.attn(modulated_norm(x_BLC, scale1, shift1), spans, cache) * gamma1
-        return x_BLC + self.ffn(modulated_norm(x_BLC, scale2, shift2)) * gamma2
+        return x_BLC + self.ffn(modulated_norm(x_BLC, scale2, shift2), spans) * gamma2
 
 
 class HeadNorm(nn.Module):
@@ -227,12 +243,12 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.zeros(1, scales.lengths[0], width))
         self.pos_1LC = nn.Parameter(torch.zeros(1, scales.num_tokens, width))
         self.lvl_embed = nn.Embedding(scales.num_scales, width)
-        self.word_embed = nn.Linear(arch.code_dim, width)
+        self.word_embed = TokenLinear(arch.code_dim, width)
         if arch.shared_adaln:
             self.shared_ada_lin = _ada_lin(width, 6)
         self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
         self.head_nm = HeadNorm(width)
-        self.head = nn.Linear(width, arch.codebook_size)
+        self.head = TokenLinear(width, arch.codebook_size)
         self.register_buffer("lvl_1L", scales.scale_of_L().view(1, -1))
 
     @property
@@ -256,10 +272,10 @@ class VAR(nn.Module):
         """
         condition = self.condition(labels_B)
         x_BLC = self.embed(condition.class_BC, inputs_BLc)
-        spans = causal_spans(self.scales)
+        spans = spans_of(self.scales)
         for block, ada in zip(self.blocks, condition.blocks, strict=True):
             x_BLC = block(x_BLC, ada, spans)
-        return self.logits(x_BLC, condition.head_B12C)
+        return self.logits(x_BLC, condition.head_B12C, spans)
 
     def condition(self, labels_B: Tensor) -> Condition:
         """AdaLN vectors of every block and the head for these labels."""
@@ -279,7 +295,7 @@ class VAR(nn.Module):
         first = self.embed_first(class_BC)
         if inputs_BLc.shape[1] == 0:
             return first
-        rest = self.embed_inputs(inputs_BLc, slice(self.scales.ends[0], self.scales.num_tokens))
+        rest = self.embed_inputs(inputs_BLc, spans_of(self.scales, first=1))
         return torch.cat((first, rest), dim=1)
 
     def embed_first(self, class_BC: Tensor) -> Tensor:
@@ -287,9 +303,10 @@ class VAR(nn.Module):
         positions = slice(0, self.scales.ends[0])
         return class_BC.unsqueeze(1) + self.pos_start + self._position(positions)
 
-    def embed_inputs(self, inputs_Blc: Tensor, positions: slice) -> Tensor:
-        """Input of later scales from token embeddings (B, l, Cvae) at these `positions`."""
-        return self.word_embed(inputs_Blc.to(self.dtype)) + self._position(positions)
+    def embed_inputs(self, inputs_Blc: Tensor, spans: list[Span]) -> Tensor:
+        """Input of the scales of `spans` from token embeddings (B, l, Cvae)."""
+        positions = slice(self.scales.starts[spans[0].scale], spans[-1].keys)
+        return self.word_embed(inputs_Blc.to(self.dtype), spans) + self._position(positions)
 
     def _position(self, positions: slice) -> Tensor:
         levels = cast(Tensor, self.lvl_1L)[:, positions]
@@ -308,14 +325,14 @@ class VAR(nn.Module):
         self, x_BlC: Tensor, condition: Condition, scale: int, cache: list[LayerCache]
     ) -> Tensor:
         """One scale against the cache: embedded input (B, l, C) -> float32 logits (B, l, V)."""
-        spans = [Span(slice(0, x_BlC.shape[1]), self.scales.ends[scale])]
+        spans = spans_of(self.scales, scale, scale + 1)
         for block, ada, layer in zip(self.blocks, condition.blocks, cache, strict=True):
             x_BlC = block(x_BlC, ada, spans, layer)
-        return self.logits(x_BlC, condition.head_B12C)
+        return self.logits(x_BlC, condition.head_B12C, spans)
 
-    def logits(self, x_BLC: Tensor, head_B12C: Tensor) -> Tensor:
+    def logits(self, x_BLC: Tensor, head_B12C: Tensor, spans: list[Span]) -> Tensor:
         """float32 logits (B, L, V) from the last block's output."""
-        return self.head(self.head_nm(x_BLC, head_B12C)).float()
+        return self.head(self.head_nm(x_BLC, head_B12C), spans).float()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import ConfigError, NonFiniteError
-from varptq.models.var import VAR, Mix, Scores
+from varptq.models.var import VAR, Mix, Scores, TokenLinear
 from varptq.quant.bops import (
     BopsAccount,
     LayerShape,
@@ -44,7 +44,12 @@ def _mix(module: nn.Module, config: QuantConfig, name: str) -> nn.Module:
     return module if spec is None else QuantMix(spec, name)
 
 
-REGISTRY: dict[type[nn.Module], Factory] = {nn.Linear: _linear, Scores: _scores, Mix: _mix}
+REGISTRY: dict[type[nn.Module], Factory] = {
+    nn.Linear: _linear,
+    TokenLinear: _linear,
+    Scores: _scores,
+    Mix: _mix,
+}
 
 
 def convert(var: VAR, config: QuantConfig) -> VAR:

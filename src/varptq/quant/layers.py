@@ -11,7 +11,7 @@ models/var.py; G groups of g input channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
-from varptq.models.var import Mix, Scores
+from varptq.models.var import Mix, Scores, Span
 from varptq.quant import adaround
 from varptq.quant.affine import (
     Grid,
@@ -186,7 +186,7 @@ class QuantLinear(nn.Module):
         )
         return from_groups(fake) if self.input_group else fake
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
         return F.linear(self.fake_input(x), self.current_weight(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
