@@ -185,7 +185,7 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("varptq.config.linear.weight.num_bits", 3),
         ("varptq.config.linear.weight.group_size", 64),
         ("varptq.config.rules", [{"targets": "nothing.*", "weight": None}]),
-        ("varptq.config.attention.policy", "segment"),
+        ("varptq.config.attention.policy", "cache"),
         ("sources", []),
         ("sizes", None),
     ],

@@ -57,7 +57,17 @@ def assert_same(a: QuantizedPipeline, b: QuantizedPipeline) -> None:
 
 @pytest.mark.parametrize(
     "preset",
-    ["w4a4", "w4a4+litevar", "w4a8+skip-head", "w6a6+p8", "w8a8+released", "w3a4", "w5a5", "w2a2"],
+    [
+        "w4a4",
+        "w4a4+litevar",
+        "w4a8+skip-head",
+        "w6a6+p8",
+        "w8a8+released",
+        "w3a4",
+        "w5a5",
+        "w2a2",
+        "w4a4+balanced",
+    ],
 )
 def test_a_model_comes_back_bit_for_bit(tmp_path: Path, preset: str) -> None:
     quantized = tiny_quantized(preset)

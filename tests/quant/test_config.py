@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from varptq.errors import ConfigError
 from varptq.quant.config import (
-    MODIFIERS,
     AttentionSpec,
     LayerRule,
     LinearSpec,
     QuantConfig,
     TensorSpec,
 )
+from varptq.quant.presets import MODIFIERS
 
 FC2 = "blocks.3.ffn.fc2"
 PRESETS = st.builds(
@@ -204,7 +204,7 @@ def edited(path: list[str | int], value: Any) -> dict[str, Any]:
         (
             edited(["attention", "value", "type"], "log2"),
             "QuantConfig: attention.value: type 'log2' with strategy 'head', "
-            "expected type affine and strategy head",
+            "expected type affine and strategy head or token",
         ),
         (
             edited(["linear", "weight", "group_size"], None),

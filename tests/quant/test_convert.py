@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from varptq.models.pipeline import Pipeline, build_model
 from varptq.models.var import VAR, Mix, Scores
+from varptq.quant.attention import QuantMix, QuantScores
 from varptq.quant.config import LayerRule, QuantConfig
 from varptq.quant.convert import (
     bops_account,
@@ -22,7 +23,7 @@ from varptq.quant.convert import (
     release_float_weights,
     set_theta,
 )
-from varptq.quant.layers import QuantLinear, QuantMix, QuantScores
+from varptq.quant.layers import QuantLinear
 
 W4A4 = QuantConfig.preset("w4a4")
 ALL_FLOAT = W4A4.replace(attention=None).with_rules(LayerRule(targets="*", weight=None, input=None))

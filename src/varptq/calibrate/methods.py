@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.means import center_inputs
 from varptq.calibrate.reconstruct import UnitReport, reconstruct
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import CalibrationSet, calibration_set
@@ -30,16 +31,17 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.var import VAR, Mix
 from varptq.progress import Progress, silent
 from varptq.quant.affine import wide
+from varptq.quant.attention import QuantMix
 from varptq.quant.bops import FLOAT_BITS
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import (
     bops_account,
     convert,
+    quant_linears,
     quant_mixes,
     release_float_weights,
     set_theta,
 )
-from varptq.quant.layers import QuantMix
 from varptq.quant.pipeline import QuantizedPipeline
 
 
@@ -94,6 +96,7 @@ def quantize(
     if isinstance(pipe, QuantizedPipeline):
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
     run = _Run(pipe, config, parts, calibration, seed, progress)
+    run.center_inputs()
     theta = run.search_theta("theta") if parts.shift else None
     if parts.reconstruct:
         run.reconstruct()
@@ -145,6 +148,15 @@ class _Run:
             if self._samples.resampling is not None:
                 self.report["resampling"] = self._samples.resampling.to_dict()
         return self._samples
+
+    def center_inputs(self) -> None:
+        """Set the means of centred inputs, if the config asks for any: a property of the config,
+        so every method does it."""
+        if any(layer.centred for layer in quant_linears(self.quantized).values()):
+            samples = self.samples
+            self.progress("means", 0, 1)
+            center_inputs(self.pipe, self.quantized, samples)
+            self.progress("means", 1, 1)
 
     def search_theta(self, stage: str) -> float | None:
         """Measure attention on the quantized model as it is now, choose theta and set it."""

@@ -9,7 +9,6 @@ LiteVAR's "fc2 stays in float" and "skip the head" are such rules. Presets compo
 from __future__ import annotations
 
 import math
-import re
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
@@ -19,10 +18,6 @@ from varptq.errors import ConfigError
 from varptq.settings import Settings
 
 MIN_BITS, MAX_BITS = 2, 8
-# The released code switches to groups below this width (docs/method.md section 2).
-GROUPED_BELOW_BITS = 6
-WEIGHT_GROUP, INPUT_GROUP = 128, 64
-
 RangeRule = Literal["with_zero", "min_max", "min_max_clamped"]
 
 
@@ -86,7 +81,7 @@ ATTENTION_OPERANDS = {
     "query": (("affine",), ("token",)),
     "key": (("affine",), ("channel", "token")),
     "probability": (("log2", "uniform"), ("token",)),
-    "value": (("affine",), ("head",)),
+    "value": (("affine",), ("head", "token")),
 }
 LINEAR_OPERANDS = {
     "weight": (("affine",), ("channel", "group")),
@@ -106,34 +101,85 @@ def _allowed(
     )
 
 
+# How keys and values may be cut under each attention policy: (key strategies, value strategies).
+POLICIES = {
+    "release": (("channel", "token"), ("head",)),
+    "segment": (("token",), ("head",)),
+    "token": (("token",), ("token",)),
+}
+
+
 class AttentionSpec(Settings):
-    """The two attention products. `policy` "release": ranges over all cached tokens (the paper's
-    code).
+    """The two attention products.
+
+    policy: what range the values have, and whether codes of a token ever change.
+        "release": values over all cached tokens of a head, as the released code; every code changes
+        when the cache grows. "segment": values per head and scale, fixed when the scale enters the
+        cache. "token": values per token, fixed; the scale of a token is folded into its
+        probabilities before these are quantized, so it leaves the product's contraction axis.
+    renormalize: divide each row by the sum of its quantized probabilities.
     """
 
-    policy: Literal["release"] = "release"
+    policy: Literal["release", "segment", "token"] = "release"
     query: TensorSpec | None
     key: TensorSpec | None
     probability: TensorSpec | None
     value: TensorSpec | None
     max_order: int = Field(default=3, ge=0, le=3)
+    renormalize: bool = False
 
     @field_validator("query", "key", "probability", "value")
     @classmethod
     def _operand(cls, spec: TensorSpec | None, info: ValidationInfo) -> TensorSpec | None:
         return _allowed(spec, *ATTENTION_OPERANDS[info.field_name or ""])
 
+    @model_validator(mode="after")
+    def _policy_fits(self) -> Self:
+        for what, spec, strategies in zip(
+            ("key", "value"), (self.key, self.value), POLICIES[self.policy], strict=True
+        ):
+            if spec is not None and spec.strategy not in strategies:
+                raise ValueError(
+                    f"policy {self.policy!r} with {what} strategy {spec.strategy!r}, "
+                    f"expected {' or '.join(strategies)}"
+                )
+        return self
+
+
+class InputTransform(Settings):
+    """What is done to a Linear's input before it is quantized, folded into weight and bias
+    (`varptq.quant.transforms`).
+
+    center: subtract the calibrated mean of the token's scale. hadamard: rotate in blocks of this
+    many channels; an input it does not divide takes the largest power of two below that does.
+    """
+
+    center: bool = False
+    hadamard: int | None = Field(default=None, ge=2, le=1024)
+
+    @field_validator("hadamard")
+    @classmethod
+    def _power_of_two(cls, block: int | None) -> int | None:
+        if block is not None and block & (block - 1):
+            raise ValueError("expected a power of two")
+        return block
+
+    def block_for(self, row: int) -> int | None:
+        """Block size for inputs of `row` channels, or None for no rotation."""
+        if self.hadamard is None:
+            return None
+        block = math.gcd(self.hadamard, row)
+        return block if block > 1 else None
+
 
 class LinearSpec(Settings):
-    """A Linear layer: weight and input; None keeps that side in float.
-
-    `input_transform` is the place for an online transform of the input whose inverse is folded
-    into the weight; none exists yet.
+    """A Linear layer: weight and input, None keeps that side in float; and what is done to the
+    input before.
     """
 
     weight: TensorSpec | None
     input: TensorSpec | None
-    input_transform: None = None
+    input_transform: InputTransform | None = None
 
     @field_validator("weight", "input")
     @classmethod
@@ -144,12 +190,14 @@ class LinearSpec(Settings):
 class LayerRule(Settings):
     """Changes for layers whose name matches `targets` (shell pattern, e.g. "blocks.*.ffn.fc2").
 
-    A field given as None means float; a field not given stays as it was. Later rules win.
+    A field given as None means float (no transform); a field not given stays as it was. Later
+    rules win.
     """
 
     targets: str = Field(min_length=1)
     weight: TensorSpec | None = None
     input: TensorSpec | None = None
+    input_transform: InputTransform | None = None
     attention: AttentionSpec | None = None
 
     @model_serializer(mode="wrap")
@@ -173,11 +221,10 @@ class QuantConfig(Settings):
 
     def linear_for(self, layer: str) -> LinearSpec:
         """The spec of the Linear named `layer` after all rules."""
-        changes: dict[str, TensorSpec | None] = {}
+        changes: dict[str, Any] = {}
         for rule in self._matching(layer):
-            changes |= {
-                k: getattr(rule, k) for k in ("weight", "input") if k in rule.model_fields_set
-            }
+            said = rule.model_fields_set & set(LinearSpec.model_fields)
+            changes |= {name: getattr(rule, name) for name in said}
         return self.linear.replace(**changes)
 
     def attention_for(self, layer: str) -> AttentionSpec | None:
@@ -197,100 +244,10 @@ class QuantConfig(Settings):
 
     @classmethod
     def preset(cls, name: str) -> QuantConfig:
-        """A preset by name: "w<bits>a<bits>" with any of the modifiers joined by "+".
+        """A preset by name, e.g. "w4a4" or "w4a4+litevar"; see `varptq.quant.presets`.
 
-        `litevar` keeps fc2 in float (LiteVAR); `skip-head` keeps the head in float; `p8` stores
-        attention probabilities as uniform 8-bit codes instead of log2; `released` takes ranges as
-        the released code does. Raises `ConfigError` for an unknown name, listing the known ones.
+        Raises `ConfigError` for an unknown name, listing the known ones.
         """
-        base, *modifiers = name.split("+")
-        match = re.fullmatch(r"w([0-9]+)a([0-9]+)", base)
-        if not match:
-            raise ConfigError(
-                f"preset {name!r}: expected w<bits>a<bits>, e.g. w4a4, optionally with {_known()}"
-            )
-        bits = [int(text) for text in match.groups()]
-        for side, value in zip(("weight", "activation"), bits, strict=True):
-            if not MIN_BITS <= value <= MAX_BITS:
-                raise ConfigError(
-                    f"preset {name!r}: {side} bits {value} not in {MIN_BITS}..{MAX_BITS}"
-                )
-        config = cls.from_bits(*bits)
-        for modifier in modifiers:
-            if modifier not in MODIFIERS:
-                raise ConfigError(
-                    f"preset {name!r}: unknown modifier {modifier!r}, known: {_known()}"
-                )
-            config = MODIFIERS[modifier](config)
-        return config.replace(name=name)
+        from varptq.quant.presets import preset
 
-    @classmethod
-    def from_bits(cls, weight_bits: int, activation_bits: int) -> QuantConfig:
-        """The paper's assignment of quantizers for these widths (docs/method.md section 2)."""
-        weight = _weight_spec(weight_bits)
-        plain = _input_spec(activation_bits)
-        gelu = plain.replace(type="sign_split")
-        per_channel_keys = activation_bits >= GROUPED_BELOW_BITS
-        attention = AttentionSpec(
-            query=TensorSpec(num_bits=activation_bits, range_rule="min_max"),
-            key=TensorSpec(
-                num_bits=activation_bits,
-                strategy="channel" if per_channel_keys else "token",
-                range_rule="min_max",
-            ),
-            probability=TensorSpec(num_bits=activation_bits, type="log2"),
-            value=TensorSpec(num_bits=activation_bits, strategy="head", range_rule="min_max"),
-        )
-        return cls(
-            name=f"w{weight_bits}a{activation_bits}",
-            linear=LinearSpec(weight=weight, input=plain),
-            attention=attention,
-            rules=(LayerRule(targets="blocks.*.ffn.fc2", input=gelu),),
-        )
-
-
-def _weight_spec(bits: int) -> TensorSpec:
-    if bits >= GROUPED_BELOW_BITS:
-        return TensorSpec(num_bits=bits, strategy="channel")
-    return TensorSpec(num_bits=bits, strategy="group", group_size=WEIGHT_GROUP)
-
-
-def _input_spec(bits: int) -> TensorSpec:
-    if bits >= GROUPED_BELOW_BITS:
-        return TensorSpec(num_bits=bits, strategy="token")
-    return TensorSpec(
-        num_bits=bits, strategy="group", group_size=INPUT_GROUP, row_multiple=WEIGHT_GROUP
-    )
-
-
-def _keep_float(config: QuantConfig, targets: str) -> QuantConfig:
-    return config.with_rules(LayerRule(targets=targets, weight=None, input=None))
-
-
-def _uniform_probabilities(config: QuantConfig) -> QuantConfig:
-    assert config.attention is not None
-    spec = TensorSpec(num_bits=8, type="uniform")
-    return config.replace(attention=config.attention.replace(probability=spec))
-
-
-def _released_ranges(config: QuantConfig) -> QuantConfig:
-    def ruled(spec: TensorSpec | None, rule: RangeRule) -> TensorSpec | None:
-        return spec.replace(range_rule=rule) if spec else None
-
-    linear = config.linear.replace(
-        weight=ruled(config.linear.weight, "min_max_clamped"),
-        input=ruled(config.linear.input, "min_max"),
-    )
-    return config.replace(linear=linear)
-
-
-MODIFIERS = {
-    "litevar": lambda config: _keep_float(config, "blocks.*.ffn.fc2"),
-    "skip-head": lambda config: _keep_float(config, "head"),
-    "p8": _uniform_probabilities,
-    "released": _released_ranges,
-}
-
-
-def _known() -> str:
-    return ", ".join(f"+{name}" for name in MODIFIERS)
+        return preset(name)

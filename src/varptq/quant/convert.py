@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import ConfigError, NonFiniteError
+from varptq.models.scales import Scales
 from varptq.models.var import VAR, Mix, Scores, TokenLinear
+from varptq.quant.attention import QuantMix, QuantScores
 from varptq.quant.bops import (
     BopsAccount,
     LayerShape,
@@ -23,25 +25,28 @@ from varptq.quant.bops import (
     tokens_per_image,
 )
 from varptq.quant.config import QuantConfig
-from varptq.quant.layers import QuantLinear, QuantMix, QuantScores
+from varptq.quant.layers import QuantLinear
 
-Factory = Callable[[nn.Module, QuantConfig, str], nn.Module]
+Factory = Callable[[nn.Module, QuantConfig, str, Scales], nn.Module]
 
 
-def _linear(module: nn.Module, config: QuantConfig, name: str) -> nn.Module:
+def _linear(module: nn.Module, config: QuantConfig, name: str, scales: Scales) -> nn.Module:
     assert isinstance(module, nn.Linear)
     spec = config.linear_for(name)
-    return module if spec.weight is None and spec.input is None else QuantLinear(module, spec, name)
+    if spec.weight is None and spec.input is None:
+        return module
+    num_scales = scales.num_scales if isinstance(module, TokenLinear) else 1
+    return QuantLinear(module, spec, name, num_scales)
 
 
-def _scores(module: nn.Module, config: QuantConfig, name: str) -> nn.Module:
+def _scores(module: nn.Module, config: QuantConfig, name: str, scales: Scales) -> nn.Module:
     spec = config.attention_for(name.rpartition(".")[0])
     return module if spec is None else QuantScores(spec, name)
 
 
-def _mix(module: nn.Module, config: QuantConfig, name: str) -> nn.Module:
+def _mix(module: nn.Module, config: QuantConfig, name: str, scales: Scales) -> nn.Module:
     spec = config.attention_for(name.rpartition(".")[0])
-    return module if spec is None else QuantMix(spec, name)
+    return module if spec is None else QuantMix(spec, name, scales.ends)
 
 
 REGISTRY: dict[type[nn.Module], Factory] = {
@@ -71,7 +76,7 @@ def convert(var: VAR, config: QuantConfig) -> VAR:
             factory = REGISTRY.get(type(child))
             if factory is not None:
                 name = f"{parent_name}.{child_name}".lstrip(".")
-                setattr(parent, child_name, factory(child, config, name))
+                setattr(parent, child_name, factory(child, config, name, var.scales))
     return model
 
 

@@ -1,12 +1,11 @@
-"""Simulated quantized layers: what stands in the seams of the float model after conversion.
+"""The simulated quantized Linear: what stands in the Linear seams of the float model.
 
-    QuantLinear   y = fake(x) W^T + b,   W = (codes - zero_point) * scale per output row and group
-    QuantScores   fake(q) fake(k)^T
-    QuantMix      fake(p) fake(v),  v with shift-and-sum where attention mass is high
+    y = fake(t(x)) W^T + b,    W = (codes - zero_point) * scale per output row and group,
+                               t an optional transform of the input (transforms.py)
 
-They compute in float on dequantized codes ("simulated"): the arithmetic of every quantizer is the
-pure function in its own file, and runtimes on integers are held against these layers. Shapes as in
-models/var.py; G groups of g input channels.
+It computes in float on dequantized codes ("simulated"): the arithmetic of every quantizer is the
+pure function in its own file, and runtimes on integers are held against this layer. The attention
+products are in attention.py. Shapes as in models/var.py; G groups of g input channels.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
-from varptq.models.var import Mix, Scores, Span
+from varptq.models.var import Span
 from varptq.quant import adaround
 from varptq.quant.affine import (
     Grid,
@@ -29,12 +28,13 @@ from varptq.quant.affine import (
     affine_values,
     from_groups,
     to_groups,
-    wide,
 )
-from varptq.quant.config import AttentionSpec, LinearSpec, TensorSpec
-from varptq.quant.probability import probability_fake
-from varptq.quant.shift_sum import orders, shift_sum_fake
+from varptq.quant.config import InputTransform, LinearSpec, TensorSpec
 from varptq.quant.sign_split import sign_split_fake
+from varptq.quant.transforms import centred_bias, hadamard, rotate_weight
+
+# Buffers of a QuantLinear that keep their dtype when the model is cast.
+FLOAT32_BUFFERS = ("scale", "zero_point", "means", "mean_bias")
 
 
 def weight_grid(weight: Tensor, spec: TensorSpec, layer: str) -> tuple[Tensor, Grid]:
@@ -73,27 +73,41 @@ class QuantLinear(nn.Module):
     """A Linear with quantized weight and/or input.
 
     Buffers: `codes` (out, in) uint8, `scale` and `zero_point` (out, G) float32; a weight kept in
-    float (spec.weight None) stays a parameter instead. `rounding` exists only during
-    reconstruction.
+    float (spec.weight None) stays a parameter instead. A rotation of the input is folded into
+    either. With centring, `means` (K, in) and `mean_bias` (K, out) float32 hold a row per scale, or
+    one row for a layer that sees no tokens. `rounding` exists only during reconstruction.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    means: Tensor
+    mean_bias: Tensor
 
-    def __init__(self, linear: nn.Linear, spec: LinearSpec, layer: str) -> None:
+    def __init__(
+        self, linear: nn.Linear, spec: LinearSpec, layer: str, num_scales: int = 1
+    ) -> None:
         super().__init__()
         self.layer, self.spec = layer, spec
+        transform = spec.input_transform or InputTransform()
+        self.centred, self.block = transform.center, transform.block_for(linear.in_features)
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.bias = linear.bias
         self.input_group = spec.input.group_for(self.in_features, layer) if spec.input else None
         self.rounding: LearnedRounding | None = None
         self._cached_weight: Tensor | None = None
-        self.float_weight: Tensor | None = linear.weight.detach()
+        weight = linear.weight.detach()
+        if self.centred:
+            zeros = torch.zeros(num_scales, 1, device=weight.device)
+            self.register_buffer("means", zeros.repeat(1, self.in_features))
+            self.register_buffer("mean_bias", zeros.repeat(1, self.out_features))
+        if self.block:
+            weight = rotate_weight(weight, self.block)
+        self.float_weight: Tensor | None = weight
         if spec.weight is None:
-            self.weight = linear.weight
+            self.weight = nn.Parameter(weight, requires_grad=False) if self.block else linear.weight
             return
-        rows, grid = weight_grid(linear.weight.detach(), spec.weight, layer)
+        rows, grid = weight_grid(weight, spec.weight, layer)
         self.register_buffer("codes", torch.empty(0))
         self.register_buffer("scale", grid.scale.squeeze(-1))
         self.register_buffer("zero_point", grid.zero_point.squeeze(-1))
@@ -115,12 +129,9 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `cuda` and `bfloat16` go through. Scale and zero point give the codes their
-        values, so they follow the model to another device but not to another dtype."""
-        grid = {
-            name: buffer
-            for name, buffer in self._buffers.items()
-            if name in ("scale", "zero_point")
-        }
+        values, so they follow the model to another device but not to another dtype; nor do the
+        means, which leave a small difference of large numbers."""
+        grid = {name: buffer for name, buffer in self._buffers.items() if name in FLOAT32_BUFFERS}
         super()._apply(fn, recurse)
         for name, before in grid.items():
             after = self._buffers[name]
@@ -136,6 +147,15 @@ class QuantLinear(nn.Module):
         """Replace the quantized weight: codes (out, in) uint8, scale and zero_point (out, G)."""
         self.codes, self.scale, self.zero_point = codes, scale, zero_point
         self._cached_weight = None
+
+    def set_means(self, means_Ki: Tensor) -> None:
+        """Centre the input on these means, a row per scale; the bias gains W m with the float W, so
+        the mean's way through the layer has no weight error either."""
+        assert self.centred and self.float_weight is not None
+        self.means = means_Ki.to(self.float_weight.device, torch.float32)
+        # The float weight is the rotated one, and so must the means be.
+        rotated = hadamard(self.means, self.block) if self.block else self.means
+        self.mean_bias = centred_bias(self.float_weight, rotated)
 
     def start_rounding(self, *, hard: bool) -> LearnedRounding:
         """Make the rounding of this weight learnable, starting at the float weight."""
@@ -182,64 +202,31 @@ class QuantLinear(nn.Module):
         fake = (
             sign_split_fake(rows, spec.num_bits)
             if spec.type == "sign_split"
-            else _affine(rows, spec, -1)
+            else affine_fake(rows, spec.num_bits, -1, spec.range_rule)
         )
         return from_groups(fake) if self.input_group else fake
 
+    def transformed(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """The input less its mean and rotated, as far as the spec says; `rows` (l,) are the rows of
+        `means` the tokens take."""
+        if rows is not None:
+            x = (x - self.means[rows]).to(x.dtype)
+        return hadamard(x, self.block) if self.block else x
+
     def forward(self, x: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
-        return F.linear(self.fake_input(x), self.current_weight(x.dtype), self.bias)
+        rows = self._mean_rows(spans, x.device) if self.centred else None
+        fake = self.fake_input(self.transformed(x, rows))
+        y = F.linear(fake, self.current_weight(x.dtype), self.bias)
+        return y if rows is None else (y + self.mean_bias[rows]).to(y.dtype)
+
+    def _mean_rows(self, spans: Sequence[Span] | None, device: torch.device) -> Tensor:
+        """(l,) scale of every token; one row for a layer that sees no tokens."""
+        if spans is None:
+            assert len(self.means) == 1, f"layer {self.layer} wants to know its tokens' scales"
+            return torch.zeros(1, dtype=torch.int64, device=device)
+        lengths = [span.queries.stop - span.queries.start for span in spans]
+        scales = torch.tensor([span.scale for span in spans], device=device)
+        return scales.repeat_interleave(torch.tensor(lengths, device=device))
 
     def extra_repr(self) -> str:
         return f"{self.layer}, in={self.in_features}, out={self.out_features}"
-
-
-def _affine(x: Tensor, spec: TensorSpec, dims: int | tuple[int, ...]) -> Tensor:
-    return affine_fake(x, spec.num_bits, dims, spec.range_rule)
-
-
-class QuantScores(Scores):
-    """q k^T with both sides quantized. Keys per head channel share a range over all tokens of the
-    call."""
-
-    def __init__(self, spec: AttentionSpec, layer: str) -> None:
-        super().__init__()
-        self.spec, self.layer = spec, layer
-
-    def forward(self, q_BHlc: Tensor, k_BHLc: Tensor) -> Tensor:
-        query, key = self.spec.query, self.spec.key
-        if query is not None:
-            q_BHlc = _affine(q_BHlc, query, -1)
-        if key is not None:
-            k_BHLc = _affine(k_BHLc, key, -2 if key.strategy == "channel" else -1)
-        return super().forward(q_BHlc, k_BHLc)
-
-
-class QuantMix(Mix):
-    """p v with p by its probability rule and v per head, shift-and-sum where `theta` is set.
-
-    The order of each key follows from the float attention averaged over the queries of the call,
-    before p is quantized (paper section on kernel selection; docs/method.md section 2).
-    """
-
-    def __init__(self, spec: AttentionSpec, layer: str) -> None:
-        super().__init__()
-        self.spec, self.layer = spec, layer
-        self.theta: float | None = None
-
-    def forward(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
-        p_hat, v_hat = p_BHlL, v_BHLc
-        if self.spec.value is not None:
-            v_hat = self.fake_value(p_BHlL, v_BHLc)
-        if self.spec.probability is not None:
-            p_hat = probability_fake(p_BHlL, self.spec.probability)
-        return super().forward(p_hat, v_hat)
-
-    def fake_value(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
-        spec = self.spec.value
-        assert spec is not None
-        if self.theta is None:
-            return _affine(v_BHLc, spec, (-2, -1))
-        abar_BHL = wide(p_BHlL.detach()).mean(dim=-2)
-        order_BHL = orders(abar_BHL, self.theta, self.spec.max_order)
-        grid = affine_grid(v_BHLc, spec.num_bits, (-2, -1), spec.range_rule)
-        return shift_sum_fake(v_BHLc, grid, order_BHL, spec.num_bits)

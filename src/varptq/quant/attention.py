@@ -1,0 +1,133 @@
+"""The simulated attention products: what stands in the seams `Scores` and `Mix`.
+
+    QuantScores   fake(q) fake(k)^T
+    QuantMix      fake(p) fake(v), v by the policy of its spec, with shift-and-sum
+
+Policies differ in the range of v and in whether the codes of a token ever change (config.py). Like
+every simulated layer they compute in float on the values of codes. Shapes as in models/var.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varptq.models.var import Mix, Scores
+from varptq.quant.affine import (
+    Grid,
+    affine_codes,
+    affine_fake,
+    affine_grid,
+    affine_values,
+    wide,
+)
+from varptq.quant.config import AttentionSpec, TensorSpec
+from varptq.quant.probability import probability_fake
+from varptq.quant.shift_sum import copies_of, orders, shift_sum_codes, shift_sum_fake
+
+
+class QuantScores(Scores):
+    """q k^T with both sides quantized. Keys per head channel share a range over all tokens of the
+    call."""
+
+    def __init__(self, spec: AttentionSpec, layer: str) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+
+    def forward(self, q_BHlc: Tensor, k_BHLc: Tensor) -> Tensor:
+        query, key = self.spec.query, self.spec.key
+        if query is not None:
+            q_BHlc = affine_fake(q_BHlc, query.num_bits, -1, query.range_rule)
+        if key is not None:
+            dim = -2 if key.strategy == "channel" else -1
+            k_BHLc = affine_fake(k_BHLc, key.num_bits, dim, key.range_rule)
+        return super().forward(q_BHlc, k_BHLc)
+
+
+class QuantMix(Mix):
+    """p v with p by its probability rule and v by its policy, shift-and-sum where `theta` is set.
+
+    The order of each key follows from the float attention averaged over the queries of the call,
+    before p is quantized (paper section on kernel selection; docs/method.md section 2). `ends` are
+    the numbers of tokens after each scale, where policy "segment" cuts.
+    """
+
+    def __init__(self, spec: AttentionSpec, layer: str, ends: tuple[int, ...]) -> None:
+        super().__init__()
+        self.spec, self.layer, self.ends = spec, layer, ends
+        self.theta: float | None = None
+
+    def forward(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
+        if self.spec.policy == "token" and self.spec.value is not None:
+            return self._folded(p_BHlL, v_BHLc)
+        p_hat = self._fake_probability(p_BHlL)
+        out_BHlc = super().forward(p_hat, self.fake_value(p_BHlL, v_BHLc))
+        if not self.spec.renormalize:
+            return out_BHlc
+        return out_BHlc / p_hat.sum(dim=-1, keepdim=True)
+
+    def _fake_probability(self, p_BHlL: Tensor) -> Tensor:
+        spec = self.spec.probability
+        return p_BHlL if spec is None else probability_fake(p_BHlL, spec)
+
+    def orders(self, p_BHlL: Tensor) -> Tensor:
+        """(B, H, L) order of each key; 0 without shift-and-sum."""
+        abar_BHL = wide(p_BHlL.detach()).mean(dim=-2)
+        if self.theta is None:
+            return torch.zeros_like(abar_BHL, dtype=torch.int64)
+        return orders(abar_BHL, self.theta, self.spec.max_order)
+
+    def value_grid(self, v_BHLc: Tensor) -> Grid:
+        """Grid of the values: per head over all tokens, per head and scale, or per token."""
+        spec = self.spec.value
+        assert spec is not None
+        if self.spec.policy == "segment":
+            return segment_grid(v_BHLc, spec, self.ends)
+        dims = -1 if self.spec.policy == "token" else (-2, -1)
+        return affine_grid(v_BHLc, spec.num_bits, dims, spec.range_rule)
+
+    def fake_value(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
+        """v on its grid, N times finer where the attention p says so."""
+        spec = self.spec.value
+        if spec is None:
+            return v_BHLc
+        grid = self.value_grid(v_BHLc)
+        if self.theta is None:
+            return affine_values(affine_codes(v_BHLc, grid, spec.num_bits), grid).to(v_BHLc.dtype)
+        return shift_sum_fake(v_BHLc, grid, self.orders(p_BHlL), spec.num_bits)
+
+    def _folded(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
+        """Policy "token": with v_j = step_j u_j, u_j integers and step_j = s_j / N_j, the rule
+        quantizes p_ij step_j, and u is multiplied as it is. Rows are renormalised by
+        D_i = sum_j (p_ij step_j)^ / step_j."""
+        spec = self.spec.value
+        assert spec is not None
+        grid, order = self.value_grid(v_BHLc), self.orders(p_BHlL)
+        copies = copies_of(order, grid.scale.dtype)
+        u_BHLc = (shift_sum_codes(v_BHLc, grid, order, spec.num_bits) - grid.zero_point) * copies
+        step_BHL1 = grid.scale / copies
+        # Relative to the largest step, so that the rule's floor is one of probabilities.
+        largest = step_BHL1.amax(dim=-2, keepdim=True)
+        relative_BH1L = (step_BHL1 / largest).transpose(-1, -2)
+        folded_BHlL = self._fake_probability(wide(p_BHlL) * relative_BH1L)
+        out_BHlc = super().forward(folded_BHlL, u_BHLc) * largest
+        if self.spec.renormalize:
+            out_BHlc = out_BHlc / (folded_BHlL / relative_BH1L).sum(dim=-1, keepdim=True)
+        return out_BHlc.to(v_BHLc.dtype)
+
+
+def segment_grid(v_BHLc: Tensor, spec: TensorSpec, ends: tuple[int, ...]) -> Grid:
+    """One range per head and scale: scale and zero_point (B, H, L, 1)."""
+    num_tokens = v_BHLc.shape[-2]
+    lengths = [
+        end - start for start, end in zip((0, *ends), ends, strict=False) if end <= num_tokens
+    ]
+    grids = [
+        affine_grid(part, spec.num_bits, (-2, -1), spec.range_rule)
+        for part in v_BHLc.split(lengths, dim=-2)
+    ]
+    repeats = [
+        [grid[i].expand(-1, -1, length, -1) for grid, length in zip(grids, lengths, strict=True)]
+        for i in (0, 1)
+    ]
+    return Grid(*(torch.cat(parts, dim=-2) for parts in repeats))

@@ -1,0 +1,135 @@
+"""Attention policies: what each computes by brute force, and that fixed codes really are fixed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from varptq.errors import ConfigError
+from varptq.quant.attention import QuantMix, QuantScores, segment_grid
+from varptq.quant.config import AttentionSpec, QuantConfig, TensorSpec
+
+ENDS = (1, 5, 14)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def spec_of(preset: str) -> AttentionSpec:
+    spec = QuantConfig.preset(preset).attention
+    assert spec is not None
+    return spec
+
+
+def mix_of(preset: str, theta: float | None = None) -> QuantMix:
+    mix = QuantMix(spec_of(preset), "mix", ENDS)
+    mix.theta = theta
+    return mix
+
+
+def operands(keys: int = 14, queries: int = 9) -> tuple[Tensor, Tensor]:
+    p = noise(2, 3, queries, keys).mul(3).softmax(-1)
+    # Tokens of very different size: where a range per token pays.
+    size = noise(2, 3, keys, 1, seed=1).mul(0.7).exp()
+    return p, noise(2, 3, keys, 64, seed=2) * size
+
+
+@pytest.mark.parametrize("policy", ["segment", "token"])
+def test_codes_of_a_token_never_change(policy: str) -> None:
+    """Values of the first scales are the same whether or not later scales are there."""
+    mix = mix_of(f"w4a4+{policy}")
+    p, v = operands()
+    whole = mix.fake_value(p, v)
+    for end in ENDS:
+        assert torch.equal(mix.fake_value(p[..., :end], v[:, :, :end]), whole[:, :, :end])
+    scores = QuantScores(spec_of(f"w6a6+{policy}"), "scores")
+    q = noise(2, 3, 4, 64, seed=3)
+    later = scores(q, v)
+    assert torch.allclose(scores(q, v[:, :, :5]), later[..., :5], atol=1e-5)
+
+
+def test_release_ranges_change_with_the_cache() -> None:
+    mix = mix_of("w4a4")
+    p, v = operands()
+    assert not torch.equal(mix.fake_value(p, v)[:, :, :5], mix.fake_value(p[..., :5], v[:, :, :5]))
+
+
+def test_segments_are_quantized_one_by_one() -> None:
+    p, v = operands()
+    mix, alone = mix_of("w4a4+segment"), mix_of("w4a4+segment")
+    alone.ends = (1,)
+    parts = []
+    for start, end in zip((0, *ENDS), ENDS, strict=False):
+        alone.ends = (end - start,)
+        parts.append(alone.fake_value(p[..., start:end], v[:, :, start:end]))
+    assert torch.equal(mix.fake_value(p, v), torch.cat(parts, 2))
+    spec = mix.spec.value
+    assert spec is not None and segment_grid(v, spec, ENDS).scale.shape == (2, 3, 14, 1)
+
+
+@pytest.mark.parametrize("theta", [None, 0.02])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_the_fold_is_exact_without_probability_codes(
+    theta: float | None, renormalize: bool
+) -> None:
+    """With probabilities in float, folding the token's step in and out leaves p times v^."""
+    spec = spec_of("w4a4+token").replace(probability=None, renormalize=renormalize)
+    mix = QuantMix(spec, "mix", ENDS)
+    mix.theta = theta
+    p, v = operands()
+    torch.testing.assert_close(mix(p, v), p @ mix.fake_value(p, v), rtol=1e-4, atol=1e-5)
+
+
+def test_the_fold_by_brute_force() -> None:
+    """Every step of policy "token" with log2 probabilities, one row and key at a time."""
+    mix = mix_of("w4a4+token+renorm", theta=0.05)
+    p, v = operands(keys=5, queries=2)
+    out = mix(p, v)
+    orders = mix.orders(p)
+    spec = mix.spec.value
+    assert spec is not None
+    grid = mix.value_grid(v)
+    for b, h, i in [(0, 0, 0), (1, 2, 1)]:
+        copies = [2 ** int(orders[b, h, j]) for j in range(5)]
+        steps = [float(grid.scale[b, h, j]) / copies[j] for j in range(5)]
+        u = [
+            ((v[b, h, j] / steps[j]).round() / copies[j] + grid.zero_point[b, h, j]).clamp(0, 15)
+            for j in range(5)
+        ]
+        u = [(u[j] - grid.zero_point[b, h, j]) * copies[j] for j in range(5)]
+        folded = [float(p[b, h, i, j]) * steps[j] for j in range(5)]
+        exponents = [round(-float(torch.tensor(x / max(folded)).log2())) for x in folded]
+        coded = [max(folded) * 2.0**-e if e < 16 else 0.0 for e in exponents]
+        total = sum(c / s for c, s in zip(coded, steps, strict=True))
+        expected = sum(c * x for c, x in zip(coded, u, strict=True)) / total
+        torch.testing.assert_close(out[b, h, i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_renormalised() -> None:
+    p = operands()[0]
+    ones = torch.ones(2, 3, 14, 64)
+    spec = spec_of("w4a4+renorm").replace(value=None)
+    torch.testing.assert_close(QuantMix(spec, "mix", ENDS)(p, ones), torch.ones(2, 3, 9, 64))
+    plain = QuantMix(spec.replace(renormalize=False), "mix", ENDS)(p, ones)
+    assert not torch.allclose(plain, torch.ones_like(plain), atol=1e-3)
+
+
+def test_a_range_per_token_serves_tokens_of_unequal_size() -> None:
+    p, v = operands()
+    exact = p @ v
+    errors = [
+        float((mix_of(name)(p, v) - exact).square().mean())
+        for name in ("w4a4+p8", "w4a4+p8+segment", "w4a4+p8+token")
+    ]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_a_policy_says_which_strategies_it_takes() -> None:
+    spec = spec_of("w6a6")
+    with pytest.raises(ConfigError, match="policy 'token' with key strategy 'channel'"):
+        spec.replace(policy="token")
+    key = TensorSpec(num_bits=4)
+    with pytest.raises(ConfigError, match="policy 'token' with value strategy 'head'"):
+        spec.replace(policy="token", key=key)

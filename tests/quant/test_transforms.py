@@ -1,0 +1,130 @@
+"""Transforms fold exactly: float64 oracles, fixed signs, layers that are the same in float."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.linalg import hadamard as hadamard_matrix
+from torch import Tensor, nn
+
+from varptq.errors import ConfigError
+from varptq.models.scales import Scales
+from varptq.models.var import TokenLinear, spans_of
+from varptq.quant.config import InputTransform, LinearSpec, QuantConfig, TensorSpec
+from varptq.quant.layers import QuantLinear
+from varptq.quant.transforms import centred_bias, hadamard, rotate_weight, signs
+
+SCALES = Scales((1, 2, 3))
+BLOCKS = [2, 8, 64, 128]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotation(block: int) -> Tensor:
+    """R as a dense float64 matrix, from scipy's Hadamard matrix."""
+    dense = np.diag(signs(block).double().numpy()) @ hadamard_matrix(block) / block**0.5
+    return torch.from_numpy(dense)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rotation_is_the_signed_hadamard_matrix(block: int) -> None:
+    x = noise(3, 5, 3 * block)
+    expected = torch.cat([part @ rotation(block) for part in x.split(block, -1)], -1)
+    torch.testing.assert_close(hadamard(x, block), expected, rtol=0, atol=1e-13)
+    identity = rotation(block) @ rotation(block).T
+    torch.testing.assert_close(identity, torch.eye(block).double(), rtol=0, atol=1e-13)
+
+
+def test_signs_are_fixed_and_mixed() -> None:
+    assert signs(16).tolist() == [1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1]
+    for block in (64, 128):
+        assert abs(float(signs(block).sum())) <= block / 8
+
+
+@given(seed=st.integers(0, 999), block=st.sampled_from(BLOCKS))
+def test_weight_and_input_rotations_cancel(seed: int, block: int) -> None:
+    x, weight = noise(4, 2 * block, seed=seed), noise(3, 2 * block, seed=seed + 1)
+    rotated = hadamard(x, block) @ rotate_weight(weight, block).T
+    torch.testing.assert_close(rotated, x @ weight.T, rtol=1e-12, atol=1e-12)
+
+
+def test_rotation_is_the_same_for_every_batch_and_in_bfloat16() -> None:
+    x = noise(37, 128).float()
+    whole = hadamard(x, 64)
+    assert torch.equal(torch.cat([hadamard(row, 64) for row in x.split(1)]), whole)
+    half = x.bfloat16()
+    assert torch.equal(hadamard(half, 64), hadamard(half.float(), 64).bfloat16())
+
+
+def float_layer(transform: InputTransform, seed: int = 0) -> tuple[nn.Linear, QuantLinear]:
+    """A layer whose weight and input stay in float, so that only its transform is left."""
+    linear = TokenLinear(192, 7)
+    linear.weight.data, linear.bias.data = noise(7, 192, seed=seed), noise(7, seed=seed + 1)
+    spec = LinearSpec(weight=None, input=None, input_transform=transform)
+    return linear, QuantLinear(linear, spec, "layer", SCALES.num_scales)
+
+
+@pytest.mark.parametrize("hadamard_block", [None, 64, 1024])
+def test_centred_and_rotated_layers_compute_what_they_did(hadamard_block: int | None) -> None:
+    linear, layer = float_layer(InputTransform(center=True, hadamard=hadamard_block))
+    layer.set_means(noise(SCALES.num_scales, 192, seed=5))
+    x = noise(2, SCALES.num_tokens, 192, seed=6)
+    # Means and the bias they make are stored in float32.
+    torch.testing.assert_close(layer(x, spans_of(SCALES)), linear(x), rtol=1e-5, atol=1e-5)
+    for scale, part in enumerate(SCALES.slices()):
+        one = layer(x[:, part], spans_of(SCALES, scale, scale + 1))
+        torch.testing.assert_close(one, linear(x[:, part]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_means_of_a_scale_reach_its_tokens_only() -> None:
+    _, layer = float_layer(InputTransform(center=True))
+    x = noise(1, SCALES.num_tokens, 192)
+    before = layer.transformed(x, layer._mean_rows(spans_of(SCALES), x.device))
+    means = torch.zeros(3, 192)
+    means[1] = 1.0
+    layer.set_means(means)
+    change = layer.transformed(x, layer._mean_rows(spans_of(SCALES), x.device)) - before
+    assert torch.equal(change[0, :, 0], torch.tensor([0.0] + [-1.0] * 4 + [0.0] * 9).double())
+
+
+def test_centring_removes_the_error_of_a_shared_offset() -> None:
+    """Offsets on a few channels cost range; without them the 4-bit error falls several times."""
+    linear = TokenLinear(128, 16)
+    x = noise(1, SCALES.num_tokens, 128).float()
+    x[..., ::16] += 8.0
+    spec = TensorSpec(num_bits=4, strategy="group", group_size=64)
+    errors = []
+    for transform in (None, InputTransform(center=True)):
+        layer = QuantLinear(
+            linear, LinearSpec(weight=None, input=spec, input_transform=transform), "layer", 3
+        )
+        if transform is not None:
+            layer.set_means(x.mean((0, 1)).expand(3, -1))
+        errors.append(float((layer(x, spans_of(SCALES)) - linear(x)).detach().square().mean()))
+    assert errors[1] < errors[0] / 4
+
+
+def test_centred_bias_is_what_the_mean_becomes() -> None:
+    weight, means = noise(3, 24).float(), noise(2, 24, seed=1).float()
+    torch.testing.assert_close(centred_bias(weight, means), means @ weight.T)
+
+
+def test_block_falls_back_to_the_largest_that_divides() -> None:
+    transform = InputTransform(hadamard=128)
+    assert [transform.block_for(row) for row in (1920, 192, 16, 24, 37)] == [128, 64, 16, 8, None]
+    with pytest.raises(ConfigError, match="power of two"):
+        InputTransform(hadamard=96)
+
+
+def test_a_transform_makes_the_sign_split_input_affine() -> None:
+    config = QuantConfig.preset("w4a4+litevar+center")
+    assert config.linear_for("blocks.0.ffn.fc2").input is None
+    config = QuantConfig.preset("w4a4+rotate+center")
+    spec = config.linear_for("blocks.0.ffn.fc2")
+    assert spec.input is not None and spec.input.type == "affine"
+    assert spec.input_transform == InputTransform(center=True, hadamard=128)
