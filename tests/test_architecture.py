@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "runtime": BASE | {"models", "quant", "artifact"},
     "pictures": BASE,
     "evaluate": BASE | {"models", "quant", "pictures"},
+    "analyze": BASE | {"models", "quant", "calibrate", "artifact", "evaluate"},
 }
 # The ways in for people, and who may import them.
 WAYS_IN: dict[str, set[str]] = {"__main__": set(), "cli": {"__main__"}, "web": {"cli"}}

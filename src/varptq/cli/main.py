@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from varptq.cli import demo, generate, info, quantize
+from varptq.cli import analyze, demo, evaluate, generate, info, quantize
 from varptq.errors import VarptqError
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -85,5 +85,7 @@ def varptq(
 
 app.command("quantize")(quantize.command)
 app.command("generate")(generate.command)
+app.command("evaluate")(evaluate.command)
 app.command("info")(info.command)
+app.command("analyze")(analyze.command)
 app.command("demo")(demo.command)

@@ -1,0 +1,105 @@
+"""How attention spreads over the keys, per scale: what a quantizer of probabilities has to hold.
+
+    histogram    share of probabilities p in (2^-(j+1), 2^-j], j = 0 .. 23; smaller ones in the last
+    mass         what these add up to: the attention that lies in each bin
+    top          attention mass in the key that gets most, and in the tenth of the keys that do
+    effective    exp(entropy) of a row: so many equally attended keys would be as spread out
+    by key       attention mass that queries of a scale give the keys of each scale
+
+Read off the float model's teacher-forced pass, conditional and unconditional rows, means over rows,
+heads and queries. Nothing is quantized here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varptq.models.pipeline import Pipeline
+from varptq.models.scales import Scales
+from varptq.models.var import Mix
+
+NUM_BINS = 24
+
+
+class AttentionStatistics:
+    """Sums over the attention maps of a model with K scales and `blocks` blocks."""
+
+    def __init__(self, scales: Scales, blocks: int) -> None:
+        count = scales.num_scales
+        self.scales = scales
+        self.rows_bK = torch.zeros(blocks, count, dtype=torch.float64)
+        self.counts_bKn = torch.zeros(blocks, count, NUM_BINS, dtype=torch.float64)
+        self.mass_bKn = torch.zeros_like(self.counts_bKn)
+        self.top_bK2 = torch.zeros(blocks, count, 2, dtype=torch.float64)
+        self.effective_bK = torch.zeros_like(self.rows_bK)
+        self.by_key_bKK = torch.zeros(blocks, count, count, dtype=torch.float64)
+
+    def add(self, block: int, scale: int, p_BHlL: Tensor) -> None:
+        """Take in the probabilities of one block at one scale; rows sum to 1."""
+        p_RL = p_BHlL.double().flatten(0, -2)
+        bins = (-p_RL.log2()).floor().clamp(0, NUM_BINS - 1).long().flatten()
+        self.rows_bK[block, scale] += len(p_RL)
+        self.counts_bKn[block, scale] += bins.bincount(minlength=NUM_BINS).cpu()
+        self.mass_bKn[block, scale] += bins.bincount(p_RL.flatten(), minlength=NUM_BINS).cpu()
+        keys = p_RL.shape[-1]
+        top = p_RL.topk(-(-keys // 10), dim=-1).values
+        self.top_bK2[block, scale] += torch.stack((top[:, 0].sum(), top.sum())).cpu()
+        entropy = -torch.special.xlogy(p_RL, p_RL).sum(-1)
+        self.effective_bK[block, scale] += entropy.exp().sum().cpu()
+        for key_scale, part in enumerate(self.scales.slices()[: scale + 1]):
+            self.by_key_bKK[block, scale, key_scale] += p_RL[:, part].sum().cpu()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: everything per scale, the concentration per block and scale too."""
+        rows_K = self.rows_bK.sum(0)
+        keys_K = torch.tensor(self.scales.ends, dtype=torch.float64)
+        counts_Kn = self.counts_bKn.sum(0)
+        top_bK2 = self.top_bK2 / self.rows_bK.unsqueeze(-1)
+        effective_bK = self.effective_bK / self.rows_bK
+        return {
+            "keys": list(self.scales.ends),
+            "histogram": (counts_Kn / counts_Kn.sum(-1, keepdim=True)).tolist(),
+            "mass": (self.mass_bKn.sum(0) / rows_K.unsqueeze(-1)).tolist(),
+            "top_key": top_bK2[..., 0].mean(0).tolist(),
+            "top_tenth": top_bK2[..., 1].mean(0).tolist(),
+            "effective_keys": effective_bK.mean(0).tolist(),
+            "effective_share": (effective_bK.mean(0) / keys_K).tolist(),
+            "by_key_scale": (self.by_key_bKK.sum(0) / rows_K.unsqueeze(-1)).tolist(),
+            "top_key_per_block": top_bK2[..., 0].tolist(),
+            "effective_keys_per_block": effective_bK.tolist(),
+        }
+
+
+@torch.no_grad()
+def attention_statistics(
+    pipe: Pipeline, labels_B: Tensor, ids_BL: Tensor, batch_size: int = 8
+) -> AttentionStatistics:
+    """Read labels_B (B,) and tokens ids_BL (B, L) through the float model and count."""
+    mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
+    statistics = AttentionStatistics(pipe.scales, len(mixes))
+    calls = [0] * len(mixes)
+
+    def listener(block: int) -> Callable[[nn.Module, tuple[Tensor, Tensor]], None]:
+        def listen(_: nn.Module, operands: tuple[Tensor, Tensor]) -> None:
+            statistics.add(block, calls[block] % pipe.scales.num_scales, operands[0])
+            calls[block] += 1
+
+        return listen
+
+    handles = [mix.register_forward_pre_hook(listener(i)) for i, mix in enumerate(mixes)]
+    try:
+        for labels_b, ids_bL in zip(
+            labels_B.to(pipe.device).split(batch_size),
+            ids_BL.to(pipe.device).split(batch_size),
+            strict=True,
+        ):
+            rows = torch.cat((labels_b, torch.full_like(labels_b, pipe.num_classes)))
+            pipe.var(rows, pipe.vae.teacher_inputs(ids_bL).repeat(2, 1, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics

@@ -1,0 +1,209 @@
+"""A bench: one model whose tensors are quantized one by one, and the float answers to compare with.
+
+    KL(config) = mean over tokens of KL(float || quantized) of the guided next-token distributions
+
+Float logits are computed once. The model is converted once; going from one config to the next
+rebuilds only those seams whose spec differs, so a measurement costs one forward pass. Weights are
+rounded to nearest, nothing is learned here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from varptq.calibrate.means import center_inputs
+from varptq.calibrate.samples import CalibrationSet
+from varptq.errors import InputError
+from varptq.evaluate.tokens import DEFAULT_BATCH, kl_divergence
+from varptq.models.generate import teacher_forced_guided
+from varptq.models.pipeline import Pipeline
+from varptq.models.var import VAR, Mix
+from varptq.quant.bops import layer_kind
+from varptq.quant.config import (
+    ATTENTION_OPERANDS,
+    LINEAR_OPERANDS,
+    AttentionSpec,
+    LayerRule,
+    LinearSpec,
+    QuantConfig,
+    TensorSpec,
+)
+from varptq.quant.convert import REGISTRY, convert, set_theta
+from varptq.quant.layers import QuantLinear
+from varptq.quant.pipeline import QuantizedPipeline
+
+NOTHING = AttentionSpec(query=None, key=None, probability=None, value=None)
+FLOAT = QuantConfig(name="float", linear=LinearSpec(weight=None, input=None), attention=None)
+
+
+class Site(NamedTuple):
+    """A tensor that can be quantized: an operand of a Linear or of an attention module."""
+
+    layer: str
+    operand: str
+
+    @property
+    def kind(self) -> str:
+        """What it is in any block: "fc2 input", "key"."""
+        if self.operand in ATTENTION_OPERANDS:
+            return self.operand
+        outer = "head_nm." if self.layer.startswith("head_nm.") else ""
+        return f"{outer}{layer_kind(self.layer)} {self.operand}"
+
+    @property
+    def block(self) -> int | None:
+        """Index of the transformer block, None outside of them."""
+        found = re.match(r"blocks\.(\d+)\.", self.layer)
+        return int(found[1]) if found else None
+
+
+class Divergence(NamedTuple):
+    """Mean KL in nats per token, over all tokens and over those of each scale, coarse to fine."""
+
+    kl: float
+    kl_per_scale: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"kl": self.kl, "kl_per_scale": list(self.kl_per_scale)}
+
+
+def sites(var: VAR) -> list[Site]:
+    """Every tensor a config can quantize, in model order."""
+    found: list[Site] = []
+    for name, module in var.named_modules():
+        if isinstance(module, nn.Linear):
+            found += [Site(name, operand) for operand in LINEAR_OPERANDS]
+        elif isinstance(module, Mix):
+            found += [Site(name.rpartition(".")[0], operand) for operand in ATTENTION_OPERANDS]
+    return found
+
+
+def spec_of(config: QuantConfig, site: Site) -> TensorSpec | None:
+    """How `config` stores the tensor; None is float."""
+    if site.operand in LINEAR_OPERANDS:
+        return getattr(config.linear_for(site.layer), site.operand)
+    return getattr(config.attention_for(site.layer) or NOTHING, site.operand)
+
+
+def stripped(config: QuantConfig) -> QuantConfig:
+    """`config` with every tensor in float; policies and transforms stay, so that one tensor given
+    back its spec is quantized as it is in `config`."""
+    rules = []
+    for rule in config.rules:
+        said = rule.model_fields_set & {*LINEAR_OPERANDS, "attention"}
+        floats = {name: _emptied(rule.attention) if name == "attention" else None for name in said}
+        rules.append(rule.replace(**floats))
+    return config.replace(
+        name=f"{config.name} in float",
+        linear=config.linear.replace(weight=None, input=None),
+        attention=_emptied(config.attention),
+        rules=tuple(rules),
+    )
+
+
+def _emptied(spec: AttentionSpec | None) -> AttentionSpec | None:
+    return spec and spec.replace(**dict.fromkeys(ATTENTION_OPERANDS))
+
+
+def with_specs(config: QuantConfig, specs: Mapping[Site, TensorSpec | None]) -> QuantConfig:
+    """`config` with other specs for single tensors, as one more rule per layer."""
+    layers: dict[str, dict[str, TensorSpec | None]] = {}
+    for site, spec in specs.items():
+        layers.setdefault(site.layer, {})[site.operand] = spec
+    rules = []
+    for layer, operands in layers.items():
+        if operands.keys() <= LINEAR_OPERANDS.keys():
+            rules.append(LayerRule(targets=layer).replace(**operands))
+        else:
+            attention = (config.attention_for(layer) or NOTHING).replace(**operands)
+            rules.append(LayerRule(targets=layer, attention=attention))
+    return config.with_rules(*rules)
+
+
+class Bench:
+    """Measures configs of one float pipeline on given tokens.
+
+    labels_B (B,) int64 and ids_BL (B, L) int64 are read teacher-forced by both models, best images
+    the float model generated itself. The pipeline given is left as it is. Raises `InputError` for a
+    quantized pipeline, `NonFiniteError` for weights with NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        labels_B: Tensor,
+        ids_BL: Tensor,
+        *,
+        cfg: float = 1.5,
+        batch_size: int = DEFAULT_BATCH,
+    ) -> None:
+        if isinstance(pipe, QuantizedPipeline):
+            raise InputError(f"model {pipe.name!r}: already quantized; give the float model")
+        self.labels_B, self.ids_BL = labels_B.to(pipe.device), ids_BL.to(pipe.device)
+        self.cfg, self.batch_size, self.source = cfg, batch_size, pipe
+        self._pipe = replace(pipe, var=convert(pipe.var, FLOAT))
+        self._seams = {n: m for n, m in self._pipe.var.named_modules() if type(m) in REGISTRY}
+        self._config = FLOAT
+        self._float_logits = self._logits()
+
+    @property
+    def var(self) -> VAR:
+        """The model as the last config left it."""
+        return self._pipe.var
+
+    def configure(self, config: QuantConfig, theta: float | None = None) -> VAR:
+        """Quantize as `config` says, with shift-and-sum at `theta`; returns the model.
+
+        Means of centred inputs are those of the bench's own images. Raises `ConfigError` for a
+        group size that does not fit.
+        """
+        centred = False
+        for name, module in self._seams.items():
+            if _seam_spec(config, name, module) != _seam_spec(self._config, name, module):
+                parent, _, child = name.rpartition(".")
+                seam = REGISTRY[type(module)](module, config, name, self._pipe.scales)
+                setattr(self.var.get_submodule(parent), child, seam)
+                centred |= isinstance(seam, QuantLinear) and seam.centred
+        if centred:
+            samples = CalibrationSet(self.labels_B, self.ids_BL)
+            center_inputs(self.source, self.var, samples)
+        set_theta(self.var, theta)
+        self._config = config
+        return self.var
+
+    def kl(self, config: QuantConfig, theta: float | None = None) -> Divergence:
+        """Configure and measure."""
+        self.configure(config, theta)
+        sums_K = torch.zeros(self._pipe.scales.num_scales, dtype=torch.float64)
+        for floats, quantized in zip(self._float_logits, self._logits(), strict=True):
+            for scale, (p_BlV, q_BlV) in enumerate(zip(floats, quantized, strict=True)):
+                sums_K[scale] += kl_divergence(p_BlV, q_BlV).sum().cpu()
+        tokens_K = len(self.labels_B) * torch.tensor(self._pipe.scales.lengths)
+        per_scale = (sums_K / tokens_K).tolist()
+        return Divergence(float(sums_K.sum() / tokens_K.sum()), tuple(per_scale))
+
+    @torch.no_grad()
+    def _logits(self) -> list[list[Tensor]]:
+        """Guided logits (b, l, V) of the model as it is, per batch and scale."""
+        batches = zip(
+            self.labels_B.split(self.batch_size), self.ids_BL.split(self.batch_size), strict=True
+        )
+        return [
+            [logits for _, logits in teacher_forced_guided(self._pipe, labels_b, ids_bL, self.cfg)]
+            for labels_b, ids_bL in batches
+        ]
+
+
+def _seam_spec(
+    config: QuantConfig, name: str, module: nn.Module
+) -> LinearSpec | AttentionSpec | None:
+    if isinstance(module, nn.Linear):
+        return config.linear_for(name)
+    return config.attention_for(name.rpartition(".")[0])

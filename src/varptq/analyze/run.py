@@ -1,0 +1,174 @@
+"""`analyze`: every measurement on one set of images, as one plain document.
+
+The float model generates the images itself, from seeds that calibration does not use by default.
+The suggestion is chosen on them and verified on as many others.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from varptq.analyze.attention import attention_statistics
+from varptq.analyze.bench import FLOAT, Bench, Divergence, sites, spec_of, with_specs
+from varptq.analyze.sensitivity import Sensitivity, put_back_groups, sensitivities
+from varptq.analyze.suggest import Budget, Prices, Suggestion, suggest
+from varptq.evaluate.attention import product_errors
+from varptq.models.generate import generate
+from varptq.models.pipeline import Pipeline
+from varptq.models.sampling import SamplingSettings
+from varptq.models.var import Mix
+from varptq.progress import Progress, silent
+from varptq.quant.config import MAX_BITS, MIN_BITS, QuantConfig
+from varptq.settings import Settings
+
+# The products' errors are averages over many tokens; more images would not change a picture.
+PRODUCT_IMAGES = 8
+
+
+class AnalysisConfig(Settings):
+    """images: how many to measure on, and as many again to verify on. widths: bits each tensor is
+    measured at. seed: of the images; calibration's default is 0, so these are held out.
+    """
+
+    images: int = Field(default=8, ge=1)
+    widths: tuple[int, ...] = (8, 6, 4)
+    seed: int = Field(default=1, ge=0)
+    sampling: SamplingSettings = SamplingSettings()
+
+    @field_validator("widths")
+    @classmethod
+    def _known_widths(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        wrong = [bits for bits in widths if not MIN_BITS <= bits <= MAX_BITS]
+        if wrong or not widths:
+            raise ValueError(f"expected one or more widths in {MIN_BITS}..{MAX_BITS}")
+        return tuple(sorted(set(widths), reverse=True))
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """`document`: plain JSON values. `mixed`: the config that the suggestion makes."""
+
+    document: dict[str, Any]
+    mixed: QuantConfig
+
+
+def analyze(
+    pipe: Pipeline,
+    config: QuantConfig,
+    *,
+    budget: Budget | None = None,
+    settings: AnalysisConfig | None = None,
+    progress: Progress = silent,
+) -> Analysis:
+    """Where `config` loses on this float model, and a mixed config within `budget`.
+
+    Weights are rounded to nearest and shift-and-sum is off. budget: 1.1 times the BOPs of `config`
+    by default. Raises `InputError` for a quantized pipeline or a budget below what `config` costs,
+    `ConfigError` for settings that contradict the model.
+    """
+    settings, budget = settings or AnalysisConfig(), budget or Budget()
+    started = time.monotonic()
+    prices = Prices(pipe)
+    budget.limit(prices.of(config, budget.unit))
+    labels, tokens = images(pipe, settings, progress)
+    bench = Bench(pipe, labels, tokens[: settings.images], cfg=settings.sampling.cfg)
+    base = bench.kl(config)
+    groups = put_back_groups(bench, config)
+    measured = sensitivities(bench, config, settings.widths, progress)
+    suggestion = suggest(bench, config, measured, budget, progress)
+    products = errors_of_products(bench, config)
+    bench.configure(FLOAT)  # its quantized weights go before the second bench makes its own
+    other = Bench(pipe, labels, tokens[settings.images :], cfg=settings.sampling.cfg)
+    document = {
+        "model": pipe.name,
+        "sources": pipe.sources,
+        "config": config.to_dict(),
+        "settings": settings.to_dict(),
+        "torch": torch.__version__,
+        "kinds": kinds(bench),
+        "base": {
+            **base.to_dict(),
+            "bytes": prices.bytes(config),
+            "bops": prices.bops(config),
+        },
+        "groups": {name: found.to_dict() for name, found in groups.items()},
+        "tensors": [row.to_dict() for row in ranked(measured, settings.widths)],
+        "product_errors": products,
+        "attention": attention_statistics(pipe, bench.labels_B, bench.ids_BL).to_dict(),
+        "suggestion": {
+            **suggestion.to_dict(),
+            "bits": bits_of(bench, suggestion),
+            "bytes": prices.bytes(suggestion.config),
+            "bops": prices.bops(suggestion.config),
+            "verified": verify(other, config, suggestion),
+        },
+        "seconds": time.monotonic() - started,
+    }
+    return Analysis(document, suggestion.config)
+
+
+def images(pipe: Pipeline, settings: AnalysisConfig, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Labels (N,), spread evenly over the classes, and tokens (2N, L): N images to measure on, then
+    as many of the same labels to verify on."""
+    count = settings.images
+    labels_N = torch.arange(count) * pipe.num_classes // count
+    tokens = generate(
+        pipe,
+        labels_N.repeat(2),
+        seed=settings.seed,
+        **settings.sampling.to_dict(),
+        decode=False,
+        progress=progress,
+    ).tokens
+    return labels_N, tokens
+
+
+def kinds(bench: Bench) -> list[str]:
+    """Kinds of tensors in model order, each once."""
+    return list(dict.fromkeys(site.kind for site in sites(bench.source.var)))
+
+
+def ranked(measured: list[Sensitivity], widths: tuple[int, ...]) -> list[Sensitivity]:
+    """The costliest at the narrowest width first."""
+    return sorted(measured, key=lambda row: -row.alone[min(widths)].kl)
+
+
+def errors_of_products(bench: Bench, config: QuantConfig) -> dict[str, list[list[float]]]:
+    """(blocks, K) error energy of p v with both operands quantized as in `config`, and with one."""
+    every = sites(bench.source.var)
+    without = {
+        "both": None,
+        "probabilities": "value",
+        "values": "probability",
+    }
+    found: dict[str, list[list[float]]] = {}
+    for name, left_out in without.items():
+        floats = dict.fromkeys(site for site in every if site.operand == left_out)
+        var = bench.configure(with_specs(config, floats))
+        mixes = [module for module in var.modules() if isinstance(module, Mix)]
+        images = slice(0, PRODUCT_IMAGES)
+        errors = product_errors(bench.source, mixes, bench.labels_B[images], bench.ids_BL[images])
+        found[name] = errors.tolist()
+    return found
+
+
+def bits_of(bench: Bench, suggestion: Suggestion) -> list[dict[str, Any]]:
+    """Bits of every quantized tensor in the suggested config."""
+    specs = [(site, spec_of(suggestion.config, site)) for site in sites(bench.source.var)]
+    return [
+        {**site._asdict(), "kind": site.kind, "block": site.block, "bits": spec.num_bits}
+        for site, spec in specs
+        if spec is not None
+    ]
+
+
+def verify(other: Bench, config: QuantConfig, suggestion: Suggestion) -> dict[str, Any]:
+    """Both configs on images that had no part in the choice."""
+    found: dict[str, Divergence] = {"base": other.kl(config), "mixed": other.kl(suggestion.config)}
+    return {name: divergence.to_dict() for name, divergence in found.items()}

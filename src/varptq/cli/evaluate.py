@@ -1,0 +1,319 @@
+"""`varptq evaluate`: how good a model's images are, beside those of the float model.
+
+Samples the same seeds with both, measures what can be measured with what is there, and writes to
+--out: `metrics.json`, `report.html` and `samples/`. A run that was stopped goes on where it was; a
+folder with samples of another model is refused. What can be refused is refused before sampling.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from varptq.cli import common, info
+from varptq.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from varptq.evaluate.metrics import Instruments, Subject
+    from varptq.models.pipeline import Pipeline
+    from varptq.models.sampling import SamplingSettings
+    from varptq.progress import Progress
+
+METRICS_NAME, REPORT_NAME, SAMPLES_NAME = "metrics.json", "report.html", "samples"
+
+
+class Export(StrEnum):
+    """Another form of the samples."""
+
+    npz = "npz"
+    png = "png"
+
+
+Against = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The float model; default: the artifact's own.")
+]
+Metrics = Annotated[
+    str | None, typer.Option(help="Names with commas between; default: all there can be.")
+]
+Network = Annotated[
+    str | None, typer.Option(help="Feature network, e.g. inception:FILE or resnet56:FILE.")
+]
+Reference = Annotated[
+    Path | None, typer.Option(help="Real images: npz with arr_0, or a folder of PNGs.")
+]
+Clip = Annotated[str | None, typer.Option(metavar="MODEL", help="CLIP: folder or name on the hub.")]
+
+
+def command(
+    source: common.Source = None,
+    against: Against = None,
+    var: common.VarFile = None,
+    vae: common.VaeFile = None,
+    random: common.RandomModel = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/evaluate"),
+    count: Annotated[int, typer.Option(min=1, help="Images of each model.")] = 100,
+    seed: common.Seed = 0,
+    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = 1.5,
+    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = 900,
+    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = 0.96,
+    metrics: Metrics = None,
+    network: Network = None,
+    reference: Reference = None,
+    lpips: Annotated[Path | None, typer.Option(help="LPIPS weights, .safetensors.")] = None,
+    clip: Clip = None,
+    export: Annotated[Export | None, typer.Option(help="Also write all samples as this.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    runtime: Annotated[str, typer.Option(help="Who computes an artifact.")] = "auto",
+    download: common.Download = False,
+    device: common.Device = "cpu",
+    dtype: common.Dtype = "float32",
+    force: common.Force = False,
+    json: common.Json = False,
+) -> None:
+    """Measure a model's images, and an artifact's beside those of its float model."""
+    from varptq.evaluate.metrics import plan
+    from varptq.models.sampling import SamplingSettings
+    from varptq.progress import RichProgress
+
+    started = time.monotonic()
+    settings = SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
+    choices = Choices.of(
+        source, against, (var, vae, random), download=download, device=device, dtype=dtype
+    )
+    models = choices.load(runtime)
+    tools = load_instruments(network, reference, lpips, clip, models.pipe)
+    names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
+    # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
+    plan(models.pipe, models.float_pipe, tools, names)
+    with RichProgress() as progress:
+        sampler = Sampler(out / SAMPLES_NAME, count, seed, settings, batch_size, force, progress)
+        subject = sampler.sample(models.pipe)
+        beside = sampler.sample(models.float_pipe) if models.float_pipe else None
+        document = measure(subject, beside, tools, names, progress)
+    if models.warning:
+        document["warnings"].insert(0, models.warning)
+    document["checksums"] |= file_checksums(network, reference, lpips)
+    write(document, subject, beside, out, export)
+    for warning in document["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    if json:
+        common.print_json(document)
+    else:
+        rows = summary(document, out, time.monotonic() - started)
+        common.print_rows("varptq evaluate", rows)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The model to measure and the float one beside it; `warning` where that one is in doubt."""
+
+    pipe: Pipeline
+    float_pipe: Pipeline | None = None
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which models are meant. `beside` None: the float model that the artifact itself names."""
+
+    subject: common.ModelChoice
+    beside: common.ModelChoice | None
+
+    @classmethod
+    def of(
+        cls,
+        source: str | None,
+        against: str | None,
+        files: tuple[Path | None, Path | None, str | None],
+        **placement: Any,
+    ) -> Choices:
+        """An artifact as `source` leaves the other options to the float model; without it they
+        name the model to measure. Raises `InputError` where they contradict each other."""
+        given = any(option is not None for option in (against, *files))
+        if source is None:
+            if against is not None:
+                raise InputError(f"against {against!r}: what is to be measured is missing")
+            return cls(common.ModelChoice(None, *files, **placement), None)
+        subject = common.ModelChoice(source, **placement)
+        if subject.folder is None and given:
+            raise InputError(
+                f"model {source!r}: is float, nothing is compared with it; give an artifact, or "
+                "leave out --against, --var, --vae and --random"
+            )
+        beside = common.ModelChoice(against, *files, **placement) if given else None
+        if beside is not None and beside.folder is not None:
+            raise InputError(f"against {against!r}: a folder, expected a float model")
+        return cls(subject, beside)
+
+    def load(self, runtime: str) -> Models:
+        pipe = self.subject.load(runtime)
+        if self.subject.folder is None:
+            return Models(pipe)
+        if self.beside is None:
+            return self._with_own(pipe)
+        float_pipe = self.beside.load_float()
+        if float_pipe.sources == pipe.sources:
+            return Models(pipe, float_pipe)
+        doubt = f"model {float_pipe.name!r}: other weights than the artifact was made from"
+        return Models(pipe, float_pipe, doubt)
+
+    def _with_own(self, pipe: Pipeline) -> Models:
+        """The float model by the name in the artifact, if it is here and the same."""
+        from varptq.models.presets import PRESETS
+
+        missing = (
+            f"model {pipe.name!r}: its float model is not here, nothing is compared with it; give "
+            "--against, or --var with --vae"
+        )
+        if pipe.name not in PRESETS:
+            return Models(pipe, None, missing)
+        try:
+            float_pipe = replace(self.subject, source=pipe.name).load_float()
+        except CheckpointError:
+            return Models(pipe, None, missing)
+        return (
+            Models(pipe, float_pipe)
+            if float_pipe.sources == pipe.sources
+            else Models(pipe, None, missing)
+        )
+
+
+def load_instruments(
+    network: str | None,
+    reference: Path | None,
+    lpips: Path | None,
+    clip: str | None,
+    pipe: Pipeline,
+) -> Instruments:
+    """What was given on the command line, on the device of the model."""
+    from varptq.evaluate.clip import TransformersClip
+    from varptq.evaluate.features import load_network
+    from varptq.evaluate.image_files import ImageFiles
+    from varptq.evaluate.lpips import Lpips
+    from varptq.evaluate.metrics import Instruments
+
+    return Instruments(
+        load_network(network, pipe.device) if network else None,
+        ImageFiles.open(reference) if reference else None,
+        Lpips.load(lpips, pipe.device) if lpips else None,
+        TransformersClip.load(clip, pipe.device) if clip else None,
+    )
+
+
+def file_checksums(
+    network: str | None, reference: Path | None, lpips: Path | None
+) -> dict[str, str]:
+    """SHA-256 of the files that took part."""
+    from varptq.models.state_file import file_sha256
+
+    network_file = Path(network.partition(":")[2]) if network else None
+    files = {"feature network": network_file, "real images": reference, "LPIPS": lpips}
+    return {name: file_sha256(path) for name, path in files.items() if path and path.is_file()}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How both models sample, and where to: a folder each, "quantized" and "float"."""
+
+    folder: Path
+    count: int
+    seed: int
+    settings: SamplingSettings
+    batch: int
+    force: bool
+    progress: Progress
+
+    def sample(self, pipe: Pipeline) -> Subject:
+        """The samples of a model, made where they are missing."""
+        from varptq.evaluate.metrics import Subject, kind
+        from varptq.evaluate.sampling import sample_set
+
+        samples = sample_set(
+            pipe,
+            self.folder / kind(pipe),
+            count=self.count,
+            seed=self.seed,
+            settings=self.settings,
+            batch=self.batch,
+            force=self.force,
+            progress=self.progress,
+        )
+        return Subject(pipe, samples)
+
+
+def measure(
+    subject: Subject,
+    beside: Subject | None,
+    tools: Instruments,
+    names: list[str] | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The document of `metrics.evaluate` with the model's own description."""
+    from varptq.evaluate.metrics import evaluate
+
+    document = evaluate(subject, beside, instruments=tools, metrics=names, progress=progress)
+    return {**document, "model": describe(subject.pipe)}
+
+
+def write(
+    document: Mapping[str, Any],
+    subject: Subject,
+    beside: Subject | None,
+    out: Path,
+    export: Export | None,
+) -> None:
+    """metrics.json, report.html, and the samples in another form if asked."""
+    from varptq.evaluate.metrics import kind
+    from varptq.evaluate.report import choose_pairs, write_report
+    from varptq.files import write_atomic
+
+    for one in (subject, *([beside] if beside else [])):
+        place = out / kind(one.pipe)
+        if export is Export.npz:
+            one.samples.export_npz(place.with_suffix(".npz"))
+        elif export is Export.png:
+            one.samples.export_png(place)
+    text = jsonlib.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(out / METRICS_NAME, text.encode() + b"\n")
+    above = beside.samples if beside else None
+    pairs = choose_pairs(subject.samples, above, subject.pipe.class_names)
+    write_report(out / REPORT_NAME, document, pairs)
+
+
+def describe(pipe: Pipeline) -> dict[str, Any]:
+    """What `varptq info` says, and what calibration reported for the pictures of the report."""
+    from varptq.quant.pipeline import QuantizedPipeline
+
+    document = info.describe(pipe)
+    if isinstance(pipe, QuantizedPipeline):
+        document["copies"] = list((pipe.report.get("theta") or {}).get("copies", ()))
+        document["resampling"] = pipe.report.get("resampling")
+    return document
+
+
+def summary(document: dict[str, Any], out: Path, duration: float) -> list[tuple[str, str]]:
+    """The table for people."""
+    from varptq.evaluate.catalogue import METRICS, titled
+    from varptq.evaluate.report.numbers import measured
+
+    of_float = document["float_metrics"]
+    rows = [
+        ("model", document["title"]),
+        ("compared with", document["compared_with"] or "nothing"),
+        ("samples", f"{document['settings']['count']}, seed {document['settings']['seed']}"),
+    ]
+    for name, value in document["metrics"].items():
+        if name in METRICS:
+            text = measured(value, METRICS[name].style)
+            if name in of_float:
+                text += f", float {measured(of_float[name], METRICS[name].style)}"
+            rows.append((titled(name, document["settings"]["network"]), text))
+    written = f"{out}/{REPORT_NAME}, {out}/{METRICS_NAME}, {out}/{SAMPLES_NAME}/"
+    return [*rows, ("time", common.seconds(duration)), ("written", written)]

@@ -1,0 +1,181 @@
+"""The metrics by name: what each says, which way is better, and what has to be there to compute it.
+
+One table for the computation (metrics.py), the command line and the report. No formula is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from varptq.errors import InputError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`sentence` explains it to someone outside the field; `style` is how its number is written:
+    "nats", "share", "dB", "score" or "distance". `needs` are keys of `NEEDS`."""
+
+    title: str
+    sentence: str
+    better: Literal["lower", "higher"]
+    style: str
+    needs: tuple[str, ...]
+
+
+# What a metric may need, and how one gets it.
+NEEDS = {
+    "pair": "the float model beside a quantized one (--against, or --var with --vae)",
+    "network": "a feature network (--network, e.g. inception:/path/to/file.pt)",
+    "spatial": "a feature network with spatial features, as the FID Inception has",
+    "probabilities": "a feature network with class probabilities, as the full FID Inception has",
+    "reference": "real images (--reference, an npz with arr_0 or a folder of PNGs)",
+    "lpips": "the LPIPS weights (--lpips FILE)",
+    "side11": "images of at least 11 x 11 pixels",
+    "side31": "images of at least 31 x 31 pixels",
+    "clip": "transformers with a CLIP model (--clip) and a model with class names",
+}
+
+METRICS: dict[str, Metric] = {
+    "kl": Metric(
+        "KL divergence",
+        "How far the quantized model's next-token distribution lies from the float model's when "
+        "both read the same tokens.",
+        "lower",
+        "nats",
+        ("pair",),
+    ),
+    "kl_filtered": Metric(
+        "KL divergence, filtered",
+        "The same among the candidates that top-k and top-p leave, from which tokens are drawn.",
+        "lower",
+        "nats",
+        ("pair",),
+    ),
+    "top1": Metric(
+        "Top-1 agreement",
+        "Share of positions where both models have the same most likely token after the same "
+        "context.",
+        "higher",
+        "share",
+        ("pair",),
+    ),
+    "token_agreement": Metric(
+        "Token agreement",
+        "Share of equal tokens when both draw whole images from the same noise; one early "
+        "difference changes all that follows.",
+        "higher",
+        "share",
+        ("pair",),
+    ),
+    "psnr": Metric(
+        "PSNR",
+        "Pixel error between the two images of a seed; low for a different image, even for a good "
+        "one.",
+        "higher",
+        "dB",
+        ("pair",),
+    ),
+    "ssim": Metric(
+        "SSIM",
+        "Likeness of local structure between the two images of a seed; 1 is identical.",
+        "higher",
+        "score",
+        ("pair", "side11"),
+    ),
+    "lpips": Metric(
+        "LPIPS",
+        "Perceptual distance between the two images of a seed, by features of AlexNet.",
+        "lower",
+        "score",
+        ("pair", "lpips", "side31"),
+    ),
+    "fid2fp": Metric(
+        "FID to the float model",
+        "Distance between the feature distributions of quantized and float samples: what "
+        "quantization alone moves.",
+        "lower",
+        "distance",
+        ("pair", "network"),
+    ),
+    "fid": Metric(
+        "FID",
+        "Distance between the feature distributions of samples and real images.",
+        "lower",
+        "distance",
+        ("network", "reference"),
+    ),
+    "sfid": Metric(
+        "sFID",
+        "The same on spatial features, which see where things stand.",
+        "lower",
+        "distance",
+        ("network", "spatial", "reference"),
+    ),
+    "is": Metric(
+        "Inception Score",
+        "Whether a classifier is sure of every sample and the classes are all there.",
+        "higher",
+        "distance",
+        ("network", "probabilities"),
+    ),
+    "precision": Metric(
+        "Precision",
+        "Share of samples that lie among real images, in features with k = 3 neighbours.",
+        "higher",
+        "share",
+        ("network", "reference"),
+    ),
+    "recall": Metric(
+        "Recall",
+        "Share of real images that lie among samples: variety.",
+        "higher",
+        "share",
+        ("network", "reference"),
+    ),
+    "clip": Metric(
+        "CLIP score",
+        "How well an image fits the text 'a photo of a <class>', by CLIP.",
+        "higher",
+        "distance",
+        ("clip",),
+    ),
+}
+
+
+def titled(name: str, network: str | None) -> str:
+    """The title of a metric; with the network it was taken on where that is not the usual one."""
+    metric = METRICS[name]
+    foreign = "network" in metric.needs and network not in (None, "inception")
+    return f"{metric.title} ({network})" if foreign else metric.title
+
+
+def choose(
+    asked: Collection[str] | None, have: Collection[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The metrics to compute, and why the others are not: name -> what is missing.
+
+    asked: names from `METRICS`, None for all that can be had. have: keys of `NEEDS` that are there.
+    Raises `InputError` for a name that does not exist, and for one asked for that lacks something.
+    """
+    if asked is None:
+        if not {"pair", "network", "clip"} & set(have):
+            raise InputError(
+                f"metrics: none can be computed; give {NEEDS['pair']} or {NEEDS['network']}"
+            )
+        missing = {name: _missing(name, have) for name in METRICS}
+        chosen = tuple(name for name, need in missing.items() if need is None)
+        return chosen, {name: NEEDS[need] for name, need in missing.items() if need}
+    for name in asked:
+        if name not in METRICS:
+            raise InputError(f"metric {name!r}: unknown; metrics are {', '.join(METRICS)}")
+        if need := _missing(name, have):
+            raise InputError(f"metric {name!r}: needs {NEEDS[need]}")
+    if not asked:
+        raise InputError(f"metrics: none given; give some of {', '.join(METRICS)}")
+    return tuple(name for name in METRICS if name in asked), {}
+
+
+def _missing(name: str, have: Collection[str]) -> str | None:
+    return next((need for need in METRICS[name].needs if need not in have), None)

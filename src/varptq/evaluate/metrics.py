@@ -1,0 +1,316 @@
+"""`evaluate`: everything that can be measured of two sets of samples, as one plain document.
+
+The subject is usually a quantized pipeline with its samples, beside it the float pipeline with
+samples of the same seeds. Each metric has its formula in a file of its own; what they mean and need
+is in catalogue.py. Sampling, files and pages are elsewhere.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from varptq.errors import InputError
+from varptq.evaluate.catalogue import METRICS, choose
+from varptq.evaluate.clip import ClipEncoder, class_prompts
+from varptq.evaluate.distributions import AGAINST_REAL, collect, measure
+from varptq.evaluate.features import FeatureNetwork
+from varptq.evaluate.frechet import frechet_distance
+from varptq.evaluate.image_files import ImageFiles
+from varptq.evaluate.lpips import MIN_SIDE, Lpips
+from varptq.evaluate.paired import SSIM_WINDOW
+from varptq.evaluate.pairs import PairSums, Tally, codebook_use
+from varptq.evaluate.sampling import SampleSet, title
+from varptq.evaluate.tokens import token_fidelity
+from varptq.models.pipeline import Pipeline
+from varptq.progress import Progress, silent
+from varptq.quant.pipeline import QuantizedPipeline
+
+FORMAT_VERSION = 1
+# Every token of an image counts, so the mean is steady long before the image metrics are.
+DEFAULT_TOKEN_IMAGES = 256
+TOKEN_CHUNK, FEATURE_BATCH = 8, 32
+TOKEN_METRICS = ("kl", "kl_filtered", "top1")
+FEATURE_METRICS = ("fid2fp", "is", *AGAINST_REAL)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline and the images it sampled."""
+
+    pipe: Pipeline
+    samples: SampleSet
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What some metrics need beside the samples; None is not there."""
+
+    network: FeatureNetwork | None = None
+    reference: ImageFiles | None = None
+    lpips: Lpips | None = None
+    clip: ClipEncoder | None = None
+
+
+def evaluate(
+    subject: Subject,
+    against: Subject | None = None,
+    *,
+    instruments: Instruments | None = None,
+    metrics: Collection[str] | None = None,
+    token_images: int = DEFAULT_TOKEN_IMAGES,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure `subject`, beside the float model `against` where there is one.
+
+    metrics: names of `catalogue.METRICS`; None is everything that can be had, and the document says
+    what is missing for the rest. token_images: how many images the token-level metrics read. The
+    document holds JSON values only; an infinite PSNR is None. Raises `InputError` for sets or
+    metrics that do not fit.
+    """
+    if token_images < 1:
+        raise InputError(f"token_images {token_images}: must be at least 1")
+    if against is not None:
+        _check_pair(subject, against)
+    tools = instruments or Instruments()
+    chosen, left_out = plan(subject.pipe, against.pipe if against else None, tools, metrics)
+    run = _Run(subject, against, tools, chosen, progress)
+    run.compare_tokens(token_images)
+    run.compare_images()
+    run.compare_distributions()
+    return {
+        "format_version": FORMAT_VERSION,
+        "title": title(subject.pipe),
+        "kind": kind(subject.pipe),
+        "compared_with": title(against.pipe) if against else None,
+        "metrics": in_order(run.found),
+        "float_metrics": in_order(run.of_float),
+        "left_out": left_out,
+        "warnings": run.warnings,
+        "per_scale": run.per_scale,
+        "codebook": run.codebook,
+        "settings": {
+            **subject.samples.identity,
+            "count": len(subject.samples),
+            "metrics": list(chosen),
+            "token_images": min(token_images, len(subject.samples)),
+            "network": tools.network.name if tools.network else None,
+            "reference_images": tools.reference.count if tools.reference else None,
+        },
+        "checksums": run.checksums(),
+        "versions": versions(),
+        "machine": machine(subject.pipe),
+    }
+
+
+@dataclass
+class _Run:
+    """The parts of one `evaluate` call and what they found."""
+
+    subject: Subject
+    against: Subject | None
+    tools: Instruments
+    chosen: Sequence[str]
+    progress: Progress
+    found: dict[str, Any] = field(default_factory=dict)
+    of_float: dict[str, Any] = field(default_factory=dict)
+    per_scale: dict[str, Any] = field(default_factory=dict)
+    codebook: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.per_scale["sides"] = list(self.subject.pipe.scales.sides)
+
+    def compare_tokens(self, num_images: int) -> None:
+        """Next-token distributions on tokens the float model drew, a few images at a time."""
+        names = [name for name in TOKEN_METRICS if name in self.chosen]
+        if not names or self.against is None:
+            return
+        labels, tokens = self.against.samples.head(num_images)
+        settings = self.subject.samples.sampling
+        means: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        stage = "compare distributions"
+        self.progress(stage, 0, len(labels))
+        for start in range(0, len(labels), TOKEN_CHUNK):
+            part = slice(start, min(start + TOKEN_CHUNK, len(labels)))
+            chunk = token_fidelity(
+                self.against.pipe,
+                self.subject.pipe,
+                labels[part],
+                tokens[part],
+                settings.cfg,
+                settings.top_k,
+                settings.top_p,
+                TOKEN_CHUNK,
+            )
+            weight = chunk.num_images / len(labels)
+            for name in names:
+                values = (getattr(chunk, name), *getattr(chunk, f"{name}_per_scale"))
+                means[name].append(weight * np.array(values))
+            self.progress(stage, part.stop, len(labels))
+        for name, parts in means.items():
+            value, *scales = np.sum(parts, axis=0).tolist()
+            self.found[name], self.per_scale[name] = value, scales
+
+    def compare_images(self) -> None:
+        """What one pass over the samples gives: pairs, CLIP scores and codebook frequencies."""
+        pipe = self.subject.pipe
+        encoder = self.tools.clip if "clip" in self.chosen else None
+        prompts = class_prompts(pipe.class_names) if encoder else ()
+        pairs = PairSums(pipe.scales, self.chosen, self.tools.lpips)
+        subjects = [self.subject, *([self.against] if self.against else [])]
+        size = pipe.var.arch.codebook_size
+        tallies = [Tally(torch.zeros(size, dtype=torch.int64)) for _ in subjects]
+        stage, total = "compare images", len(self.subject.samples)
+        self.progress(stage, 0, total)
+        for shards in zip(*(one.samples.shards() for one in subjects), strict=True):
+            for tally, shard in zip(tallies, shards, strict=True):
+                tally.add(shard, prompts, encoder)
+            if self.against is not None:
+                pairs.add(*shards)
+            self.progress(stage, tallies[0].images, total)
+        if self.against is not None:
+            self.found |= pairs.results()
+        if "token_agreement" in self.chosen:
+            self.per_scale["token_agreement"] = pairs.agreement_per_scale()
+        if encoder is not None:
+            for place, tally in zip((self.found, self.of_float), tallies, strict=False):
+                place["clip"] = tally.clip / tally.images
+        self.codebook = codebook_use(*(tally.counts_V for tally in tallies))
+
+    def compare_distributions(self) -> None:
+        """The metrics on features of a network."""
+        network, reference = self.tools.network, self.tools.reference
+        wanted = [name for name in FEATURE_METRICS if name in self.chosen]
+        if network is None or not wanted:
+            return
+
+        def sums_of(images: SampleSet | ImageFiles, what: str, needed: Collection[str]) -> Any:
+            stage = f"{network.name} features of {what}"
+            return collect(network, images, needed, FEATURE_BATCH, stage, self.progress)
+
+        of_real = [name for name in AGAINST_REAL if name in wanted]
+        real = sums_of(reference, "real images", of_real) if reference and of_real else None
+        if reference and reference.warning:
+            self.warnings.append(reference.warning)
+        ours = sums_of(self.subject.samples, "the samples", wanted)
+        self.found |= measure(ours, real, wanted)
+        if self.against is not None:
+            floats = sums_of(self.against.samples, "the float samples", wanted)
+            self.of_float |= measure(floats, real, wanted)
+            if "fid2fp" in wanted:
+                self.found["fid2fp"] = frechet_distance(ours.pooled, floats.pooled)
+        fewest = min(sums.pooled.count for sums in (ours, real) if sums is not None)
+        if fewest <= ours.pooled.dim:
+            self.warnings.append(
+                f"Fréchet distances: of {fewest} images with {ours.pooled.dim} features each; "
+                "values worth quoting need more images than features"
+            )
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of models, by what computes, and of samples."""
+        sums = {
+            "model": self.subject.samples.identity["model_sha256"],
+            "samples": self.subject.samples.sha256(),
+        }
+        if self.against is not None:
+            sums["float model"] = self.against.samples.identity["model_sha256"]
+            sums["float samples"] = self.against.samples.sha256()
+        return sums
+
+
+def in_order(found: dict[str, Any]) -> dict[str, Any]:
+    """The metrics in the order of the catalogue; a deviation ("is_std") behind its metric."""
+    order = list(METRICS)
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0].removesuffix("_std"))))
+
+
+def versions() -> dict[str, str]:
+    """Of what took part in the numbers."""
+    try:
+        ours = version("varptq")
+    except PackageNotFoundError:  # run from the source tree
+        ours = "unknown"
+    return {
+        "varptq": ours,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine(pipe: Pipeline) -> dict[str, str]:
+    """Where the numbers were computed."""
+    device = pipe.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device.type} ({name})",
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "runtime": pipe.runtime if isinstance(pipe, QuantizedPipeline) else "float",
+        "system": platform.system(),
+    }
+
+
+def kind(pipe: Pipeline) -> str:
+    """ "quantized" or "float"."""
+    return "quantized" if isinstance(pipe, QuantizedPipeline) else "float"
+
+
+def _check_pair(subject: Subject, against: Subject) -> None:
+    """Pairs have to be of equal seeds, settings, labels and number."""
+    pairs = {
+        "count": (len(subject.samples), len(against.samples)),
+        "shard_size": (subject.samples.shard_size, against.samples.shard_size),
+        "seed": (subject.samples.identity["seed"], against.samples.identity["seed"]),
+        "sampling": (subject.samples.sampling, against.samples.sampling),
+        "num_classes": (subject.pipe.num_classes, against.pipe.num_classes),
+        "scales": (subject.pipe.scales.sides, against.pipe.scales.sides),
+        "codebook_size": tuple(one.pipe.var.arch.codebook_size for one in (subject, against)),
+        "image size": tuple(one.pipe.vae.image_size for one in (subject, against)),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise InputError(
+                f"models {title(subject.pipe)!r} and {title(against.pipe)!r}: {name} is {ours} and "
+                f"{theirs}; compare samples made alike, of a model and the one it was made from"
+            )
+
+
+def plan(
+    pipe: Pipeline,
+    float_pipe: Pipeline | None,
+    instruments: Instruments,
+    metrics: Collection[str] | None = None,
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The metrics that `evaluate` would compute, and for the others what is missing.
+
+    Raises `InputError` as `evaluate` does, before anything is sampled.
+    """
+    return choose(metrics, _have(pipe, float_pipe, instruments))
+
+
+def _have(pipe: Pipeline, float_pipe: Pipeline | None, tools: Instruments) -> set[str]:
+    """Keys of `catalogue.NEEDS` that are there."""
+    side = pipe.vae.image_size
+    have = {
+        "pair": float_pipe is not None,
+        "reference": tools.reference is not None,
+        "lpips": tools.lpips is not None,
+        "clip": tools.clip is not None and bool(pipe.class_names),
+        "side11": side >= SSIM_WINDOW,
+        "side31": side >= MIN_SIDE,
+        "network": tools.network is not None,
+    }
+    if tools.network is not None:
+        # What a network gives is known once it has seen an image.
+        features = tools.network(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+        have["spatial"] = features.spatial is not None
+        have["probabilities"] = features.probabilities is not None
+    return {name for name, there in have.items() if there}
