@@ -58,7 +58,7 @@ def few_samples() -> list[str]:
     head = ["samples", "`brecq`", "`brecq+resample`"]
     rows = [
         [str(n), *(cell(read(n), "w4a4", m, kl_filtered) for m in ("brecq", "brecq+resample"))]
-        for n in (8, 32, CALIBRATION.num_samples)
+        for n in (8, CALIBRATION.num_samples)
     ]
     text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
     return ["**Resampling with fewer samples, W4A4:**", "", *(f"| {row} |" for row in text), ""]

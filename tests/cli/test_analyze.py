@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
 import varptq
-from varptq.cli.main import app
+from cli_calls import run
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
 
@@ -22,22 +20,6 @@ pytestmark = pytest.mark.xdist_group("cli-analyze")
 
 PICTURES = ("attention", "costs", "scales", "sensitivity", "suggestion")
 FILES = sorted(["analysis.json", "mixed.json", *(f"{name}.png" for name in PICTURES)])
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*words: object) -> Ran:
-    """Call the command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with redirected[0], redirected[1], pytest.raises(SystemExit) as left:
-        app([str(word) for word in words], prog_name="varptq")
-    assert isinstance(left.value.code, int)
-    return Ran(left.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

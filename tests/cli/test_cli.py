@@ -5,13 +5,10 @@ A mistake ends with exit code 2 and one line on stderr, before anything is compu
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import pytest
 from PIL import Image
 
 import varptq
+from cli_calls import run, succeed
 from varptq.cli.main import app
 from varptq.models.presets import ASSETS
 from varptq.pictures import to_pixels
@@ -31,33 +29,6 @@ SRC = Path(__file__).parents[2] / "src"
 QUICK = ("--samples", "2", "--steps", "2")
 DEMO = ASSETS / "demo"
 FILES = ("--var", DEMO / "var_demo.safetensors", "--vae", DEMO / "vae_demo.safetensors")
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
-def run(*words: object) -> Ran:
-    """Call the command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with redirected[0], redirected[1], pytest.raises(SystemExit) as left:
-        app([str(word) for word in words], prog_name="varptq")
-    assert isinstance(left.value.code, int)
-    return Ran(left.value.code, out.getvalue(), err.getvalue())
-
-
-def succeed(*words: object) -> Ran:
-    ran = run(*words)
-    assert ran.code == 0, ran.err
-    return ran
 
 
 @pytest.fixture(scope="module")

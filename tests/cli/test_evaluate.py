@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 
 import varptq
-from varptq.cli.main import app
+from cli_calls import run, succeed
 from varptq.evaluate.image_files import ImageFiles
 from varptq.models.presets import ASSETS
 
@@ -24,33 +21,6 @@ pytestmark = pytest.mark.xdist_group("cli-evaluate")
 DEMO = ASSETS / "demo"
 VAR, VAE = DEMO / "var_demo.safetensors", DEMO / "vae_demo.safetensors"
 SAMPLING = ("--cfg", 4, "--top-k", 100, "--seed", 2)
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
-def run(*words: object) -> Ran:
-    """Call the command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with redirected[0], redirected[1], pytest.raises(SystemExit) as left:
-        app([str(word) for word in words], prog_name="varptq")
-    assert isinstance(left.value.code, int)
-    return Ran(left.value.code, out.getvalue(), err.getvalue())
-
-
-def succeed(*words: object) -> Ran:
-    ran = run(*words)
-    assert ran.code == 0, ran.err
-    return ran
 
 
 def save(pipe: varptq.Pipeline, folder: Path, method: str = "rtn") -> Path:
