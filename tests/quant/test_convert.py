@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -196,3 +197,18 @@ def test_a_converted_model_is_described_as_its_float_one(any_tiny: Pipeline) -> 
     for describe in (describe_linears, describe_products):
         assert list(describe(model, W4A4)) == list(describe(any_tiny.var, W4A4))
     assert bops_account(model, W4A4) == bops_account(any_tiny.var, W4A4)
+
+
+def test_an_online_rotation_has_its_price(tiny: Pipeline) -> None:
+    """log2 of the block additions per channel and token at 16 bits, none in the float model."""
+    plain, rotated = (
+        bops_account(tiny.var, QuantConfig.preset(name)) for name in ("w8a8", "w8a8+rotate")
+    )
+    additions = sum(
+        layer.in_features
+        * layer.tokens_per_image
+        * int(math.log2(math.gcd(128, layer.in_features)))
+        for layer in describe_linears(tiny.var, None)
+    )
+    assert rotated.total - plain.total == 16 * additions
+    assert rotated.float_total == plain.float_total

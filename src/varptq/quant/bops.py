@@ -1,7 +1,8 @@
 """The BOP account: bit operations of the quantized transformer for one image without guidance.
 
 A product of a b1-bit and a b2-bit operand costs b1 * b2: a Linear out * in * tokens * b_w * b_a, an
-attention product H * l_q * l_k * c * b1 * b2 per scale. An operand left in float counts as 16 bits.
+attention product H * l_q * l_k * c * b1 * b2 per scale. An operand left in float counts as 16 bits;
+an online rotation of a Linear's input counts its additions at 16 bits.
 Everything is an exact integer. Embeddings, normalisation, softmax, GELU, additions and the image
 decoder are not counted.
 
@@ -19,10 +20,13 @@ from varptq.models.scales import Scales
 
 # A float operand counts as 16 bits, whatever dtype computes it here.
 FLOAT_BITS = 16
+# Kind of the entries for online rotations, which a float model does not have.
+ROTATION = "rotation"
 
 
 class LayerShape(NamedTuple):
-    """A Linear as the account needs it. Bits None: that side stays in float."""
+    """A Linear as the account needs it. Bits None: that side stays in float. `rotation`: block size
+    of an online Hadamard rotation of its input."""
 
     name: str
     out_features: int
@@ -30,6 +34,7 @@ class LayerShape(NamedTuple):
     tokens_per_image: int
     weight_bits: int | None
     input_bits: int | None
+    rotation: int | None = None
 
 
 class ProductShape(NamedTuple):
@@ -46,7 +51,9 @@ class ProductShape(NamedTuple):
 
 @dataclass(frozen=True)
 class BopsEntry:
-    """One matrix product. In attention the cached operand (k, v) takes the place of the weight."""
+    """One matrix product; in attention the cached operand (k, v) takes the place of the weight. Or
+    the additions of one rotation.
+    """
 
     name: str
     kind: str
@@ -71,7 +78,8 @@ class BopsAccount:
 
     @property
     def float_total(self) -> int:
-        return sum(entry.macs_per_image for entry in self.entries) * FLOAT_BITS**2
+        products = (entry for entry in self.entries if entry.kind != ROTATION)
+        return sum(entry.macs_per_image for entry in products) * FLOAT_BITS**2
 
     def by_kind(self) -> dict[str, int]:
         """BOPs per kind (mat_qkv, fc1, query_key, ...), in order of first appearance."""
@@ -124,6 +132,12 @@ def linear_entry(layer: LayerShape) -> BopsEntry:
     return BopsEntry(layer.name, layer_kind(layer.name), macs, weight_bits, input_bits)
 
 
+def rotation_entry(layer: LayerShape, block: int) -> BopsEntry:
+    """log2(block) additions of 16-bit numbers per element of the input."""
+    additions = layer.in_features * layer.tokens_per_image * (block.bit_length() - 1)
+    return BopsEntry(f"{layer.name}.rotation", ROTATION, additions, 1, FLOAT_BITS)
+
+
 def product_entries(product: ProductShape, scales: Scales) -> tuple[BopsEntry, BopsEntry]:
     """Query-key and probability-value product: H * c * sum over scales of l_q * l_k each.
 
@@ -144,7 +158,11 @@ def account(
     layers: Iterable[LayerShape], products: Iterable[ProductShape], scales: Scales
 ) -> BopsAccount:
     """The account of a model given as plain descriptions of its Linears and attention modules."""
-    entries = [linear_entry(LayerShape(*layer)) for layer in layers]
+    entries: list[BopsEntry] = []
+    for layer in (LayerShape(*layer) for layer in layers):
+        entries.append(linear_entry(layer))
+        if layer.rotation is not None:
+            entries.append(rotation_entry(layer, layer.rotation))
     for product in products:
         entries.extend(product_entries(ProductShape(*product), scales))
     return BopsAccount(tuple(entries))

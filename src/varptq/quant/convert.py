@@ -129,6 +129,7 @@ def describe_linears(var: VAR, config: QuantConfig | None) -> Iterator[LayerShap
         if isinstance(module, nn.Linear | QuantLinear):
             spec = config.linear_for(name) if config else None
             weight, input_ = (spec.weight, spec.input) if spec else (None, None)
+            transform = spec.input_transform if spec and (weight or input_) else None
             yield LayerShape(
                 name,
                 module.out_features,
@@ -136,6 +137,7 @@ def describe_linears(var: VAR, config: QuantConfig | None) -> Iterator[LayerShap
                 tokens_per_image(name, var.scales),
                 weight.num_bits if weight else None,
                 input_.num_bits if input_ else None,
+                transform.block_for(module.in_features) if transform else None,
             )
 
 
