@@ -18,7 +18,7 @@ from varptq.cli import common
 if TYPE_CHECKING:
     from varptq.models.pipeline import Pipeline
     from varptq.models.var import VAR
-    from varptq.quant.config import QuantConfig, TensorSpec
+    from varptq.quant.config import InputTransform, QuantConfig, TensorSpec
     from varptq.quant.pipeline import QuantizedPipeline
 
 
@@ -134,6 +134,8 @@ def bits(var: VAR, config: QuantConfig | None) -> dict[str, dict[str, str]]:
         spec = config.linear_for(layer.name) if config else None
         for operand in ("weight", "input"):
             text = stored_as(getattr(spec, operand, None), layer.in_features, layer.name)
+            if operand == "input" and spec is not None and spec.input is not None:
+                text += transformed(spec.input_transform, layer.in_features)
             note(layer_kind(layer.name), operand, text)
     for product in describe_products(var, config):
         spec = config.attention_for(product.name) if config else None
@@ -158,6 +160,14 @@ def stored_as(spec: TensorSpec | None, row: int | None = None, layer: str = "") 
     else:
         words.append("whole rows" if spec.strategy == "group" else f"per {spec.strategy}")
     return ", ".join(words)
+
+
+def transformed(transform: InputTransform | None, row: int) -> str:
+    """What is done to an input before, e.g. ", centred, rotated by 128"."""
+    if transform is None:
+        return ""
+    block = transform.block_for(row)
+    return (", centred" if transform.center else "") + (f", rotated by {block}" if block else "")
 
 
 def overview(document: dict[str, Any]) -> list[tuple[str, str]]:
