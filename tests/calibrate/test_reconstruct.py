@@ -282,3 +282,11 @@ def test_presets_are_valid(name: str) -> None:
 def test_bad_settings_are_named(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_longer_runs_take_smaller_steps() -> None:
+    """0.3 up to 200 steps, then by the square root; a rate that is given is taken as it is."""
+    rates = [CalibrationConfig(steps=steps).rate for steps in (0, 20, 200, 800, 5000)]
+    assert rates == pytest.approx([0.3, 0.3, 0.3, 0.15, 0.06])
+    assert CalibrationConfig(steps=5000, learning_rate=0.2).rate == 0.2
+    assert CalibrationConfig.preset("released").rate == 1e-4

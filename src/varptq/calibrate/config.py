@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field
@@ -17,7 +18,8 @@ class CalibrationConfig(Settings):
 
     num_samples: self-generated images, one class each, classes without replacement while they last.
     steps: reconstruction steps per unit; 0 keeps nearest rounding. batch_size: rows (an image has
-    two, conditional and unconditional) per step. learning_rate: Adam's, on alpha. forward: "hard"
+    two, conditional and unconditional) per step. learning_rate: Adam's, on alpha; None
+    takes 0.3 up to 200 steps and less, by the square root, for longer runs. forward: "hard"
     trains the codes that will be deployed, straight through; "soft" trains fractional ones, which
     `regularizer` (lambda, with beta falling from beta_start to beta_end) drives to 0 or 1.
     budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the
@@ -29,7 +31,7 @@ class CalibrationConfig(Settings):
     num_samples: int = Field(default=256, ge=1)
     steps: int = Field(default=2000, ge=0)
     batch_size: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=0.3, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     forward: Literal["hard", "soft"] = "hard"
     regularizer: float = Field(default=0.0, ge=0)
     beta_start: float = Field(default=20.0, gt=0)
@@ -40,6 +42,13 @@ class CalibrationConfig(Settings):
     sampling: SamplingSettings = SamplingSettings()
     memory_gb: float = Field(default=8.0, gt=0)
     spool_dir: str | None = None
+
+    @property
+    def rate(self) -> float:
+        """The learning rate in use, by what the demo model asks for at 200 and 1000 steps."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 0.3 * min(1.0, math.sqrt(200 / max(self.steps, 1)))
 
     @classmethod
     def preset(cls, name: str) -> Self:

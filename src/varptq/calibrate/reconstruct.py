@@ -114,7 +114,7 @@ def train(
 ) -> None:
     """`config.steps` Adam steps on the alphas of `roundings`."""
     alphas = [rounding.alpha for rounding in roundings]
-    optimizer = torch.optim.Adam(alphas, lr=config.learning_rate)
+    optimizer = torch.optim.Adam(alphas, lr=config.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
     batch = config.batch_size if unit.token_weights is not None else VECTOR_BATCH
     batch = min(batch, len(unit.inputs))
