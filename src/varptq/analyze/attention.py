@@ -97,7 +97,7 @@ def attention_statistics(
             ids_BL.to(pipe.device).split(batch_size),
             strict=True,
         ):
-            rows = torch.cat((labels_b, torch.full_like(labels_b, pipe.num_classes)))
+            rows = pipe.guidance_rows(labels_b)
             pipe.var(rows, pipe.vae.teacher_inputs(ids_bL).repeat(2, 1, 1))
     finally:
         for handle in handles:

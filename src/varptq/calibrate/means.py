@@ -27,8 +27,8 @@ def center_inputs(pipe: Pipeline, quantized: VAR, samples: CalibrationSet) -> in
     layers = {name: m for name, m in quant_linears(quantized).items() if m.centred}
     tokens = {n: m for n, m in layers.items() if isinstance(pipe.var.get_submodule(n), TokenLinear)}
     means = token_means(pipe, list(tokens), samples) if tokens else {}
+    classes = F.silu(pipe.var.class_emb.weight.float()).mean(0, keepdim=True)
     for name, layer in layers.items():
-        classes = F.silu(pipe.var.class_emb.weight.float()).mean(0, keepdim=True)
         layer.set_means(means.get(name, classes))
     return len(layers)
 
@@ -59,6 +59,6 @@ def token_means(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> di
             samples.labels_N.split(ROWS_PER_BATCH),
             strict=True,
         ):
-            rows = torch.cat((labels, torch.full_like(labels, pipe.num_classes))).to(pipe.device)
+            rows = pipe.guidance_rows(labels)
             pipe.var(rows, pipe.vae.teacher_inputs(ids).repeat(2, 1, 1))
     return {name: sums[name] / counts[name].clamp(min=1) for name in names}

@@ -212,8 +212,7 @@ def measure_attention(
     Rows are the conditional and unconditional ones; probabilities are taken before their
     quantization.
     """
-    labels = samples.labels_N[:count].to(pipe.device)
-    rows = torch.cat((labels, torch.full_like(labels, pipe.num_classes)))
+    rows = pipe.guidance_rows(samples.labels_N[:count])
     inputs = pipe.vae.teacher_inputs(samples.ids_NL[:count]).repeat(2, 1, 1)
     masses: list[AttentionMass] = []
     lengths = pipe.scales.lengths

@@ -125,10 +125,8 @@ class Recorder:
     ) -> None:
         self.pipe, self.var, self.quantized = pipe, pipe.var, quantized
         self.config = config
-        count = len(samples.labels_N)
-        unconditional = torch.full_like(samples.labels_N, pipe.num_classes)
-        self.labels = torch.cat((samples.labels_N, unconditional)).to(pipe.device)
-        self.samples, self.num_rows = samples, 2 * count
+        self.labels = pipe.guidance_rows(samples.labels_N)
+        self.samples, self.num_rows = samples, len(self.labels)
         self.scales = pipe.scales
 
     @property

@@ -44,8 +44,7 @@ def product_errors(
 
     mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
     handles = [mix.register_forward_hook(listener(block)) for block, mix in enumerate(mixes)]
-    labels_B, ids_BL = labels_B.to(pipe.device), ids_BL.to(pipe.device)
-    rows = torch.cat((labels_B, torch.full_like(labels_B, pipe.num_classes)))
+    rows, ids_BL = pipe.guidance_rows(labels_B), ids_BL.to(pipe.device)
     try:
         pipe.var(rows, pipe.vae.teacher_inputs(ids_BL).repeat(2, 1, 1))
     finally:

@@ -167,9 +167,7 @@ class _Stepper:
 
     def __init__(self, pipe: Pipeline, labels_B: Tensor, cfg: float) -> None:
         self.pipe, self.cfg = pipe, cfg
-        rows = labels_B
-        if cfg > 0:
-            rows = torch.cat((labels_B, torch.full_like(labels_B, pipe.num_classes)))
+        rows = pipe.guidance_rows(labels_B) if cfg > 0 else labels_B
         self.condition = pipe.var.condition(rows)
         self.cache = pipe.var.new_cache(len(rows))
 
@@ -194,7 +192,6 @@ def teacher_forced_guided(
 ) -> Iterator[tuple[int, Tensor]]:
     """Guided float32 logits (B, l, V) per scale for given tokens, from one block-causal pass."""
     inputs = pipe.vae.teacher_inputs(ids_BL)
-    labels = torch.cat((labels_B, torch.full_like(labels_B, pipe.num_classes)))
-    logits_2BLV = pipe.var(labels, inputs.repeat(2, 1, 1))
+    logits_2BLV = pipe.var(pipe.guidance_rows(labels_B), inputs.repeat(2, 1, 1))
     for scale, part in enumerate(pipe.scales.slices()):
         yield scale, guided(logits_2BLV[:, part], guidance_strength(cfg, scale, pipe.scales))

@@ -73,6 +73,12 @@ class Pipeline:
             raise InputError("labels: empty; give at least one class")
         return torch.tensor(labels, device=self.device)
 
+    def guidance_rows(self, labels_B: Tensor) -> Tensor:
+        """(2B,) on the model's device: the labels, then "unconditional" as often; the rows that
+        guidance needs, in the order `sampling.guided` takes them."""
+        labels_B = labels_B.to(self.device)
+        return torch.cat((labels_B, torch.full_like(labels_B, self.num_classes)))
+
     def _label(self, value: Any) -> int:
         if isinstance(value, str) and not value.removeprefix("-").isdecimal():
             return self._label_of_name(value)

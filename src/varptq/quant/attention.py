@@ -72,10 +72,9 @@ class QuantMix(Mix):
 
     def orders(self, p_BHlL: Tensor) -> Tensor:
         """(B, H, L) order of each key; 0 without shift-and-sum."""
-        abar_BHL = wide(p_BHlL.detach()).mean(dim=-2)
         if self.theta is None:
-            return torch.zeros_like(abar_BHL, dtype=torch.int64)
-        return orders(abar_BHL, self.theta, self.spec.max_order)
+            return torch.zeros_like(p_BHlL[:, :, 0], dtype=torch.int64)
+        return orders(wide(p_BHlL.detach()).mean(dim=-2), self.theta, self.spec.max_order)
 
     def value_grid(self, v_BHLc: Tensor) -> Grid:
         """Grid of the values: per head over all tokens, per head and scale, or per token."""

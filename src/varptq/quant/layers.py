@@ -152,7 +152,8 @@ class QuantLinear(nn.Module):
         """Centre the input on these means, a row per scale; the bias gains W m with the float W, so
         the mean's way through the layer has no weight error either."""
         assert self.centred and self.float_weight is not None
-        self.means = means_Ki.to(self.float_weight.device, torch.float32)
+        # A copy: layers may be given the same means, and an artifact stores no shared memory.
+        self.means = means_Ki.to(self.float_weight.device, torch.float32, copy=True)
         # The float weight is the rotated one, and so must the means be.
         rotated = hadamard(self.means, self.block) if self.block else self.means
         self.mean_bias = centred_bias(self.float_weight, rotated)
