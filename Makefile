@@ -16,7 +16,7 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test check lint native browser test-native format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,13 +26,28 @@ install: $(STAMP)  ## create .venv and install the package with its development 
 demo: $(STAMP)  ## calibrate, quantize, sample and compare on a small model; results in out/demo
 	$(BIN)/varptq demo --out out/demo
 
-test: $(STAMP)  ## run all tests
+test: $(STAMP) browser  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-check: $(STAMP)  ## lint, format and types, changing nothing
+check: lint  ## the inner loop, under three minutes: lint, types and the quick tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not web" $(ARGS)
+
+lint: $(STAMP)  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+native: $(STAMP)  ## build the native core of the runtime "cpu" (needs g++ or clang++)
+	$(BIN)/python -m varptq.native.build
+
+test-native: $(STAMP)  ## the native core's own tests under the address sanitizer
+	$(BIN)/python -m varptq.native.build --sanitize
+
+# The tests of pages drive Debian's chromium. Without it, and without the rights to install it, they skip and say so.
+browser:
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+	  && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium > /dev/null; } \
+	  || echo "no chromium: the tests of pages are skipped"
 
 format: $(STAMP)  ## format the code and apply safe lint fixes
 	$(BIN)/ruff check --fix .
@@ -51,4 +66,5 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
 	  $(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@$(BIN)/python -m varptq.native.build || echo "the runtime cpu takes its slow path until a compiler is there (make native)"
 	@touch $@

@@ -52,7 +52,7 @@ def find_theta(pipe: Pipeline, config: QuantConfig) -> float | None:
 
 def column(pipe: Pipeline, bench: Bench, width: str) -> dict[str, Any]:
     """All rows of one width: theta, and KL by name of the row."""
-    config = QuantConfig.preset(f"{width}+released")
+    config = QuantConfig.preset(f"{width}+paper+released")
     theta = find_theta(pipe, config)
     activation_bits = int(width.partition("a")[2])
     rows = {WHOLE: bench.kl(config, theta)}

@@ -21,13 +21,13 @@ from varptq.evaluate.tokens import token_fidelity
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import bops_account
 
-BASE = "w4a4+p8"
+BASE = "w4a4+paper+p8"
 TRANSFORMED = f"{BASE}+center+rotate"
 EDGES = f"{TRANSFORMED}+edges8"
 STEPS = (
-    ("w4a4", "rtn"),
-    ("w4a4+renorm", "rtn"),
-    ("w4a4+token+renorm", "rtn"),
+    ("w4a4+paper", "rtn"),
+    ("w4a4+paper+renorm", "rtn"),
+    ("w4a4+paper+token+renorm", "rtn"),
     (BASE, "rtn"),
     (BASE, "rtn+shift"),
     (f"{BASE}+center", "rtn"),
@@ -47,7 +47,7 @@ STEPS = (
 def measure() -> list[dict[str, Any]]:
     pipe = varptq.load_model("demo")
     test = held_out(pipe)
-    base = bops_account(pipe.var, QuantConfig.preset("w4a4")).total
+    base = bops_account(pipe.var, QuantConfig.preset("w4a4+paper")).total
     calibration = CalibrationConfig(num_samples=64, steps=0)
     lines = []
     for name, method in STEPS:
@@ -61,7 +61,7 @@ def measure() -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
-    rows = ["| preset | copies | BOPs of w4a4 | KL | top-1 |", "|---|---|---|---|---|"]
+    rows = ["| preset | copies | BOPs of w4a4+paper | KL | top-1 |", "|---|---|---|---|---|"]
     for line in lines:
         copies = "1% budget" if "shift" in line["method"] else "-"
         fidelity = line["fidelity"]

@@ -29,7 +29,7 @@ from varptq.quant.convert import quant_mixes
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "proof.jsonl"
-WIDTHS = ("w6a6", "w4a8", "w4a6", "w4a4")
+WIDTHS = ("w6a6+paper", "w4a8+paper", "w4a6+paper", "w4a4+paper")
 METHODS = ("rtn", "brecq", "brecq+shift", "brecq+resample", "sas", "sas+litevar")
 SEEDS = (0, 1, 2)
 HELD_OUT_SEED, HELD_OUT_IMAGES = 1_000_003, 100

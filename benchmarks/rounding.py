@@ -45,7 +45,7 @@ def measure() -> list[dict[str, Any]]:
     for forward, rate, strength in SETTINGS:
         settings = {"forward": forward, "learning_rate": rate, "regularizer": strength}
         config = CALIBRATION.replace(**settings)
-        model = convert(pipe.var, QuantConfig.preset("w4a4"))
+        model = convert(pipe.var, QuantConfig.preset("w4a4+paper"))
         set_theta(model, THETA)
         for unit in Recorder(pipe, model, samples, config).units():
             if unit.name in UNITS:

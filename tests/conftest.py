@@ -94,3 +94,16 @@ def tiny_no_l2() -> Pipeline:
 def any_tiny(request: pytest.FixtureRequest) -> Pipeline:
     """A test with this argument runs on each kind of model."""
     return request.getfixturevalue(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cases the robustness suite tried, over all its tests and workers."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    counts = [
+        value
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "robustness cases"
+    ]
+    if counts:
+        terminalreporter.write_line(f"robustness: {sum(counts)} cases tried")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from varptq.artifact import save
     from varptq.calibrate.config import CalibrationConfig
     from varptq.calibrate.methods import quantize
+    from varptq.editing import EditResult, edit
     from varptq.errors import VarptqError
     from varptq.models.generate import Output, generate
     from varptq.models.pipeline import Pipeline, build_model, load_model
@@ -24,12 +25,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationConfig",
+    "EditResult",
     "Output",
     "Pipeline",
     "QuantConfig",
     "QuantizedPipeline",
     "VarptqError",
     "build_model",
+    "edit",
     "generate",
     "load",
     "load_model",
@@ -39,12 +42,14 @@ __all__ = [
 
 _HOMES = {
     "CalibrationConfig": "calibrate.config",
+    "EditResult": "editing",
     "Output": "models.generate",
     "Pipeline": "models.pipeline",
     "QuantConfig": "quant.config",
     "QuantizedPipeline": "quant.pipeline",
     "VarptqError": "errors",
     "build_model": "models.pipeline",
+    "edit": "editing",
     "generate": "models.generate",
     "load": "runtime",
     "load_model": "models.pipeline",

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from varptq.errors import ConfigError
 
+# Far above any file of settings, and read in no time.
+MAX_FILE_BYTES = 2**20
+
 
 class SettingError(ConfigError):
     """A bad field: `path` leads to it from the object that was made, `problem` says what is wrong.
@@ -75,10 +78,24 @@ class Settings(BaseModel):
         """Read a `.json`, `.yaml` or `.yml` file."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration {path}: cannot be read ({error})") from None
-        return cls.from_dict(_parse(text, path))
+            return cls.from_dict(_parse(_read(path), path))
+        except RecursionError:
+            raise ConfigError(f"configuration {path}: nested too deeply") from None
+
+
+def _read(path: Path) -> str:
+    """The text of a file that can be one of settings: an ordinary one, and not large."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"configuration {path}: is not an ordinary file")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path}: cannot be read ({error})") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"configuration {path}: larger than {MAX_FILE_BYTES} bytes, no settings")
+    return text
 
 
 def _parse(text: str, path: Path) -> Any:

@@ -22,7 +22,13 @@ from varptq.quant.convert import convert, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.quant.presets import from_bits
 
-PRESETS = ("w4a4", "w6a4+p8", "w4a8+litevar", "w6a6+released", "w4a4+center+rotate+renorm")
+PRESETS = (
+    "w4a4+paper",
+    "w6a4+paper+p8",
+    "w4a8+paper+litevar",
+    "w6a6+paper+released",
+    "w4a4+paper+center+rotate+renorm",
+)
 
 
 def spec_for(site: Site, bits: int) -> TensorSpec:
@@ -63,7 +69,7 @@ def test_the_way_to_a_config_does_not_matter(
         assert [found.kl, *found.kl_per_scale] == fresh_kl(tiny, config, bench, theta)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, "w4a4+segment", "w4a8+token+qk8"])
+@pytest.mark.parametrize("preset", [*PRESETS, "w4a4+paper+segment", "w4a8+paper+token+qk8"])
 def test_a_stripped_config_is_float_until_given_its_specs_back(
     preset: str, tiny: Pipeline, bench: Bench
 ) -> None:
@@ -77,7 +83,7 @@ def test_a_stripped_config_is_float_until_given_its_specs_back(
 
 def test_the_float_model_has_no_error_and_stays_as_it_is(tiny: Pipeline, bench: Bench) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.var.state_dict().items()}
-    bench.kl(QuantConfig.preset("w4a4"))
+    bench.kl(QuantConfig.preset("w4a4+paper"))
     assert bench.kl(FLOAT) == (0.0, (0.0, 0.0, 0.0))
     assert all(torch.equal(before[name], t) for name, t in tiny.var.state_dict().items())
     assert {type(module) for module in tiny.var.modules()} == {
@@ -121,7 +127,7 @@ def test_a_site_knows_its_kind_and_block(site: Site, kind: str, block: int | Non
 
 
 def test_a_quantized_model_is_refused(tiny: Pipeline, ids: Tensor) -> None:
-    config = QuantConfig.preset("w4a4")
+    config = QuantConfig.preset("w4a4+paper")
     quantized = QuantizedPipeline(tiny.var, tiny.vae, "q", config=config, method="rtn")
     with pytest.raises(InputError, match="already quantized"):
         Bench(quantized, torch.tensor([0, 1, 2]), ids)

@@ -110,7 +110,9 @@ def test_pages_keep_every_picture() -> None:
 def document(tiny: Pipeline) -> dict[str, Any]:
     settings = AnalysisConfig(images=2, widths=(4, 8))
     budget = Budget("bops", 1.2)
-    return analyze(tiny, QuantConfig.preset("w4a4"), budget=budget, settings=settings).document
+    return analyze(
+        tiny, QuantConfig.preset("w4a4+paper"), budget=budget, settings=settings
+    ).document
 
 
 def test_the_document_holds_every_tensor_and_sums_that_fit(document: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 
-W4A4 = QuantConfig.preset("w4a4")
+W4A4 = QuantConfig.preset("w4a4+paper")
 
 
 def kl_of(pipe: Pipeline, config: QuantConfig, bench: Bench) -> float:
@@ -46,14 +46,15 @@ def test_every_tensor_alone_and_put_back(tiny: Pipeline, bench: Bench) -> None:
 
 
 def test_what_a_config_keeps_in_float_is_measured_alone_only(bench: Bench) -> None:
-    found = sensitivities(bench, QuantConfig.preset("w4a4+litevar"), (4,))
+    found = sensitivities(bench, QuantConfig.preset("w4a4+paper+litevar"), (4,))
     fc2 = [row for row in found if row.site.layer.endswith("fc2")]
     assert len(fc2) == 4 and all(row.put_back is None and row.alone[4].kl > 0 for row in fc2)
     assert {row.type for row in fc2 if row.site.operand == "input"} == {"sign_split"}
 
 
 @pytest.mark.parametrize(
-    "preset", ["w4a4", "w6a6+released", "w4a8+p8", "w4a4+token", "w4a4+rotate"]
+    "preset",
+    ["w4a4+paper", "w6a6+paper+released", "w4a8+paper+p8", "w4a4+paper+token", "w4a4+paper+rotate"],
 )
 def test_a_spec_at_another_width_keeps_type_and_ranges(preset: str, tiny: Pipeline) -> None:
     config = QuantConfig.preset(preset)
@@ -70,7 +71,7 @@ def test_a_spec_at_another_width_keeps_type_and_ranges(preset: str, tiny: Pipeli
 def test_an_operand_left_in_float_gets_a_quantizer_its_policy_knows(
     policy: str, bench: Bench
 ) -> None:
-    preset = "w4a4" if policy == "release" else f"w4a4+{policy}"
+    preset = "w4a4+paper" if policy == "release" else f"w4a4+paper+{policy}"
     attention = [Site("blocks.0.attn", operand) for operand in ("key", "value")]
     config = with_specs(QuantConfig.preset(preset), dict.fromkeys(attention))
     for site in attention:

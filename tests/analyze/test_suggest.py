@@ -25,7 +25,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import bops_account, check_rules, convert
 
-W4A4 = QuantConfig.preset("w4a4")
+W4A4 = QuantConfig.preset("w4a4+paper")
 UNITS = ("bytes", "bops")
 SIDES = ("weight", "input")
 
@@ -35,7 +35,10 @@ def prices(tiny: Pipeline) -> Prices:
     return Prices(tiny)
 
 
-@pytest.mark.parametrize("preset", ["w4a4", "w6a8+litevar", "w4a4+released", "w4a4+center+rotate"])
+@pytest.mark.parametrize(
+    "preset",
+    ["w4a4+paper", "w6a8+paper+litevar", "w4a4+paper+released", "w4a4+paper+center+rotate"],
+)
 def test_prices_are_those_of_the_converted_model(preset: str, any_tiny: Pipeline) -> None:
     config, prices = QuantConfig.preset(preset), Prices(any_tiny)
     site = Site("blocks.1.ffn.fc1", "weight")
@@ -94,7 +97,9 @@ PARTNERS = [
 def test_the_choice_is_that_of_a_greedy_that_looks_at_everything(
     data: st.DataObject, unit: str, ratio: float, tiny: Pipeline, prices: Prices
 ) -> None:
-    config = QuantConfig.preset(data.draw(st.sampled_from(["w4a4", "w8a4", "w2a8", "w8a8"])))
+    config = QuantConfig.preset(
+        data.draw(st.sampled_from(["w4a4+paper", "w8a4+paper", "w2a8+paper", "w8a8+paper"]))
+    )
     base = prices.of(config, unit)
     allowed = [site for site in PARTNERS if unit == "bops" or site.operand == "weight"]
     some = data.draw(st.lists(st.sampled_from(allowed), min_size=1, unique=True))
@@ -113,24 +118,24 @@ def test_the_choice_is_that_of_a_greedy_that_looks_at_everything(
 
 def test_a_planted_error_is_found_first(bench: Bench) -> None:
     culprit = Site("blocks.1.attn.proj", "input")
-    config = with_specs(QuantConfig.preset("w8a8+p8"), {culprit: spec_at(W4A4, culprit, 2)})
+    config = with_specs(QuantConfig.preset("w8a8+paper+p8"), {culprit: spec_at(W4A4, culprit, 2)})
     found = suggest(bench, config, [], Budget("bops", 1.5))
     assert [pick.candidate.site for pick in found.picks] == [culprit]
     assert found.picks[0].divergence.kl < found.base.kl / 10
 
 
 def test_better_rules_that_cost_nothing_fit_any_budget(bench: Bench) -> None:
-    found = suggest(bench, QuantConfig.preset("w8a8"), [], Budget("bops", 1.0))
+    found = suggest(bench, QuantConfig.preset("w8a8+paper"), [], Budget("bops", 1.0))
     assert {pick.candidate.site.operand for pick in found.picks} == {"probability"}
     assert all(pick.price == found.price for pick in found.picks)
     assert found.picks[-1].divergence.kl < found.base.kl
 
 
 def test_float_and_eight_bit_tensors_are_no_candidates(bench: Bench) -> None:
-    found = candidates(bench, QuantConfig.preset("w4a8+p8+litevar"), [], "bops")
+    found = candidates(bench, QuantConfig.preset("w4a8+paper+p8+litevar"), [], "bops")
     assert found and {candidate.site.operand for candidate in found} == {"weight"}
     assert not any("fc2" in candidate.site.layer for candidate in found)
-    assert candidates(bench, QuantConfig.preset("w8a4"), [], "bytes") == []
+    assert candidates(bench, QuantConfig.preset("w8a4+paper"), [], "bytes") == []
 
 
 @pytest.mark.parametrize(

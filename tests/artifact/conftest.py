@@ -45,7 +45,9 @@ def tiny_pipeline() -> Pipeline:
     return pipe
 
 
-def tiny_quantized(preset: str = "w4a4", dtype: torch.dtype = torch.float32) -> QuantizedPipeline:
+def tiny_quantized(
+    preset: str = "w4a4+paper", dtype: torch.dtype = torch.float32
+) -> QuantizedPipeline:
     return quantize(tiny_pipeline().to(dtype=dtype), QuantConfig.preset(preset), method="rtn")
 
 

@@ -58,15 +58,15 @@ def assert_same(a: QuantizedPipeline, b: QuantizedPipeline) -> None:
 @pytest.mark.parametrize(
     "preset",
     [
+        "w4a4+paper",
+        "w4a4+paper+litevar",
+        "w4a8+paper+skip-head",
+        "w6a6+paper+p8",
+        "w8a8+paper+released",
+        "w3a4+paper",
+        "w5a5+paper",
+        "w2a2+paper",
         "w4a4",
-        "w4a4+litevar",
-        "w4a8+skip-head",
-        "w6a6+p8",
-        "w8a8+released",
-        "w3a4",
-        "w5a5",
-        "w2a2",
-        "w4a4+balanced",
     ],
 )
 def test_a_model_comes_back_bit_for_bit(tmp_path: Path, preset: str) -> None:
@@ -97,7 +97,7 @@ def test_a_report_with_other_objects_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("preset", ["w4a4", "w8a8+litevar"])
+@pytest.mark.parametrize("preset", ["w4a4+paper", "w8a8+paper+litevar"])
 def test_a_model_in_bfloat16_comes_back_in_bfloat16(tmp_path: Path, preset: str) -> None:
     quantized = tiny_quantized(preset, torch.bfloat16)
     folder = save(quantized, tmp_path / "model")
@@ -122,14 +122,14 @@ def test_a_model_with_shared_adaln_comes_back(tmp_path: Path) -> None:
     if not all(path.exists() for path in files):
         pytest.skip("golden weights var_saln and vae_small are not there")
     pipe = load_model(var=files[0], vae=files[1])
-    quantized = quantize(pipe, QuantConfig.preset("w4a4"), method="rtn")
+    quantized = quantize(pipe, QuantConfig.preset("w4a4+paper"), method="rtn")
     loaded = load(save(quantized, tmp_path / "model"))
     assert loaded.var.arch.shared_adaln
     assert_same(quantized, loaded)
 
 
 def test_the_demo_model_comes_back(tmp_path: Path) -> None:
-    quantized = quantize(load_model("demo"), QuantConfig.preset("w4a4"), method="rtn")
+    quantized = quantize(load_model("demo"), QuantConfig.preset("w4a4+paper"), method="rtn")
     loaded = load(save(quantized, tmp_path / "model"))
     assert_same(quantized, loaded)
     assert loaded.runtime == "simulated"
@@ -139,7 +139,7 @@ def test_the_demo_model_comes_back(tmp_path: Path) -> None:
 
 
 def test_zero_points_that_are_no_codes_come_back(tmp_path: Path) -> None:
-    config = QuantConfig.preset("w8a8")
+    config = QuantConfig.preset("w8a8+paper")
     weight = TensorSpec(num_bits=8, strategy="channel", range_rule="min_max")
     config = config.replace(linear=config.linear.replace(weight=weight))
     pipe = tiny_pipeline()
@@ -203,7 +203,7 @@ def test_the_file_has_the_names_of_compressed_tensors(pristine: Path) -> None:
 
 
 def test_the_config_says_it_in_the_words_of_compressed_tensors(tmp_path: Path) -> None:
-    folder = save(tiny_quantized("w4a8+litevar"), tmp_path / "model")
+    folder = save(tiny_quantized("w4a8+paper+litevar"), tmp_path / "model")
     document = json.loads((folder / "config.json").read_text())
     block = document["quantization_config"]
     assert (block["quant_method"], block["format"]) == ("compressed-tensors", "pack-quantized")
@@ -221,7 +221,7 @@ def test_the_config_says_it_in_the_words_of_compressed_tensors(tmp_path: Path) -
     assert of_layer["var.word_embed"]["weights"]["strategy"] == "channel"
     assert of_layer["var.head"]["input_activations"]["dynamic"] is True
     assert of_layer["var.head"]["input_activations"]["strategy"] == "token"
-    assert QuantConfig.from_dict(document["varptq"]["config"]).name == "w4a8+litevar"
+    assert QuantConfig.from_dict(document["varptq"]["config"]).name == "w4a8+paper+litevar"
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path, pristine: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_full_folder_is_replaced_by_force_only(
     tmp_path: Path, quantized: QuantizedPipeline
 ) -> None:
     folder = save(quantized, tmp_path / "model")
-    other = tiny_quantized("w8a8")
+    other = tiny_quantized("w8a8+paper")
     with pytest.raises(OutputError) as error:
         save(other, folder)
     assert "\n" not in str(error.value) and "not empty" in str(error.value)
@@ -318,7 +318,7 @@ def test_a_fault_while_saving_leaves_what_was_there(
     real = getattr(module, step)
     monkeypatch.setattr(module, step, broken)
     with pytest.raises((OutputError, KeyboardInterrupt)) as error:
-        save(tiny_quantized("w8a8"), folder, force=True)
+        save(tiny_quantized("w8a8+paper"), folder, force=True)
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == (["model"] if replaces else [])
     if replaces:

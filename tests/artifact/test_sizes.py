@@ -18,7 +18,9 @@ from varptq.models.pipeline import load_model
 from varptq.quant.config import QuantConfig
 
 
-@pytest.mark.parametrize("preset", ["w4a4", "w4a4+litevar", "w3a6", "w8a8+released"])
+@pytest.mark.parametrize(
+    "preset", ["w4a4+paper", "w4a4+paper+litevar", "w3a6+paper", "w8a8+paper+released"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kinds_add_up_to_the_file(tmp_path: Path, preset: str, dtype: torch.dtype) -> None:
     quantized = tiny_quantized(preset, dtype)
@@ -57,11 +59,11 @@ def test_the_price_of_the_grid_is_counted() -> None:
 
 
 def test_what_stays_float_is_counted_as_float() -> None:
-    assert sizes(tiny_quantized("w4a4+litevar"))["fc2"].bits_per_element == 32
+    assert sizes(tiny_quantized("w4a4+paper+litevar"))["fc2"].bits_per_element == 32
 
 
 def test_four_bits_shrink_the_demo_model_to_less_than_a_fifth() -> None:
-    quantized = quantize(load_model("demo"), QuantConfig.preset("w4a4"), method="rtn")
+    quantized = quantize(load_model("demo"), QuantConfig.preset("w4a4+paper"), method="rtn")
     size = quantized_size(quantized)
     assert size.bytes < 0.2 * size.float32_bytes
     assert 4 < size.bits_per_element < 4.5

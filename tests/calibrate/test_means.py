@@ -55,7 +55,7 @@ def test_means_per_scale_against_one_pass(tiny: Pipeline, samples: CalibrationSe
 
 
 def test_only_layers_that_want_them_are_centred(tiny: Pipeline, samples: CalibrationSet) -> None:
-    config = QuantConfig.preset("w4a4+center").with_rules(
+    config = QuantConfig.preset("w4a4+paper+center").with_rules(
         LayerRule(targets="*.proj", input_transform=None)
     )
     model = convert(tiny.var, config)
@@ -69,7 +69,7 @@ def test_only_layers_that_want_them_are_centred(tiny: Pipeline, samples: Calibra
 
 @pytest.mark.parametrize("method", ["rtn", "sas"])
 def test_quantize_measures_what_the_config_needs(any_tiny: Pipeline, method: str) -> None:
-    config = QuantConfig.preset("w8a8+p8+center+rotate+token")
+    config = QuantConfig.preset("w8a8+paper+p8+center+rotate+token")
     result = quantize(any_tiny, config, method=method, calibration=CONFIG)
     for layer in quant_linears(result.var).values():
         assert layer.centred and bool(layer.means.any()) and bool(layer.mean_bias.any())

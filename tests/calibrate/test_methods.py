@@ -28,7 +28,7 @@ from varptq.quant.config import LayerRule, QuantConfig
 from varptq.quant.convert import bops_account, convert, quant_linears, quant_mixes
 from varptq.quant.pipeline import QuantizedPipeline
 
-W4A4, W8A8 = QuantConfig.preset("w4a4"), QuantConfig.preset("w8a8+p8")
+W4A4, W8A8 = QuantConfig.preset("w4a4+paper"), QuantConfig.preset("w8a8+paper+p8")
 # Few samples and steps: most of what is tested holds after any number of them.
 CONFIG = CalibrationConfig(num_samples=5, steps=8, theta_samples=2, theta_grid=200)
 
@@ -55,6 +55,7 @@ def codes_of(pipe: Pipeline) -> dict[str, Tensor]:
     ("name", "parts"),
     [
         ("rtn", Method()),
+        ("gptq", Method(reconstruct=True, rounding="gptq")),
         ("brecq", Method(reconstruct=True)),
         ("sas", Method(reconstruct=True, shift=True, resample=True)),
         ("brecq+shift", Method(reconstruct=True, shift=True)),
@@ -68,9 +69,9 @@ def test_methods_by_name(name: str, parts: Method) -> None:
     assert Method.parse(name) == parts
 
 
-@pytest.mark.parametrize("name", ["", "SAS", "gptq", "sas+", "+shift", "rtn+litevar", "rtn shift"])
+@pytest.mark.parametrize("name", ["", "SAS", "awq", "sas+", "+shift", "rtn+litevar", "rtn shift"])
 def test_unknown_methods_list_the_known(tiny: Pipeline, name: str) -> None:
-    message = r"unknown; methods are rtn, brecq, sas, each with any of \+reconstruct, \+shift"
+    message = r"unknown; methods are rtn, gptq, brecq, sas, each with any of \+reconstruct, \+shift"
     with pytest.raises(ConfigError, match=message) as caught:
         quantize(tiny, W4A4, method=name)
     assert "\n" not in str(caught.value)
@@ -112,7 +113,7 @@ def test_no_learned_state_or_float_copy_is_left(tiny: Pipeline) -> None:
     assert all(layer.rounding is None and layer.float_weight is None for layer in layers)
 
 
-@pytest.mark.parametrize("preset", ["w4a4", "w6a6", "w4a8+litevar"])
+@pytest.mark.parametrize("preset", ["w4a4+paper", "w6a6+paper", "w4a8+paper+litevar"])
 def test_theta_keeps_to_the_budget(tiny: Pipeline, preset: str) -> None:
     config = QuantConfig.preset(preset)
     result = run(tiny, "rtn+shift", config)
@@ -287,7 +288,9 @@ def test_an_interruption_leaves_a_usable_float_model(
     assert run(pipe, "rtn").method == "rtn"
 
 
-@pytest.mark.parametrize("preset", ["w4a4", "w4a4+skip-head"])  # the last unit may be in float
+@pytest.mark.parametrize(
+    "preset", ["w4a4+paper", "w4a4+paper+skip-head"]
+)  # the last unit may be in float
 @pytest.mark.parametrize("steps", [0, 3])
 def test_every_stage_of_progress_starts_at_zero_and_ends(
     tiny: Pipeline, preset: str, steps: int
@@ -339,7 +342,7 @@ def test_a_config_that_does_not_fit_is_refused_before_any_work(
 def test_eight_bits_are_nearly_float_and_more_bits_are_better(tiny: Pipeline) -> None:
     kl = [
         fidelity(tiny, run(tiny, "rtn", QuantConfig.preset(p))).kl
-        for p in ("w8a8+p8", "w6a6", "w4a4")
+        for p in ("w8a8+paper+p8", "w6a6+paper", "w4a4+paper")
     ]
     assert kl[0] < 2e-3
     assert kl[0] < kl[1] < kl[2]

@@ -42,7 +42,7 @@ def samples(tiny: Pipeline) -> CalibrationSet:
     return calibration_set(tiny, CONFIG, seed=0, resampled=False)
 
 
-def quantized(pipe: Pipeline, preset: str = "w4a4") -> VAR:
+def quantized(pipe: Pipeline, preset: str = "w4a4+paper") -> VAR:
     model = convert(pipe.var, QuantConfig.preset(preset))
     set_theta(model, THETA)
     return model
@@ -60,7 +60,7 @@ def run_all(
     pipe: Pipeline,
     samples: CalibrationSet,
     config: CalibrationConfig,
-    preset: str = "w4a4",
+    preset: str = "w4a4+paper",
     seed: int = 0,
 ) -> tuple[dict[str, module.UnitReport | None], Codes, Codes]:
     """Reports by unit, and the codes before and after."""
@@ -127,7 +127,7 @@ def test_evaluation_does_not_depend_on_how_rows_are_cut(tiny: Pipeline, rows: in
 
 
 @pytest.mark.parametrize("forward", ["hard", "soft"])
-@pytest.mark.parametrize("preset", ["w4a4", "w6a6", "w3a8+released"])
+@pytest.mark.parametrize("preset", ["w4a4+paper", "w6a6+paper", "w3a8+paper+released"])
 def test_every_unit_improves_or_keeps_nearest(
     tiny: Pipeline, samples: CalibrationSet, forward: str, preset: str
 ) -> None:
@@ -206,14 +206,14 @@ def test_row_draws_are_a_function_of_seed_and_unit() -> None:
 
 
 def test_units_in_float_are_skipped(tiny: Pipeline, samples: CalibrationSet) -> None:
-    reports, before, after = run_all(tiny, samples, CONFIG, "w4a4+litevar+skip-head")
+    reports, before, after = run_all(tiny, samples, CONFIG, "w4a4+paper+litevar+skip-head")
     assert reports["head"] is None
     assert reports["blocks.0.ffn"] is not None  # fc1 is still learned
     assert "blocks.0.ffn.fc2" not in before and "blocks.0.ffn.fc1" in after
 
 
 def test_a_layer_with_float_weight_is_no_layer_of_a_unit(tiny: Pipeline) -> None:
-    unit = toy_unit(tiny, quantized(tiny, "w4a4+litevar"))
+    unit = toy_unit(tiny, quantized(tiny, "w4a4+paper+litevar"))
     assert [layer.layer for layer in unit_layers(unit)] == ["blocks.0.ffn.fc1"]
 
 
@@ -233,7 +233,7 @@ def test_the_regularizer_drives_soft_to_hard(tiny: Pipeline) -> None:
     """With a strong lambda the soft loss comes to what is deployed."""
     gaps = []
     for strength in (0.0, 1.0):
-        unit = toy_unit(tiny, quantized(tiny, "w3a8"))
+        unit = toy_unit(tiny, quantized(tiny, "w3a8+paper"))
         config = CONFIG.replace(forward="soft", regularizer=strength, steps=60)
         report = reconstruct(unit, config, 0)
         assert report is not None

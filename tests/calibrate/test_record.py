@@ -27,7 +27,7 @@ from varptq.models.var import Block, spans_of
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 
-W4A4 = QuantConfig.preset("w4a4")
+W4A4 = QuantConfig.preset("w4a4+paper")
 # float32 sums of a few hundred terms of order 1, against float64.
 FLOAT, BFLOAT16 = 2e-4, 2**-7
 COUNT = 7  # 14 rows: one batch of the recorder and a part of one

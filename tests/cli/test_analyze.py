@@ -73,14 +73,23 @@ def test_the_mixed_config_can_be_quantized(
 
 
 def test_tables_and_a_budget_in_bytes(model: list[str], tmp_path: Path) -> None:
-    words = ("--images", 2, "--budget-size", "1.2", "--config", "w4a8", "--out", tmp_path / "a")
+    words = (
+        "--images",
+        2,
+        "--budget-size",
+        "1.2",
+        "--config",
+        "w4a8+paper",
+        "--out",
+        tmp_path / "a",
+    )
     ran = run("analyze", *model, *words)
     assert ran.code == 0, ran.err
     for word in ("alone at 8", "alone at 4", "cost in config", "probabilities", "size 1.2", "x"):
         assert word in ran.out
     mixed = QuantConfig.from_file(tmp_path / "a" / "mixed.json")
     document = json.loads((tmp_path / "a" / "analysis.json").read_text())
-    assert mixed.name == "w4a8+mixed"
+    assert mixed.name == "w4a8+paper+mixed"
     assert {pick["operand"] for pick in document["suggestion"]["picks"]} == {"weight"}
     again = run("analyze", *model, *words)
     assert (again.code, again.out) == (2, "") and "exists and is not empty" in again.err
@@ -130,5 +139,5 @@ def test_the_python_call_gives_the_same(model: list[str], tmp_path: Path) -> Non
     printed = json.loads(run("analyze", *model, *words).out)
     pipe = varptq.load_model(var=model[1], vae=model[3])
     settings = AnalysisConfig(images=1, widths=(4,))
-    document = analyze(pipe, QuantConfig.preset("w4a4"), settings=settings).document
+    document = analyze(pipe, QuantConfig.preset("w4a4+paper"), settings=settings).document
     assert {**printed, "seconds": 0} == {**json.loads(json.dumps(document)), "seconds": 0}

@@ -80,11 +80,11 @@ def test_more_bits_and_more_copies_are_nearer(tiny: Pipeline) -> None:
     ids = ids_of(tiny)
     means = [
         float(product_errors(tiny, quant_products(tiny, preset), LABELS, ids).mean())
-        for preset in ("w4a4", "w6a6", "w8a8", "w8a8+p8")
+        for preset in ("w4a4+paper", "w6a6+paper", "w8a8+paper", "w8a8+paper+p8")
     ]
     assert means == sorted(means, reverse=True) and means[0] > 10 * means[-1] > 0
     plain, copies = (
-        product_errors(tiny, quant_products(tiny, "w4a4+p8", theta), LABELS, ids).mean()
+        product_errors(tiny, quant_products(tiny, "w4a4+paper+p8", theta), LABELS, ids).mean()
         for theta in (None, 1e-6)
     )
     assert copies < plain / 10  # eight copies: a step eight times finer

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varptq.errors import CheckpointError, InputError
+from varptq.errors import CheckpointError, InputError, NonFiniteError
 from varptq.evaluate import clip
 from varptq.evaluate.clip import MEAN, STD, TransformersClip, class_prompts, clip_score
 
@@ -126,7 +126,9 @@ def tiny_clip(tmp_path: Path) -> Path:
         vision_config={**sizes, "image_size": 16, "patch_size": 8},
         projection_dim=6,
     )
-    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.CLIPModel(config).save_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
@@ -143,3 +145,29 @@ def test_a_clip_from_a_folder_scores_images(tiny_clip: Path) -> None:
     torch.testing.assert_close(one, scores[1:2], rtol=1e-4, atol=1e-3)
     with pytest.raises(CheckpointError, match="no CLIP model with safetensors"):
         TransformersClip.load(str(tiny_clip / "missing"))
+
+
+def test_scores_are_those_of_the_whole_model(tiny_clip: Path) -> None:
+    """transformers' own forward pass of a tiny random CLIP, with the prepared images."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = transformers.CLIPModel.from_pretrained(tiny_clip).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_clip)
+    images, texts = pixels(3, 16, 16), class_prompts(["ant", "sea_lion", "bee"])
+    x = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
+        STD
+    ).view(3, 1, 1)
+    words = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(pixel_values=x, **words).logits_per_image / model.logit_scale.exp()
+    cosines_B = logits.diagonal()
+    assert (cosines_B > 0).any() and len(set(cosines_B.tolist())) == 3
+    found = clip_score(images, texts, TransformersClip.load(str(tiny_clip)))
+    torch.testing.assert_close(found, 100 * cosines_B.clamp_min(0), rtol=1e-4, atol=1e-3)
+
+
+def test_nan_embeddings_are_refused() -> None:
+    def broken(pixels_BHW3: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return torch.full((len(pixels_BHW3), 2), torch.nan), torch.ones(len(texts), 2)
+
+    with pytest.raises(NonFiniteError, match="CLIP embeddings: hold NaN"):
+        clip_score(pixels(2, 3, 3), ["a", "b"], broken)

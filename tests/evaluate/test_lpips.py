@@ -97,6 +97,26 @@ def test_equal_images_are_at_distance_0_and_order_does_not_matter() -> None:
     torch.testing.assert_close(distance(a, b), distance(b, a))
 
 
+@pytest.mark.parametrize("dead", [False, True])
+def test_it_can_be_a_loss(dead: bool) -> None:
+    """Its gradient is the slope, and finite where no channel of a layer is active."""
+    state = random_state()
+    if dead:
+        state["features.3.bias"] -= 1e3
+    distance = Lpips(state)
+    first, second = (
+        x.permute(0, 3, 1, 2) / 127.5 - 1 for x in (pixels(1, 37, 1), pixels(1, 37, 2))
+    )
+    first = first.requires_grad_()
+    (slope,) = torch.autograd.grad(distance.between(first, second).sum(), first)
+    assert slope.isfinite().all() and slope.abs().sum() > 0
+    with torch.no_grad():
+        step = 1e-3 * slope / slope.norm()
+        there, back = (distance.between(first + sign * step, second).sum() for sign in (1, -1))
+    # Float32 differences of a function with kinks.
+    assert float(there - back) == pytest.approx(2e-3 * float(slope.norm()), rel=0.1)
+
+
 @pytest.mark.network
 def test_the_published_weights_rank_what_people_rank() -> None:
     """A shift by one pixel looks like less than noise of the same energy."""

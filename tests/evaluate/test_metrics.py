@@ -15,11 +15,12 @@ from varptq.calibrate.methods import quantize
 from varptq.errors import InputError
 from varptq.evaluate.catalogue import METRICS, NEEDS
 from varptq.evaluate.features import Features, ModuleFeatures
-from varptq.evaluate.frechet import Gaussian, frechet_distance
+from varptq.evaluate.frechet import Gaussian, bias_of_means, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.metrics import Instruments, Subject, evaluate, plan
+from varptq.evaluate.metrics import Subject, evaluate
 from varptq.evaluate.paired import psnr
 from varptq.evaluate.prdc import precision_recall
+from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.sampling import sample_set
 from varptq.evaluate.scores import inception_score
 from varptq.evaluate.tokens import token_fidelity
@@ -61,7 +62,7 @@ def sampled(pipe: Pipeline, folder: Path, **changes: Any) -> Subject:
 
 @pytest.fixture(scope="module")
 def quantized(tiny: Pipeline) -> QuantizedPipeline:
-    return quantize(tiny, QuantConfig.preset("w4a4"), method="rtn")
+    return quantize(tiny, QuantConfig.preset("w4a4+paper"), method="rtn")
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +150,14 @@ def test_distributions_are_compared_on_features(
 def test_few_images_and_sorted_files_are_warned_of(
     pair: tuple[Subject, Subject], tmp_path: Path
 ) -> None:
-    np.savez(tmp_path / "a.npz", arr_0=images(pair[0])[:3], arr_1=np.array([0, 0, 1]))
+    real = torch.from_numpy(images(pair[0])[:3])
+    np.savez(tmp_path / "a.npz", arr_0=real.numpy(), arr_1=np.array([0, 0, 1]))
     tools = Instruments(NETWORK, ImageFiles.open(tmp_path / "a.npz"))
     document = evaluate(*pair, instruments=tools, metrics=["fid"])
     assert [text.split(":")[0].split()[0] for text in document["warnings"]] == ["images", "Fréchet"]
+    bias = bias_of_means(Gaussian.of(features(pair[0]).pooled), Gaussian.of(NETWORK(real).pooled))
     assert "3 images with 3 features" in document["warnings"][1]
+    assert f"too large, by about {bias:.2g} through the means" in document["warnings"][1]
 
 
 def test_a_model_beside_itself_is_identical(pair: tuple[Subject, Subject]) -> None:
@@ -176,7 +180,7 @@ def test_clip_scores_both_models(pair: tuple[Subject, Subject]) -> None:
 def test_the_document_is_plain_and_says_what_made_it(pair: tuple[Subject, Subject]) -> None:
     document = evaluate(*pair)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert (document["title"], document["kind"]) == ("tiny w4a4", "quantized")
+    assert (document["title"], document["kind"]) == ("tiny w4a4+paper", "quantized")
     assert document["compared_with"] == "tiny"
     assert document["settings"]["seed"] == 3 and document["settings"]["count"] == COUNT
     assert document["settings"]["sampling"]["top_k"] == 20
@@ -218,7 +222,7 @@ def test_what_cannot_be_computed_is_refused_before_sampling(
     expected: str,
 ) -> None:
     with pytest.raises(InputError, match=expected):
-        plan(quantized, tiny if with_float else None, Instruments(), metrics)
+        plan(quantized, tiny if with_float else None, Instruments(), metrics, COUNT)
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,7 @@ CLIPPED = (
 )
 
 
+@pytest.mark.web
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_wide_and_narrow(browser: Any, page_file: Path, width: int) -> None:
     colours = []
@@ -348,6 +349,7 @@ CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.web
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out(browser: Any, page_file: Path, scheme: str) -> None:
     page = browser.new_page(color_scheme=scheme)

@@ -176,7 +176,7 @@ def test_force_leaves_other_files_alone(
 
 
 def test_what_decides_the_images_decides_the_fingerprint(tiny: Pipeline) -> None:
-    quantized = quantize(tiny, QuantConfig.preset("w4a4"), method="rtn")
+    quantized = quantize(tiny, QuantConfig.preset("w4a4+paper"), method="rtn")
     found = [model_sha256(tiny), model_sha256(quantized)]
     quantized.theta = 0.5
     found.append(model_sha256(quantized))

@@ -39,7 +39,7 @@ def pipe(golden: Golden, data: dict[str, np.ndarray]) -> Pipeline:
 
 def quantized(pipe: Pipeline, width: str, theta: float | None) -> QuantizedPipeline:
     """Nearest rounding with ranges as the released code takes them."""
-    config = QuantConfig.preset(f"{width}+released")
+    config = QuantConfig.preset(f"{width}+paper+released")
     model = convert(pipe.var, config)
     set_theta(model, theta)
     return QuantizedPipeline(model, pipe.vae, pipe.name, config=config, method="rtn", theta=theta)

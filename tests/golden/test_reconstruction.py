@@ -39,7 +39,7 @@ def pipe(golden: Golden, data: dict[str, np.ndarray]) -> Pipeline:
 
 
 def make_unit(pipe: Pipeline, data: dict[str, np.ndarray], kind: str, width: str) -> Unit:
-    model = convert(pipe.var, QuantConfig.preset(f"{width}+released"))
+    model = convert(pipe.var, QuantConfig.preset(f"{width}+paper+released"))
     set_theta(model, float(data["theta"]))
     name = f"blocks.{int(data['block'])}.{kind}"
     module, spans = model.get_submodule(name), spans_of(pipe.scales)
@@ -75,7 +75,7 @@ def test_inputs_and_targets_come_from_the_float_model(
     from varptq.calibrate.samples import CalibrationSet
 
     samples = CalibrationSet(torch.from_numpy(data["labels"]), torch.from_numpy(data["ids"]))
-    model = convert(pipe.var, QuantConfig.preset("w4a4"))
+    model = convert(pipe.var, QuantConfig.preset("w4a4+paper"))
     recorder = Recorder(pipe, model, samples, CalibrationConfig())
     count, found = len(data["labels"]), 0
     # Ours: all conditional rows, then all unconditional ones. Theirs: the two rows of each label.

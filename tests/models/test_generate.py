@@ -297,7 +297,7 @@ def test_bfloat16(make_tiny: Callable[..., Pipeline]) -> None:
 
 def test_a_quantized_model_generates_alike(tiny: Pipeline) -> None:
     # 8 bits: an activation that other float sums round the other way must not decide a token.
-    config = QuantConfig.preset("w8a8+p8")
+    config = QuantConfig.preset("w8a8+paper+p8")
     var = convert(tiny.var, config)
     set_theta(var, 0.05)
     pipe = QuantizedPipeline(var, tiny.vae, "tiny", config=config, method="rtn")

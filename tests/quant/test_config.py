@@ -14,12 +14,13 @@ from pydantic import ValidationError
 from varptq.errors import ConfigError
 from varptq.quant.config import (
     AttentionSpec,
+    InputTransform,
     LayerRule,
     LinearSpec,
     QuantConfig,
     TensorSpec,
 )
-from varptq.quant.presets import MODIFIERS
+from varptq.quant.presets import BEYOND_PAPER, MODIFIERS, NAMES
 
 FC2 = "blocks.3.ffn.fc2"
 PRESETS = st.builds(
@@ -36,7 +37,7 @@ def plain(config: QuantConfig) -> dict[str, Any]:
 
 
 def test_grouped_below_six_bits() -> None:
-    config = QuantConfig.preset("w4a4")
+    config = QuantConfig.preset("w4a4+paper")
     weight, x = config.linear.weight, config.linear.input
     assert weight is not None and x is not None and config.attention is not None
     assert (weight.num_bits, weight.strategy, weight.group_size) == (4, "group", 128)
@@ -46,7 +47,7 @@ def test_grouped_below_six_bits() -> None:
 
 
 def test_whole_rows_from_six_bits_on() -> None:
-    config = QuantConfig.preset("w6a6")
+    config = QuantConfig.preset("w6a6+paper")
     weight, x = config.linear.weight, config.linear.input
     assert weight is not None and x is not None and config.attention is not None
     assert (weight.strategy, x.strategy) == ("channel", "token")
@@ -55,12 +56,12 @@ def test_whole_rows_from_six_bits_on() -> None:
 
 
 def test_sides_are_chosen_apart() -> None:
-    linear = QuantConfig.preset("w4a8").linear
+    linear = QuantConfig.preset("w4a8+paper").linear
     assert linear.weight is not None and linear.weight.strategy == "group"
     assert linear.input is not None and linear.input.strategy == "token"
 
 
-@pytest.mark.parametrize("name", ["w4a4", "w6a6", "w2a8"])
+@pytest.mark.parametrize("name", ["w4a4+paper", "w6a6+paper", "w2a8+paper"])
 def test_fc2_input_is_sign_split(name: str) -> None:
     config = QuantConfig.preset(name)
     fc2, fc1 = config.linear_for(FC2), config.linear_for("blocks.3.ffn.fc1")
@@ -70,7 +71,7 @@ def test_fc2_input_is_sign_split(name: str) -> None:
 
 
 def test_modifiers() -> None:
-    config = QuantConfig.preset("w4a4+litevar+skip-head+p8+released")
+    config = QuantConfig.preset("w4a4+paper+litevar+skip-head+p8+released")
     assert (
         config.linear_for(FC2) == config.linear_for("head") == LinearSpec(weight=None, input=None)
     )
@@ -83,6 +84,64 @@ def test_modifiers() -> None:
     proj = config.linear_for("blocks.0.attn.proj")
     assert proj.weight is not None and proj.weight.range_rule == "min_max_clamped"
     assert proj.input is not None and proj.input.range_rule == "min_max"
+
+
+@pytest.mark.parametrize("width", ["w4a4", "w4a6", "w4a8", "w6a6", "w8a8"])
+def test_a_bare_name_is_what_measures_best(width: str) -> None:
+    """The same parts at every width, in codes that never change once they are in the cache."""
+    bare, spelled = QuantConfig.preset(width), QuantConfig.preset(f"{width}+paper")
+    for name in BEYOND_PAPER:
+        spelled = MODIFIERS[name](spelled)
+    assert bare == spelled.replace(name=width)
+    assert bare.attention is not None and bare.attention.policy == "token"
+    assert bare.attention.probability == TensorSpec(num_bits=8, type="uniform")
+    transform = InputTransform(smooth=True, center=True, hadamard=128)
+    assert {bare.linear_for(n).input_transform for n in (FC2, "head")} == {transform}
+    word_embed, fc2 = bare.linear_for("word_embed"), bare.linear_for(FC2)
+    assert word_embed.weight is not None and word_embed.weight.num_bits == 8
+    head = bare.linear_for("head")
+    assert head.weight == bare.linear.weight
+    assert head.input is not None and head.input.num_bits == 8
+    assert fc2.input is not None and fc2.input.type == "affine"
+
+
+def test_the_paper_assignment_stands_first() -> None:
+    paper = QuantConfig.preset("w4a4+paper")
+    assert paper.linear.input_transform is None
+    assert paper.attention is not None and paper.attention.policy == "release"
+    assert QuantConfig.preset("w4a4+paper+litevar").linear == paper.linear
+    with pytest.raises(ConfigError, match=r"\+paper stands first, as in w4a4\+paper"):
+        QuantConfig.preset("w4a4+litevar+paper")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("paper", "w4a4+paper"),
+        ("balanced", "w4a4"),
+        ("best", "w4a4+qk6+v6+g32"),
+        ("paper+litevar", "w4a4+paper+litevar"),
+    ],
+)
+def test_names_of_their_own(name: str, meant: str) -> None:
+    assert QuantConfig.preset(name) == QuantConfig.preset(meant).replace(name=name)
+
+
+def test_best_has_small_groups_and_six_bits_in_attention() -> None:
+    best = QuantConfig.preset("best")
+    fc2, attention = best.linear_for(FC2), best.attention
+    assert fc2.input is not None and attention is not None
+    assert fc2.input.group_size == 32
+    assert fc2.weight is not None and fc2.weight.group_size == 128
+    assert QuantConfig.preset("w8a8+g32") == QuantConfig.preset("w8a8").replace(name="w8a8+g32")
+    bits = [getattr(attention, name).num_bits for name in ("query", "key", "value", "probability")]
+    assert bits == [6, 6, 6, 8]
+
+
+def test_smoothing_alone_leaves_the_quantizers() -> None:
+    paper, smooth = QuantConfig.preset("w4a4+paper"), QuantConfig.preset("w4a4+paper+smooth")
+    assert smooth.linear_for(FC2).input == paper.linear_for(FC2).input
+    assert smooth.linear.input_transform == InputTransform(smooth=True)
 
 
 @settings(deadline=None)
@@ -100,7 +159,7 @@ def test_a_rule_keeps_none_and_unset_apart() -> None:
     """None says float, nothing says as before: both must survive storing, copying and comparing."""
     rule = LayerRule(targets="head", weight=None)
     assert rule.to_dict() == {"targets": "head", "weight": None}
-    config = QuantConfig.preset("w4a4").with_rules(rule)
+    config = QuantConfig.preset("w4a4+paper").with_rules(rule)
     for version in (config, QuantConfig.from_dict(plain(config)), config.replace(name="other")):
         head = version.linear_for("head")
         assert head.weight is None
@@ -111,7 +170,7 @@ def test_a_rule_keeps_none_and_unset_apart() -> None:
 
 def test_later_rules_win() -> None:
     two, three = (TensorSpec(num_bits=b, strategy="channel") for b in (2, 3))
-    config = QuantConfig.preset("w8a8").with_rules(
+    config = QuantConfig.preset("w8a8+paper").with_rules(
         LayerRule(targets="blocks.*", weight=two), LayerRule(targets="blocks.1.*", weight=three)
     )
     assert config.linear_for("blocks.0.attn.proj").weight == two
@@ -121,7 +180,7 @@ def test_later_rules_win() -> None:
 
 def test_attention_rules() -> None:
     rule = LayerRule(targets="blocks.0.attn", attention=None)
-    config = QuantConfig.preset("w4a4").with_rules(rule)
+    config = QuantConfig.preset("w4a4+paper").with_rules(rule)
     for version in (config, QuantConfig.from_dict(plain(config))):
         assert version.attention_for("blocks.0.attn") is None
         assert version.attention_for("blocks.1.attn") == config.attention
@@ -130,16 +189,17 @@ def test_attention_rules() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("w1a4", ["weight bits 1", "2..8"]),
-        ("w4a1", ["activation bits 1", "2..8"]),
-        ("w17a4", ["weight bits 17", "2..8"]),
-        ("w4a17", ["activation bits 17", "2..8"]),
+        ("w1a4+paper", ["weight bits 1", "2..8"]),
+        ("w4a1+paper", ["activation bits 1", "2..8"]),
+        ("w17a4+paper", ["weight bits 17", "2..8"]),
+        ("w4a17+paper", ["activation bits 17", "2..8"]),
         ("int4", ["'int4'", "w<bits>a<bits>", "w4a4"]),
         ("", ["w<bits>a<bits>"]),
         ("W4A4", ["w<bits>a<bits>"]),
-        ("w٤a4", ["w<bits>a<bits>"]),
-        ("w4a4+lite", ["unknown modifier 'lite'", *(f"+{name}" for name in MODIFIERS)]),
-        ("w4a4+", ["unknown modifier ''"]),
+        ("w٤a4+paper", ["w<bits>a<bits>"]),
+        ("w4a4+paper+lite", ["unknown modifier 'lite'", *(f"+{name}" for name in MODIFIERS)]),
+        ("int4", ["+paper", *NAMES]),
+        ("w4a4+paper+", ["unknown modifier ''"]),
     ],
 )
 def test_unknown_presets_name_the_known_ones(name: str, words: list[str]) -> None:
@@ -179,8 +239,8 @@ def test_bad_fields(values: dict[str, Any], message: str) -> None:
 
 
 def edited(path: list[str | int], value: Any) -> dict[str, Any]:
-    """The plain values of w4a4 with one place changed."""
-    values = plain(QuantConfig.preset("w4a4"))
+    """The plain values of w4a4+paper with one place changed."""
+    values = plain(QuantConfig.preset("w4a4+paper"))
     place: Any = values
     for step in path[:-1]:
         place = place[step]
@@ -222,7 +282,7 @@ def edited(path: list[str | int], value: Any) -> dict[str, Any]:
 )
 def test_a_bad_place_is_named_from_the_top(values: Any, message: str) -> None:
     if values == {1: 2}:
-        values = {**plain(QuantConfig.preset("w4a4")), **values}
+        values = {**plain(QuantConfig.preset("w4a4+paper")), **values}
     with pytest.raises(ConfigError) as error:
         QuantConfig.from_dict(values)
     assert str(error.value) == message
@@ -237,17 +297,20 @@ def test_operands_take_only_quantizers_that_exist() -> None:
 
 
 def test_settings_are_frozen_and_hashable() -> None:
-    config = QuantConfig.preset("w4a4")
+    config = QuantConfig.preset("w4a4+paper")
     with pytest.raises(ValidationError, match="frozen"):
         config.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
-    assert hash(config) == hash(QuantConfig.preset("w4a4"))
-    assert config.replace(name="other").name == "other" and config.name == "w4a4"
+    assert hash(config) == hash(QuantConfig.preset("w4a4+paper"))
+    assert config.replace(name="other").name == "other" and config.name == "w4a4+paper"
     with pytest.raises(ConfigError, match="unknown field 'nmae'"):
         config.replace(nmae="other")
 
 
 def test_group_for() -> None:
-    weight, x = QuantConfig.preset("w4a4").linear.weight, QuantConfig.preset("w4a4").linear.input
+    weight, x = (
+        QuantConfig.preset("w4a4+paper").linear.weight,
+        QuantConfig.preset("w4a4+paper").linear.input,
+    )
     assert weight is not None and x is not None
     assert [weight.group_for(row, "head") for row in (128, 256, 192, 32)] == [128, 128, None, None]
     # 64 divides 192, but the released code asks that 128 does before it groups.
@@ -270,7 +333,7 @@ def test_group_for_without_fallback_names_the_layer() -> None:
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
 def test_from_file(tmp_path: Path, suffix: str) -> None:
-    config = QuantConfig.preset("w4a4+litevar")
+    config = QuantConfig.preset("w4a4+paper+litevar")
     path = tmp_path / f"quant{suffix}"
     # JSON is YAML.
     path.write_text(json.dumps(config.to_dict()))

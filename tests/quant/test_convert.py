@@ -26,7 +26,7 @@ from varptq.quant.convert import (
 )
 from varptq.quant.layers import QuantLinear
 
-W4A4 = QuantConfig.preset("w4a4")
+W4A4 = QuantConfig.preset("w4a4+paper")
 ALL_FLOAT = W4A4.replace(attention=None).with_rules(LayerRule(targets="*", weight=None, input=None))
 
 
@@ -168,7 +168,9 @@ def demo() -> VAR:
     return build_model("demo").var
 
 
-@pytest.mark.parametrize("preset", ["w4a4", "w6a6+litevar", "w4a8+skip-head", "w3a5+p8+released"])
+@pytest.mark.parametrize(
+    "preset", ["w4a4+paper", "w6a6+paper+litevar", "w4a8+paper+skip-head", "w3a5+paper+p8+released"]
+)
 def test_the_account_equals_loops(demo: VAR, any_tiny: Pipeline, preset: str) -> None:
     config = QuantConfig.preset(preset)
     for var in (demo, any_tiny.var):
@@ -183,12 +185,18 @@ def test_float_attention_counts_16_bits(tiny: Pipeline) -> None:
 def test_what_stays_float_costs_more(demo: VAR) -> None:
     totals = {
         name: bops_account(demo, QuantConfig.preset(name)).total
-        for name in ("w4a4", "w4a4+litevar", "w4a4+p8", "w6a6", "w8a8")
+        for name in (
+            "w4a4+paper",
+            "w4a4+paper+litevar",
+            "w4a4+paper+p8",
+            "w6a6+paper",
+            "w8a8+paper",
+        )
     }
-    assert totals["w4a4"] < totals["w4a4+litevar"]
-    assert totals["w4a4"] < totals["w4a4+p8"]
-    assert totals["w4a4"] < totals["w6a6"] < totals["w8a8"]
-    whole = bops_account(demo, QuantConfig.preset("w8a8"))
+    assert totals["w4a4+paper"] < totals["w4a4+paper+litevar"]
+    assert totals["w4a4+paper"] < totals["w4a4+paper+p8"]
+    assert totals["w4a4+paper"] < totals["w6a6+paper"] < totals["w8a8+paper"]
+    whole = bops_account(demo, QuantConfig.preset("w8a8+paper"))
     assert bops_account(demo, None).total == whole.float_total == 4 * whole.total
 
 
@@ -202,7 +210,8 @@ def test_a_converted_model_is_described_as_its_float_one(any_tiny: Pipeline) -> 
 def test_an_online_rotation_has_its_price(tiny: Pipeline) -> None:
     """log2 of the block additions per channel and token at 16 bits, none in the float model."""
     plain, rotated = (
-        bops_account(tiny.var, QuantConfig.preset(name)) for name in ("w8a8", "w8a8+rotate")
+        bops_account(tiny.var, QuantConfig.preset(name))
+        for name in ("w8a8+paper", "w8a8+paper+rotate")
     )
     additions = sum(
         layer.in_features

@@ -47,7 +47,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("preset", ["w6a6", "w4a4", "w8a8+p8"])
+@pytest.mark.parametrize("preset", ["w6a6+paper", "w4a4+paper", "w8a8+paper+p8"])
 @pytest.mark.parametrize("theta", [None, 0.05])
 def test_one_pass_over_all_scales_equals_the_cached_loop(
     var: VAR, preset: str, theta: float | None
@@ -71,7 +71,7 @@ def test_one_pass_over_all_scales_equals_the_cached_loop(
 
 
 def test_copies_bring_the_product_closer(var: VAR) -> None:
-    model = convert(var, QuantConfig.preset("w4a4"))
+    model = convert(var, QuantConfig.preset("w4a4+paper"))
     mix = quant_mixes(model)[0]
     p, v = noise(1, 2, 4, 5).mul(3).softmax(-1), noise(1, 2, 5, 64, seed=1)
     errors = []
@@ -82,7 +82,7 @@ def test_copies_bring_the_product_closer(var: VAR) -> None:
 
 
 def test_weight_is_what_the_codes_say(var: VAR) -> None:
-    for preset in ("w4a4", "w3a8", "w8a8"):
+    for preset in ("w4a4+paper", "w3a8+paper", "w8a8+paper"):
         for layer in quant_linears(convert(var, QuantConfig.preset(preset))).values():
             assert layer.float_weight is not None and layer.weight_bits is not None
             assert int(layer.codes.max()) <= 2**layer.weight_bits - 1
@@ -111,7 +111,7 @@ def test_learned_rounding_starts_at_the_float_weight(bits: int, rows: int, seed:
 
 
 def test_non_finite_inputs_are_refused_by_layer(var: VAR) -> None:
-    model = convert(var, QuantConfig.preset("w4a4"))
+    model = convert(var, QuantConfig.preset("w4a4+paper"))
     inputs = torch.zeros(1, ARCH.scales.num_tokens - 1, ARCH.code_dim)
     for bad in (torch.nan, torch.inf):
         inputs[0, 3, 2] = bad
@@ -120,20 +120,20 @@ def test_non_finite_inputs_are_refused_by_layer(var: VAR) -> None:
 
 
 def test_non_finite_weights_are_refused_by_tensor(var: VAR) -> None:
-    broken = convert(var, QuantConfig.preset("w8a8"))  # a copy to damage
+    broken = convert(var, QuantConfig.preset("w8a8+paper"))  # a copy to damage
     del broken
     weight = var.blocks[1].ffn.fc1.weight
     kept = float(weight[0, 0])
     weight[0, 0] = torch.nan
     try:
         with pytest.raises(NonFiniteError, match=r"tensor blocks\.1\.ffn\.fc1\.weight"):
-            convert(var, QuantConfig.preset("w4a4"))
+            convert(var, QuantConfig.preset("w4a4+paper"))
     finally:
         weight[0, 0] = kept
 
 
 def test_group_size_that_does_not_divide_names_the_layer(var: VAR) -> None:
-    config = QuantConfig.preset("w4a4")
+    config = QuantConfig.preset("w4a4+paper")
     assert config.linear.weight is not None
     spec = config.linear.weight.replace(group_size=96, fallback=False)
     config = config.replace(linear=config.linear.replace(weight=spec))
@@ -142,14 +142,16 @@ def test_group_size_that_does_not_divide_names_the_layer(var: VAR) -> None:
 
 
 def test_a_rule_that_matches_nothing_is_refused(var: VAR) -> None:
-    config = QuantConfig.preset("w4a4").with_rules(LayerRule(targets="blocks.*.mlp.*", input=None))
+    config = QuantConfig.preset("w4a4+paper").with_rules(
+        LayerRule(targets="blocks.*.mlp.*", input=None)
+    )
     with pytest.raises(ConfigError, match=r"rule 'blocks\.\*\.mlp\.\*': matches no layer"):
         convert(var, config)
 
 
 def test_conversion_shares_what_stays_float_and_leaves_the_model_alone(var: VAR) -> None:
     before = {name: tensor.clone() for name, tensor in var.state_dict().items()}
-    model = convert(var, QuantConfig.preset("w4a4+litevar"))
+    model = convert(var, QuantConfig.preset("w4a4+paper+litevar"))
     assert model.pos_1LC.data_ptr() == var.pos_1LC.data_ptr()
     assert model.blocks[0].ffn.fc2 is not var.blocks[0].ffn.fc2
     assert type(model.blocks[0].ffn.fc2) is TokenLinear
@@ -160,7 +162,7 @@ def test_conversion_shares_what_stays_float_and_leaves_the_model_alone(var: VAR)
 
 
 def test_scales_stay_float32_when_the_model_is_cast(var: VAR) -> None:
-    model = convert(var, QuantConfig.preset("w4a4"))
+    model = convert(var, QuantConfig.preset("w4a4+paper"))
     codes = {name: layer.codes.clone() for name, layer in quant_linears(model).items()}
     model.to(torch.bfloat16)
     for name, layer in quant_linears(model).items():

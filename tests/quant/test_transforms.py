@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,13 @@ from varptq.models.scales import Scales
 from varptq.models.var import TokenLinear, spans_of
 from varptq.quant.config import InputTransform, LinearSpec, QuantConfig, TensorSpec
 from varptq.quant.layers import QuantLinear
-from varptq.quant.transforms import centred_bias, hadamard, rotate_weight, signs
+from varptq.quant.transforms import (
+    centred_bias,
+    hadamard,
+    rotate_weight,
+    signs,
+    transform_and_quantize,
+)
 
 SCALES = Scales((1, 2, 3))
 BLOCKS = [2, 8, 64, 128]
@@ -84,11 +92,11 @@ def test_centred_and_rotated_layers_compute_what_they_did(hadamard_block: int | 
 def test_the_means_of_a_scale_reach_its_tokens_only() -> None:
     _, layer = float_layer(InputTransform(center=True))
     x = noise(1, SCALES.num_tokens, 192)
-    before = layer.transformed(x, layer._mean_rows(spans_of(SCALES), x.device))
+    before = layer.fake_input(x, layer._tables(spans_of(SCALES), x.device)[0])
     means = torch.zeros(3, 192)
     means[1] = 1.0
     layer.set_means(means)
-    change = layer.transformed(x, layer._mean_rows(spans_of(SCALES), x.device)) - before
+    change = layer.fake_input(x, layer._tables(spans_of(SCALES), x.device)[0]) - before
     assert torch.equal(change[0, :, 0], torch.tensor([0.0] + [-1.0] * 4 + [0.0] * 9).double())
 
 
@@ -116,15 +124,58 @@ def test_centred_bias_is_what_the_mean_becomes() -> None:
 
 def test_block_falls_back_to_the_largest_that_divides() -> None:
     transform = InputTransform(hadamard=128)
-    assert [transform.block_for(row) for row in (1920, 192, 16, 24, 37)] == [128, 64, 16, 8, None]
+    rows = (1920, 192, 16, 24, 37)
+    assert [transform.block_for(row, "fc1") for row in rows] == [128, 64, 16, 8, None]
+    strict = transform.replace(fallback=False)
+    assert strict.block_for(1920, "fc1") == 128
+    with pytest.raises(ConfigError, match="layer fc1: hadamard 128 does not divide its 192 input"):
+        strict.block_for(192, "fc1")
     with pytest.raises(ConfigError, match="power of two"):
         InputTransform(hadamard=96)
 
 
 def test_a_transform_makes_the_sign_split_input_affine() -> None:
-    config = QuantConfig.preset("w4a4+litevar+center")
+    config = QuantConfig.preset("w4a4+paper+litevar+center")
     assert config.linear_for("blocks.0.ffn.fc2").input is None
-    config = QuantConfig.preset("w4a4+rotate+center")
+    config = QuantConfig.preset("w4a4+paper+rotate+center")
     spec = config.linear_for("blocks.0.ffn.fc2")
     assert spec.input is not None and spec.input.type == "affine"
     assert spec.input_transform == InputTransform(center=True, hadamard=128)
+
+
+@pytest.mark.parametrize("kind", ["affine", "sign_split"])
+@pytest.mark.parametrize(("block", "group"), [(None, None), (64, 64), (32, None), (None, 64)])
+def test_codes_of_an_input_are_those_of_its_steps(
+    kind: Literal["affine", "sign_split"], block: int | None, group: int | None
+) -> None:
+    """One function for transform and quantizer: its values are the layer's, with gradient and
+    without, and its codes lie in range."""
+    strategy: Literal["group", "token"] = "group" if group else "token"
+    spec = TensorSpec(num_bits=4, type=kind, strategy=strategy, group_size=group)
+    x, mean = noise(3, 5, 192).float(), noise(192, seed=1).float()
+    found = transform_and_quantize(x, spec, mean=mean, block=block, group=group)
+    low, high = (-7, 7) if kind == "sign_split" else (0, 15)
+    assert torch.equal(found.codes, found.codes.round())
+    assert low <= float(found.codes.min()) and float(found.codes.max()) <= high
+    transform = InputTransform(center=True, hadamard=block)
+    linear = LinearSpec(weight=None, input=spec, input_transform=transform)
+    layer = QuantLinear(TokenLinear(192, 3), linear, "layer", 1)
+    values = found.values().flatten(2)
+    for same in (x, x.clone().requires_grad_()):
+        assert torch.equal(layer.fake_input(same, mean), values)
+    rotated = hadamard(x - mean, block) if block else x - mean
+    grouped = rotated.unflatten(-1, (-1, group)) if group else rotated
+    step = (grouped.amax(-1) - grouped.amin(-1)).amax() / 7
+    assert float((values - rotated).abs().max()) <= float(step)
+
+
+def test_a_schedule_with_more_scales_takes_the_mean_and_says_so() -> None:
+    linear, layer = float_layer(InputTransform(center=True, hadamard=64))
+    layer.set_means(noise(SCALES.num_scales, 192, seed=5))
+    longer = Scales((1, 2, 3, 4))
+    x = noise(2, longer.num_tokens, 192, seed=6)
+    with pytest.warns(UserWarning, match="layer layer: means of 3 scales, found scale 4"):
+        found = layer(x, spans_of(longer))
+    torch.testing.assert_close(found, linear(x), rtol=1e-5, atol=1e-5)
+    mean, gained = layer._tables(spans_of(SCALES), x.device)
+    assert mean.shape == (SCALES.num_tokens, 192) and gained.shape == (SCALES.num_tokens, 7)

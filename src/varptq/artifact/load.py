@@ -1,15 +1,17 @@
 """Read an artifact back, every step checked before the next.
 
     config.json -> document -> modules without memory -> does the header of model.safetensors fit?
-    -> does its SHA-256? -> tensors, unpacked into the modules -> QuantizedPipeline
+    -> does its SHA-256? -> tensors, one after another into the modules -> QuantizedPipeline
 
 No memory is taken for a tensor before its shape is known to be the right one, nothing is unpickled,
-and whatever is wrong with the files is one `ArtifactError`.
+and whatever is wrong with the files is one `ArtifactError`. The file is mapped and copied tensor by
+tensor, so that loading takes hardly more memory than what is loaded.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,18 @@ from varptq.artifact.format import (
     FORMAT_VERSION,
     LEVELS,
     SEAL,
+    UNPACKED,
     VAE_PREFIX,
     VAR_PREFIX,
     WEIGHTS_FILE,
     Slot,
     linear_slots,
     packed_linears,
+    plain_tensors,
     slots,
     unpack_linear,
 )
+from varptq.artifact.mapped import MappedTensors
 from varptq.artifact.schema import (
     MAX_CONFIG_BYTES,
     SealedDocument,
@@ -45,6 +50,9 @@ from varptq.quant.convert import convert, release_float_weights, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 
 DAMAGED = "damaged or altered, copy the artifact again"
+# Of the image encoder, which making images does not need.
+ENCODER = (VAE_PREFIX + "encoder.", VAE_PREFIX + "quant_conv.")
+Adopt = Callable[[VAR, str], None]
 
 
 def load(
@@ -52,11 +60,14 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    adopt: Adopt | None = None,
 ) -> QuantizedPipeline:
     """The quantized pipeline stored in `folder`, with the codes and scales it was saved with.
 
     dtype: of the float parts and of the arithmetic; scales stay float32. It computes "simulated";
-    `varptq.runtime.load` chooses another runtime.
+    `varptq.runtime.load` chooses another runtime. adopt: called with the transformer and the name
+    of each quantized layer once the layer is complete, and may put another module in its place, so
+    that one layer is unpacked at a time; the image encoder is then left on the mapped file.
     Raises `InputError` for a dtype that is not floating, `ArtifactError` naming the file and what
     is wrong with it.
     """
@@ -64,11 +75,12 @@ def load(
         raise InputError(f"dtype {dtype}: expected a floating dtype, e.g. torch.bfloat16")
     folder = Path(folder)
     document, seal = read_config(folder)
-    var, vae = _empty_modules(folder / CONFIG_FILE, document)
-    tensors = _read_tensors(folder / WEIGHTS_FILE, document, seal, slots(var, vae))
-    _fill(var, vae, tensors, folder / WEIGHTS_FILE)
+    var, vae = empty_modules(folder, document)
+    path = folder / WEIGHTS_FILE
+    tensors = _open_tensors(path, document, seal, slots(var, vae))
+    _fill_plain(var, vae, tensors, path, stay=ENCODER if adopt else ())
+    _fill_linears(var, tensors, path, adopt)
     recipe = document.varptq
-    set_theta(var, recipe.theta)
     pipeline = QuantizedPipeline(
         var.eval().requires_grad_(False),
         vae.eval().requires_grad_(False),
@@ -148,8 +160,10 @@ def _check_file(path: Path) -> None:
         raise ArtifactError(f"{path}: {found}; give the folder of an artifact, copied whole")
 
 
-def _empty_modules(path: Path, document: SealedDocument) -> tuple[VAR, VQVAE]:
-    """Both networks on the meta device, where tensors have shapes but no memory."""
+def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[VAR, VQVAE]:
+    """Both networks on the meta device, where tensors have shapes but no memory. Raises
+    `ArtifactError`."""
+    path = Path(folder) / CONFIG_FILE
     var_arch, vae_arch = document.architecture.var.arch(), document.architecture.vae.arch()
     try:
         with torch.device("meta"):
@@ -158,15 +172,16 @@ def _empty_modules(path: Path, document: SealedDocument) -> tuple[VAR, VQVAE]:
     except ConfigError as error:
         raise ArtifactError(f"{path}: {_line(error)}") from None
     release_float_weights(var)
+    set_theta(var, document.varptq.theta)
     if document.quantization_config != compressed_tensors_block(var):
         raise ArtifactError(f"{path}: quantization_config contradicts varptq.config; {DAMAGED}")
     return var, vae
 
 
-def _read_tensors(
+def _open_tensors(
     path: Path, document: SealedDocument, seal: str, expected: dict[str, Slot]
-) -> dict[str, Tensor]:
-    """All tensors, in memory of their own: a mapped file that changes would change the model."""
+) -> MappedTensors:
+    """The tensors of the file, once header, hash and seal are found to be right."""
     _check_file(path)
     entry = document.files[WEIGHTS_FILE]
     try:
@@ -183,7 +198,7 @@ def _read_tensors(
             if (file.metadata() or {}).get(SEAL) != seal:
                 config = path.with_name(CONFIG_FILE)
                 raise ArtifactError(f"{config}: not what {WEIGHTS_FILE} was saved with; {DAMAGED}")
-            return {name: file.get_tensor(name).clone() for name in expected}
+        return MappedTensors(path)
     except (SafetensorError, CheckpointError, OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot be read ({_line(error)}); {DAMAGED}") from None
 
@@ -207,24 +222,44 @@ def _check_header(path: Path, file: Any, expected: dict[str, Slot]) -> None:
         )
 
 
-def _fill(var: VAR, vae: VQVAE, tensors: dict[str, Tensor], path: Path) -> None:
-    """Check the contents and give the modules their tensors; `tensors` is used up."""
-    for name, tensor in tensors.items():
+def _fill_plain(
+    var: VAR, vae: VQVAE, tensors: MappedTensors, path: Path, stay: tuple[str, ...]
+) -> None:
+    """Check what is stored as it is and give it to the modules; names that begin with one of `stay`
+    stay on the mapping."""
+    state: dict[str, Tensor] = {}
+    for name in plain_tensors(var, vae):
+        stays = name.startswith(stay)
+        tensor = tensors.view(name) if stays else tensors.take(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
-    if not torch.equal(tensors[LEVELS], var.scales.scale_of_L().view(1, -1)):
+        if stays:
+            tensors.drop(name)
+        state[name] = tensor
+    if not torch.equal(state[LEVELS], var.scales.scale_of_L().view(1, -1)):
         raise ArtifactError(f"{path}: tensor {LEVELS!r} contradicts the scales in {CONFIG_FILE}")
+    for prefix, module in ((VAR_PREFIX, var), (VAE_PREFIX, vae)):
+        part = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+        left = module.load_state_dict(part, strict=False, assign=True)
+        assert {name.rpartition(".")[2] for name in left.missing_keys} <= set(UNPACKED)
+
+
+def _fill_linears(var: VAR, tensors: MappedTensors, path: Path, adopt: Adopt | None) -> None:
+    """Check and unpack the codes of one layer after another."""
     for layer, linear in packed_linears(var).items():
-        prefix = f"{VAR_PREFIX}{layer}."
-        stored = {name: tensors.pop(prefix + name) for name in linear_slots(linear)}
+        names = linear_slots(linear)
+        stored = {name: tensors.take(f"{VAR_PREFIX}{layer}.{name}") for name in names}
+        for name, tensor in stored.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ArtifactError(
+                    f"{path}: tensor {f'{VAR_PREFIX}{layer}.{name}'!r} holds NaN or infinity"
+                )
         try:
-            unpacked = unpack_linear(linear, stored)
+            linear.load_codes(**unpack_linear(linear, stored))
         except ValueError as error:
             raise ArtifactError(f"{path}: layer {layer}: {error}") from None
-        tensors |= {prefix + name: tensor for name, tensor in unpacked.items()}
-    for prefix, module in ((VAR_PREFIX, var), (VAE_PREFIX, vae)):
-        state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        module.load_state_dict(state, strict=True, assign=True)
+        if adopt is not None:
+            adopt(var, layer)
 
 
 def _line(error: Exception) -> str:

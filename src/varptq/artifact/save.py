@@ -54,6 +54,11 @@ def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path
     """
     if not isinstance(pipeline, QuantizedPipeline):
         raise InputError(f"model {pipeline.name!r}: not quantized; quantize it before saving")
+    if pipeline.runtime != "simulated":
+        raise InputError(
+            f"model {pipeline.name!r}: its codes are packed for runtime {pipeline.runtime!r}; load "
+            "it with runtime simulated to save it"
+        )
     document = describe(pipeline)
     with StagedFolder(folder, force=force, marker=CONFIG_FILE) as staging:
         weights = staging / WEIGHTS_FILE

@@ -8,8 +8,9 @@ Counted from the tensors as an artifact stores them, without the header of the f
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from varptq.artifact.format import (
@@ -21,8 +22,11 @@ from varptq.artifact.format import (
     plain_tensors,
 )
 from varptq.models.pipeline import Pipeline
+from varptq.models.var import VAR
 from varptq.quant.bops import layer_kind
+from varptq.quant.convert import convert
 from varptq.quant.layers import QuantLinear
+from varptq.quant.pipeline import QuantizedPipeline
 
 FLOAT_PARTS, VAE = "float parts", "vae"
 KINDS = (
@@ -69,6 +73,7 @@ def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
     A Linear's weight counts under the last word of its name, "float parts" are what is left of the
     transformer (biases, embeddings), "vae" is the VQVAE. Kinds that are absent are left out.
     """
+    pipeline = as_stored(pipeline)
     found: dict[str, KindSize] = {}
     weights: dict[str, str] = {}
     for name, module in pipeline.var.named_modules():
@@ -83,6 +88,16 @@ def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
     return {kind: found[kind] for kind in sorted(found, key=_position)}
 
 
+def as_stored(pipeline: Pipeline) -> Pipeline:
+    """`pipeline` with the modules an artifact describes: those of an integer runtime have packed
+    their codes, so the same layers are made without memory."""
+    if not isinstance(pipeline, QuantizedPipeline) or pipeline.runtime == "simulated":
+        return pipeline
+    with torch.device("meta"):
+        blank = VAR(pipeline.var.arch).to(pipeline.dtype)
+    return replace(pipeline, var=convert(blank, pipeline.config))
+
+
 def total(parts: dict[str, KindSize]) -> KindSize:
     """The sum over kinds."""
     return sum(parts.values(), KindSize())
@@ -90,7 +105,9 @@ def total(parts: dict[str, KindSize]) -> KindSize:
 
 def quantized_size(pipeline: Pipeline) -> KindSize:
     """The layers whose weight is codes, together."""
-    layers = (m for m in pipeline.var.modules() if isinstance(m, QuantLinear) and m.spec.weight)
+    layers = (
+        m for m in as_stored(pipeline).var.modules() if isinstance(m, QuantLinear) and m.spec.weight
+    )
     return sum(map(_packed_size, layers), KindSize())
 
 

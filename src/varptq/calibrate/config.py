@@ -12,13 +12,18 @@ from varptq.errors import ConfigError
 from varptq.models.sampling import SamplingSettings
 from varptq.settings import Settings
 
+Rounding = Literal["nearest", "gptq", "adaround", "gptq+adaround"]
+
 
 class CalibrationConfig(Settings):
     """How a model is calibrated (docs/method.md sections 3 to 5).
 
     num_samples: self-generated images, one class each, classes without replacement while they last.
-    steps: reconstruction steps per unit; 0 keeps nearest rounding. batch_size: rows (an image has
-    two, conditional and unconditional) per step. learning_rate: Adam's, on alpha; None
+    rounding: how weights are rounded where a method reconstructs: "nearest"; "gptq", in closed form
+    from second moments of the inputs (gptq.py); "adaround", learned in `steps` steps per unit; or
+    "gptq+adaround", learned from where GPTQ ends. 0 steps learn nothing. patience: steps without
+    gain after which a unit is annealed and ended early; None runs all steps. batch_size: rows (an
+    image has two, conditional and unconditional) per step. learning_rate: Adam's, on alpha; None
     takes 0.3 up to 200 steps and less, by the square root, for longer runs. forward: "hard"
     trains the codes that will be deployed, straight through; "soft" trains fractional ones, which
     `regularizer` (lambda, with beta falling from beta_start to beta_end) drives to 0 or 1.
@@ -29,7 +34,9 @@ class CalibrationConfig(Settings):
     """
 
     num_samples: int = Field(default=256, ge=1)
+    rounding: Rounding = "adaround"
     steps: int = Field(default=2000, ge=0)
+    patience: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=4, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     forward: Literal["hard", "soft"] = "hard"
@@ -44,6 +51,16 @@ class CalibrationConfig(Settings):
     spool_dir: str | None = None
 
     @property
+    def solves(self) -> bool:
+        """Whether rounding begins in closed form."""
+        return self.rounding.startswith("gptq")
+
+    @property
+    def learns(self) -> bool:
+        """Whether rounding is, or goes on to be, learned."""
+        return self.rounding.endswith("adaround") and self.steps > 0
+
+    @property
     def rate(self) -> float:
         """The learning rate in use, by what the demo model asks for at 200 and 1000 steps."""
         if self.learning_rate is not None:
@@ -52,8 +69,8 @@ class CalibrationConfig(Settings):
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """ "default", "released" (the authors' settings) or "fast" (a short calibration for
-        trials)."""
+        """A row of `PRESETS`: an effort ("fast", "standard" or "max"), "default" (all steps of
+        learned rounding, from nearest) or "released" (the authors' settings)."""
         if name not in PRESETS:
             raise ConfigError(f"calibration preset {name!r}: unknown, known: {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[name])
@@ -68,5 +85,9 @@ PRESETS: dict[str, dict[str, object]] = {
         "regularizer": 1e-5,
         "theta_samples": 1,
     },
-    "fast": {"num_samples": 64, "steps": 200},
+    # In rising cost; benchmarks/calibration.py measures what each is worth.
+    "fast": {"num_samples": 64, "rounding": "gptq"},
+    "standard": {"num_samples": 128, "steps": 200, "rounding": "gptq+adaround", "patience": 50},
+    "max": {"num_samples": 256, "steps": 2000, "rounding": "gptq+adaround", "patience": 500},
 }
+EFFORTS = ("fast", "standard", "max")

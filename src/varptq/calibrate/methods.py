@@ -1,7 +1,8 @@
 """Methods by name, and `quantize`: the whole path from a float pipeline to a quantized one.
 
     rtn      nearest rounding
-    brecq    + reconstruction
+    gptq     + reconstruction in closed form, whatever the settings say of rounding
+    brecq    + reconstruction as the settings say, learned by default
     sas      + shift-and-sum and resampling (the paper)
 
 A name may switch single parts on for ablations: "brecq+shift", "brecq+resample", "rtn+shift".
@@ -20,14 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.config import CalibrationConfig, Rounding
 from varptq.calibrate.means import center_inputs
-from varptq.calibrate.reconstruct import UnitReport, reconstruct
+from varptq.calibrate.reconstruct import reconstruct, unit_layers
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import CalibrationSet, calibration_set
+from varptq.calibrate.smoothing import smoothed
 from varptq.calibrate.theta import AttentionMass, search_theta
+from varptq.calibrate.work import Piece, Work
 from varptq.errors import ConfigError, InputError
 from varptq.models.pipeline import Pipeline
+from varptq.models.state_file import networks_sha256
 from varptq.models.var import VAR, Mix
 from varptq.progress import Progress, silent
 from varptq.quant.affine import wide
@@ -47,11 +51,12 @@ from varptq.quant.pipeline import QuantizedPipeline
 
 @dataclass(frozen=True)
 class Method:
-    """Which parts of the method are on."""
+    """Which parts of the method are on; `rounding` where it is not left to the settings."""
 
     reconstruct: bool = False
     shift: bool = False
     resample: bool = False
+    rounding: Rounding | None = None
 
     @classmethod
     def parse(cls, name: str) -> Method:
@@ -66,9 +71,12 @@ class Method:
         return replace(METHODS[base], **dict.fromkeys(parts, True))
 
 
+# Raised when what a piece of a work folder holds, or how it is computed, changes.
+WORK_FORMAT = 1
 PARTS = ("reconstruct", "shift", "resample")
 METHODS = {
     "rtn": Method(),
+    "gptq": Method(reconstruct=True, rounding="gptq"),
     "brecq": Method(reconstruct=True),
     "sas": Method(reconstruct=True, shift=True, resample=True),
 }
@@ -82,20 +90,30 @@ def quantize(
     calibration: CalibrationConfig | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    work: Work | None = None,
 ) -> QuantizedPipeline:
     """Quantize the transformer of a float pipeline.
 
-    method: "rtn", "brecq" or "sas", or with single parts switched on ("brecq+shift"). The float
-    pipeline is left as it is; the result shares what stays in float with it. `report` of the result
-    holds the resampling statistic, theta with its bit-operation account, and the losses of every
-    unit. Same seed, settings and thread count give the same result. Raises `ConfigError` for
-    settings that contradict the model, `NonFiniteError` for NaN or infinity by layer.
+    method: "rtn", "gptq", "brecq" or "sas", or with single parts switched on ("brecq+shift"). The
+    float pipeline is left as it is; the result shares what stays in float with it. `report` of the
+    result holds the resampling statistic, theta with its bit-operation account, and the losses of
+    every unit. Same seed, settings and thread count give the same result. `work`, entered, keeps
+    what is finished, and says which of several processes on the same call this is (work.py). Raises
+    `ConfigError` for settings that contradict the model, `NonFiniteError` for NaN or infinity by
+    layer.
     """
     parts = Method.parse(method)
     calibration = calibration or CalibrationConfig()
     if isinstance(pipe, QuantizedPipeline):
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
-    run = _Run(pipe, config, parts, calibration, seed, progress)
+    if parts.rounding is not None:
+        calibration = calibration.replace(rounding=parts.rounding)
+    work = work or Work()
+    # Before the work folder is touched: it finds settings that contradict the model.
+    run = _Run(pipe, config, parts, calibration, seed, progress, work)
+    if work.folder is not None:
+        work.begin(identity(pipe, config, method, calibration, seed), progress)
+    run.smooth_inputs()
     run.center_inputs()
     theta = run.search_theta("theta") if parts.shift else None
     if parts.reconstruct:
@@ -117,6 +135,29 @@ def quantize(
     )
 
 
+def identity(
+    pipe: Pipeline, config: QuantConfig, method: str, calibration: CalibrationConfig, seed: int
+) -> dict[str, Any]:
+    """What decides the result of `quantize`, bit for bit on one machine, as plain values.
+
+    Where activations spool to is left out; how much memory there is decides their dtype.
+    """
+    return {
+        "format": WORK_FORMAT,
+        "model": pipe.name,
+        "model_sha256": networks_sha256(pipe.var, pipe.vae),
+        "sources": pipe.sources,
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype),
+        "config": config.to_dict(),
+        "method": method,
+        "calibration": calibration.replace(spool_dir=None).to_dict(),
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 class _Run:
     """State of one `quantize` call: samples are made once, on first need."""
 
@@ -128,7 +169,9 @@ class _Run:
         calibration: CalibrationConfig,
         seed: int,
         progress: Progress,
+        work: Work,
     ) -> None:
+        self.work = work
         self.pipe, self.config, self.parts = pipe, config, parts
         self.calibration, self.seed, self.progress = calibration, seed, progress
         self.quantized = convert(pipe.var, config)
@@ -144,10 +187,18 @@ class _Run:
                 seed=self.seed,
                 resampled=self.parts.resample,
                 progress=self.progress,
+                work=self.work,
             )
-            if self._samples.resampling is not None:
-                self.report["resampling"] = self._samples.resampling.to_dict()
+            if self._samples.summary is not None:
+                self.report["resampling"] = self._samples.summary
         return self._samples
+
+    def smooth_inputs(self) -> None:
+        """Go on with a float model whose inputs are smoothed, if the config asks for any. It
+        computes the same, so samples and targets are those of the model given."""
+        pipe, count = smoothed(self.pipe, self.config, lambda: self.samples)
+        if count:
+            self.pipe, self.quantized = pipe, convert(pipe.var, self.config)
 
     def center_inputs(self) -> None:
         """Set the means of centred inputs, if the config asks for any: a property of the config,
@@ -162,34 +213,47 @@ class _Run:
         """Measure attention on the quantized model as it is now, choose theta and set it."""
         samples = self.samples
         self.progress(stage, 0, 1)
-        masses = measure_attention(
-            self.pipe, self.quantized, samples, self.calibration.theta_samples
-        )
-        total = bops_account(self.pipe.var, self.config).total
-        orders = {mix.spec.max_order for mix in quant_mixes(self.quantized)} or {0}
-        result = search_theta(
-            masses, total, self.calibration.budget, self.calibration.theta_grid, max(orders)
-        )
+        found = self.work.once(stage.replace(" ", "-"), lambda: self._measure_theta(samples)).facts
         # A budget below the price of finding the orders buys no copies: shift-and-sum is off.
-        theta = None if result.status in ("over_budget", "off") else result.theta
+        theta = None if found["status"] in ("over_budget", "off") else found["theta"]
         set_theta(self.quantized, theta)
-        self.report["theta"] = result.to_dict()
-        self.progress(stage, 1, 1, f"theta {result.theta:.4f}, {result.status}")
+        self.report["theta"] = found
+        self.progress(stage, 1, 1, f"theta {found['theta']:.4f}, {found['status']}")
         return theta
 
+    def _measure_theta(self, samples: CalibrationSet) -> Piece:
+        count, grid = self.calibration.theta_samples, self.calibration.theta_grid
+        masses = measure_attention(self.pipe, self.quantized, samples, count)
+        total = bops_account(self.pipe.var, self.config).total
+        orders = {mix.spec.max_order for mix in quant_mixes(self.quantized)} or {0}
+        result = search_theta(masses, total, self.calibration.budget, grid, max(orders))
+        return Piece(facts=result.to_dict())
+
     def reconstruct(self) -> None:
-        reports: list[UnitReport] = []
+        """Reconstruct the units dealt to this process, then take the codes of all units."""
         recorder = Recorder(self.pipe, self.quantized, self.samples, self.calibration)
-        with closing(recorder.units()) as units:  # its files go at once, whatever happens
+        costs = recorder.costs()
+        missing = set(self.work.missing([_unit_piece(name) for name in costs]))
+        left = {name: cost for name, cost in costs.items() if _unit_piece(name) in missing}
+        mine = self.work.ranks.share_by_cost(left)
+        with closing(recorder.units(mine)) as units:  # its files go at once, whatever happens
             for index, unit in enumerate(units):
-                listen = self._step_listener(unit.name, index, recorder.num_units)
+                listen = self._step_listener(unit.name, index, len(mine))
                 listen(0, math.nan)
                 report = reconstruct(unit, self.calibration, self.seed, listen)
-                if report is not None:
-                    reports.append(report)
+                codes = {layer.layer: layer.codes for layer in unit_layers(unit)}
+                facts = {"report": report.to_dict() if report else None}
+                self.work.write(_unit_piece(unit.name), Piece(codes, facts))
                 # A unit with nothing to learn is done too, or the stage might never end.
                 listen(max(self.calibration.steps, 1), report.loss_hard if report else math.nan)
-        self.report["units"] = [report.to_dict() for report in reports]
+        self.work.ranks.barrier()
+        layers = quant_linears(self.quantized)
+        pieces = [self.work.read(_unit_piece(name)) for name in costs]
+        for name, codes in ((n, c) for piece in pieces for n, c in piece.tensors.items()):
+            layer = layers[name]
+            layer.load_codes(codes.to(layer.codes.device), layer.scale, layer.zero_point)
+        reports = [piece.facts["report"] for piece in pieces]
+        self.report["units"] = [report for report in reports if report is not None]
 
     def _step_listener(self, name: str, index: int, num_units: int) -> Callable[[int, float], None]:
         """Progress over the steps of all units together: one bar, whatever the depth."""
@@ -200,6 +264,10 @@ class _Run:
             self.progress("reconstruct", index * steps + step, num_units * steps, info)
 
         return listen
+
+
+def _unit_piece(name: str) -> str:
+    return f"unit-{name}"
 
 
 @torch.no_grad()

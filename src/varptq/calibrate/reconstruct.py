@@ -1,5 +1,5 @@
-"""Block reconstruction: the weight rounding of a unit is learned so that its quantized output
-matches the float one.
+"""Block reconstruction: the weight rounding of a unit is chosen so that its quantized output
+matches the float one. In closed form by GPTQ (gptq.py), learned by descent, or both in turn.
 
     loss = sum over scales of mean over (rows, tokens) of sum over channels (y^ - y)^2
            + lambda sum(1 - |2h - 1|^beta)
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.record import Unit
+from varptq.calibrate.gptq import gptq_codes
+from varptq.calibrate.record import ROWS_PER_BATCH, Unit
 from varptq.errors import NonFiniteError
 from varptq.quant import adaround
 from varptq.quant.layers import LearnedRounding, QuantLinear
@@ -33,14 +34,18 @@ from varptq.quant.layers import LearnedRounding, QuantLinear
 EVALUATED_ROWS = 64
 # Units with one vector per class are tiny; more rows a step cost nothing there.
 VECTOR_BATCH = 256
+# A window of steps has to better the best one by this share, or the unit is on a plateau.
+PLATEAU = 0.005
+# Size of alpha where GPTQ did not round to nearest: a few steps may take it back.
+UNDECIDED = 0.5
 
 
 @dataclass(frozen=True)
 class UnitReport:
     """Losses of one unit: nearest rounding, and the learned one with h as a fraction (soft) and as
-    deployed (hard).
+    deployed (hard); loss_gptq where GPTQ took part. steps: that were made.
 
-    kept: "learned", or "nearest" where the learned codes were no better on the calibration data.
+    kept: "learned", "gptq" or "nearest", whichever codes were best on the calibration data.
     """
 
     name: str
@@ -49,6 +54,7 @@ class UnitReport:
     loss_soft: float
     loss_hard: float
     kept: str
+    loss_gptq: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,30 +85,109 @@ def reconstruct(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
 ) -> UnitReport | None:
-    """Learn the rounding of `unit` in place. None for a unit without quantized weights or with 0
-    steps."""
+    """Choose the rounding of `unit` in place. None for a unit without quantized weights or where
+    the config leaves nothing to do."""
     layers = unit_layers(unit)
-    if not layers or config.steps == 0:
+    learns = config.learns
+    if not layers or not (learns or config.solves):
         return None
     generator = unit_generator(seed, unit.name)
-    nearest = [layer.codes for layer in layers]
     evaluated = torch.randperm(len(unit.inputs), generator=generator)[:EVALUATED_ROWS]
-    loss_nearest = evaluate(unit, evaluated)
-    roundings = [layer.start_rounding(hard=config.forward == "hard") for layer in layers]
+    candidates = [Candidate.of("nearest", layers, evaluate(unit, evaluated))]
+    loss_nearest = candidates[0].loss
     if on_step is not None:
         on_step(0, loss_nearest)
-    train(unit, roundings, config, generator, on_step)
-    for rounding in roundings:
-        rounding.hard = False
-    loss_soft = evaluate(unit, evaluated)
-    for layer in layers:
-        layer.finish_rounding()
-    loss_hard = evaluate(unit, evaluated)
-    kept = "learned" if loss_hard < loss_nearest else "nearest"
-    if kept == "nearest":
-        for layer, codes in zip(layers, nearest, strict=True):
+    loss_gptq = None
+    if config.solves:
+        solve(unit, layers)
+        loss_gptq = evaluate(unit, evaluated)
+        candidates.append(Candidate.of("gptq", layers, loss_gptq))
+    loss_soft, steps = candidates[-1].loss, 0
+    if learns:
+        roundings = [start(layer, config) for layer in layers]
+        steps = train(unit, roundings, config, generator, on_step)
+        for rounding in roundings:
+            rounding.hard = False
+        loss_soft = evaluate(unit, evaluated)
+        for layer in layers:
+            layer.finish_rounding()
+        candidates.append(Candidate.of("learned", layers, evaluate(unit, evaluated)))
+    best = min(candidates, key=lambda candidate: candidate.loss)
+    best.restore(layers)
+    # Of what was tried, the last is what the settings asked for; `kept` says what is deployed.
+    loss_hard = candidates[-1].loss
+    return UnitReport(unit.name, steps, loss_nearest, loss_soft, loss_hard, best.kind, loss_gptq)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Codes of all layers of a unit, and their loss."""
+
+    kind: str
+    codes: list[Tensor]
+    loss: float
+
+    @classmethod
+    def of(cls, kind: str, layers: list[QuantLinear], loss: float) -> Candidate:
+        return cls(kind, [layer.codes for layer in layers], loss)
+
+    def restore(self, layers: list[QuantLinear]) -> None:
+        for layer, codes in zip(layers, self.codes, strict=True):
             layer.load_codes(codes, layer.scale, layer.zero_point)
-    return UnitReport(unit.name, config.steps, loss_nearest, loss_soft, loss_hard, kept)
+
+
+def start(layer: QuantLinear, config: CalibrationConfig) -> LearnedRounding:
+    """Make the rounding of a layer learnable, from its codes if GPTQ found them.
+
+    Then the choice is between the code and its neighbour on the other side of the float weight.
+    alpha keeps the size that the float weight gives it where GPTQ rounded to nearest, and is small
+    where it did not: that is what a step should be able to undo.
+    """
+    codes = layer.codes_grouped.float()
+    rounding = layer.start_rounding(hard=config.forward == "hard")
+    if not config.solves:
+        return rounding
+    with torch.no_grad():
+        at_or_above = codes > rounding.floor
+        nearest = (rounding.alpha >= 0) == at_or_above
+        size = torch.where(nearest, rounding.alpha.abs(), UNDECIDED)
+        rounding.alpha.copy_(torch.where(at_or_above, size, -size))
+        rounding.floor = codes - at_or_above.float()
+    return rounding
+
+
+@torch.no_grad()
+def solve(unit: Unit, layers: list[QuantLinear]) -> None:
+    """GPTQ of every layer in order; the inputs of a layer are those the layers before it give when
+    they are quantized."""
+    for layer in layers:
+        weight = layer.float_weight
+        assert weight is not None and layer.weight_bits is not None
+        rows = weight.float().unflatten(1, (layer.scale.shape[1], -1))
+        moments = input_moments(unit, layer)
+        codes = gptq_codes(rows, layer.grid, layer.weight_bits, moments)
+        layer.load_codes(codes.flatten(1).to(torch.uint8), layer.scale, layer.zero_point)
+
+
+def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
+    """(in, in) float64 sum of w_t x_t x_t^T over what the layer's weight is multiplied with, every
+    row of the unit once and positions weighted as in the loss."""
+    total = torch.zeros(layer.in_features, layer.in_features, device=layer.codes.device).double()
+
+    def add(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        x = layer.quantized_input(*arguments).float()
+        if unit.token_weights is not None:
+            x = x * unit.token_weights.sqrt().to(x.device).unsqueeze(-1)
+        x = x.flatten(0, -2)
+        total.add_(x.T @ x)
+
+    handle = layer.register_forward_pre_hook(add)
+    try:
+        for rows in torch.arange(len(unit.inputs)).split(ROWS_PER_BATCH):
+            unit.run(unit.inputs[rows])
+    finally:
+        handle.remove()
+    return total
 
 
 def train(
@@ -111,20 +196,59 @@ def train(
     config: CalibrationConfig,
     generator: torch.Generator,
     on_step: Callable[[int, float], None] | None = None,
-) -> None:
-    """`config.steps` Adam steps on the alphas of `roundings`."""
+) -> int:
+    """At most `config.steps` Adam steps on the alphas of `roundings`; how many were made."""
     alphas = [rounding.alpha for rounding in roundings]
     optimizer = torch.optim.Adam(alphas, lr=config.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
     batch = config.batch_size if unit.token_weights is not None else VECTOR_BATCH
     batch = min(batch, len(unit.inputs))
-    for step in range(1, config.steps + 1):
+    schedule = Schedule(config.steps, config.patience)
+    while (phase := schedule.phase) < 1:
         rows = torch.randint(len(unit.inputs), (batch,), generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate * (1 + math.cos(math.pi * phase)) / 2
+        step = schedule.made + 1
         beta = adaround.linear_beta(step, config.steps, config.beta_start, config.beta_end)
         loss = train_step(unit, rows, alphas, optimizer, config.regularizer, beta)
-        schedule.step()
+        schedule.advance(loss)
         if on_step is not None:
             on_step(step, loss)
+    return schedule.made
+
+
+class Schedule:
+    """How far a training is, 0 to 1, in `steps` equal strides, or in fewer: when the mean loss of a
+    window of `patience` steps is no better than that of the best window, what is left of the way
+    is made in one more window, so that the rate still comes down to 0."""
+
+    def __init__(self, steps: int, patience: int | None) -> None:
+        self.steps, self.patience = steps, patience
+        self.made = 0
+        self._losses: list[float] = []
+        self._best = math.inf
+        self._left_at: int | None = None
+
+    @property
+    def phase(self) -> float:
+        if self._left_at is None:
+            return self.made / self.steps
+        assert self.patience is not None
+        strides = min(self.patience, self.steps - self._left_at)
+        begun = self._left_at / self.steps
+        return begun + (1 - begun) * (self.made - self._left_at) / max(strides, 1)
+
+    def advance(self, loss: float) -> None:
+        self.made += 1
+        if self.patience is None or self._left_at is not None:
+            return
+        self._losses.append(loss)
+        if len(self._losses) < self.patience:
+            return
+        mean = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        if mean > self._best * (1 - PLATEAU) and self.made < self.steps:
+            self._left_at = self.made
+        self._best = min(self._best, mean)
 
 
 def train_step(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.var import Block, Span, spans_of
 
 ROWS_PER_BATCH = 8
+KINDS = ("attn", "ffn")
+SHARED_ADALN, HEAD_ADALN = "shared_ada_lin.1", "head_nm.ada_lin.1"
 # A block's record per activation: residual in float32, two inputs and two targets in 4 or 2 bytes.
 FLOAT_BYTES, HALF_BYTES = 4 + 4 * 4, 4 + 4 * 2
 
@@ -132,28 +134,69 @@ class Recorder:
     @property
     def num_units(self) -> int:
         """How many units `units` yields."""
-        shared, several = self.var.arch.shared_adaln, self.scales.num_scales > 1
-        return self.var.arch.depth * (2 if shared else 3) + int(shared) + int(several) + 2
+        return len(self.costs())
 
-    def units(self) -> Generator[Unit]:
-        """Units as they become ready; storage of a block is reused for the next, so use each before
-        the next."""
+    def costs(self) -> dict[str, float]:
+        """Names of all units in model order, with the multiply-adds of the Linears and products of
+        one row: what a step costs, up to a factor."""
+        tokens, width = self.scales.num_tokens, self.var.arch.width
+        products = {"attn": float(tokens * tokens * width)}
+
+        def cost(name: str, positions: int) -> float:
+            weights = self.var.get_submodule(name).modules()
+            numel = sum(m.weight.numel() for m in weights if isinstance(m, nn.Linear))
+            return numel * positions + products.get(name.rpartition(".")[2], 0.0)
+
+        vectors = {name: cost(name, 1) for name in self._vector_names()}
+        found = {"word_embed": cost("word_embed", tokens)} if self.scales.num_scales > 1 else {}
+        found |= {name: vectors[name] for name in vectors if name == SHARED_ADALN}
+        for index in range(self.var.arch.depth):
+            block = f"blocks.{index}"
+            found |= {name: vectors[name] for name in vectors if name.startswith(f"{block}.")}
+            found |= {f"{block}.{kind}": cost(f"{block}.{kind}", tokens) for kind in KINDS}
+        return {**found, HEAD_ADALN: vectors[HEAD_ADALN], "head": cost("head", tokens)}
+
+    def _vector_names(self) -> list[str]:
+        """Units that see one vector per class."""
+        if self.var.arch.shared_adaln:
+            return [SHARED_ADALN, HEAD_ADALN]
+        blocks = [f"blocks.{index}.ada_lin.1" for index in range(self.var.arch.depth)]
+        return [*blocks, HEAD_ADALN]
+
+    def units(self, wanted: Collection[str] | None = None) -> Generator[Unit]:
+        """Units as they become ready, or those named in `wanted` alone; storage of a block is
+        reused for the next, so use each before the next. The pass ends behind the last one."""
+        names = list(self.costs())
+        left = names if wanted is None else [name for name in names if name in set(wanted)]
+        last = names.index(left[-1]) if left else -1
+        for unit in self._walk(frozenset(left), frozenset(names[: last + 1])):
+            if unit.name in left:
+                yield unit
+
+    def _walk(self, wanted: frozenset[str], reached: frozenset[str]) -> Iterator[Unit]:
+        """All units up to the last of `reached`; only those of `wanted` are recorded."""
         with ExitStack() as stack:
             numel = self.num_rows * self.scales.num_tokens * self.var.arch.width
             storage = Storage.plan(numel, self.config, stack)
             yield from self._word_embed()
             if self.var.arch.shared_adaln:
-                yield self._vector_unit("shared_ada_lin.1")
+                yield self._vector_unit(SHARED_ADALN)
+            if not any(name.startswith(("blocks.", "head")) for name in reached):
+                return
             residual = self._first_residual(storage)
             records = self._block_storage(storage, tuple(residual.shape))
             for index, block in enumerate(self.var.blocks):
+                if not any(name.startswith((f"blocks.{index}.", "head")) for name in reached):
+                    return
                 if not self.var.arch.shared_adaln:
                     yield self._vector_unit(f"blocks.{index}.ada_lin.1")
-                self._advance(index, cast(Block, block), residual, records)
-                yield self._block_unit(index, "attn", records)
-                yield self._block_unit(index, "ffn", records)
-            yield self._vector_unit("head_nm.ada_lin.1")
-            yield self._head(residual)
+                kinds = [kind for kind in KINDS if f"blocks.{index}.{kind}" in wanted]
+                self._advance(index, cast(Block, block), residual, records, kinds)
+                for kind in kinds:
+                    yield self._block_unit(index, kind, records)
+            yield self._vector_unit(HEAD_ADALN)
+            if "head" in wanted:
+                yield self._head(residual)
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, self.num_rows, ROWS_PER_BATCH):
@@ -200,16 +243,22 @@ class Recorder:
 
     @torch.no_grad()
     def _advance(
-        self, index: int, block: Block, residual: Tensor, records: dict[str, Tensor]
+        self,
+        index: int,
+        block: Block,
+        residual: Tensor,
+        records: dict[str, Tensor],
+        kinds: Collection[str],
     ) -> None:
-        """Run the float block over all rows in place, keeping inputs and outputs of attention and
-        FFN."""
+        """Run the float block over all rows in place, keeping inputs and outputs of its `kinds`."""
         spans = spans_of(self.scales)
         name = f"blocks.{index}"
         for rows in self._batches():
             condition = self.var.block_condition(self.var.class_emb(self.labels[rows]))
             ada = block.modulation(condition)
-            with _Tap(block.attn, records, "attn", rows), _Tap(block.ffn, records, "ffn", rows):
+            with ExitStack() as taps:
+                for kind in kinds:
+                    taps.enter_context(_Tap(block.get_submodule(kind), records, kind, rows))
                 x = residual[rows].to(self.pipe.device, self.pipe.dtype)
                 residual[rows] = block(x, ada, spans).float()
             if not bool(torch.isfinite(residual[rows]).all()):

@@ -6,26 +6,32 @@ calibration data; docs/method.md section 4).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.resample import ResampleReport, resample
-from varptq.models.generate import ScaleEvent, generate
+from varptq.calibrate.work import Piece, Work
+from varptq.models.generate import DEFAULT_BATCH, ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
 from varptq.progress import Progress, silent
+
+STAGE, PIECE = "calibration samples", "samples"
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
     """labels_N (N,) int64 and tokens ids_NL (N, L) int64; `resampling` tells what was moved, if
-    anything was."""
+    anything was, and `summary` is that as plain values: all that is kept on a disk."""
 
     labels_N: Tensor
     ids_NL: Tensor
     resampling: ResampleReport | None = None
+    summary: dict[str, Any] | None = None
 
 
 @dataclass
@@ -53,6 +59,19 @@ class FilteredProbabilities:
         rows = [self._scatter(values, indices) for values, indices in self.parts[scale]]
         return torch.cat(rows)
 
+    def pack(self) -> dict[str, Tensor]:
+        """Plain tensors by name, of one batch."""
+        packed: dict[str, Tensor] = {}
+        for scale, parts in self.parts.items():
+            ((packed[f"values.{scale}"], packed[f"indices.{scale}"]),) = parts
+        return packed
+
+    @classmethod
+    def unpack(cls, vocabulary: int, scale: int, batches: Iterable[dict[str, Tensor]]) -> Self:
+        """One scale of packed batches."""
+        parts = [(batch[f"values.{scale}"], batch[f"indices.{scale}"]) for batch in batches]
+        return cls(vocabulary, parts={scale: parts})
+
     def _scatter(self, values_Blk: Tensor, indices_Blk: Tensor) -> Tensor:
         dense = values_Blk.new_zeros(*values_Blk.shape[:2], self.vocabulary)
         return dense.scatter_(-1, indices_Blk.long(), values_Blk)
@@ -67,13 +86,6 @@ def choose_labels(num_classes: int, count: int, seed: int) -> Tensor:
     return torch.cat(order)[:count]
 
 
-def _renamed(progress: Progress, stage_name: str) -> Progress:
-    def report(stage: str, done: int, total: int, info: str = "") -> None:
-        progress(stage_name, done, total, info)
-
-    return report
-
-
 def calibration_set(
     pipe: Pipeline,
     config: CalibrationConfig,
@@ -81,20 +93,72 @@ def calibration_set(
     seed: int,
     resampled: bool,
     progress: Progress = silent,
+    work: Work | None = None,
 ) -> CalibrationSet:
-    """Generate `config.num_samples` images' tokens with the float model; resample them if asked."""
+    """Generate `config.num_samples` images' tokens with the float model; resample them if asked.
+
+    Images are made in batches that are always the same, each a piece of `work` that is dealt to one
+    of its processes. A set read from `work` has the summary of its resampling only.
+    """
+    work = work or Work()
     labels_N = choose_labels(pipe.num_classes, config.num_samples, seed)
+    report: ResampleReport | None = None
+
+    def join() -> Piece:
+        nonlocal report
+        ids_NL, report = _joined(pipe, work, list(starts), seed, resampled)
+        facts = {"resampling": report.to_dict() if report else None}
+        return Piece({"ids": ids_NL}, facts)
+
+    starts = {f"batch-{first:06}": first for first in range(0, len(labels_N), DEFAULT_BATCH)}
+    if work.missing([PIECE]):
+        mine = work.ranks.share(work.missing(list(starts)))
+        progress(STAGE, 0, len(labels_N))
+        for name in mine:
+            rows = slice(starts[name], min(starts[name] + DEFAULT_BATCH, len(labels_N)))
+            work.write(name, _batch(pipe, labels_N, rows, config, seed, resampled))
+            progress(STAGE, rows.stop, len(labels_N))
+        work.ranks.barrier()
+    found = work.once(PIECE, join)
+    work.drop(starts)
+    ids_NL = found.tensors["ids"].to(pipe.device)
+    return CalibrationSet(labels_N, ids_NL, report, found.facts["resampling"])
+
+
+def _batch(
+    pipe: Pipeline,
+    labels_N: Tensor,
+    rows: slice,
+    config: CalibrationConfig,
+    seed: int,
+    resampled: bool,
+) -> Piece:
+    """Tokens of images `rows`, with their filtered probabilities if they are to be resampled."""
     probabilities = FilteredProbabilities(pipe.var.arch.codebook_size, config.sampling.temperature)
     output = generate(
         pipe,
-        labels_N,
+        labels_N[rows],
         seed=seed,
         **config.sampling.to_dict(),
+        first_index=rows.start,
         decode=False,
         on_scale=probabilities.add if resampled else None,
-        progress=_renamed(progress, "calibration samples"),
     )
+    return Piece({"ids": output.tokens, **probabilities.pack()})
+
+
+def _joined(
+    pipe: Pipeline, work: Work, batches: list[str], seed: int, resampled: bool
+) -> tuple[Tensor, ResampleReport | None]:
+    """All tokens (N, L) on the CPU, and what resampling did; one scale of probabilities at a time
+    is in memory."""
+    ids_NL = torch.cat([work.read(name, ["ids"]).tensors["ids"].cpu() for name in batches])
     if not resampled:
-        return CalibrationSet(labels_N, output.tokens)
-    ids_NL, report = resample(output.tokens.cpu(), probabilities.dense, pipe.scales, seed)
-    return CalibrationSet(labels_N, ids_NL.to(pipe.device), report)
+        return ids_NL, None
+
+    def dense(scale: int) -> Tensor:
+        keys = (f"values.{scale}", f"indices.{scale}")
+        stored = (work.read(name, keys).tensors for name in batches)
+        return FilteredProbabilities.unpack(pipe.var.arch.codebook_size, scale, stored).dense(scale)
+
+    return resample(ids_NL, dense, pipe.scales, seed)

@@ -138,7 +138,7 @@ def run(recipe: Recipe, out: Path) -> Result:
     pixels = to_pixels(output.images)
     return Result(
         recipe,
-        tuple(generate_verb.class_title(pipe, label) for label in range(pipe.num_classes)),
+        tuple(pipe.title(label) for label in range(pipe.num_classes)),
         pixels,
         quant_pixels,
         quantization["sizes"],

@@ -21,7 +21,9 @@ from varptq.cli import common, info
 from varptq.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
-    from varptq.evaluate.metrics import Instruments, Subject
+    from varptq.distributed import Ranks
+    from varptq.evaluate.metrics import Subject
+    from varptq.evaluate.preflight import Instruments
     from varptq.models.pipeline import Pipeline
     from varptq.models.sampling import SamplingSettings
     from varptq.progress import Progress
@@ -78,11 +80,12 @@ def command(
     json: common.Json = False,
 ) -> None:
     """Measure a model's images, and an artifact's beside those of its float model."""
-    from varptq.evaluate.metrics import plan
+    from varptq.distributed import Ranks, local_device
+    from varptq.evaluate.preflight import plan
     from varptq.models.sampling import SamplingSettings
     from varptq.progress import RichProgress
 
-    started = time.monotonic()
+    started, ranks, device = time.monotonic(), Ranks.from_environment(), local_device(device)
     settings = SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
     choices = Choices.of(
         source, against, (var, vae, random), download=download, device=device, dtype=dtype
@@ -91,14 +94,16 @@ def command(
     tools = load_instruments(network, reference, lpips, clip, models.pipe)
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
     # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
-    plan(models.pipe, models.float_pipe, tools, names)
+    plan(models.pipe, models.float_pipe, tools, names, count)
     with RichProgress() as progress:
-        sampler = Sampler(out / SAMPLES_NAME, count, seed, settings, batch_size, force, progress)
+        drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
+        sampler = Sampler(*drawn, force, progress, ranks)
         subject = sampler.sample(models.pipe)
         beside = sampler.sample(models.float_pipe) if models.float_pipe else None
+        if not ranks.first:
+            return
         document = measure(subject, beside, tools, names, progress)
-    if models.warning:
-        document["warnings"].insert(0, models.warning)
+    document["warnings"][:0] = [models.warning] if models.warning else []
     document["checksums"] |= file_checksums(network, reference, lpips)
     write(document, subject, beside, out, export)
     for warning in document["warnings"]:
@@ -197,7 +202,7 @@ def load_instruments(
     from varptq.evaluate.features import load_network
     from varptq.evaluate.image_files import ImageFiles
     from varptq.evaluate.lpips import Lpips
-    from varptq.evaluate.metrics import Instruments
+    from varptq.evaluate.preflight import Instruments
 
     return Instruments(
         load_network(network, pipe.device) if network else None,
@@ -229,11 +234,13 @@ class Sampler:
     batch: int
     force: bool
     progress: Progress
+    ranks: Ranks
 
     def sample(self, pipe: Pipeline) -> Subject:
         """The samples of a model, made where they are missing."""
         from varptq.evaluate.metrics import Subject, kind
         from varptq.evaluate.sampling import sample_set
+        from varptq.progress import silent
 
         samples = sample_set(
             pipe,
@@ -243,7 +250,8 @@ class Sampler:
             settings=self.settings,
             batch=self.batch,
             force=self.force,
-            progress=self.progress,
+            progress=self.progress if self.ranks.first else silent,
+            ranks=self.ranks,
         )
         return Subject(pipe, samples)
 

@@ -22,7 +22,6 @@ from varptq.errors import OutputError
 
 if TYPE_CHECKING:
     from varptq.models.generate import Output
-    from varptq.models.pipeline import Pipeline
 
 GRID_NAME, TOKENS_NAME = "grid.png", "tokens.npz"
 
@@ -61,7 +60,7 @@ def command(
     choice = common.ModelChoice(source, var, vae, random, download, device, dtype)
     pipe = choice.load(runtime)
     labels = pipe.labels([name for name in names for _ in range(count)]).tolist()
-    titles = [class_title(pipe, label) for label in labels]
+    titles = [pipe.title(label) for label in labels]
     files = Files.plan(out, titles)
     files.prepare(force)
     started = time.monotonic()
@@ -148,11 +147,6 @@ class Files:
             "tokens": tokens,
             "images": images,
         }
-
-
-def class_title(pipe: Pipeline, label: int) -> str:
-    """Name of a class, or "class 207" for a model without names."""
-    return pipe.class_names[label] if pipe.class_names else f"class {label}"
 
 
 def rows(document: dict[str, Any], out: Path) -> list[tuple[str, str]]:

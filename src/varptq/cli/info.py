@@ -18,6 +18,7 @@ from varptq.cli import common
 if TYPE_CHECKING:
     from varptq.models.pipeline import Pipeline
     from varptq.models.var import VAR
+    from varptq.quant.bops import LayerShape
     from varptq.quant.config import InputTransform, QuantConfig, TensorSpec
     from varptq.quant.pipeline import QuantizedPipeline
 
@@ -122,6 +123,7 @@ def bits(var: VAR, config: QuantConfig | None) -> dict[str, dict[str, str]]:
     """Kind of layer -> operand -> what it is stored as; layers of a kind that differ are joined."""
     from varptq.quant.bops import layer_kind
     from varptq.quant.convert import describe_linears, describe_products
+    from varptq.quant.folds import foldable_inputs
 
     found: dict[str, dict[str, list[str]]] = {}
 
@@ -130,12 +132,13 @@ def bits(var: VAR, config: QuantConfig | None) -> dict[str, dict[str, str]]:
         if text not in texts:
             texts.append(text)
 
+    foldable = foldable_inputs(var.arch)
     for layer in describe_linears(var, config):
         spec = config.linear_for(layer.name) if config else None
         for operand in ("weight", "input"):
             text = stored_as(getattr(spec, operand, None), layer.in_features, layer.name)
             if operand == "input" and spec is not None and spec.input is not None:
-                text += transformed(spec.input_transform, layer.in_features)
+                text += transformed(spec.input_transform, layer, layer.name in foldable)
             note(layer_kind(layer.name), operand, text)
     for product in describe_products(var, config):
         spec = config.attention_for(product.name) if config else None
@@ -162,12 +165,17 @@ def stored_as(spec: TensorSpec | None, row: int | None = None, layer: str = "") 
     return ", ".join(words)
 
 
-def transformed(transform: InputTransform | None, row: int) -> str:
-    """What is done to an input before, e.g. ", centred, rotated by 128"."""
+def transformed(transform: InputTransform | None, layer: LayerShape, foldable: bool) -> str:
+    """What is done to an input before, e.g. ", smoothed, centred, rotated by 128"."""
     if transform is None:
         return ""
-    block = transform.block_for(row)
-    return (", centred" if transform.center else "") + (f", rotated by {block}" if block else "")
+    block = transform.block_for(layer.in_features, layer.name)
+    words = [
+        "smoothed" if transform.smooth and foldable else "",
+        "centred" if transform.center else "",
+        f"rotated by {block}" if block else "",
+    ]
+    return "".join(f", {word}" for word in words if word)
 
 
 def overview(document: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,24 +2,36 @@
 
 Whatever the user got wrong ends with exit code 2 and one line "error: ..." on stderr, be it found
 by the argument parser or deep in a call (`VarptqError`). Ctrl-C ends with 130. Anything else is a
-bug of ours and keeps its traceback. No verb is implemented here.
+bug of ours and keeps its traceback. SIGTERM unwinds like Ctrl-C, so that temporaries go, and ends
+with 143. No verb is implemented here.
 """
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
+import threading
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from varptq.cli import analyze, demo, evaluate, generate, info, quantize
+from varptq.cli import analyze, demo, edit, evaluate, generate, info, quantize, serve
 from varptq.errors import VarptqError
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 # click lives inside newer versions of typer and beside older ones; this base class is the usage
 # error of either.
 UsageError = typer.BadParameter.__mro__[1]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception that unwinds the stack."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 class OneLineErrors(TyperGroup):
@@ -29,6 +41,13 @@ class OneLineErrors(TyperGroup):
         """Run, and leave the process with an exit code (in standalone mode)."""
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
+        # A terminal that knows no "×" gets an escape for it, not a traceback.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        # Signals belong to the main thread; a caller in another one keeps its own ways.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         try:
             code = super().main(*args, standalone_mode=False, **extra)
         except VarptqError as error:
@@ -44,6 +63,8 @@ class OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except Terminated:
+            fail("terminated", EXIT_TERMINATED)
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
 
@@ -85,7 +106,9 @@ def varptq(
 
 app.command("quantize")(quantize.command)
 app.command("generate")(generate.command)
+app.command("edit")(edit.command)
 app.command("evaluate")(evaluate.command)
 app.command("info")(info.command)
 app.command("analyze")(analyze.command)
 app.command("demo")(demo.command)
+app.command("serve")(serve.command)

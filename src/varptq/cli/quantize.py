@@ -1,14 +1,19 @@
 """`varptq quantize`: from a float model to an artifact folder.
 
 What can be refused is refused before anything is calibrated: settings, the place for the result,
-the model. The folder appears whole at the very end; Ctrl-C or a failure leaves nothing.
+the model. The artifact appears whole at the very end. What is finished lies in a work folder until
+then, so the same command goes on after Ctrl-C, a failure or a kill; under torchrun its processes
+share that folder and the work.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,34 +24,58 @@ from varptq.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from varptq.calibrate.config import CalibrationConfig
+    from varptq.calibrate.work import Work
+    from varptq.models.pipeline import Pipeline
     from varptq.quant.config import QuantConfig
     from varptq.quant.pipeline import QuantizedPipeline
 
 FILE_TYPES = {".json", ".yaml", ".yml"}
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+# The piece of a work folder that says so.
+PUBLISHED = "published"
+
+
+class Effort(StrEnum):
+    """Time against quality (docs/scaling.md)."""
+
+    fast = "fast"
+    standard = "standard"
+    max = "max"
+
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="demo, var-d16 .. var-d36.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Input channels per weight scale; must divide every layer.")
+]
+CalibrationName = Annotated[
+    str | None, typer.Option(help="default, released, an effort, or a file.")
+]
+Budget = Annotated[float | None, typer.Option(help="Share of BOPs shift-and-sum may add.")]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="For recorded activations, e.g. 8GB.")
+]
+WorkFolder = Annotated[
+    Path | None, typer.Option(help="Folder for what is finished; default: OUT.work.")
+]
 
 
 def command(
     out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
-    source: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="demo, var-d16 .. var-d36.")
-    ] = None,
+    source: Model = None,
     model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
     var: common.VarFile = None,
     vae: common.VaeFile = None,
     random: common.RandomModel = None,
     config: Annotated[str, typer.Option(help="w4a4, w6a6+litevar, ... or a file.")] = "w4a4",
-    group_size: Annotated[
-        int | None, typer.Option(help="Input channels per weight scale; must divide every layer.")
-    ] = None,
-    method: Annotated[str, typer.Option(help="rtn, brecq or sas.")] = "sas",
-    calibration: Annotated[
-        str, typer.Option(help="default, released, fast or a file.")
-    ] = "default",
+    group_size: GroupSize = None,
+    method: Annotated[str, typer.Option(help="rtn, gptq, brecq or sas.")] = "sas",
+    calibration: CalibrationName = None,
+    effort: Annotated[Effort | None, typer.Option(help="How much time to spend.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
     steps: Annotated[int | None, typer.Option(help="Reconstruction steps per unit.")] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Share of BOPs shift-and-sum may add.")
-    ] = None,
+    budget: Budget = None,
+    memory: Memory = None,
+    work: WorkFolder = None,
     seed: common.Seed = 0,
     download: common.Download = False,
     device: common.Device = "cpu",
@@ -55,36 +84,80 @@ def command(
     json: common.Json = False,
 ) -> None:
     """Calibrate and quantize a model, and save it as an artifact."""
-    from varptq.artifact import save
-    from varptq.calibrate.methods import Method, quantize
-    from varptq.progress import RichProgress
+    from varptq.calibrate.methods import Method
+    from varptq.calibrate.work import Work
+    from varptq.distributed import Ranks, local_device
 
     Method.parse(method)
     quant_config = read_config(config, group_size)
-    calibration_config = read_calibration(calibration, samples, steps, budget)
+    settings = read_calibration(
+        calibration, effort, samples=samples, steps=steps, budget=budget, memory=memory
+    )
     if source is not None and model is not None:
         raise InputError(f"model: both {source!r} and --model {model!r} given; give one")
+    device = local_device(device)
     choice = common.ModelChoice(source or model, var, vae, random, download, device, dtype)
     if choice.folder is not None:
         raise InputError(f"model {str(choice.folder)!r}: a folder, expected a float model")
-    check_output(out, force)
+    folder = work or out.with_name(f"{out.name}.work")
+    if not published(folder):
+        check_output(out, force)
     started = time.monotonic()
-    pipe = choice.load_float()
-    with RichProgress() as progress:
-        quantized = quantize(
-            pipe,
-            quant_config,
-            method=method,
-            calibration=calibration_config,
-            seed=seed,
-            progress=progress,
-        )
-    save(quantized, out, force=force)
+    with Work(folder, Ranks.from_environment()) as place:
+        job = Job(quant_config, method, settings, seed)
+        quantized = job.run(choice.load_float(), place)
+        if place.ranks.first:
+            publish(quantized, out, force, place)
+        place.remove()
+    if not place.ranks.first:
+        return
     document = summary(quantized, out, time.monotonic() - started)
     if json:
         common.print_json(document)
     else:
         common.print_rows("varptq quantize", rows(document))
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of one call of `quantize`."""
+
+    config: QuantConfig
+    method: str
+    calibration: CalibrationConfig
+    seed: int
+
+    def run(self, pipe: Pipeline, work: Work) -> QuantizedPipeline:
+        from varptq.calibrate.methods import quantize
+        from varptq.progress import RichProgress, silent
+
+        with RichProgress() as bars:
+            return quantize(
+                pipe,
+                self.config,
+                method=self.method,
+                calibration=self.calibration,
+                seed=self.seed,
+                progress=bars if work.ranks.first else silent,
+                work=work,
+            )
+
+
+def publish(quantized: QuantizedPipeline, out: Path, force: bool, work: Work) -> None:
+    """Save the artifact. A run that is killed between here and the end of its work folder finds its
+    own artifact, and may replace it by the same one."""
+    from varptq.artifact import save
+    from varptq.calibrate.work import Piece
+
+    force = force or work.has(PUBLISHED)
+    check_output(out, force)
+    work.write(PUBLISHED, Piece())
+    save(quantized, out, force=force)
+
+
+def published(folder: Path) -> bool:
+    """Whether a run came to the point where its artifact may be there already."""
+    return (folder / f"{PUBLISHED}.safetensors").is_file()
 
 
 def read_config(text: str, group_size: int | None) -> QuantConfig:
@@ -98,22 +171,49 @@ def read_config(text: str, group_size: int | None) -> QuantConfig:
     weight = config.linear.weight
     if weight is None:
         raise ConfigError(f"group size {group_size}: config {text!r} keeps weights in float")
-    grouped = weight.replace(
-        strategy="group", group_size=group_size, fallback=False, row_multiple=None
+    grouped: dict[str, Any] = {"strategy": "group", "group_size": group_size, "fallback": False}
+    grouped["row_multiple"] = None
+    rules = (
+        rule.replace(weight=rule.weight.replace(**grouped)) if rule.weight else rule
+        for rule in config.rules
     )
-    return config.replace(linear=config.linear.replace(weight=grouped))
+    linear = config.linear.replace(weight=weight.replace(**grouped))
+    return config.replace(linear=linear, rules=tuple(rules))
 
 
 def read_calibration(
-    text: str, samples: int | None, steps: int | None, budget: float | None
+    text: str | None,
+    effort: str | None = None,
+    *,
+    samples: int | None = None,
+    steps: int | None = None,
+    budget: float | None = None,
+    memory: str | None = None,
 ) -> CalibrationConfig:
-    """A preset or a file, with the numbers that were given put in."""
+    """A preset or a file, with what was given besides put in."""
     from varptq.calibrate.config import CalibrationConfig
 
+    if text is not None and effort is not None:
+        raise InputError(f"calibration: both {text!r} and --effort {effort} given; give one")
+    text = text or effort or "default"
     is_file = Path(text).suffix.lower() in FILE_TYPES
     base = CalibrationConfig.from_file(text) if is_file else CalibrationConfig.preset(text)
     given = {"num_samples": samples, "steps": steps, "budget": budget}
+    given["memory_gb"] = None if memory is None else parse_size(memory) / 2**30
     return base.replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8GB", "500 MB", "1.5TiB" or "4096"; a lone K, M, G or T is decimal. Raises
+    `InputError`."""
+    match = SIZE.fullmatch(text.strip())
+    size = 0
+    if match:
+        base = 1024 if match["binary"] else 1000
+        size = int(float(match["number"]) * base ** " KMGT".index((match["unit"] or " ").upper()))
+    if size < 1:
+        raise InputError(f"size {text!r}: expected a number of bytes such as 8GB, 500MB or 2GiB")
+    return size
 
 
 class _TrialError(Exception):

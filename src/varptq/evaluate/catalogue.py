@@ -34,6 +34,8 @@ NEEDS = {
     "lpips": "the LPIPS weights (--lpips FILE)",
     "side11": "images of at least 11 x 11 pixels",
     "side31": "images of at least 31 x 31 pixels",
+    "two": "at least 2 images in each set",
+    "four": "at least 4 images in each set: k = 3 neighbours beside the image itself",
     "clip": "transformers with a CLIP model (--clip) and a model with class names",
 }
 
@@ -97,21 +99,21 @@ METRICS: dict[str, Metric] = {
         "quantization alone moves.",
         "lower",
         "distance",
-        ("pair", "network"),
+        ("pair", "network", "two"),
     ),
     "fid": Metric(
         "FID",
         "Distance between the feature distributions of samples and real images.",
         "lower",
         "distance",
-        ("network", "reference"),
+        ("network", "reference", "two"),
     ),
     "sfid": Metric(
         "sFID",
         "The same on spatial features, which see where things stand.",
         "lower",
         "distance",
-        ("network", "spatial", "reference"),
+        ("network", "spatial", "reference", "two"),
     ),
     "is": Metric(
         "Inception Score",
@@ -125,14 +127,14 @@ METRICS: dict[str, Metric] = {
         "Share of samples that lie among real images, in features with k = 3 neighbours.",
         "higher",
         "share",
-        ("network", "reference"),
+        ("network", "reference", "four"),
     ),
     "recall": Metric(
         "Recall",
         "Share of real images that lie among samples: variety.",
         "higher",
         "share",
-        ("network", "reference"),
+        ("network", "reference", "four"),
     ),
     "clip": Metric(
         "CLIP score",

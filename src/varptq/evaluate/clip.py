@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varptq.errors import CheckpointError, InputError
+from varptq.errors import CheckpointError, InputError, NonFiniteError
 from varptq.evaluate.features import planes
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -41,13 +41,16 @@ def class_prompts(names: Sequence[str], template: str = TEMPLATE) -> list[str]:
 def clip_score(pixels_BHW3: Tensor, texts: Sequence[str], encoder: ClipEncoder) -> Tensor:
     """(B,) float32 scores from 0 to 100 of images (B, H, W, 3) uint8 and their B texts.
 
-    Raises `InputError` where their numbers differ.
+    Raises `InputError` where their numbers differ, `NonFiniteError` for embeddings with NaN or
+    infinity.
     """
     if len(texts) != len(pixels_BHW3):
         raise InputError(f"{len(pixels_BHW3)} images and {len(texts)} texts, expected one for each")
     # Images of one class share their text, which need not be encoded more than once.
     distinct = list(dict.fromkeys(texts))
     images_BD, texts_TD = encoder(pixels_BHW3, distinct)
+    if not (images_BD.isfinite().all() and texts_TD.isfinite().all()):
+        raise NonFiniteError("CLIP embeddings: hold NaN or infinity, check the model and its dtype")
     rows = [distinct.index(text) for text in texts]
     return 100 * F.cosine_similarity(images_BD, texts_TD[rows]).clamp_min(0).float()
 

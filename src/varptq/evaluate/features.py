@@ -130,7 +130,8 @@ class ModuleFeatures:
     """Any torch module as a network.
 
     module: takes images (B, 3, H, W) float32 in [0, 1] of their own size; returns (B, D), or a
-    `Features` (or tuple of its parts) where it has more to give. It is set to eval mode.
+    `Features` (or tuple of its parts) where it has more to give. It is set to eval mode. Calls
+    raise `InputError` for images it cannot take and for results of another kind.
     """
 
     def __init__(self, module: nn.Module, name: str, device: torch.device | str = "cpu") -> None:
@@ -140,7 +141,15 @@ class ModuleFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels_BHW3: Tensor) -> Features:
-        result = self.module(planes(pixels_BHW3, self.device) / 255)
+        images = planes(pixels_BHW3, self.device) / 255
+        try:
+            result = self.module(images)
+        except RuntimeError as error:  # what torch raises for shapes that do not fit
+            height, width = images.shape[2:]
+            reason = str(error).strip().splitlines()[-1]  # TorchScript's first lines are a trace
+            raise InputError(
+                f"network {self.name!r}: fails on images of {height} x {width} ({reason})"
+            ) from None
         pooled, *others = result if isinstance(result, tuple) else (result,)
         parts = (None if part is None else self._checked(part, len(pixels_BHW3)) for part in others)
         return Features(self._checked(pooled, len(pixels_BHW3)), *parts)

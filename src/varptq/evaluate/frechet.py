@@ -136,6 +136,15 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, float(apart + first.trace() + second.trace() - 2 * shared))
 
 
+def bias_of_means(a: Gaussian, b: Gaussian) -> float:
+    """tr S1 / n1 + tr S2 / n2: what finite sets add to the distance through their means alone.
+
+    Two sets drawn from one distribution are apart by |m1 - m2|^2 of this expectation; the
+    covariances add more, without a closed form.
+    """
+    return float(a.covariance.trace() / a.count + b.covariance.trace() / b.count)
+
+
 def _root(covariance: Tensor) -> Tensor:
     """(D, r) R with R R^T = covariance; directions without variance are left out."""
     values, vectors = torch.linalg.eigh(covariance)

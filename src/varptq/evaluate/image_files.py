@@ -81,31 +81,35 @@ def _scatter(path: Path, count: int, parts: Iterable[Part]) -> NDArray[np.int64]
 class ImageFiles:
     """The images of an npz or of a folder of PNGs, to be read in batches.
 
-    warning: what a user should know about this set, None if nothing.
+    size: (height, width) of the images, of the first one in a folder. warning: what a user should
+    know about this set, None if nothing.
     """
 
     path: Path
     count: int
+    size: tuple[int, int]
     warning: str | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> ImageFiles:
-        """Look at `path` without reading its images. Raises `InputError` if it holds none."""
+        """Look at `path` without reading all images. Raises `InputError` if it holds none."""
         path = Path(path)
         if path.is_dir():
-            count = len(_png_files(path))
-            if not count:
+            files = _png_files(path)
+            if not files:
                 raise InputError(f"images {path}: no .png in this folder; give one with images")
-            return cls(path, count)
+            height, width, _ = _read_png(files[0]).shape
+            return cls(path, len(files), (height, width))
         with _npz(path) as archive, _images(archive) as (_, shape):
-            count, labels_N = shape[0], _labels(archive)
+            count, height, width, _ = shape
+            labels_N = _labels(archive)
         warning = None
         if labels_N is not None and _is_sorted(labels_N):
             warning = (
                 f"images {path}: sorted by label; the Inception Score of such a file is wrong, "
                 "shuffle it"
             )
-        return cls(path, count, warning)
+        return cls(path, count, (height, width), warning)
 
     def batches(self, size: int) -> Iterator[Pixels]:
         """(b, H, W, 3) uint8 in the order of the file, or of the names. Raises `InputError`."""

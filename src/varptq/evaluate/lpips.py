@@ -78,20 +78,24 @@ class Lpips:
                 f"expected equal ones of at least {MIN_SIDE} x {MIN_SIDE}"
             )
         pairs = zip(first_BHW3.split(AT_ONCE), second_BHW3.split(AT_ONCE), strict=True)
-        return torch.cat([self._distances(first, second) for first, second in pairs])
+        return torch.cat([self.between(self._signed(a), self._signed(b)) for a, b in pairs])
 
-    def _distances(self, first_BHW3: Tensor, second_BHW3: Tensor) -> Tensor:
-        a, b = self._normalised(first_BHW3), self._normalised(second_BHW3)
+    def between(self, first_B3HW: Tensor, second_B3HW: Tensor) -> Tensor:
+        """(B,) distances of two (B, 3, H, W) float32 batches in [-1, 1] on this object's device.
+
+        Differentiable, so that it can be a loss too.
+        """
+        a, b = ((images - self._mean) / self._std for images in (first_B3HW, second_B3HW))
         total_B = torch.zeros(len(a), device=self.device)
         for number, layer in enumerate(LAYERS):
             a, b = self._layer(layer, a), self._layer(layer, b)
             squared = (_unit(a) - _unit(b)).square()
             head = self._state[f"lin{number}.model.1.weight"]
-            total_B += F.conv2d(squared, head).mean((1, 2, 3))
+            total_B = total_B + F.conv2d(squared, head).mean((1, 2, 3))
         return total_B
 
-    def _normalised(self, pixels_BHW3: Tensor) -> Tensor:
-        return (planes(pixels_BHW3, self.device) / 127.5 - 1 - self._mean) / self._std
+    def _signed(self, pixels_BHW3: Tensor) -> Tensor:
+        return planes(pixels_BHW3, self.device) / 127.5 - 1
 
     def _layer(self, layer: _Layer, x: Tensor) -> Tensor:
         if layer.pool_before:

@@ -2,7 +2,7 @@
 
 The subject is usually a quantized pipeline with its samples, beside it the float pipeline with
 samples of the same seeds. Each metric has its formula in a file of its own; what they mean and need
-is in catalogue.py. Sampling, files and pages are elsewhere.
+is in catalogue.py, whether it is there in preflight.py. Sampling, files and pages are elsewhere.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ import numpy as np
 import torch
 
 from varptq.errors import InputError
-from varptq.evaluate.catalogue import METRICS, choose
-from varptq.evaluate.clip import ClipEncoder, class_prompts
+from varptq.evaluate.catalogue import METRICS
+from varptq.evaluate.clip import class_prompts
 from varptq.evaluate.distributions import AGAINST_REAL, collect, measure
-from varptq.evaluate.features import FeatureNetwork
-from varptq.evaluate.frechet import frechet_distance
+from varptq.evaluate.frechet import Gaussian, bias_of_means, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.lpips import MIN_SIDE, Lpips
-from varptq.evaluate.paired import SSIM_WINDOW
 from varptq.evaluate.pairs import PairSums, Tally, codebook_use
+from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.sampling import SampleSet, title
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
@@ -46,16 +44,6 @@ class Subject:
 
     pipe: Pipeline
     samples: SampleSet
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """What some metrics need beside the samples; None is not there."""
-
-    network: FeatureNetwork | None = None
-    reference: ImageFiles | None = None
-    lpips: Lpips | None = None
-    clip: ClipEncoder | None = None
 
 
 def evaluate(
@@ -79,7 +67,8 @@ def evaluate(
     if against is not None:
         _check_pair(subject, against)
     tools = instruments or Instruments()
-    chosen, left_out = plan(subject.pipe, against.pipe if against else None, tools, metrics)
+    float_pipe = against.pipe if against else None
+    chosen, left_out = plan(subject.pipe, float_pipe, tools, metrics, len(subject.samples))
     run = _Run(subject, against, tools, chosen, progress)
     run.compare_tokens(token_images)
     run.compare_images()
@@ -206,11 +195,15 @@ class _Run:
             self.of_float |= measure(floats, real, wanted)
             if "fid2fp" in wanted:
                 self.found["fid2fp"] = frechet_distance(ours.pooled, floats.pooled)
-        fewest = min(sums.pooled.count for sums in (ours, real) if sums is not None)
-        if fewest <= ours.pooled.dim:
+        self._warn_of_few(ours.pooled, real.pooled if real else ours.pooled)
+
+    def _warn_of_few(self, ours: Gaussian, theirs: Gaussian) -> None:
+        fewest = min(ours.count, theirs.count)
+        if 2 <= fewest <= ours.dim:
             self.warnings.append(
-                f"Fréchet distances: of {fewest} images with {ours.pooled.dim} features each; "
-                "values worth quoting need more images than features"
+                f"Fréchet distances: of {fewest} images with {ours.dim} features each, so they "
+                f"come out too large, by about {bias_of_means(ours, theirs):.2g} through the means "
+                "alone; values worth quoting need more images than features"
             )
 
     def checksums(self) -> dict[str, str]:
@@ -281,36 +274,3 @@ def _check_pair(subject: Subject, against: Subject) -> None:
                 f"models {title(subject.pipe)!r} and {title(against.pipe)!r}: {name} is {ours} and "
                 f"{theirs}; compare samples made alike, of a model and the one it was made from"
             )
-
-
-def plan(
-    pipe: Pipeline,
-    float_pipe: Pipeline | None,
-    instruments: Instruments,
-    metrics: Collection[str] | None = None,
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The metrics that `evaluate` would compute, and for the others what is missing.
-
-    Raises `InputError` as `evaluate` does, before anything is sampled.
-    """
-    return choose(metrics, _have(pipe, float_pipe, instruments))
-
-
-def _have(pipe: Pipeline, float_pipe: Pipeline | None, tools: Instruments) -> set[str]:
-    """Keys of `catalogue.NEEDS` that are there."""
-    side = pipe.vae.image_size
-    have = {
-        "pair": float_pipe is not None,
-        "reference": tools.reference is not None,
-        "lpips": tools.lpips is not None,
-        "clip": tools.clip is not None and bool(pipe.class_names),
-        "side11": side >= SSIM_WINDOW,
-        "side31": side >= MIN_SIDE,
-        "network": tools.network is not None,
-    }
-    if tools.network is not None:
-        # What a network gives is known once it has seen an image.
-        features = tools.network(torch.zeros(1, side, side, 3, dtype=torch.uint8))
-        have["spatial"] = features.spatial is not None
-        have["probabilities"] = features.probabilities is not None
-    return {name for name, there in have.items() if there}

@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from varptq.distributed import Ranks
 from varptq.errors import InputError, OutputError
 from varptq.evaluate.image_files import write_npz
 from varptq.files import StagedFolder, write_atomic
 from varptq.models.generate import DEFAULT_BATCH, Output, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
+from varptq.models.state_file import networks_sha256
 from varptq.pictures import Pixels, to_pixels
 from varptq.progress import Progress, silent
 from varptq.quant.pipeline import QuantizedPipeline
@@ -147,9 +149,12 @@ def sample_set(
     shard_size: int = DEFAULT_SHARD,
     force: bool = False,
     progress: Progress = silent,
+    ranks: Ranks | None = None,
 ) -> SampleSet:
     """Sample `count` images into `folder`, keeping the shards that are there already.
 
+    ranks: processes on the same call with the same folder; missing shards are dealt to them, and
+    the call returns when all are there.
     force: remove samples of another model or other settings that are in the way, which are an
     error otherwise. Classes are balanced: any `num_classes` neighbours are all different. The
     batch size is not part of what the images are, but changes float summation: a run that is to
@@ -162,14 +167,19 @@ def sample_set(
             raise InputError(f"{name} {value}: must be at least 1")
     folder = Path(folder)
     identity = describe(pipe, settings, seed, shard_size)
-    _claim(folder, identity, force)
+    ranks = ranks or Ranks()
+    if ranks.first:
+        _claim(folder, identity, force)
+    ranks.barrier()
     result = SampleSet(folder, count, identity)
     labels_N = balanced_labels(pipe.num_classes, count, seed)
     wanted = [range(first, min(first + shard_size, count)) for first in range(0, count, shard_size)]
     missing = [images for images in wanted if not _is_there(result, images)]
+    # Nobody writes before all have looked: every process deals the same list.
+    ranks.barrier()
     stage, done = f"samples of {title(pipe)}", count - sum(map(len, missing))
     progress(stage, done, count)
-    for images in missing:
+    for images in ranks.share(missing):
         output = generate(
             pipe,
             labels_N[images.start : images.stop],
@@ -181,6 +191,7 @@ def sample_set(
         )
         _write_shard(result, images, output, labels_N)
         done += len(images)
+    ranks.barrier()
     return result
 
 
@@ -222,15 +233,11 @@ def describe(
 def model_sha256(pipe: Pipeline) -> str:
     """SHA-256 of everything that computes: tensors of both networks with names and dtypes, the
     quantization config, theta and the runtime."""
-    state = hashlib.sha256()
-    for part in (pipe.var, pipe.vae):
-        for name, tensor in part.state_dict().items():
-            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    recipe = b""
     if isinstance(pipe, QuantizedPipeline):
-        recipe = [pipe.config.to_dict(), pipe.theta, pipe.runtime]
-        state.update(json.dumps(recipe, sort_keys=True).encode())
-    return state.hexdigest()
+        parts = [pipe.config.to_dict(), pipe.theta, pipe.runtime]
+        recipe = json.dumps(parts, sort_keys=True).encode()
+    return networks_sha256(pipe.var, pipe.vae, more=recipe)
 
 
 def _png_name(index: int) -> str:

@@ -19,13 +19,9 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import (
     ImageRandom,
     SamplingSettings,
-    filter_logits,
     guidance_strength,
     guided,
-    gumbel_noise,
     image_randoms,
-    sample_ids,
-    smooth_embedding,
 )
 from varptq.models.var import spans_of
 from varptq.progress import Progress, silent
@@ -44,8 +40,8 @@ class Output:
 
 @dataclass(frozen=True)
 class ScaleEvent:
-    """What `on_scale` sees: the filtered logits (b, l, V) and ids (b, l) of images `rows` of the
-    call."""
+    """What `on_scale` sees: the guided and filtered logits (b, l, V) and ids (b, l) of images
+    `rows` of the call."""
 
     scale: int
     rows: slice
@@ -135,16 +131,16 @@ def _generate_batch(
     """One batch: ids (b, L) and the final f_hat."""
     f_hat = pipe.vae.quantize.zeros(len(labels_B))
     ids_per_scale: list[Tensor] = []
-    stepper = _Stepper(pipe, labels_B, settings.cfg)
+    stepper, sampler = _Stepper(pipe, labels_B, settings.cfg), pipe.sampler
+    wanted = settings.more_smooth or on_scale is not None
     for scale, part in enumerate(pipe.scales.slices()):
-        logits_BlV = stepper.logits(scale, f_hat)
-        logits_BlV = filter_logits(logits_BlV, settings.top_k, settings.top_p)
-        ids_Bl = sample_ids(logits_BlV, randoms, settings.temperature)
+        logits_BlV, guidance = stepper.logits(scale, f_hat), stepper.guidance(scale)
+        ids_Bl, filtered = sampler.draw(logits_BlV, guidance, settings, randoms, filtered=wanted)
         embedding = None
         if settings.more_smooth:
-            noise = gumbel_noise(randoms, *logits_BlV.shape[1:], pipe.device)
+            assert filtered is not None
             codebook = pipe.vae.quantize.embedding.weight
-            embedding = smooth_embedding(logits_BlV, noise, codebook, pipe.scales.ratio(scale))
+            embedding = sampler.smooth(filtered, randoms, codebook, pipe.scales.ratio(scale))
         if forced_BL is not None:
             given = forced_BL[:, part] >= 0
             ids_Bl = torch.where(given, forced_BL[:, part], ids_Bl)
@@ -157,13 +153,14 @@ def _generate_batch(
         f_hat = pipe.vae.quantize.add_scale(f_hat, embedding, scale)
         ids_per_scale.append(ids_Bl)
         if on_scale is not None:
-            on_scale(ScaleEvent(scale, rows, logits_BlV, ids_Bl, f_hat))
+            assert filtered is not None
+            on_scale(ScaleEvent(scale, rows, filtered, ids_Bl, f_hat))
     return torch.cat(ids_per_scale, dim=1), f_hat
 
 
 class _Stepper:
-    """Guided logits scale by scale; rows are [conditional; unconditional], the latter only when
-    guidance needs it."""
+    """Logits scale by scale; rows are [conditional; unconditional], the latter only when guidance
+    needs it."""
 
     def __init__(self, pipe: Pipeline, labels_B: Tensor, cfg: float) -> None:
         self.pipe, self.cfg = pipe, cfg
@@ -172,7 +169,7 @@ class _Stepper:
         self.cache = pipe.var.new_cache(len(rows))
 
     def logits(self, scale: int, f_hat: Tensor) -> Tensor:
-        """(b, l, V) float32 guided logits of `scale`, given f_hat of the scales before it."""
+        """(rows, l, V) float32 logits of `scale`, given f_hat of the scales before it."""
         var, scales = self.pipe.var, self.pipe.scales
         if scale == 0:
             x_BlC = var.embed_first(self.condition.class_BC)
@@ -181,10 +178,11 @@ class _Stepper:
             x_BlC = var.embed_inputs(inputs, spans_of(scales, scale, scale + 1))
             if self.cfg > 0:
                 x_BlC = x_BlC.repeat(2, 1, 1)
-        logits = var.step(x_BlC, self.condition, scale, self.cache)
-        return (
-            guided(logits, guidance_strength(self.cfg, scale, scales)) if self.cfg > 0 else logits
-        )
+        return var.step(x_BlC, self.condition, scale, self.cache)
+
+    def guidance(self, scale: int) -> float | None:
+        """Strength at `scale`, None where all rows are images."""
+        return guidance_strength(self.cfg, scale, self.pipe.scales) if self.cfg > 0 else None
 
 
 def teacher_forced_guided(

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from varptq.errors import InputError
 from varptq.models import checkpoint, presets
+from varptq.models.sampling import Sampler
 from varptq.models.scales import Scales
 from varptq.models.var import VAR, randomize
 from varptq.models.vqvae import VQVAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The name of the row of class embeddings that stands for no class.
+UNCONDITIONAL = "unconditional"
 
 
 @dataclass
@@ -27,7 +30,8 @@ class Pipeline:
     """`var(labels_B, inputs_BLc) -> logits_BLV` and `vae.encode / decode / teacher_inputs`, on one
     device.
 
-    sources: sha256 of the files the weights came from, or the seed of random ones.
+    sources: sha256 of the files the weights came from, or the seed of random ones. sampler: what
+    draws ids.
     """
 
     var: VAR
@@ -35,6 +39,7 @@ class Pipeline:
     name: str
     class_names: tuple[str, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
+    sampler: Sampler = field(default_factory=Sampler)
 
     @property
     def scales(self) -> Scales:
@@ -62,8 +67,8 @@ class Pipeline:
         return self
 
     def labels(self, classes: Sequence[int | str] | Tensor) -> Tensor:
-        """(B,) int64 from class ids and names. Raises `InputError` naming the first that does not
-        exist."""
+        """(B,) int64 from class ids and names, "unconditional" being one of every model. Raises
+        `InputError` naming the first that does not exist."""
         values = classes.tolist() if isinstance(classes, Tensor) else classes
         # A lone name would pass as a sequence of letters.
         if isinstance(values, str) or not isinstance(values, Iterable):
@@ -79,6 +84,12 @@ class Pipeline:
         labels_B = labels_B.to(self.device)
         return torch.cat((labels_B, torch.full_like(labels_B, self.num_classes)))
 
+    def title(self, label: int) -> str:
+        """Name of a class id, or "class 207" for a model without names."""
+        if label == self.num_classes:
+            return UNCONDITIONAL
+        return self.class_names[label] if self.class_names else f"class {label}"
+
     def _label(self, value: Any) -> int:
         if isinstance(value, str) and not value.removeprefix("-").isdecimal():
             return self._label_of_name(value)
@@ -93,11 +104,16 @@ class Pipeline:
         return int(value)
 
     def _label_of_name(self, name: str) -> int:
+        if name == UNCONDITIONAL:
+            return self.num_classes
         if not self.class_names:
             raise InputError(f"class {name!r}: model {self.name!r} has no class names; give an id")
         if name in self.class_names:
             return self.class_names.index(name)
-        near = get_close_matches(name, self.class_names) or self.class_names[:5]
+        # Compared in lower case: "DOG" has not one letter of "dog".
+        known = {known.lower(): known for known in self.class_names}
+        near = [known[match] for match in get_close_matches(name.lower(), known)]
+        near = near or self.class_names[:5]
         raise InputError(f"class {name!r}: unknown; did you mean {', '.join(near)}?")
 
 

@@ -28,6 +28,8 @@ SMOOTH_TAU, SMOOTH_DECAY, SMOOTH_TAU_MIN = 0.27, 0.95, 0.005
 # torch.rand gives multiples of 2^-24; half a step moves them off 0, where the Gumbel noise would be
 # infinite.
 HALF_STEP, BELOW_ONE = 2.0**-25, 1 - 2.0**-24
+# torch hands this many elements to one thread.
+SERIAL_ELEMENTS = 2**15
 # Odd, hence a bijection of the 32-bit integers (2^32 over the golden ratio).
 MIX = 0x9E3779B1
 
@@ -105,7 +107,12 @@ class ImageRandom:
     def gumbel(self, *shape: int) -> Tensor:
         """The next values as standard Gumbel noise: float32, always finite (about -2.9 to 17.4)."""
         # log1p of the small side keeps the upper tail, which decides the draws, at full resolution.
-        return self.uniform(*shape).neg_().log1p_().neg_().log_().neg_()
+        noise = self.uniform(*shape)
+        # In pieces that torch computes on one thread: where a thread's share ends, its logarithm is
+        # another one, and noise must not depend on the number of threads.
+        for piece in noise.view(-1).split(SERIAL_ELEMENTS):
+            piece.neg_().log1p_().neg_().log_().neg_()
+        return noise
 
 
 def image_randoms(seed: int, images: Iterable[int], purpose: str = "tokens") -> list[ImageRandom]:
@@ -154,3 +161,71 @@ def smooth_embedding(
     tau = max(SMOOTH_TAU * (1 - SMOOTH_DECAY * ratio), SMOOTH_TAU_MIN)
     weights_BlV = ((filtered_BlV.float() * (1 + ratio) + noise_BlV) / tau).softmax(-1)
     return weights_BlV.to(codebook_VC.dtype) @ codebook_VC
+
+
+class Sampler:
+    """Seam: from the transformer's logits to ids and, for `more_smooth`, to embeddings."""
+
+    def draw(
+        self,
+        logits_BlV: Tensor,
+        guidance: float | None,
+        settings: SamplingSettings,
+        randoms: Sequence[ImageRandom],
+        *,
+        filtered: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ids (b, l) int64 and the guided, filtered float32 logits (b, l, V), which a sampler may
+        leave out where they are not asked for.
+
+        guidance: strength t for rows [cond; uncond], None where all rows are images.
+        """
+        if guidance is not None:
+            logits_BlV = guided(logits_BlV, guidance)
+        logits_BlV = filter_logits(logits_BlV, settings.top_k, settings.top_p)
+        return sample_ids(logits_BlV, randoms, settings.temperature), logits_BlV
+
+    def smooth(
+        self,
+        filtered_BlV: Tensor,
+        randoms: Sequence[ImageRandom],
+        codebook_VC: Tensor,
+        ratio: float,
+    ) -> Tensor:
+        """`smooth_embedding` (b, l, C) with the next noise of each image."""
+        length, vocabulary = filtered_BlV.shape[1:]
+        noise_BlV = gumbel_noise(randoms, length, vocabulary, filtered_BlV.device)
+        return smooth_embedding(filtered_BlV, noise_BlV, codebook_VC, ratio)
+
+
+class PerImageSampler(Sampler):
+    """Draws image by image. In a batch, how a row of probabilities is summed depends on how many
+    candidates the others have, and how a matrix product is summed on the number of rows."""
+
+    def draw(
+        self,
+        logits_BlV: Tensor,
+        guidance: float | None,
+        settings: SamplingSettings,
+        randoms: Sequence[ImageRandom],
+        *,
+        filtered: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        images, draw = len(randoms), super().draw
+        draws = [
+            draw(logits_BlV[i::images], guidance, settings, [random])
+            for i, random in enumerate(randoms)
+        ]
+        ids, logits = zip(*draws, strict=True)
+        return torch.cat(ids), torch.cat(logits) if filtered else None
+
+    def smooth(
+        self,
+        filtered_BlV: Tensor,
+        randoms: Sequence[ImageRandom],
+        codebook_VC: Tensor,
+        ratio: float,
+    ) -> Tensor:
+        smooth = super().smooth
+        rows = zip(filtered_BlV.split(1), randoms, strict=True)
+        return torch.cat([smooth(row, [random], codebook_VC, ratio) for row, random in rows])

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, NonFiniteError
 
@@ -37,6 +37,17 @@ def file_sha256(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def networks_sha256(*networks: nn.Module, more: bytes = b"") -> str:
+    """SHA-256 of all tensors of the networks with names and dtypes, and of `more` after them."""
+    state = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    state.update(more)
+    return state.hexdigest()
 
 
 def read_state(path: str | Path, part: Part, dtype: torch.dtype = torch.float32) -> State:

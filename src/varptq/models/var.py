@@ -6,8 +6,9 @@
 Two ways through the same modules: `forward` runs all K scales in one block-causal pass
 (teacher-forced), `step` runs one scale against a preallocated cache. Block causality is a list of
 spans (queries of scale k see the keys of scales 0..k), so no mask is stored and both ways do the
-same products. The seams are child modules: every `nn.Linear`, and in attention `Scores` (q k^T) and
-`Mix` (p v). Nothing here knows of quantization.
+same products. The seams are child modules: every `nn.Linear`, `ModulatedNorm` and the activation
+before one, and in attention `Scores` (q k^T) and `Mix` (p v), or the whole `Attention` with its
+cache. Nothing here knows of quantization.
 
 Shapes: B rows, L tokens, l tokens of one scale, K scales, C width, H heads, c head width, V
 codebook.
@@ -131,6 +132,11 @@ class Attention(nn.Module):
         self.scores = Scores()
         self.mix = Mix()
 
+    def new_cache(self, rows: int, num_tokens: int) -> LayerCache:
+        """Preallocated keys and values of this block for `rows` rows of `num_tokens` tokens."""
+        shape = (rows, self.num_heads, num_tokens, self.head_width)
+        return LayerCache(self.q_bias.new_empty(shape), self.q_bias.new_empty(shape))
+
     def forward(self, x_BLC: Tensor, spans: list[Span], cache: LayerCache | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C); `spans` index the queries of `x_BLC` and count keys in cache +
         input."""
@@ -166,19 +172,23 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = TokenLinear(width, MLP_RATIO * width)
+        self.act = nn.GELU(approximate="tanh")
         self.fc2 = TokenLinear(MLP_RATIO * width, width)
 
     def forward(self, x_BLC: Tensor, spans: Sequence[Span]) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC, spans), approximate="tanh"), spans)
+        return self.fc2(self.act(self.fc1(x_BLC, spans)), spans)
 
 
 def _ada_lin(width: int, vectors: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, vectors * width))
 
 
-def modulated_norm(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
-    """LayerNorm without parameters, then (1 + scale) and shift of the condition."""
-    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale_B1C) + shift_B1C
+class ModulatedNorm(nn.Module):
+    """Seam: LayerNorm without parameters, then (1 + scale) and shift of the condition."""
+
+    def forward(self, x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
+        normed_BLC = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=LAYER_NORM_EPS)
+        return normed_BLC * (1 + scale_B1C) + shift_B1C
 
 
 class Block(nn.Module):
@@ -187,6 +197,7 @@ class Block(nn.Module):
 
     def __init__(self, arch: VARArch) -> None:
         super().__init__()
+        self.norm1, self.norm2 = ModulatedNorm(), ModulatedNorm()
         self.attn = Attention(arch)
         self.ffn = FeedForward(arch.width)
         if arch.shared_adaln:
@@ -204,8 +215,8 @@ class Block(nn.Module):
         self, x_BLC: Tensor, ada_B16C: Tensor, spans: list[Span], cache: LayerCache | None = None
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
-        x_BLC = x_BLC + self.attn(modulated_norm(x_BLC, scale1, shift1), spans, cache) * gamma1
-        return x_BLC + self.ffn(modulated_norm(x_BLC, scale2, shift2), spans) * gamma2
+        x_BLC = x_BLC + self.attn(self.norm1(x_BLC, scale1, shift1), spans, cache) * gamma1
+        return x_BLC + self.ffn(self.norm2(x_BLC, scale2, shift2), spans) * gamma2
 
 
 class HeadNorm(nn.Module):
@@ -213,6 +224,7 @@ class HeadNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.norm = ModulatedNorm()
         self.ada_lin = _ada_lin(width, 2)
 
     def modulation(self, class_BC: Tensor) -> Tensor:
@@ -221,7 +233,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_BLC: Tensor, ada_B12C: Tensor) -> Tensor:
         scale, shift = ada_B12C.unbind(2)
-        return modulated_norm(x_BLC, scale, shift)
+        return self.norm(x_BLC, scale, shift)
 
 
 class Condition(NamedTuple):
@@ -314,12 +326,8 @@ class VAR(nn.Module):
 
     def new_cache(self, rows: int) -> list[LayerCache]:
         """Preallocated keys and values for `rows` rows, one entry per block."""
-        shape = (rows, self.arch.num_heads, self.scales.num_tokens, self.arch.head_width)
-
-        def empty() -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-        return [LayerCache(empty(), empty()) for _ in self.blocks]
+        blocks = (cast(Block, block) for block in self.blocks)
+        return [block.attn.new_cache(rows, self.scales.num_tokens) for block in blocks]
 
     def step(
         self, x_BlC: Tensor, condition: Condition, scale: int, cache: list[LayerCache]

@@ -262,7 +262,9 @@ class VQVAE(nn.Module):
 
     def decode_features(self, f_hat_BCPP: Tensor) -> Tensor:
         """f_hat (B, Cvae, P, P) -> images (B, 3, S, S), clamped to [-1, 1]."""
-        return self.decoder(self.post_quant_conv(f_hat_BCPP)).clamp(-1, 1)
+        # The decoder may have been cast by itself.
+        z_BCPP = f_hat_BCPP.to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(z_BCPP)).clamp(-1, 1)
 
     def decode(self, ids_BL: Tensor) -> Tensor:
         """ids (B, L) int64 -> images (B, 3, S, S), clamped to [-1, 1].

@@ -23,7 +23,7 @@ from varptq.quant.affine import (
 )
 from varptq.quant.config import AttentionSpec, TensorSpec
 from varptq.quant.probability import probability_fake
-from varptq.quant.shift_sum import copies_of, orders, shift_sum_codes, shift_sum_fake
+from varptq.quant.shift_sum import copies_of, fixed_codes, orders, shift_sum_fake
 
 
 class QuantScores(Scores):
@@ -93,7 +93,11 @@ class QuantMix(Mix):
         grid = self.value_grid(v_BHLc)
         if self.theta is None:
             return affine_values(affine_codes(v_BHLc, grid, spec.num_bits), grid).to(v_BHLc.dtype)
-        return shift_sum_fake(v_BHLc, grid, self.orders(p_BHlL), spec.num_bits)
+        order = self.orders(p_BHlL)
+        if self.spec.policy == "release":
+            return shift_sum_fake(v_BHLc, grid, order, spec.num_bits)
+        codes = fixed_codes(v_BHLc, grid, order, spec.num_bits, self.spec.max_order)
+        return affine_values(codes, grid).to(v_BHLc.dtype)
 
     def _folded(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
         """Policy "token": with v_j = step_j u_j, u_j integers and step_j = s_j / N_j, the rule
@@ -103,7 +107,12 @@ class QuantMix(Mix):
         assert spec is not None
         grid, order = self.value_grid(v_BHLc), self.orders(p_BHlL)
         copies = copies_of(order, grid.scale.dtype)
-        u_BHLc = (shift_sum_codes(v_BHLc, grid, order, spec.num_bits) - grid.zero_point) * copies
+        codes = (
+            affine_codes(v_BHLc, grid, spec.num_bits)
+            if self.theta is None
+            else fixed_codes(v_BHLc, grid, order, spec.num_bits, self.spec.max_order)
+        )
+        u_BHLc = (codes - grid.zero_point) * copies
         step_BHL1 = grid.scale / copies
         # Relative to the largest step, so that the rule's floor is one of probabilities.
         largest = step_BHL1.amax(dim=-2, keepdim=True)

@@ -3,7 +3,7 @@
 A `QuantConfig` gives a spec per tensor kind (Linear weight, Linear input, and the four operands
 of attention) and a list of rules that change it for layers whose name matches a pattern.
 LiteVAR's "fc2 stays in float" and "skip the head" are such rules. Presets compose: "w4a4",
-"w4a4+litevar", "w6a6+released", "w4a8+p8".
+"w4a4+litevar", "w6a6+paper+released".
 """
 
 from __future__ import annotations
@@ -150,12 +150,17 @@ class InputTransform(Settings):
     """What is done to a Linear's input before it is quantized, folded into weight and bias
     (`varptq.quant.transforms`).
 
-    center: subtract the calibrated mean of the token's scale. hadamard: rotate in blocks of this
-    many channels; an input it does not divide takes the largest power of two below that does.
+    smooth: multiply channels by a fitted diagonal, where the layer before can take it in
+    (`varptq.quant.folds`): mat_qkv, proj, fc1 and the head. center: subtract the calibrated mean of
+    the token's scale. hadamard: rotate in blocks of this many channels. fallback: an input it does
+    not divide takes the largest power of two below that does; without it that is an error.
     """
 
+    smooth: bool = False
     center: bool = False
     hadamard: int | None = Field(default=None, ge=2, le=1024)
+
+    fallback: bool = True
 
     @field_validator("hadamard")
     @classmethod
@@ -164,11 +169,20 @@ class InputTransform(Settings):
             raise ValueError("expected a power of two")
         return block
 
-    def block_for(self, row: int) -> int | None:
-        """Block size for inputs of `row` channels, or None for no rotation."""
+    def block_for(self, row: int, layer: str) -> int | None:
+        """Block size for inputs of `row` channels, or None for no rotation.
+
+        Raises `ConfigError` naming the layer where the size does not divide the row and no
+        fallback is allowed.
+        """
         if self.hadamard is None:
             return None
         block = math.gcd(self.hadamard, row)
+        if block < self.hadamard and not self.fallback:
+            raise ConfigError(
+                f"layer {layer}: hadamard {self.hadamard} does not divide its {row} input "
+                "channels; choose another size or allow the fallback to a smaller one"
+            )
         return block if block > 1 else None
 
 

@@ -125,8 +125,8 @@ def release_float_weights(model: nn.Module) -> None:
 def describe_linears(var: VAR, config: QuantConfig | None) -> Iterator[LayerShape]:
     """Every Linear with its size, tokens per image and widths; `config` None describes the float
     model."""
-    for name, module in var.named_modules():
-        if isinstance(module, nn.Linear | QuantLinear):
+    for name, module in _seams(var):
+        if isinstance(module, nn.Linear):
             spec = config.linear_for(name) if config else None
             weight, input_ = (spec.weight, spec.input) if spec else (None, None)
             transform = spec.input_transform if spec and (weight or input_) else None
@@ -137,12 +137,19 @@ def describe_linears(var: VAR, config: QuantConfig | None) -> Iterator[LayerShap
                 tokens_per_image(name, var.scales),
                 weight.num_bits if weight else None,
                 input_.num_bits if input_ else None,
-                transform.block_for(module.in_features) if transform else None,
+                transform.block_for(module.in_features, name) if transform else None,
             )
 
 
+def _seams(var: VAR) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the float model of this architecture, whatever stands in `var` in their
+    place."""
+    with torch.device("meta"):
+        return VAR(var.arch).named_modules()
+
+
 def describe_products(var: VAR, config: QuantConfig | None) -> Iterator[ProductShape]:
-    for name, module in var.named_modules():
+    for name, module in _seams(var):
         if isinstance(module, Mix):
             attention = name.rpartition(".")[0]
             spec = config.attention_for(attention) if config else None

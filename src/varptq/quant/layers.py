@@ -10,6 +10,7 @@ products are in attention.py. Shapes as in models/var.py; G groups of g input ch
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -23,7 +24,6 @@ from varptq.quant import adaround
 from varptq.quant.affine import (
     Grid,
     affine_codes,
-    affine_fake,
     affine_grid,
     affine_values,
     from_groups,
@@ -31,7 +31,13 @@ from varptq.quant.affine import (
 )
 from varptq.quant.config import InputTransform, LinearSpec, TensorSpec
 from varptq.quant.sign_split import sign_split_fake
-from varptq.quant.transforms import centred_bias, hadamard, rotate_weight
+from varptq.quant.transforms import (
+    centred_bias,
+    hadamard,
+    rotate_weight,
+    transform_and_quantize,
+    transformed,
+)
 
 # Buffers of a QuantLinear that keep their dtype when the model is cast.
 FLOAT32_BUFFERS = ("scale", "zero_point", "means", "mean_bias")
@@ -90,7 +96,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.layer, self.spec = layer, spec
         transform = spec.input_transform or InputTransform()
-        self.centred, self.block = transform.center, transform.block_for(linear.in_features)
+        self.centred, self.block = transform.center, transform.block_for(linear.in_features, layer)
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.bias = linear.bias
         self.input_group = spec.input.group_for(self.in_features, layer) if spec.input else None
@@ -191,43 +197,52 @@ class QuantLinear(nn.Module):
                 cached = self._cached_weight = self.dequantized().to(dtype)
         return cached
 
-    def fake_input(self, x: Tensor) -> Tensor:
-        """The input on its grid: per token, or per group of channels of a token. Raises
+    def fake_input(self, x: Tensor, mean: Tensor | None = None) -> Tensor:
+        """The transformed input on its grid: per token, or per group of channels of a token. Raises
         `NonFiniteError` naming the layer, since a range with NaN or infinity has no grid."""
         spec = self.spec.input
         if spec is None:
-            return x
+            return transformed(x, mean, self.block)
         if not bool(x.isfinite().all()):
             raise NonFiniteError(f"layer {self.layer}: input holds NaN or infinity")
-        rows = to_groups(x, self.input_group)
-        fake = (
-            sign_split_fake(rows, spec.num_bits)
-            if spec.type == "sign_split"
-            else affine_fake(rows, spec.num_bits, -1, spec.range_rule)
-        )
-        return from_groups(fake) if self.input_group else fake
+        group = self.input_group
+        if spec.type == "sign_split" and x.requires_grad:
+            # A code 0 no longer tells which side's scale its gradient belongs to.
+            rows = to_groups(transformed(x, mean, self.block), group)
+            fake = sign_split_fake(rows, spec.num_bits)
+        else:
+            codes = transform_and_quantize(x, spec, mean=mean, block=self.block, group=group)
+            fake = codes.values().to(x.dtype)
+        return from_groups(fake) if group else fake
 
-    def transformed(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """The input less its mean and rotated, as far as the spec says; `rows` (l,) are the rows of
-        `means` the tokens take."""
-        if rows is not None:
-            x = (x - self.means[rows]).to(x.dtype)
-        return hadamard(x, self.block) if self.block else x
+    def quantized_input(self, x: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
+        """What the weight is multiplied with: x (..., in) transformed and on its grid."""
+        return self.fake_input(x, self._tables(spans, x.device)[0] if self.centred else None)
 
     def forward(self, x: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
-        rows = self._mean_rows(spans, x.device) if self.centred else None
-        fake = self.fake_input(self.transformed(x, rows))
+        mean, gained = self._tables(spans, x.device) if self.centred else (None, None)
+        fake = self.fake_input(x, mean)
         y = F.linear(fake, self.current_weight(x.dtype), self.bias)
-        return y if rows is None else (y + self.mean_bias[rows]).to(y.dtype)
+        return y if gained is None else (y + gained).to(y.dtype)
 
-    def _mean_rows(self, spans: Sequence[Span] | None, device: torch.device) -> Tensor:
-        """(l,) scale of every token; one row for a layer that sees no tokens."""
+    def _tables(self, spans: Sequence[Span] | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean (l, in) and what it is worth in the output (l, out) for every token; one row for a
+        layer that sees no tokens. A schedule with more scales than the table has rows takes the
+        mean of all rows and says so."""
         if spans is None:
             assert len(self.means) == 1, f"layer {self.layer} wants to know its tokens' scales"
-            return torch.zeros(1, dtype=torch.int64, device=device)
+            return self.means, self.mean_bias
+        if spans[-1].scale >= len(self.means):
+            warnings.warn(
+                f"layer {self.layer}: means of {len(self.means)} scales, found scale "
+                f"{spans[-1].scale + 1}; the mean of all stands in",
+                stacklevel=2,
+            )
+            return self.means.mean(0, keepdim=True), self.mean_bias.mean(0, keepdim=True)
         lengths = [span.queries.stop - span.queries.start for span in spans]
         scales = torch.tensor([span.scale for span in spans], device=device)
-        return scales.repeat_interleave(torch.tensor(lengths, device=device))
+        rows = scales.repeat_interleave(torch.tensor(lengths, device=device))
+        return self.means[rows], self.mean_bias[rows]
 
     def extra_repr(self) -> str:
         return f"{self.layer}, in={self.in_features}, out={self.out_features}"

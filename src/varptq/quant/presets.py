@@ -1,16 +1,21 @@
 """Presets of `QuantConfig` by name: "w<bits>a<bits>" with any of the modifiers joined by "+".
 
-The bare name is the paper's assignment of quantizers (docs/method.md section 2). Modifiers change
-one thing each and apply in the order written:
+The bare name is what measures best among what integers can execute (docs/quality.md): inputs
+smoothed, centred and rotated, probabilities uniform at 8 bits, word_embed and the head's input at 8
+bits, keys and values on a scale per token. "w<bits>a<bits>+paper" is the paper's assignment of
+quantizers (docs/method.md section 2). Further modifiers change one thing each of either and apply
+in the order written:
 
     litevar     fc2 stays in float (LiteVAR)          skip-head   the head stays in float
     released    ranges as the released code           p8          probabilities uniform, 8 bits
-    renorm      rows of quantized probabilities       qk8, v8     queries and keys, values at 8 bits
-                sum to one                            edges8      word_embed and head at 8 bits
-    center      Linear inputs less their mean         rotate      Linear inputs in Hadamard blocks
+    renorm      rows of quantized probabilities       qk6, qk8    queries and keys at 6 or 8 bits
+                sum to one                            v6, v8      values at 6 or 8 bits
+    smooth      Linear inputs on a fitted diagonal    edges8      word_embed and head at 8 bits
+    center      Linear inputs less their mean         io8         the same, head weight as it was
+    rotate      Linear inputs in Hadamard blocks      g32         grouped inputs in groups of 32
     segment     values per head and scale             token       values per token
-    balanced    center + rotate + p8 + edges8 + token: 4 bits well beyond the paper, few more BOPs
-    best        balanced + qk8 + v8: the attention products at 8 bits too
+
+"paper", "balanced" and "best" are names of their own for w4a4+paper, w4a4 and w4a4+qk6+v6+g32.
 """
 
 from __future__ import annotations
@@ -37,7 +42,11 @@ from varptq.quant.config import (
 GROUPED_BELOW_BITS = 6
 WEIGHT_GROUP, INPUT_GROUP = 128, 64
 HADAMARD_BLOCK = 128
-FC2, EDGES = "blocks.*.ffn.fc2", ("word_embed", "head")
+FC2 = "blocks.*.ffn.fc2"
+# Modifiers of every bare name, and the word that leaves them out.
+BEYOND_PAPER = ("smooth", "center", "rotate", "p8", "io8", "token")
+PAPER = "paper"
+NAMES = {"paper": "w4a4+paper", "balanced": "w4a4", "best": "w4a4+qk6+v6+g32"}
 
 Modifier = Callable[[QuantConfig], QuantConfig]
 
@@ -45,17 +54,23 @@ Modifier = Callable[[QuantConfig], QuantConfig]
 def preset(name: str) -> QuantConfig:
     """The preset `name`. Raises `ConfigError` for an unknown one, listing the known parts."""
     base, *modifiers = name.split("+")
+    base, *implied = NAMES.get(base, base).split("+")
+    modifiers = [*implied, *modifiers]
     match = re.fullmatch(r"w([0-9]+)a([0-9]+)", base)
     if not match:
         raise ConfigError(
-            f"preset {name!r}: expected w<bits>a<bits>, e.g. w4a4, optionally with {_known()}"
+            f"preset {name!r}: expected w<bits>a<bits>, e.g. w4a4, or {', '.join(NAMES)}, "
+            f"optionally with {_known()}"
         )
     bits = [int(text) for text in match.groups()]
     for side, value in zip(("weight", "activation"), bits, strict=True):
         if not MIN_BITS <= value <= MAX_BITS:
             raise ConfigError(f"preset {name!r}: {side} bits {value} not in {MIN_BITS}..{MAX_BITS}")
+    modifiers = modifiers[1:] if modifiers[:1] == [PAPER] else [*BEYOND_PAPER, *modifiers]
     config = from_bits(*bits)
     for modifier in modifiers:
+        if modifier == PAPER:
+            raise ConfigError(f"preset {name!r}: +{PAPER} stands first, as in {base}+{PAPER}")
         if modifier not in MODIFIERS:
             raise ConfigError(f"preset {name!r}: unknown modifier {modifier!r}, known: {_known()}")
         config = MODIFIERS[modifier](config)
@@ -117,14 +132,16 @@ def _operand_bits(bits: int, *operands: str) -> Modifier:
 
 
 def _policy(policy: str, value_strategy: str) -> Modifier:
-    """Keys per token and values on fixed codes, ranges with zero so that zero points are codes."""
+    """Keys per token and values on fixed codes; ranges with zero, so that every zero point is a
+    code and products of integers stay within 32 bits."""
 
     def change(config: QuantConfig) -> QuantConfig:
         spec = config.attention
-        assert spec is not None and spec.key is not None and spec.value is not None
+        assert spec is not None and spec.query and spec.key and spec.value
+        query = spec.query.replace(range_rule="with_zero")
         key = spec.key.replace(strategy="token", range_rule="with_zero")
         value = spec.value.replace(strategy=value_strategy, range_rule="with_zero")
-        return _attention(config, policy=policy, key=key, value=value)
+        return _attention(config, policy=policy, query=query, key=key, value=value)
 
     return change
 
@@ -147,6 +164,8 @@ def _transformed(**changes: Any) -> Modifier:
     def change(config: QuantConfig) -> QuantConfig:
         transform = (config.linear.input_transform or InputTransform()).replace(**changes)
         linear = config.linear.replace(input_transform=transform)
+        if not (transform.center or transform.hadamard):
+            return config.replace(linear=linear)
         rules = tuple(
             rule.replace(input=rule.input.replace(type="affine")) if rule.input else rule
             for rule in config.rules
@@ -156,12 +175,31 @@ def _transformed(**changes: Any) -> Modifier:
     return change
 
 
-def _edges(bits: int) -> Modifier:
-    rules = [
-        LayerRule(targets=target, weight=weight_spec(bits), input=input_spec(bits))
-        for target in EDGES
-    ]
-    return lambda config: config.with_rules(*rules)
+def _edges(bits: int, *, head_weight: bool) -> Modifier:
+    """word_embed and the head; the head's weight at 8 bits costs as much as both its sides."""
+    head: dict[str, Any] = {"weight": weight_spec(bits)} if head_weight else {}
+    return lambda config: config.with_rules(
+        LayerRule(targets="word_embed", weight=weight_spec(bits), input=input_spec(bits)),
+        LayerRule(targets="head", input=input_spec(bits), **head),
+    )
+
+
+def _input_groups(size: int) -> Modifier:
+    """Groups of `size` wherever inputs have groups."""
+
+    def grouped(spec: TensorSpec | None) -> TensorSpec | None:
+        if spec is None or spec.group_size is None:
+            return spec
+        return spec.replace(group_size=size)
+
+    def change(config: QuantConfig) -> QuantConfig:
+        rules = tuple(
+            rule.replace(input=grouped(rule.input)) if rule.input else rule for rule in config.rules
+        )
+        linear = config.linear.replace(input=grouped(config.linear.input))
+        return config.replace(linear=linear, rules=rules)
+
+    return change
 
 
 MODIFIERS: dict[str, Modifier] = {
@@ -170,9 +208,14 @@ MODIFIERS: dict[str, Modifier] = {
     "released": _released_ranges,
     "p8": lambda config: _attention(config, probability=TensorSpec(num_bits=8, type="uniform")),
     "renorm": lambda config: _attention(config, renormalize=True),
+    "qk6": _operand_bits(6, "query", "key"),
     "qk8": _operand_bits(8, "query", "key"),
+    "v6": _operand_bits(6, "value"),
     "v8": _operand_bits(8, "value"),
-    "edges8": _edges(8),
+    "g32": _input_groups(32),
+    "edges8": _edges(8, head_weight=True),
+    "io8": _edges(8, head_weight=False),
+    "smooth": _transformed(smooth=True),
     "center": _transformed(center=True),
     "rotate": _transformed(hadamard=HADAMARD_BLOCK),
     "segment": _policy("segment", "head"),
@@ -180,19 +223,5 @@ MODIFIERS: dict[str, Modifier] = {
 }
 
 
-def _all_of(*names: str) -> Modifier:
-    def change(config: QuantConfig) -> QuantConfig:
-        for name in names:
-            config = MODIFIERS[name](config)
-        return config
-
-    return change
-
-
-BALANCED = ("center", "rotate", "p8", "edges8", "token")
-MODIFIERS["balanced"] = _all_of(*BALANCED)
-MODIFIERS["best"] = _all_of(*BALANCED, "qk8", "v8")
-
-
 def _known() -> str:
-    return ", ".join(f"+{name}" for name in MODIFIERS)
+    return ", ".join(f"+{name}" for name in (PAPER, *MODIFIERS))

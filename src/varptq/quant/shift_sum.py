@@ -49,6 +49,20 @@ def shift_sum_codes(v: Tensor, grid: Grid, order: Tensor, num_bits: int) -> Tens
     return fine.div_(copies).add_(grid.zero_point).clamp_(0, 2**num_bits - 1)
 
 
+def fixed_codes(v: Tensor, grid: Grid, order: Tensor, num_bits: int, max_order: int = 3) -> Tensor:
+    """Codes of v at `order` derived from one wider integer, as `shift_sum_codes` returns them.
+
+    A cache whose codes never change holds u = 2^m (code - z) at the finest order m = max_order; a
+    key of order n is read as u_n = floor((u + 2^(m-n-1)) / 2^(m-n)), a rounding shift. Rounding
+    twice moves a code by one step of order n where the first rounding lands on a half.
+    """
+    finest = shift_sum_codes(v, grid, torch.full_like(order, max_order), num_bits)
+    copies = copies_of(order, grid.scale.dtype)
+    steps = (finest - grid.zero_point) * copies
+    rounded = (steps.detach() + 0.5).floor()
+    return (steps + (rounded - steps).detach()) / copies + grid.zero_point
+
+
 def shift_sum_integers(v: Tensor, grid: Grid, order: Tensor, num_bits: int) -> Tensor:
     """N times the codes, int16 in [0, N (2^b - 1)]: a grid of step s/N and zero point N z a key."""
     codes = shift_sum_codes(v.detach(), grid, order, num_bits)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from varptq import artifact
+from varptq.artifact.load import empty_modules, read_config
+from varptq.artifact.load import load as load_artifact
+from varptq.errors import InputError
 from varptq.quant.pipeline import QuantizedPipeline
-from varptq.runtime.resolve import AUTO, resolve
+from varptq.runtime.convert import convert_linear, finish
+from varptq.runtime.decoder import decode_in
+from varptq.runtime.resolve import AUTO, Choice, asked_for, resolve
 
 
 def load(
@@ -21,10 +26,27 @@ def load(
     """The quantized pipeline stored in `folder`, ready to compute on `runtime`.
 
     runtime: "auto" or a name of `varptq.runtime.RUNTIMES`; the choice is in the result's `runtime`.
-    dtype: of the float parts and of the arithmetic. Raises `InputError` for a runtime that is not
-    there or a dtype that is not floating, `ArtifactError` naming the file and what is wrong.
+    dtype: of the float parts and of the arithmetic; on an integer runtime, of the image decoder
+    alone, the rest being integers and float32. Raises `InputError` for a runtime that is not there
+    or does not execute the config, by layer, and for a dtype that is not floating; `ArtifactError`
+    naming the file and what is wrong.
     """
-    name = resolve(runtime)
-    pipeline = artifact.load(folder, device=device, dtype=dtype)
-    pipeline.runtime = name
-    return pipeline
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype {dtype}: expected a floating dtype, e.g. torch.bfloat16")
+    choice = choose(folder, runtime=runtime, device=device)
+    if choice.kernels is None:
+        return load_artifact(folder, device=device, dtype=dtype)
+    # A layer goes from its codes to the kernels' layout before the next one is read.
+    adopt = partial(convert_linear, kernels=choice.kernels)
+    pipeline = load_artifact(folder, dtype=torch.float32, adopt=adopt)
+    return decode_in(finish(pipeline, choice.kernels).to(device=device), dtype)
+
+
+def choose(
+    folder: str | Path, *, runtime: str = AUTO, device: str | torch.device = "cpu"
+) -> Choice:
+    """Who would compute the artifact in `folder`, and why; no weight is read. Raises as `load`."""
+    asked_for(runtime)
+    document, _ = read_config(folder)
+    var, _ = empty_modules(folder, document)
+    return resolve(var, runtime, device)

@@ -1,0 +1,317 @@
+"""Tables and picture of the methods section of docs/results.md, from results/methods.jsonl.
+
+    python benchmarks/methods_report.py
+
+Token measures of further calibration seeds come from results/proof.jsonl, whose calibrations are
+the same. The paper's numbers stand beside ours as changes against BRECQ at the same width, since
+levels of another model, data set and feature network say nothing here. Writes the text between the
+"methods" markers and docs/images/methods.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+import numpy as np
+from methods import (
+    ABLATED_WIDTHS,
+    ABLATION,
+    FLOAT,
+    METHODS,
+    PAPER,
+    RESNET56,
+    VQVAE,
+    WIDTHS,
+    read,
+    standard_error,
+)
+from proof import RESULTS as PROOF
+from proof_report import DOCS, replace, save
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Line = dict[str, Any]
+BASE = "brecq"
+# FID2FP16 of the paper's table, 50,000 images: VAR-d16 and VAR-d30.
+PAPER_FID2FP = {
+    "w6a6": {
+        "brecq": (4.29, 2.55),
+        "litevar": (4.05, 2.48),
+        "sas": (3.14, 2.09),
+        "sas+litevar": (2.64, 1.85),
+    },
+    "w4a8": {
+        "brecq": (4.76, 1.96),
+        "litevar": (3.85, 2.03),
+        "sas": (4.05, 1.81),
+        "sas+litevar": (3.00, 1.76),
+    },
+    "w4a6": {
+        "brecq": (10.57, 4.17),
+        "litevar": (9.09, 4.60),
+        "sas": (8.44, 3.74),
+        "sas+litevar": (5.28, 3.56),
+    },
+    "w4a4": {
+        "brecq": (32.82, 14.66),
+        "litevar": (36.67, 11.11),
+        "sas": (24.35, 8.68),
+        "sas+litevar": (18.32, 8.48),
+    },
+}
+# Its ablation at W4A6, FID2FP16: VAR-d16 and VAR-d20.
+PAPER_ABLATION = {
+    "brecq": (10.57, 6.62),
+    "brecq+shift": (9.55, 6.03),
+    "brecq+resample": (9.74, 5.61),
+    "sas": (8.44, 5.09),
+}
+
+
+class Results:
+    """The lines of one image count, and the token measures of more seeds."""
+
+    def __init__(self, lines: list[Line], proof: list[Line]) -> None:
+        self.count = max(line["count"] for line in lines)
+        self.lines = [x for x in lines if x["count"] == self.count and x["network"] == RESNET56]
+        self.other = [x for x in lines if x["network"] != RESNET56]
+        samples = {line["calibration"]["num_samples"] for line in proof}
+        self.proof = [x for x in proof if x["calibration"]["num_samples"] == max(samples)]
+        self.float_images = self.lines[0]["float_images"]
+
+    def of(self, width: str, method: str) -> list[Line]:
+        return [x for x in self.lines if (x["width"], x["method"]) == (width, method)]
+
+    def images(self, width: str, method: str, name: str) -> list[float]:
+        return [line["images"][name] for line in self.of(width, method)]
+
+    def without(self, width: str, method: str, name: str) -> np.ndarray:
+        """(10,) means over seeds of a distance without one tenth of the images each."""
+        return np.mean([line["images"]["without"][name] for line in self.of(width, method)], axis=0)
+
+    def error(self, width: str, method: str, name: str) -> float:
+        """Standard error of the mean over seeds that comes from the number of images."""
+        return standard_error(self.without(width, method, name).tolist())
+
+    def tokens(self, width: str, method: str, name: str) -> list[float]:
+        by_seed = {line["seed"]: line["fidelity"][name] for line in self.of(width, method)}
+        for line in self.proof:
+            if (line["width"], line["method"]) == (width + PAPER, method):
+                by_seed.setdefault(line["seed"], line["fidelity"][name])
+        return list(by_seed.values())
+
+    def widths(self) -> list[str]:
+        return [width for width in WIDTHS if any(x["width"] == width for x in self.lines)]
+
+    def methods(self, width: str) -> list[str]:
+        asked = (*METHODS, *(ABLATION if width in ABLATED_WIDTHS else ()))
+        return [method for method in asked if self.of(width, method)]
+
+    @property
+    def chance(self) -> float:
+        """FD2FP of the float model with other image seeds."""
+        return mean(self.images(FLOAT, FLOAT, "fd2fp"))
+
+    def excess(self, width: str, method: str) -> float:
+        """FD2FP above chance."""
+        return mean(self.images(width, method, "fd2fp")) - self.chance
+
+
+def over_seeds(values: list[float], digits: int) -> str:
+    """Mean, and the deviation over seeds where there are several."""
+    if not values:
+        return "-"
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
+    return [*(f"| {row} |" for row in text), ""]
+
+
+def distance(results: Results, width: str, method: str, name: str, digits: int) -> str:
+    value = mean(results.images(width, method, name))
+    return f"{value:.{digits}f} ± {results.error(width, method, name):.{digits}f}"
+
+
+def anchors(results: Results) -> list[str]:
+    head = ["", "FD2FP", "FD", "FD, VQVAE", "accuracy", "IS", "LPIPS"]
+    names = (("fd2fp", 3), ("fd", 2), ("fd_vqvae", 2), ("accuracy", 3), ("is", 3), ("lpips", 3))
+    floats = [over_seeds(results.images(FLOAT, FLOAT, n), digits) for n, digits in names]
+    rebuilt = results.of(VQVAE, VQVAE)[0]["images"]
+    real = [f"{rebuilt[n]:.{digits}f}" for n, digits in names[:3]]
+    rows = [["float, other image seeds", *floats], ["real through the VQVAE", *real, "-", "-", "-"]]
+    return table(head, rows)
+
+
+def levels(results: Results, width: str) -> list[str]:
+    head = ["method", "seeds", "KL", "top-1", "LPIPS", "FD2FP", "FD", "FD, VQVAE", "accuracy", "IS"]
+    rows = []
+    for method in results.methods(width):
+        cells = [
+            f"{len(results.of(width, method))}",
+            over_seeds(results.tokens(width, method, "kl_filtered"), 3),
+            over_seeds(results.tokens(width, method, "top1"), 3),
+            over_seeds(results.images(width, method, "lpips"), 4),
+            distance(results, width, method, "fd2fp", 3),
+            distance(results, width, method, "fd", 2),
+            distance(results, width, method, "fd_vqvae", 2),
+            over_seeds(results.images(width, method, "accuracy"), 3),
+            over_seeds(results.images(width, method, "is"), 3),
+        ]
+        rows.append([f"`{method}`", *cells])
+    return [f"**{width.upper()}:**", "", *table(head, rows)]
+
+
+def change(value: float, base: float) -> str:
+    return f"{100 * (value / base - 1):+.0f}%"
+
+
+def excess_change(results: Results, width: str, method: str) -> str:
+    """Of FD2FP above chance. Its error is of the ratio: both sets miss the same images."""
+    base, value = results.excess(width, BASE), results.excess(width, method)
+    if base < 2 * results.error(width, BASE, "fd2fp"):
+        return "within chance"
+    parts = [results.without(width, m, "fd2fp") - results.chance for m in (method, BASE)]
+    error = standard_error((parts[0] / parts[1]).tolist())
+    return f"{change(value, base)} ± {100 * error:.0f}"
+
+
+def our_changes(results: Results, width: str, method: str) -> list[str]:
+    def means(get: Callable[..., list[float]], name: str) -> str:
+        return change(mean(get(width, method, name)), mean(get(width, BASE, name)))
+
+    return [
+        means(results.tokens, "kl_filtered"),
+        means(results.images, "lpips"),
+        excess_change(results, width, method),
+    ]
+
+
+def relative(
+    results: Results,
+    rows: Iterable[tuple[str, str]],
+    paper: Callable[[str, str], tuple[list[str], str]],
+) -> list[str]:
+    """Changes against BRECQ; `paper` gives its two cells of a row."""
+    lines, labels = [], ""
+    for width, method in rows:
+        if results.of(width, method) and results.of(width, BASE):
+            theirs, labels = paper(width, method)
+            ours = our_changes(results, width, method)
+            lines.append([width.upper(), f"`{method}`", *ours, *theirs])
+    models = [f"paper, FID2FP, {name}" for name in labels.split()]
+    return table(["width", "method", "KL", "LPIPS", "FD2FP above chance", *models], lines)
+
+
+def paper_methods(width: str, method: str) -> tuple[list[str], str]:
+    found = PAPER_FID2FP.get(width, {})
+    pairs = zip(found.get(method, ()), found.get(BASE, ()), strict=True)
+    return [change(value, base) for value, base in pairs] or ["-", "-"], "d16 d30"
+
+
+def paper_ablation(width: str, method: str) -> tuple[list[str], str]:
+    pairs = zip(PAPER_ABLATION[method], PAPER_ABLATION[BASE], strict=True)
+    cells = [change(value, base) for value, base in pairs]
+    return (cells if width == "w4a6" else ["-", "-"]), "d16 d20"
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def picture(results: Results) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2))
+    widths, shown = results.widths(), list(METHODS)
+    for place, method in enumerate(shown):
+        there = [i for i, width in enumerate(widths) if results.of(width, method)]
+        values = [mean(results.images(widths[i], method, "fd2fp")) for i in there]
+        errors = [results.error(widths[i], method, "fd2fp") for i in there]
+        offsets = [i + (place - len(shown) / 2 + 0.5) * 0.16 for i in there]
+        left.bar(offsets, values, 0.15, yerr=errors, label=method, error_kw={"lw": 0.8})
+        kl = [mean(results.tokens(widths[i], method, "kl_filtered")) for i in there]
+        right.errorbar(kl, values, errors, fmt="o", ms=4, lw=0.8)
+    for axis in (left, right):
+        axis.axhline(results.chance, color="0.5", ls="--", lw=1, label="float, other seeds")
+        axis.set_yscale("log")
+    left.set_xlim(-0.5, len(widths) - 0.5)
+    left.set_xticks(range(len(widths)), [width.upper() for width in widths])
+    left.set_ylabel("FD2FP, ResNet-56 features")
+    left.legend(fontsize=7)
+    right.set_xscale("log")
+    right.set_xlabel("KL to float, nats per token")
+    save(figure, "methods.png")
+
+
+def intro(results: Results) -> list[str]:
+    rows = [(w, m) for w in results.widths() for m in results.methods(w)]
+    seeds = [len(results.of(*row)) for row in rows]
+    kl = [mean(results.tokens(*row, "kl_filtered")) for row in rows]
+    fd2fp = [mean(results.images(*row, "fd2fp")) for row in rows]
+    within = sum(results.excess(*row) < 2 * results.error(*row, "fd2fp") for row in rows)
+    return [
+        f"{len(rows)} rows, {min(seeds)} to {max(seeds)} calibration seeds, {results.count} images "
+        f"each; FD2FP against {results.float_images} float images. Behind distances stands their "
+        "standard error from the number of images (jackknife over tenths), elsewhere the deviation "
+        "over calibration seeds where there are several.",
+        "",
+        f"Over all rows the rank correlation of KL and FD2FP is {rank_correlation(kl, fd2fp):.2f}. "
+        f"{within} of {len(rows)} rows have an FD2FP within two standard errors of chance, which "
+        f"is {results.chance:.3f}.",
+        "",
+    ]
+
+
+def others(results: Results) -> list[str]:
+    """The same distances in features of another network, where they were measured."""
+    if not results.other:
+        return []
+    rows = [
+        [
+            x["network"],
+            str(x["count"]),
+            x["width"].upper(),
+            f"`{x['method']}`",
+            f"{x['images']['fd2fp']:.2f}",
+            f"{x['images']['fd']:.2f}",
+            f"{x['images']['fd_vqvae']:.2f}",
+        ]
+        for x in results.other
+    ]
+    head = ["network", "images", "width", "method", "FD2FP", "FD", "FD, VQVAE"]
+    return ["**In other features:**", "", *table(head, rows)]
+
+
+def main() -> None:
+    results = Results(read(), read(PROOF))
+    picture(results)
+    widths = results.widths()
+    compared = [(w, m) for w in widths for m in ("litevar", "sas", "sas+litevar")]
+    ablated = [(w, m) for w in ABLATED_WIDTHS for m in (*ABLATION, "sas")]
+    text = [
+        *intro(results),
+        "**What chance and the VQVAE alone give:**",
+        "",
+        *anchors(results),
+        *(line for width in widths for line in levels(results, width)),
+        "![methods by width, and KL against FD2FP](images/methods.png)",
+        "",
+        "**Changes against `brecq`, beside the paper's:**",
+        "",
+        *relative(results, compared, paper_methods),
+        "**The ablation, against `brecq`:**",
+        "",
+        *relative(results, ablated, paper_ablation),
+        *others(results),
+    ]
+    replace(DOCS / "results.md", "methods", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Wall time of a calibration on several GPUs: a model with measured steps and stated assumptions.
+
+    python benchmarks/scaling.py
+
+    wall = samples / ranks + pass of the float model (on every rank) + longest share of the units
+    step = 3 b multiply-adds (forward, and backward at twice its cost) / rate, b rows
+
+Units are dealt as `Ranks.share_by_cost` deals them. The rate of one thread of the machine is what
+results/calibration.json (benchmarks/calibration.py) found per kind of unit, quantizers included;
+that of a GPU is assumed. Writes the tables between the "scaling" markers of docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from calibration import FULL_SAMPLES, FULL_STEPS, RESULTS
+from proof_report import DOCS, replace
+
+from varptq.calibrate.config import CalibrationConfig
+from varptq.distributed import Ranks
+from varptq.models.presets import PRESETS
+
+# Multiply-adds a second that a GPU is assumed to sustain in a step, quantizers included.
+GPU_RATE = 20e12
+STEP_PASSES = 3
+RANKS = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the cost of a model: depth, width C, tokens L, codebook entries V."""
+
+    depth: int
+    width: int
+    tokens: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, name: str) -> Shape:
+        arch = PRESETS[name].var_arch
+        return cls(arch.depth, arch.width, arch.scales.num_tokens, arch.codebook_size)
+
+    def units(self) -> dict[str, float]:
+        """Multiply-adds of one row through each unit over tokens; the others are negligible."""
+        linear = self.width**2 * self.tokens
+        found = {}
+        for index in range(self.depth):
+            found[f"{index}.attention"] = 4 * linear + self.tokens**2 * self.width
+            found[f"{index}.FFN"] = 8.0 * linear
+        return {**found, "single Linear": float(self.width * self.vocabulary * self.tokens)}
+
+
+# Depth 32, width 2048, all scales of 1024 x 1024 pixels; 2 x 32 bitwise logits; its
+# cross-attention to the text is left out.
+MODELS = {
+    "VAR-d30": Shape.of("var-d30"),
+    "Infinity-2B": Shape(32, 2048, 10521, 64),
+}
+
+
+def wall(shape: Shape, config: CalibrationConfig, ranks: int, rate: float) -> tuple[float, ...]:
+    """Seconds of generation, the float pass, and the longest share of the units."""
+    units = shape.units()
+    rows = 2 * config.num_samples
+    whole = rows * sum(units.values()) / rate
+    step = STEP_PASSES * config.batch_size / rate
+    # GPTQ passes the unit once per layer, two at most, and one more to add up the moments.
+    solving = 3 * rows / rate if config.solves else 0.0
+    shares = (Ranks(rank, ranks).share_by_cost(units) for rank in range(ranks))
+    longest = max(sum(units[name] for name in share) for share in shares)
+    return whole / ranks, whole, longest * (config.steps * config.learns * step + solving)
+
+
+def machine_rates(found: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Kind of unit, seconds of a step as measured, and multiply-adds a second."""
+    units = Shape.of("var-d16").units()
+    for kind in ("attention", "FFN", "single Linear"):
+        seconds = found["units"][f"{kind}, float32"]["together"]
+        cost = next(cost for name, cost in units.items() if name.endswith(kind))
+        yield kind, seconds, STEP_PASSES * found["batch"] * cost / seconds
+
+
+def duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours >= 1 else f"{seconds / 60:.1f} min"
+
+
+def tables() -> list[str]:
+    found = json.loads(RESULTS.read_text())["step"]
+    lines = [
+        f"| unit of d16, {found['batch']} rows | step, one CPU thread | multiply-adds a second |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {kind} | {s:.2f} s | {rate:.2e} |" for kind, s, rate in machine_rates(found)]
+    full = CalibrationConfig(num_samples=FULL_SAMPLES, steps=FULL_STEPS)
+    settings = {name: CalibrationConfig.preset(name) for name in ("fast", "standard", "max")}
+    settings[f"{FULL_SAMPLES} samples, {FULL_STEPS} steps"] = full
+    lines += ["", "| model | setting | GPUs | samples | float pass | units | wall |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for model, shape in MODELS.items():
+        for setting, config in settings.items():
+            for ranks in RANKS:
+                parts = wall(shape, config, ranks, GPU_RATE)
+                cells = " | ".join(duration(part) for part in (*parts, sum(parts)))
+                lines.append(f"| {model} | {setting} | {ranks} | {cells} |")
+    return lines
+
+
+if __name__ == "__main__":
+    replace(DOCS / "scaling.md", "scaling", tables())

@@ -1,0 +1,61 @@
+"""The tensors of a safetensors file, mapped: read from the disk when used, dropped when done.
+
+A copy of one tensor after another needs memory for the copies alone; tensors that stay views of the
+mapping take none until something computes with them. The map is private: nothing here writes to the
+file. Whether the file may be trusted is checked in load.py before anything is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+LENGTH_BYTES = 8
+
+
+class MappedTensors:
+    """Tensors by name of a file whose header safetensors has found to be valid."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
+        self._data = LENGTH_BYTES + length
+        self._entries: dict[str, Any] = json.loads(self._map[LENGTH_BYTES : self._data])
+
+    def view(self, name: str) -> Tensor:
+        """The tensor on the mapping itself, which lives as long as it."""
+        entry = self._entries[name]
+        start, end = entry["data_offsets"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if start == end:
+            return torch.empty(shape, dtype=dtype)
+        count = (end - start) // dtype.itemsize
+        flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._data + start)
+        return flat.view(shape)
+
+    def take(self, name: str) -> Tensor:
+        """A copy in memory of its own."""
+        copy = self.view(name).clone()
+        self.drop(name)
+        return copy
+
+    def drop(self, name: str) -> None:
+        """Give back the memory that reading the tensor took; it is read again when needed."""
+        start, end = (self._data + offset for offset in self._entries[name]["data_offsets"])
+        start += -start % mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and end - start >= mmap.PAGESIZE:
+            self._map.madvise(mmap.MADV_DONTNEED, start, (end - start) & -mmap.PAGESIZE)

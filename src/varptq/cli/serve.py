@@ -1,0 +1,43 @@
+"""`varptq serve`: the studio in the browser, on this machine.
+
+Opens what lies under the folders given and the published models that are here; what it makes goes
+to --out. Runs until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from varptq.cli import common
+from varptq.errors import InputError
+
+
+def command(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders with artifacts, checkpoints and reports to open."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where artifacts and reports go.")] = Path("out/studio"),
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 wants --auth.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
+    auth: Annotated[
+        str | None, typer.Option(metavar="USER:PASSWORD", envvar="VARPTQ_AUTH", help="Ask for it.")
+    ] = None,
+    device: common.Device = "cpu",
+    dtype: common.Dtype = "float32",
+) -> None:
+    """Open the studio in the browser: generate, edit, quantize, read reports."""
+    if find_spec("gradio") is None:
+        raise InputError("serve: gradio is not here; install it with pip install 'varptq[web]'")
+    from varptq.web.server import Options, make_studio, parse_auth, serve
+
+    placed = str(common.parse_device(device))
+    common.parse_dtype(dtype)
+    options = Options(host, port, parse_auth(auth) if auth else None, placed, dtype)
+    options.check()
+    studio = make_studio(folders or [], out, options)
+    serve(studio, options, lambda address: typer.echo(f"varptq studio: {address}", err=True))

@@ -1,0 +1,186 @@
+"""`edit`: regenerate a part of an image and keep the rest, with any pipeline on any runtime.
+
+The image is encoded to tokens; at every scale the tokens of what is kept are given to the model and
+the others are drawn, so that h = m * h_given + (1 - m) * h_drawn for every token embedding. In- and
+out-painting run under the label "unconditional", where guidance has nothing to add and the batch is
+not doubled. No training, no weights of its own. Source: Tian et al. (VAR), zero-shot editing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from varptq.editing.frame import Frame
+from varptq.editing.masks import (
+    Mask,
+    alpha_mask,
+    box_mask,
+    feather_width,
+    feathered,
+    forced_ids,
+    keep_mask,
+    picture_mask,
+)
+from varptq.editing.reading import ImageLike, flattened, read_image
+from varptq.errors import InputError
+from varptq.models.generate import DEFAULT_BATCH, generate
+from varptq.models.pipeline import UNCONDITIONAL, Pipeline
+from varptq.models.sampling import SamplingSettings
+from varptq.pictures import to_pixels
+from varptq.progress import Progress, silent
+
+Task = Literal["inpaint", "outpaint", "class"]
+TASKS: tuple[Task, ...] = ("inpaint", "outpaint", "class")
+CLASS_TASK: Task = "class"
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """images: the candidates, in the size and mode of `before` (raw: the model's, RGB). tokens:
+    (n, L) int64. before: the upright input (raw: as the model sees it). mask_used: "L" of the same
+    size, the weight of the new picture at every pixel; 0 left the pixel as it was. keep_L: (L,)
+    bool, which tokens were given. cfg: the guidance in use. Candidate i drew from
+    (seed, first_index + i)."""
+
+    images: list[Image.Image]
+    tokens: Tensor
+    before: Image.Image
+    mask_used: Image.Image
+    keep_L: Tensor
+    cfg: float
+    seed: int
+    first_index: int = 0
+
+
+def edit(
+    pipe: Pipeline,
+    image: ImageLike,
+    *,
+    task: str = "inpaint",
+    mask: ImageLike | None = None,
+    box: Sequence[float] | None = None,
+    label: int | str | None = None,
+    fit: str = "crop",
+    candidates: int = 1,
+    seed: int = 0,
+    first_index: int = 0,
+    cfg: float | None = None,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    feather: int | None = None,
+    raw: bool = False,
+    batch_size: int = DEFAULT_BATCH,
+    progress: Progress = silent,
+) -> EditResult:
+    """Regenerate a part of `image`; `candidates` answers to the same question.
+
+    image: path, bytes of a file or Pillow image, of any size and mode. task: "inpaint", "outpaint"
+    (neither takes a label) or "class" (regenerates towards `label`, an id or name, with guidance
+    `cfg`, 1.5 if None). mask: picture of the image's size, white is regenerated. box: instead of a
+    mask, (x0, y0, x1, y1) relative to the image; its inside is regenerated, with "outpaint" what
+    lies around it. With neither, transparent pixels are. fit: "crop" shows the model the centred
+    square, "pad" the whole image. feather: pixels around the mask over which old and new are mixed,
+    None is half a token. raw: the model's own picture, nothing pasted. Candidate i draws from
+    (seed, first_index + i) alone. Raises `InputError` for what cannot be used and `ConfigError`
+    for settings.
+    """
+    label, cfg = _guidance(task, label, cfg)
+    _check_counts(candidates, feather)
+    pipe.labels([label])  # an unknown class is named before any work
+    before, side = read_image(image), pipe.scales.last_side
+    frame = Frame.of(before.size, pipe.vae.image_size, fit)
+    chosen = _mask(before, frame, side, task, mask, box)
+    seen = frame.to_model(flattened(before))
+    keep_L = keep_mask(chosen.cells_PP, pipe.scales)
+    output = generate(
+        pipe,
+        [label] * candidates,
+        seed=seed,
+        cfg=cfg,
+        top_k=top_k,
+        top_p=top_p,
+        forced=forced_ids(encode(pipe, [seen]), keep_L).expand(candidates, -1),
+        first_index=first_index,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    assert output.images is not None
+    images = [Image.fromarray(pixels) for pixels in to_pixels(output.images)]
+    if raw:
+        before, weight = seen, Image.fromarray(frame.mask_to_model(chosen.pixels)).convert("L")
+    else:
+        weight = feathered(chosen.pixels, feather_width(feather, frame, side), frame)
+        images = [frame.paste(before, generated, weight) for generated in images]
+    return EditResult(images, output.tokens, before, weight, keep_L, cfg, seed, first_index)
+
+
+def encode(pipe: Pipeline, images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of the model's size -> ids (B, L) int64 on the model's device."""
+    pixels = np.stack([np.asarray(image) for image in images])
+    x_B3SS = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return pipe.vae.encode(x_B3SS.to(pipe.device))
+
+
+def _check_counts(candidates: int, feather: int | None) -> None:
+    if candidates < 1:
+        raise InputError(f"candidates {candidates}: must be at least 1")
+    if feather is not None and feather < 0:
+        raise InputError(f"feather {feather}: must be 0 pixels or more")
+
+
+def _guidance(task: str, label: int | str | None, cfg: float | None) -> tuple[int | str, float]:
+    """Label and guidance of a task. Raises `InputError` for ones that it does not take."""
+    if task not in TASKS:
+        raise InputError(f"task {task!r}: unknown, expected one of {', '.join(TASKS)}")
+    if task == CLASS_TASK:
+        if label is None:
+            raise InputError("task class: has no label; give the class to change to, name or id")
+        return label, SamplingSettings().cfg if cfg is None else cfg
+    if label is not None:
+        raise InputError(f"label {label!r}: {task} takes none; leave it out or use task class")
+    if cfg:
+        raise InputError(
+            f"cfg {cfg:g}: {task} has no class to be guided to; leave it out or use task class"
+        )
+    return UNCONDITIONAL, 0.0
+
+
+def _mask(
+    image: Image.Image,
+    frame: Frame,
+    side: int,
+    task: str,
+    mask: ImageLike | None,
+    box: Sequence[float] | None,
+) -> Mask:
+    """The mask meant, with something to regenerate and, unless a class says what, to go by."""
+    if mask is not None and box is not None:
+        raise InputError("mask and box: both given, expected one of them")
+    if box is not None:
+        what, chosen = "box", box_mask(box, frame, side, inside=task != "outpaint")
+    elif mask is not None:
+        what, chosen = "mask", picture_mask(mask, frame, side)
+    elif image.mode == "RGBA":
+        what, chosen = "alpha channel", alpha_mask(image, frame, side)
+    else:
+        raise InputError("mask: none; give a mask, a box, or an image with transparent pixels")
+    if chosen.pixels.getbbox() is None:
+        raise InputError(f"{what}: empty, nothing is to be regenerated; cover a part of the image")
+    if not chosen.cells_PP.any():
+        raise InputError(
+            f"{what}: covers no token of the {side} x {side} grid over what the model sees; "
+            "make it larger, or use fit pad to show the model the whole image"
+        )
+    if chosen.cells_PP.all() and task != CLASS_TASK:
+        raise InputError(
+            f"{what}: full, no token of the {side} x {side} grid is kept; leave a part of the "
+            "image, or use task class or generate"
+        )
+    return chosen

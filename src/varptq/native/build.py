@@ -1,0 +1,190 @@
+"""Build the native core: `python -m varptq.native.build [--sanitize] [--force]`.
+
+Every src/*.cpp is compiled by the first C++17 compiler found ($CXX, g++, clang++, c++); files named
+*_avx2.cpp, *_avx512vnni.cpp and *_amx.cpp get the instruction set of their name and exist on x86-64
+only. Objects are kept in build/ under a hash of what went into them, so a rebuild compiles what
+changed. The result, _core.so, carries the hash of all sources: `source_hash` tells a stale one.
+
+--sanitize builds and runs the C++ tests under the address and undefined-behaviour sanitizers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from varptq.errors import ConfigError, OutputError, VarptqError
+
+HERE = Path(__file__).parent
+SOURCES = HERE / "src"
+OBJECTS = HERE / "build"
+LIBRARY = HERE / "_core.so"
+# Present in a checkout only.
+NATIVE_TESTS = HERE.parents[2] / "tests" / "native"
+
+# No contraction: a compiler that fuses multiply and add on its own would give other last bits.
+# (Sums are never reassociated either: there is no -ffast-math.)
+COMMON = (
+    *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread"),
+)
+OPTIMIZED = ("-O3",)
+SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+FLAGS_OF_SUFFIX = {
+    "_avx2": _AVX2,
+    "_avx512vnni": (*_AVX512, "-mprefer-vector-width=512"),
+    "_amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mprefer-vector-width=512"),
+}
+
+
+def compiler() -> str:
+    """Path of a C++ compiler. Raises `ConfigError` where there is none."""
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else ("g++", "clang++", "c++"):
+        if found := shutil.which(name):
+            return found
+    raise ConfigError(
+        f"no C++ compiler ({asked or 'g++, clang++ or c++'}): install one, or name it in CXX; "
+        "without the native core the runtime cpu takes its slow path"
+    )
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in {"x86_64", "amd64"}
+
+
+def _flags_of(source: Path) -> tuple[str, ...] | None:
+    """The instruction set flags of a file; None for one that this architecture lacks."""
+    for suffix, flags in FLAGS_OF_SUFFIX.items():
+        if source.stem.endswith(suffix):
+            return flags if _is_x86() else None
+    return ()
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def source_hash() -> str:
+    """Hash of everything that decides what _core.so does, but for the compiler."""
+    files = sorted(p for p in SOURCES.iterdir() if p.suffix in {".h", ".cpp"})
+    flags = repr((COMMON, OPTIMIZED, FLAGS_OF_SUFFIX)).encode()
+    return _digest([flags, *(part for p in files for part in (p.name.encode(), p.read_bytes()))])
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+        sys.stderr.write(done.stderr)
+        raise ConfigError(f"{Path(command[0]).name} cannot build the native core: {lines[0]}")
+
+
+class _Build:
+    """One set of options: compiles files to objects cached in a folder, and links them."""
+
+    def __init__(self, folder: str, options: Sequence[str], *, force: bool = False) -> None:
+        self.compiler, self.options, self.force = compiler(), tuple(options), force
+        self.folder = OBJECTS / folder
+        version = subprocess.run([self.compiler, "--version"], capture_output=True, check=False)
+        headers = sorted(SOURCES.glob("*.h"))
+        self.common = [version.stdout, *(p.read_bytes() for p in headers)]
+
+    def objects(self, sources: Sequence[Path]) -> list[Path]:
+        wanted = [s for s in sources if _flags_of(s) is not None]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
+            return list(workers.map(self._object, wanted))
+
+    def _object(self, source: Path) -> Path:
+        flags = [*COMMON, *self.options, *(_flags_of(source) or ())]
+        if not _is_x86():
+            flags.append("-DVQ_PORTABLE_ONLY")
+        if "VQ_SOURCE_HASH" in source.read_text():
+            flags.append(f'-DVQ_SOURCE_HASH="{source_hash()}"')
+        key = _digest([*self.common, source.read_bytes(), repr(flags).encode()])
+        made = self.folder / f"{source.stem}-{key}.o"
+        if self.force or not made.exists():
+            self._write(made, [*flags, f"-I{SOURCES}", "-c", str(source)])
+        return made
+
+    def forget_old(self, used: Sequence[Path]) -> None:
+        """Remove objects of former sources. One younger than an hour may belong to a build that
+        runs now in another process."""
+        for old in set(self.folder.glob("*.o")) - set(used):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - old.stat().st_mtime > 3600:
+                    old.unlink()
+
+    def link(self, objects: Sequence[Path], target: Path, *flags: str) -> None:
+        self._write(target, [*self.options, *flags, *(str(o) for o in objects), "-pthread"])
+
+    def _write(self, target: Path, arguments: Sequence[str]) -> None:
+        """Run the compiler; its result appears whole or not at all, since another process may be
+        loading the library or building the same."""
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build") as folder:
+            part = Path(folder) / target.name
+            _run([self.compiler, *arguments, "-o", str(part)])
+            part.replace(target)
+
+
+def build(*, force: bool = False) -> Path:
+    """Compile what changed and link _core.so; returns its path. Raises `ConfigError` without a
+    compiler, `OutputError` where the package's folder cannot be written."""
+    if not os.access(HERE, os.W_OK):
+        raise OutputError(f"{HERE} cannot be written; build the native core as its owner")
+    maker = _Build("release", OPTIMIZED, force=force)
+    objects = maker.objects(sorted(SOURCES.glob("*.cpp")))
+    maker.link(objects, LIBRARY, "-shared")
+    maker.forget_old(objects)
+    return LIBRARY
+
+
+def sanitize() -> int:
+    """Build the C++ tests with all sources under the sanitizers and run them; their exit code."""
+    tests = sorted(NATIVE_TESTS.glob("*.cpp"))
+    if not tests:
+        raise ConfigError(f"no C++ tests in {NATIVE_TESTS}; run this in a checkout")
+    maker = _Build("sanitized", SANITIZED)
+    core = maker.objects(sorted(SOURCES.glob("*.cpp")))
+    code = 0
+    for test in tests:
+        program = maker.folder / test.stem
+        maker.link([*core, *maker.objects([test])], program)
+        code = code or subprocess.run([str(program)], check=False).returncode
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m varptq.native.build", description=__doc__)
+    parser.add_argument("--sanitize", action="store_true", help="run the C++ tests instead")
+    parser.add_argument("--force", action="store_true", help="compile everything again")
+    options = parser.parse_args(arguments)
+    try:
+        if options.sanitize:
+            return sanitize()
+        sys.stdout.write(f"{build(force=options.force)}\n")
+    except VarptqError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

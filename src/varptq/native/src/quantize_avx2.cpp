@@ -1,0 +1,10 @@
+// The quantizer for AVX2; see quantize_rows.h.
+#include "quantize_rows.h"
+
+namespace vq {
+
+bool quantize_row_avx2(const vq_quantize_args& a, int64_t m, float* room, const float* signs) {
+  return quantize_row(a, m, room, signs);
+}
+
+}  // namespace vq

@@ -1,0 +1,122 @@
+"""From the simulated modules to the integer ones: what is refused, and one walk that replaces.
+
+    QuantLinear -> IntLinear      Attention -> IntAttention      ModulatedNorm, GELU -> into the
+                                                                 quantizer of the Linear behind them
+
+What a config leaves in float stays in float, arranged so that an image does not depend on its
+batch. A layer can be converted as soon as its codes are there, so that loading an artifact holds
+one layer unpacked at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import cast
+
+from torch import Tensor, nn
+
+from varptq.errors import InputError
+from varptq.models.pyramid import Phi
+from varptq.models.var import VAR, Attention, Block, FeedForward
+from varptq.quant.convert import quant_linears
+from varptq.quant.layers import QuantLinear
+from varptq.quant.pipeline import QuantizedPipeline
+from varptq.runtime.attention import IntAttention, attention_rule
+from varptq.runtime.kernels import Kernels
+from varptq.runtime.layers import (
+    ByRows,
+    DeferredNorm,
+    IntLinear,
+    PerImage,
+    PerRowAttention,
+    input_rule,
+)
+
+
+def refusal(var: VAR, kernels: Kernels) -> str | None:
+    """The first layer of a simulated model (it may be on the meta device) that `kernels` cannot
+    execute, and why; None where it can execute all."""
+    for name, linear in quant_linears(var).items():
+        rule = input_rule(linear)
+        if rule is None:
+            side = "weight" if linear.spec.weight is None else "input"
+            return f"layer {name}: {side} in float, the other side in integers"
+        if (reason := kernels.refuse_linear(rule)) is not None:
+            return f"layer {name}: {reason}"
+    for attention in _attentions(var).values():
+        rule = attention_rule(attention)
+        if rule is not None and (reason := kernels.refuse_attention(rule)) is not None:
+            return f"layer {rule.layer}: {reason}"
+    return None
+
+
+def on_integers(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
+    """A pipeline that computes `pipe` with `kernels`; `pipe` stays as it is and shares what is not
+    replaced. Raises `InputError` by layer for what the kernels cannot execute."""
+    if (reason := refusal(pipe.var, kernels)) is not None:
+        raise InputError(f"runtime {kernels.name!r}: {reason}; use runtime simulated")
+    tensors = (*pipe.var.parameters(), *pipe.var.buffers(), *pipe.vae.parameters())
+    shared: dict[int, Tensor] = {id(t): t for t in (*tensors, *pipe.vae.buffers())}
+    var, vae = copy.deepcopy(pipe.var, shared), copy.deepcopy(pipe.vae, shared)
+    converted = dataclasses.replace(pipe, var=var, vae=vae)
+    for layer in list(quant_linears(var)):
+        convert_linear(var, layer, kernels)
+    return finish(converted, kernels)
+
+
+def convert_linear(var: VAR, layer: str, kernels: Kernels) -> None:
+    """Put an `IntLinear` in the place of the `QuantLinear` named `layer`, whose codes are there.
+
+    A GELU before it becomes part of it."""
+    parent_name, _, name = layer.rpartition(".")
+    parent = var.get_submodule(parent_name)
+    linear = cast(QuantLinear, getattr(parent, name))
+    takes_gelu = isinstance(parent, FeedForward) and name == "fc2"
+    rule = input_rule(linear, gelu=takes_gelu)
+    assert rule is not None, "refused before"
+    setattr(parent, name, IntLinear(linear, kernels, rule))
+    if takes_gelu:
+        _replace(parent, "act", nn.Identity())
+
+
+def finish(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
+    """Everything but the Linear layers, in place: attention, norms, float layers, token map and
+    sampler."""
+    var = pipe.var
+    for block in (cast(Block, block) for block in var.blocks):
+        if isinstance(block.attn.mat_qkv, IntLinear):
+            block.norm1 = DeferredNorm()
+        if isinstance(block.ffn.fc1, IntLinear):
+            block.norm2 = DeferredNorm()
+    if isinstance(var.head, IntLinear):
+        var.head_nm.norm = DeferredNorm()
+    _one_image_at_a_time(var)
+    for name, attention in _attentions(var).items():
+        rule = attention_rule(attention)
+        if rule is None:
+            _replace(var, name, PerRowAttention(attention))
+        else:
+            _replace(var, name, IntAttention(attention, kernels, rule))
+    for name, module in list(pipe.vae.quantize.named_modules()):
+        if isinstance(module, Phi):
+            _replace(pipe.vae.quantize, name, kernels.phi(module))
+    pipe.sampler, pipe.runtime = kernels.sampler(), kernels.name
+    return pipe
+
+
+def _one_image_at_a_time(var: VAR) -> None:
+    for name, module in list(var.named_modules()):
+        if isinstance(module, nn.Linear):
+            _replace(var, name, PerImage(module))
+        elif isinstance(module, nn.SiLU | nn.GELU):
+            _replace(var, name, ByRows(module))
+
+
+def _attentions(var: VAR) -> dict[str, Attention]:
+    return {name: m for name, m in var.named_modules() if isinstance(m, Attention)}
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

@@ -1,0 +1,255 @@
+"""`CudaKernels`: the operations of runtime/kernels.py on Triton's kernels, tensors on any device.
+
+They run on a GPU; under TRITON_INTERPRET=1 the same kernels run on the CPU, slowly, which is how
+their logic is tested without one. Numbers are those of the reference: equal codes, equal integers,
+floats to rounding.
+"""
+
+# Launches pass plain numbers for Triton's compile-time constants.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from varptq.errors import NonFiniteError
+from varptq.models.sampling import Sampler
+from varptq.models.var import LAYER_NORM_EPS, Span
+from varptq.quant.shift_sum import orders
+from varptq.quant.transforms import signs
+from varptq.runtime.cuda import attention, gemm
+from varptq.runtime.cuda.quantize import CodeRows, quantize
+from varptq.runtime.kernels import AttentionRule, InputRule, Pending, Weight
+
+BLOCK_Q, BLOCK_K = 32, 64
+
+
+@dataclass
+class Rows:
+    """Codes of the rows of one input, and the shape they came in."""
+
+    codes: CodeRows
+    shape: tuple[int, ...]
+    pairs: bool
+
+
+@dataclass
+class Cache:
+    """Codes of the keys and values of one block: (B H, L, c) int8, and (B H, L) grids; `ends` are
+    those of the scales in it."""
+
+    k: Tensor
+    k_scale: Tensor
+    k_zero: Tensor
+    k_sum: Tensor
+    v: Tensor
+    v_scale: Tensor
+    v_extra: Tensor
+    ends: list[int]
+    length: int = 0
+
+
+class CudaKernels:
+    """Integer operations on Triton kernels."""
+
+    name = "cuda"
+
+    def refuse_linear(self, rule: InputRule) -> str | None:
+        """What of this layer cannot be executed; None where all can."""
+        if not rule.sign_split and rule.range_rule != "with_zero":
+            return f"input range rule {rule.range_rule!r}"
+        return None if rule.weight_zero_is_code else "weight zero points that are no codes"
+
+    def refuse_attention(self, rule: AttentionRule) -> str | None:
+        spec = rule.spec
+        if spec.policy == "release":
+            return "policy 'release', whose codes change when the cache grows"
+        q, k, p, v = spec.query, spec.key, spec.probability, spec.value
+        if q is None or k is None or p is None or v is None:
+            return "an operand in float"
+        if p.type != "uniform" or spec.renormalize:
+            return "probabilities that are not uniform, or renormalised rows"
+        if any(x.range_rule != "with_zero" for x in (q, k, v)):
+            return "ranges without zero"
+        if rule.theta is not None and (2**v.num_bits - 1) * 2**spec.max_order > 127:
+            return f"shift-and-sum on {v.num_bits}-bit values, more than 8 bits hold"
+        return None
+
+    def pack(self, weight: Weight, rule: InputRule) -> gemm.CudaWeight:
+        segment = min(
+            rule.group or weight.codes.shape[1], rule.weight_group or weight.codes.shape[1]
+        )
+        return gemm.pack(weight.codes, weight.scale, weight.zero_point, weight.num_bits, segment)
+
+    def quantize(
+        self, x: Tensor | Pending, rule: InputRule, means: Tensor | None, rows: Tensor | None
+    ) -> Rows:
+        """Codes of x (B, l, K) or (B, K). Raises `NonFiniteError` naming the layer."""
+        gain = shift = None
+        values = x.x_BLC if isinstance(x, Pending) else x
+        if isinstance(x, Pending):
+            gain, shift = x.scale_B1C.squeeze(1), x.shift_B1C.squeeze(1)
+        width = values.shape[-1]
+        group = rule.group or width
+        codes = quantize(
+            values.reshape(-1, width),
+            num_bits=rule.num_bits,
+            group=group,
+            segment=min(group, rule.weight_group or width),
+            gain=gain,
+            shift=shift,
+            gelu=rule.gelu,
+            rows_per_image=values.shape[1] if values.dim() == 3 else 1,
+            eps=LAYER_NORM_EPS,
+            means=means,
+            mean_row=rows,
+            signs=signs(rule.block, values.device) if rule.block else None,
+            sign_split=rule.sign_split,
+        )
+        if not bool(codes.scale.isfinite().all()):
+            raise NonFiniteError(f"layer {rule.layer}: input holds NaN or infinity")
+        return Rows(codes, tuple(values.shape[:-1]), rule.sign_split)
+
+    def linear(
+        self, codes: Rows, packed: gemm.CudaWeight, bias: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        """float32 y (..., N)."""
+        y = gemm.linear(
+            codes.codes,
+            packed,
+            bias=bias,
+            bias_row=rows,
+            rows_per_image=1 if rows is None else len(rows),
+            pairs=codes.pairs,
+        )
+        return y.unflatten(0, codes.shape)
+
+    def new_cache(self, rule: AttentionRule, rows: int, num_tokens: int) -> Cache:
+        device = rule.q_bias.device
+        pairs = rows * rule.num_heads
+
+        def ints() -> Tensor:
+            return torch.zeros(pairs, num_tokens, dtype=torch.int32, device=device)
+
+        def codes() -> Tensor:
+            shape = (pairs, num_tokens, rule.head_width)
+            return torch.zeros(shape, dtype=torch.int8, device=device)
+
+        def scales() -> Tensor:
+            return torch.zeros(pairs, num_tokens, device=device)
+
+        return Cache(codes(), scales(), ints(), ints(), codes(), scales(), ints(), [])
+
+    def attend(
+        self, qkv_BlD: Tensor, rule: AttentionRule, cache: Cache, spans: Sequence[Span]
+    ) -> Tensor:
+        """Add the tokens of qkv (B, l, 3 C) to the cache, then float32 (B, l, C) by span."""
+        call = _Call(qkv_BlD.contiguous(), rule, cache)
+        call.append(spans)
+        for span in spans:
+            call.attend(span)
+        return call.out_BLC
+
+    def phi(self, phi: nn.Conv2d) -> nn.Module:
+        """The convolution as it is: on a GPU images of one batch are not kept apart."""
+        return phi
+
+    def sampler(self) -> Sampler:
+        return Sampler()
+
+
+class _Call:
+    """One `attend`: the operands its kernels share."""
+
+    def __init__(self, qkv_BlD: Tensor, rule: AttentionRule, cache: Cache) -> None:
+        self.qkv, self.rule, self.cache = qkv_BlD, rule, cache
+        rows, self.new, _ = qkv_BlD.shape
+        self.rows, self.pairs = rows, rows * rule.num_heads
+        self.width = max(gemm.MIN_K, triton.next_power_of_2(rule.head_width))
+        device, shape = qkv_BlD.device, (self.pairs, self.new)
+        self.q = torch.empty(*shape, rule.head_width, dtype=torch.int8, device=device)
+        self.q_scale = torch.empty(shape, device=device)
+        self.q_zero = torch.empty(shape, dtype=torch.int32, device=device)
+        self.q_sum = torch.empty_like(self.q_zero)
+        self.row_max, self.row_z = torch.empty_like(self.q_scale), torch.empty_like(self.q_scale)
+        channels = rule.num_heads * rule.head_width
+        self.out_BLC = torch.empty(rows, self.new, channels, device=device)
+        self.order = rule.spec.max_order if rule.theta is not None else 0
+
+    def append(self, spans: Sequence[Span]) -> None:
+        """Codes of the new tokens, of which the first span's are the oldest."""
+        rule, cache, spec = self.rule, self.cache, self.rule.spec
+        assert spec.query and spec.key and spec.value
+        by_segment = spec.policy == "segment"
+        value = {
+            "V_TOP": float(2**spec.value.num_bits - 1),
+            "V_OFFSET": 128 if spec.value.num_bits == 8 else 0,
+            "V_COPIES": float(2**self.order),
+        }
+        sizes = (self.new, rule.num_heads, rule.head_width, cache.k.shape[1], cache.length)
+        values = (cache.v, cache.v_scale, cache.v_extra)
+        attention.append[(self.rows * self.new, rule.num_heads)](
+            self.qkv, rule.q_bias, rule.v_bias, rule.q_factor,
+            self.q, self.q_scale, self.q_zero, self.q_sum,
+            cache.k, cache.k_scale, cache.k_zero, cache.k_sum, *values, *sizes,
+            WIDTH=self.width, UNIT=rule.l2_norm,
+            Q_TOP=float(2**spec.query.num_bits - 1), K_TOP=float(2**spec.key.num_bits - 1),
+            SEGMENT=by_segment, **value,
+        )  # fmt: skip
+        for span in spans if by_segment else ():
+            first, count = span.queries.start, span.queries.stop - span.queries.start
+            attention.append_segment[(self.rows, rule.num_heads)](
+                self.qkv, rule.v_bias, *values, *sizes, first, count, WIDTH=self.width, **value
+            )
+        cache.ends += [span.keys for span in spans]
+        cache.length += self.new
+
+    def attend(self, span: Span) -> None:
+        """One span: statistics, orders where shift-and-sum is on, and the product."""
+        rule, cache = self.rule, self.cache
+        queries = span.queries.stop - span.queries.start
+        keys = span.keys
+        operands = (
+            self.q, self.q_scale, self.q_zero, self.q_sum,
+            cache.k, cache.k_scale, cache.k_zero, cache.k_sum, self.row_max, self.row_z,
+        )  # fmt: skip
+        sizes = (self.new, span.queries.start, queries, keys, cache.k.shape[1], rule.head_width)
+        tiles = {"WIDTH": self.width, "BQ": BLOCK_Q, "BK": BLOCK_K}
+        by_query = (self.pairs, triton.cdiv(queries, BLOCK_Q))
+        attention.stats[by_query](*operands, *sizes, **tiles)
+        order = torch.zeros_like(cache.k_zero)
+        if rule.theta is not None:
+            abar = torch.zeros_like(cache.k_scale)
+            attention.mass[(self.pairs, triton.cdiv(keys, BLOCK_K))](
+                *operands, abar, *sizes, **tiles
+            )
+            order = orders(abar, rule.theta, self.order).int()
+        relative, scales, ends = self._steps(order, keys)
+        assert rule.spec.probability is not None
+        attention.mix[by_query](
+            *operands, cache.v, cache.v_extra, self.order - order, relative, scales, ends,
+            self.out_BLC, *sizes, rule.num_heads, len(ends), int(rule.spec.policy == "segment"),
+            P_TOP=float(2**rule.spec.probability.num_bits - 1), **tiles,
+        )  # fmt: skip
+
+    def _steps(self, order: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What p is multiplied with per key (B H, L), the scale of each segment, and their ends.
+
+        Policy "token" folds the step of a token into p, relative to the largest; "segment" brings
+        all values of a segment to its finest step.
+        """
+        cache = self.cache
+        if self.rule.spec.policy == "segment":
+            ends = [end for end in cache.ends if end <= keys]
+            last = torch.tensor(ends, device=order.device) - 1
+            scales = cache.v_scale[:, last] / 2**self.order
+            return torch.ones_like(cache.v_scale), scales.contiguous(), last.int() + 1
+        step = cache.v_scale / torch.exp2(order.float())
+        largest = step[:, :keys].amax(dim=1, keepdim=True)
+        ends_1 = torch.tensor([keys], dtype=torch.int32, device=order.device)
+        return step / largest, largest.contiguous(), ends_1

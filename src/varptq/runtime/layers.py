@@ -1,0 +1,173 @@
+"""Modules on integers for the Linear and norm seams, the same for every integer runtime.
+
+    DeferredNorm   hands x, scale and shift on, for the quantizer to normalise while it reads x
+    IntLinear      codes of the input x packed codes of the weight, then scale and bias
+    PerImage, ByRows, PerRowAttention
+                   what the config leaves in float, so that an image does not depend on its batch
+
+Who computes is the `Kernels` object they are given. What is computed is defined by
+`quant.layers.QuantLinear`, whose place `IntLinear` takes. Shapes as in models/var.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from varptq.models.sampling import SERIAL_ELEMENTS
+from varptq.models.var import Attention, LayerCache, ModulatedNorm, Span
+from varptq.quant.layers import QuantLinear
+from varptq.runtime.kernels import InputRule, Kernels, Pending, Weight
+
+# A multiple of what torch computes with one instruction, on any machine.
+VECTOR = 64
+
+
+class DeferredNorm(ModulatedNorm):
+    """Stands before an `IntLinear`."""
+
+    def forward(self, x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Any:
+        return Pending(x_BLC, scale_B1C, shift_B1C)
+
+
+class PerImage(nn.Module):
+    """A float layer run on one image at a time, since how a matrix product or a convolution sums
+    depends on the number of its rows."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        # The layout of a slice, too, may depend on what it was cut from.
+        images = (image.contiguous() for image in x.split(1))
+        return torch.cat([self.inner(image, *args) for image in images])
+
+
+class PerRowAttention(nn.Module):
+    """An `Attention` whose products stay in float, run on one row of the batch at a time."""
+
+    def __init__(self, inner: Attention) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def new_cache(self, rows: int, num_tokens: int) -> list[LayerCache]:
+        return [self.inner.new_cache(1, num_tokens) for _ in range(rows)]
+
+    def forward(
+        self, x_BLC: Tensor, spans: list[Span], caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        rows = zip(x_BLC.split(1), caches or [None] * len(x_BLC), strict=True)
+        return torch.cat([self.inner(row, spans, cache) for row, cache in rows])
+
+
+class ByRows(nn.Module):
+    """`by_rows` of an elementwise module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_rows(self.inner, x)
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An elementwise function with an exponential in it, so that a row's result depends on the row
+    alone: torch computes the end of a thread's share by other instructions than its bulk."""
+    width = x.shape[-1]
+    together = SERIAL_ELEMENTS // width if width % VECTOR == 0 else 1
+    parts = x.reshape(-1, width).split(max(1, together))
+    return torch.cat([function(part) for part in parts]).view(x.shape)
+
+
+def tensors_of(packed: Any) -> dict[str, Tensor]:
+    """The tensors of a packed weight by field."""
+    return {name: t for name, t in packed._asdict().items() if isinstance(t, Tensor)}
+
+
+class KernelModule(nn.Module):
+    """A module whose buffers are the kernels' business: they follow the model to another device,
+    but not to another dtype."""
+
+    def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                device = fn(torch.empty(0, device=buffer.device)).device
+                self._buffers[name] = buffer.to(device)
+
+
+def input_rule(linear: QuantLinear, *, gelu: bool = False) -> InputRule | None:
+    """How `linear` is quantized, or None where weight or input stays in float."""
+    weight, input_ = linear.spec.weight, linear.spec.input
+    if weight is None or input_ is None:
+        return None
+    return InputRule(
+        layer=linear.layer,
+        inputs=linear.in_features,
+        num_bits=input_.num_bits,
+        range_rule=input_.range_rule,
+        sign_split=input_.type == "sign_split",
+        group=linear.input_group,
+        weight_group=weight.group_for(linear.in_features, linear.layer),
+        weight_zero_is_code=weight.range_rule != "min_max",
+        block=linear.block,
+        gelu=gelu,
+    )
+
+
+class IntLinear(KernelModule):
+    """A `QuantLinear` on integers. Its input is a float tensor (B, l, K) or (B, K), or a `Pending`
+    norm; its output float32.
+
+    The packed weight belongs to the kernels. `bias` (R, N) holds the bias plus W m of every scale,
+    `means` (R, K) the means; both None where there are none.
+    """
+
+    bias: Tensor | None
+    means: Tensor | None
+
+    def __init__(self, linear: QuantLinear, kernels: Kernels, rule: InputRule) -> None:
+        super().__init__()
+        assert linear.spec.weight is not None
+        self.layer, self.rule, self.kernels = linear.layer, rule, kernels
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        weight = Weight(linear.codes, linear.scale, linear.zero_point, linear.spec.weight.num_bits)
+        self.packed = kernels.pack(weight, rule)
+        # Also as buffers, so that a state dict holds all that computes.
+        for name, tensor in tensors_of(self.packed).items():
+            self.register_buffer(f"packed_{name}", tensor)
+        found = cast(Tensor | None, linear.bias)
+        bias = None if found is None else found.detach().float().unsqueeze(0)
+        if linear.centred:
+            bias = linear.mean_bias if bias is None else bias + linear.mean_bias
+        self.register_buffer("bias", bias)
+        self.register_buffer("means", linear.means if linear.centred else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._move(fn)
+        names = tensors_of(self.packed)
+        self.packed = self.packed._replace(**{n: self._buffers[f"packed_{n}"] for n in names})
+        return self
+
+    def forward(self, x: Tensor | Pending, spans: Sequence[Span] | None = None) -> Tensor:
+        rows = self._token_rows(spans) if self.means is not None else None
+        codes = self.kernels.quantize(x, self.rule, self.means, rows)
+        return self.kernels.linear(codes, self.packed, self.bias, rows)
+
+    def _token_rows(self, spans: Sequence[Span] | None) -> Tensor | None:
+        """(l,) int32 scale of every token; None where a single row serves all."""
+        assert self.means is not None
+        if spans is None or len(self.means) == 1:
+            return None
+        scales = torch.tensor([span.scale for span in spans], dtype=torch.int32)
+        if len(spans) == 1:
+            return scales
+        lengths = [span.queries.stop - span.queries.start for span in spans]
+        return scales.repeat_interleave(torch.tensor(lengths))
+
+    def extra_repr(self) -> str:
+        return f"{self.layer}, in={self.in_features}, out={self.out_features}, {self.kernels.name}"

@@ -1,0 +1,196 @@
+"""Runtime "reference": plain torch integers. Slow, exact, on any machine; the oracle of the others.
+
+    y[m, n] = sum over groups of sa[m, g] sw[n, g] P'[m, n, g],   P' = sum of (a - za)(w - zw)
+
+P' is an integer product in int32 or int64, whichever holds it; the sums over groups are float32 in
+ascending order. Codes come from the functions of `varptq.quant` themselves. Where torch's result
+for one row depends on the other rows or on threads, rows are computed in pieces. The attention
+products are in reference_attention.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from varptq.errors import InputError, NonFiniteError
+from varptq.models.sampling import PerImageSampler, Sampler
+from varptq.models.var import LAYER_NORM_EPS, Span
+from varptq.quant.affine import affine_codes, affine_grid, to_groups
+from varptq.quant.sign_split import sign_split_codes, sign_split_grid
+from varptq.quant.transforms import hadamard
+from varptq.runtime import reference_attention as attention
+from varptq.runtime.kernels import AttentionRule, InputRule, Pending, Weight
+from varptq.runtime.layers import PerImage, by_rows
+
+INT32_END = 2**31
+
+
+class Rows(NamedTuple):
+    """Quantized rows, T = 2 signs of a sign-split input (positive, then negative codes with a
+    negative scale), else 1.
+
+    codes (T, M, K) uint8, scale (T, M, G) float32, zero_point (T, M, G) int64; `shape` is the
+    input's.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    shape: torch.Size
+    layer: str
+
+    def centred(self) -> Tensor:
+        """(T, M, K) int64: codes less their zero points."""
+        groups = self.codes.to(torch.int64).unflatten(-1, (self.scale.shape[-1], -1))
+        return (groups - self.zero_point.unsqueeze(-1)).flatten(-2)
+
+
+class PackedWeight(NamedTuple):
+    """codes (N, K) uint8, scale (N, G) float32, zero_point (N, G) int64."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def centred(self) -> Tensor:
+        """(N, K) int64."""
+        groups = self.codes.to(torch.int64).unflatten(-1, (self.scale.shape[-1], -1))
+        return (groups - self.zero_point.unsqueeze(-1)).flatten(-2)
+
+
+class Scaled(Protocol):
+    """A packed weight, as far as its scale (N, G) goes."""
+
+    @property
+    def scale(self) -> Tensor: ...
+
+
+class ReferenceKernels:
+    """Everything a config can say, as far as all operands of a product are integers."""
+
+    name = "reference"
+
+    def refuse_linear(self, rule: InputRule) -> str | None:
+        return None
+
+    def refuse_attention(self, rule: AttentionRule) -> str | None:
+        return attention.refuse(rule)
+
+    def pack(self, weight: Weight, rule: InputRule) -> Any:
+        return PackedWeight(weight.codes, weight.scale, weight.zero_point.to(torch.int64))
+
+    def quantize(
+        self, x: Tensor | Pending, rule: InputRule, means: Tensor | None, rows: Tensor | None
+    ) -> Rows:
+        values = prepared(x, rule, means, rows)
+        if not bool(values.isfinite().all()):
+            raise NonFiniteError(f"layer {rule.layer}: input holds NaN or infinity")
+        groups = to_groups(values.flatten(0, -2), rule.group or values.shape[-1])
+        if rule.sign_split:
+            grid = sign_split_grid(groups, rule.num_bits)
+            signed = sign_split_codes(groups, grid, rule.num_bits)
+            codes = torch.stack((signed.clamp(min=0), -signed.clamp(max=0)))
+            scale = torch.stack((grid.positive, -grid.negative))
+            zero_point = torch.zeros_like(scale)
+        else:
+            affine = affine_grid(groups, rule.num_bits, -1, rule.range_rule)
+            codes = affine_codes(groups, affine, rule.num_bits).unsqueeze(0)
+            scale, zero_point = affine.scale.unsqueeze(0), affine.zero_point.unsqueeze(0)
+        return Rows(
+            codes.flatten(-2).to(torch.uint8),
+            scale.squeeze(-1),
+            exact_integers(zero_point.squeeze(-1), rule.layer),
+            values.shape,
+            rule.layer,
+        )
+
+    def products(self, codes: Rows, packed: Any) -> list[Tensor]:
+        """P' (T, M, N) of each segment, in ascending order."""
+        rows, weight = codes.centred(), packed.centred()
+        width = segment(codes, packed)
+        largest = int(rows.abs().max()) * int(weight.abs().max()) * width
+        if largest >= INT32_END**2:
+            raise InputError(f"layer {codes.layer}: integers beyond 64 bits; use runtime simulated")
+        dtype = torch.int32 if largest < INT32_END else torch.int64
+        parts = zip(
+            rows.to(dtype).split(width, dim=-1), weight.to(dtype).split(width, dim=-1), strict=True
+        )
+        return [a_TMg @ w_Ng.T for a_TMg, w_Ng in parts]
+
+    def linear(self, codes: Rows, packed: Any, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+        y = combined(codes, packed, self.products(codes, packed))
+        y = y.view(*codes.shape[:-1], -1)
+        return y if bias is None else y + chosen(bias, rows)
+
+    def new_cache(self, rule: AttentionRule, rows: int, num_tokens: int) -> attention.Cache:
+        return attention.Cache(rows)
+
+    def attend(
+        self, qkv_BlD: Tensor, rule: AttentionRule, cache: attention.Cache, spans: Sequence[Span]
+    ) -> Tensor:
+        return attention.attend(qkv_BlD, rule, cache, spans)
+
+    def phi(self, phi: nn.Conv2d) -> nn.Module:
+        return PerImage(phi)
+
+    def sampler(self) -> Sampler:
+        return PerImageSampler()
+
+
+def prepared(
+    x: Tensor | Pending, rule: InputRule, means: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    """What is quantized: float32 after norm or GELU, less its means, rotated."""
+    if isinstance(x, Pending):
+        normed = F.layer_norm(x.x_BLC, x.x_BLC.shape[-1:], eps=LAYER_NORM_EPS)
+        x = normed * (1 + x.scale_B1C) + x.shift_B1C
+    x = x.float()
+    if rule.gelu:
+        x = by_rows(lambda part: F.gelu(part, approximate="tanh"), x)
+    if means is not None:
+        x = x - chosen(means, rows)
+    return hadamard(x, rule.block) if rule.block else x
+
+
+def chosen(table: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of a table (R, K) that tokens take; the first one without `rows`."""
+    return table[0] if rows is None else table[rows.long()]
+
+
+def exact_integers(zero_point: Tensor, layer: str) -> Tensor:
+    """Zero points as int64. Raises `InputError` for one beyond 32 bits, which only a range without
+    zero has (almost constant values far from it)."""
+    if float(zero_point.abs().max()) >= INT32_END:
+        raise InputError(f"layer {layer}: a zero point beyond 32 bits; use runtime simulated")
+    return zero_point.to(torch.int64)
+
+
+def segment(codes: Rows, packed: Scaled) -> int:
+    """Channels that share their scales on both sides."""
+    width = codes.codes.shape[-1]
+    return math.gcd(width // codes.scale.shape[-1], width // packed.scale.shape[-1])
+
+
+def combined(codes: Rows, packed: Scaled, products: Sequence[Tensor]) -> Tensor:
+    """float32 (M, N) from the integer products of the segments, signs added."""
+    width, count = segment(codes, packed), codes.codes.shape[-1]
+    row_group, weight_group = (count // t.scale.shape[-1] for t in (codes, packed))
+    scale_TMG, scale_NG = codes.scale, packed.scale
+    if row_group == weight_group == count:
+        scale_TMN = scale_TMG * scale_NG.T
+        return (products[0].float() * scale_TMN).sum(dim=0)
+    y = torch.zeros(products[0].shape)
+    per_row = row_group == count
+    for g, first in enumerate(range(0, count, weight_group)):
+        inner = torch.zeros_like(y)
+        for start in range(first, first + weight_group, width):
+            product = products[start // width].float()
+            inner += product if per_row else product * scale_TMG[..., start // row_group, None]
+        y += inner * scale_NG[:, g]
+    return (y * scale_TMG if per_row else y).sum(dim=0)

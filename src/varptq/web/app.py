@@ -1,0 +1,61 @@
+"""The page: a head with the queue, a tab per task, and what is refreshed when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from varptq.web import parts
+from varptq.web.edit_tab import EditTab
+from varptq.web.files import only_cached
+from varptq.web.generate_tab import GenerateTab
+from varptq.web.quantize_tab import QuantizeTab
+from varptq.web.results_tab import ResultsTab
+from varptq.web.studio import Studio
+
+QUEUE_SECONDS = 1.5
+# Files that pages uploaded or were shown go when they are a day old; looked after every hour.
+CACHE = (3600, 24 * 3600)
+MAX_EVENTS = 1000
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The studio as a Gradio app, not started."""
+    with gr.Blocks(
+        title="varptq studio", analytics_enabled=False, fill_width=True, delete_cache=CACHE
+    ) as blocks:
+        with gr.Row(elem_classes="head"):
+            gr.HTML("<h1>varptq studio</h1>")
+            queue = gr.HTML(parts.queue([]), elem_id="queue")
+        with gr.Tabs():
+            with gr.Tab("Generate") as first:
+                generate = GenerateTab(studio)
+            with gr.Tab("Edit") as second:
+                edit = EditTab(studio)
+            with gr.Tab("Quantize") as third:
+                quantize = QuantizeTab(studio)
+            with gr.Tab("Results") as fourth:
+                results = ResultsTab(studio)
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        # Folders change while pages are open: the pickers are filled when their tab is opened.
+        for tab, pickers, chosen in (
+            (first, generate.pickers, [generate.model, generate.beside]),
+            (second, edit.pickers, [edit.model]),
+            (third, quantize.pickers, [quantize.model]),
+        ):
+            for event in (blocks.load, tab.select):
+                event(pickers, chosen, chosen, **private)
+        chosen = [results.report, results.model]
+        fourth.select(results.pickers, chosen, [*results.shown, results.model], **private)
+        blocks.load(quantize.resume, None, quantize.outputs, concurrency_limit=None, **private)
+        gr.Timer(QUEUE_SECONDS).tick(
+            lambda: parts.queue(studio.jobs.listed()),
+            None,
+            queue,
+            api_name="queue",
+            show_progress="hidden",
+        )
+    for block in blocks.blocks.values():
+        only_cached(block)
+    return blocks.queue(default_concurrency_limit=None, max_size=MAX_EVENTS, api_open=False)

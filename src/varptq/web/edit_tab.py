@@ -1,0 +1,261 @@
+"""The tab Edit: paint what is to change, see candidates, compare with the picture as it was.
+
+The upload stays as it is on this side; the canvas gets a copy of a handy size and gives back
+strokes alone. So what is kept is the upload's own pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gradio as gr
+from gradio.components.image_editor import EditorValue
+from PIL import Image, ImageChops
+
+from varptq.editing import EditResult, edit
+from varptq.errors import InputError
+from varptq.pictures import VISIBLE_SIDE
+from varptq.web import parts
+from varptq.web.catalogue import Entry
+from varptq.web.files import offer_picture, only_layers, painted, picture
+from varptq.web.jobs import Job
+from varptq.web.loaded import class_choices
+from varptq.web.runbar import RunBar, Updates
+from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, toasts, whole
+
+MAX_CANDIDATES, AT_A_TIME = 8, 4
+# Longer sides are shown smaller for painting, shorter ones larger.
+CANVAS = (512, 768)
+TASKS = {
+    "In-paint": ("inpaint", "Paint what is to be drawn anew."),
+    "Out-paint": ("outpaint", "Paint what is to be kept; all around it is drawn anew."),
+    "Change class": ("class", "Paint what is to become the class chosen below."),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Arguments of `edit`, checked as far as they can be without a model."""
+
+    image: Image.Image
+    arguments: dict[str, Any]
+
+
+def request(
+    path: str | None,
+    editor: EditorValue | None,
+    task: object,
+    name: object,
+    candidates: object,
+    seed: object,
+    cfg: float,
+    fit: object,
+    use_box: bool,
+    *box: float,
+) -> Request:
+    """From what a page sent. Raises `InputError`."""
+    if task not in TASKS:
+        raise InputError(f"task {task!r}: expected one of {', '.join(TASKS)}")
+    kind, hint = TASKS[str(task)]
+    image = picture(path)
+    where: dict[str, Any] = {"box": box}
+    if not use_box:
+        mask = painted(editor, image.size)
+        if mask is None:
+            raise InputError(f"mask: empty. {hint}")
+        where = {"mask": ImageChops.invert(mask) if kind == "outpaint" else mask}
+    changes = {"label": str(name or "").strip(), "cfg": cfg} if kind == "class" else {}
+    count = whole("candidates", candidates, 1, MAX_CANDIDATES)
+    arguments = {
+        "task": kind,
+        "fit": fit,
+        "candidates": count,
+        "seed": whole("seed", seed, 0, MAX_SEED),
+        **where,
+        **changes,
+    }
+    return Request(image, arguments)
+
+
+def compute(studio: Studio, entry: Entry, asked: Request, job: Job) -> None:
+    """Emit the `EditResult`."""
+    pipe = studio.models.get(entry)
+    arguments = asked.arguments
+    job.emit(edit(pipe, asked.image, batch_size=AT_A_TIME, progress=job.progress, **arguments))
+
+
+def on_canvas(image: Image.Image) -> dict[str, Any]:
+    """The value of an editor that shows `image`, small ones with their pixels kept."""
+    longest = max(image.size)
+    goal = min(max(longest, CANVAS[0]), CANVAS[1])
+    size = tuple(max(1, round(side * goal / longest)) for side in image.size)
+    small = longest < VISIBLE_SIDE
+    way = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return {"background": image.resize((size[0], size[1]), way), "layers": [], "composite": None}
+
+
+class EditTab:
+    """Builds the tab where it is made, with its events."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        with gr.Row(elem_classes="tab"):
+            with gr.Column(scale=1, min_width=300, elem_classes="controls"):
+                inputs = self._controls()
+                self.bar = RunBar(studio, "Edit", "edit")
+            with gr.Column(scale=2, min_width=300):
+                self._canvas_and_results()
+        self._events([self.upload, self.editor, *inputs])
+
+    def _controls(self) -> list[Any]:
+        keys = self.studio.keys(*MODELS)
+        self.model = checked_here(gr.Dropdown(keys, label="Model", elem_id="edit-model"))
+        self.upload = gr.File(
+            label="Image (JPEG, PNG, WebP)",
+            file_types=[".jpg", ".jpeg", ".png", ".webp"],
+            height=110,
+            elem_id="edit-upload",
+        )
+        self.task = gr.Radio(list(TASKS), value="In-paint", label="Task", elem_id="edit-task")
+        self.name = gr.Dropdown(
+            class_choices(self.studio.model(keys[0])),
+            label="Class",
+            allow_custom_value=True,
+            visible=False,
+            elem_id="edit-class",
+        )
+        self.cfg = gr.Slider(0, 10, value=4, step=0.1, label="Guidance (cfg)", visible=False)
+        with gr.Row():
+            candidates = gr.Slider(
+                1, MAX_CANDIDATES, value=4, step=1, label="Candidates", min_width=120
+            )
+            seed = gr.Number(0, precision=0, label="Seed", min_width=120)
+        fit = gr.Radio(
+            [("Centre square", "crop"), ("Whole image", "pad")],
+            value="crop",
+            label="What the model sees",
+        )
+        with gr.Accordion("A box instead of painting", open=False):
+            use_box = gr.Checkbox(label="Use the box")
+            sides = (("Left", 0.25), ("Top", 0.25), ("Right", 0.75), ("Bottom", 0.75))
+            box = [gr.Slider(0, 1, value=value, step=0.01, label=name) for name, value in sides]
+        return [self.task, self.name, candidates, seed, self.cfg, fit, use_box, *box]
+
+    def _canvas_and_results(self) -> None:
+        self.hint = gr.HTML(parts.note(TASKS["In-paint"][1]))
+        self.editor = gr.ImageEditor(
+            type="pil",
+            format="png",
+            sources=(),
+            transforms=(),
+            layers=False,
+            brush=gr.Brush(default_size=48, colors=["#e0702ad0"], color_mode="fixed"),
+            eraser=gr.Eraser(default_size=48),
+            height=560,
+            buttons=[],
+            label="Upload an image, then paint",
+            elem_id="edit-canvas",
+        )
+        only_layers(self.editor)
+        # Shown and hidden as a whole: the app makes a component anew when its own settings change,
+        # without the limits of files.py.
+        with gr.Column(visible=False) as self.outcome:
+            self.results = gr.Gallery(
+                label="Candidates",
+                format="png",
+                object_fit="contain",
+                show_label=False,
+                allow_preview=False,
+                type="filepath",
+                interactive=False,
+                buttons=[],
+                elem_id="edit-candidates",
+            )
+            self.slider = gr.ImageSlider(
+                label="Before and after",
+                format="png",
+                type="filepath",
+                interactive=False,
+                buttons=["fullscreen"],
+                elem_id="edit-slider",
+            )
+            self.download = gr.DownloadButton("Download this candidate", elem_id="edit-download")
+
+    def _events(self, inputs: list[Any]) -> None:
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        results = [self.outcome, self.results, self.slider, self.download]
+        self.bar.start.click(
+            self.run,
+            [self.model, *inputs],
+            [*self.bar.outputs, *results],
+            api_name="edit",
+            concurrency_limit=None,
+            show_progress="hidden",
+        )
+        self.upload.upload(self.show_upload, self.upload, [self.editor, self.outcome], **private)
+        self.upload.clear(lambda: None, None, self.editor, **private)
+        self.task.change(self.explain, self.task, [self.hint, self.name, self.cfg], **private)
+        self.model.change(self.classes, self.model, self.name, **private)
+        self.results.select(
+            self.choose, [self.results, self.slider], [self.slider, self.download], **private
+        )
+
+    def pickers(self, model: str | None) -> Updates:
+        """The picker with what there is now; a choice that is still there stays."""
+        keys = self.studio.keys(*MODELS)
+        return {self.model: gr.update(choices=keys, value=model if model in keys else keys[0])}
+
+    def classes(self, model: str) -> Any:
+        with toasts():
+            names = class_choices(self.studio.model(model))
+        return gr.update(choices=names, value=names[0] if names else "0")
+
+    def show_upload(self, path: str | None) -> Updates:
+        with toasts():
+            canvas = on_canvas(picture(path))
+        return {self.editor: canvas, self.outcome: gr.update(visible=False)}
+
+    def explain(self, task: str) -> Updates:
+        """The hint of a task; a class is asked for only where there is one."""
+        kind, hint = TASKS.get(task, TASKS["In-paint"])
+        shown = gr.update(visible=kind == "class")
+        return {self.hint: parts.note(hint), self.name: shown, self.cfg: shown}
+
+    def choose(
+        self, results: list[Any] | None, pair: tuple[str, str] | None, event: gr.SelectData
+    ) -> Updates:
+        """Put the candidate that was clicked beside the picture as it was."""
+        if not results or not pair or not isinstance(event.index, int):
+            return {}
+        chosen = results[min(event.index, len(results) - 1)][0]
+        return {self.slider: (pair[0], chosen), self.download: chosen}
+
+    async def run(
+        self, model: str, path: str | None, editor: EditorValue | None, *rest: Any
+    ) -> AsyncIterator[Updates]:
+        """Edit when the model's turn comes."""
+        with toasts():
+            entry = self.studio.model(model)
+            asked = request(path, editor, *rest)
+            title = f"{rest[0]}, {asked.arguments['candidates']} candidates"
+            work = partial(compute, self.studio, entry, asked)
+            job = self.studio.jobs.submit(entry.key, title, work)
+            async for updates in self.bar.follow(job, self._show):
+                yield updates
+
+    def _show(self, result: EditResult) -> Updates:
+        before = offer_picture(self.slider, result.before, "before.png")
+        images = [
+            offer_picture(self.results, image, f"edit-{result.seed}-{result.first_index + i}.png")
+            for i, image in enumerate(result.images)
+        ]
+        style = ["pixels"] if max(result.before.size) < VISIBLE_SIDE else []
+        return {
+            self.outcome: gr.update(visible=True, elem_classes=style),
+            self.results: images,
+            self.slider: (before, images[0]),
+            self.download: images[0],
+        }

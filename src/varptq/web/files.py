@@ -1,0 +1,115 @@
+"""Files that pages send and get: opened with limits, and offered from the app's own cache.
+
+A page can name only what it uploaded or was shown; the app sees to that before a function is
+called. What is offered lies under a name nobody can guess, and goes after a day.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.blocks import Block
+from gradio.components import Component
+from gradio.components.image_editor import EditorData, EditorValue
+from PIL import Image
+
+from varptq.editing import read_image
+from varptq.errors import InputError
+
+MAX_BYTES = 25_000_000
+# Below the library's own limit: 20 people may upload at the same time.
+MAX_PIXELS = 25_000_000
+
+
+def picture(path: str | None) -> Image.Image:
+    """The uploaded picture, upright, RGB or RGBA. Raises `InputError` without naming the path."""
+    if not path:
+        raise InputError("image: none; upload a JPEG, PNG or WebP")
+    file = Path(path)
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise InputError(
+            f"image {file.name}: {size / 1e6:.0f} MB, expected at most {MAX_BYTES / 1e6:.0f} MB"
+        )
+    return read_image(file.read_bytes(), what=f"image {file.name}", max_pixels=MAX_PIXELS)
+
+
+def only_layers(editor: gr.ImageEditor) -> gr.ImageEditor:
+    """Makes a canvas give {"background": None, "layers": the painted ones, RGBA, "composite": None}
+    and read them with the limits above, where it would decode whatever a page sends.
+
+    A subclass would do, if the app did not write a stub beside the file of every subclass.
+    """
+
+    def preprocess(payload: EditorData | None) -> EditorValue | None:
+        try:
+            layers: list[Any] = [picture(file.path) for file in payload.layers] if payload else []
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return EditorValue(background=None, layers=layers, composite=None)
+
+    editor.preprocess = preprocess
+    return editor
+
+
+def only_cached(block: Block) -> None:
+    """Let pages name no file but those in the app's cache: what was uploaded or shown.
+
+    The app would fetch an address from anywhere, and checks paths only when it was started by its
+    own `launch`.
+    """
+    move = block.async_move_resource_to_block_cache
+
+    async def move_cached(url_or_file_path: str | Path | None) -> str | None:
+        if url_or_file_path is not None:
+            real = Path(os.path.realpath(url_or_file_path))
+            if not real.is_relative_to(os.path.realpath(block.GRADIO_CACHE)):
+                raise gr.Error("file: no upload of this page", print_exception=False)
+        return await move(url_or_file_path)
+
+    block.async_move_resource_to_block_cache = move_cached
+
+
+def painted(editor: EditorValue | None, size: tuple[int, int]) -> Image.Image | None:
+    """What was painted on any layer as "L" of `size`, 255 there; None if nothing was."""
+    mask = Image.new("L", size)
+    for layer in editor["layers"] if editor else []:
+        assert isinstance(layer, Image.Image)
+        strokes = layer.convert("RGBA").getchannel("A").resize(size, Image.Resampling.NEAREST)
+        mask.paste(255, mask=strokes.point([255 * (alpha > 0) for alpha in range(256)]))
+    return mask if mask.getbbox() else None
+
+
+def offer(component: Component, path: Path) -> str:
+    """A copy of a file, or a zip of a folder, for a page to download."""
+    if path.is_file():
+        copy = _place(component, path.name)
+        copy.write_bytes(path.read_bytes())
+        return str(copy)
+    archive = _place(component, f"{path.name}.zip")
+    # Packed codes do not get smaller.
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:
+        for file in sorted(path.iterdir()):
+            if file.is_file():
+                out.write(file, f"{path.name}/{file.name}")
+    return str(archive)
+
+
+def offer_picture(component: Component, image: Image.Image, name: str) -> str:
+    """A PNG file of that name for a page to show and download."""
+    path = _place(component, name)
+    image.save(path, format="PNG", compress_level=3)
+    return str(path)
+
+
+def _place(component: Component, name: str) -> Path:
+    folder = Path(component.GRADIO_CACHE) / secrets.token_hex(16)
+    folder.mkdir(parents=True)
+    path = folder / name
+    component.temp_files.add(str(path))  # what the app removes after a day
+    return path

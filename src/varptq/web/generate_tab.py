@@ -1,0 +1,259 @@
+"""The tab Generate: images of a class from one model, or from two beside each other.
+
+Image i of both draws from (seed, i), so the columns answer the same question. While a model runs
+its column shows every scale, coarse to fine; the time of decoding these pictures is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gradio as gr
+import torch
+
+from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+from varptq.models.generate import ScaleEvent, generate
+from varptq.models.pipeline import Pipeline
+from varptq.models.sampling import SamplingSettings
+from varptq.pictures import VISIBLE_SIDE, Pixels, to_pixels
+from varptq.web import parts
+from varptq.web.catalogue import Entry, Kind
+from varptq.web.jobs import Job
+from varptq.web.loaded import class_choices
+from varptq.web.runbar import RunBar, Updates
+from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, toasts, whole
+
+MAX_COUNT, MAX_TOP_K = 16, 4096
+NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw, the same for both models."""
+
+    name: str
+    count: int
+    seed: int
+    settings: SamplingSettings
+
+    @classmethod
+    def checked(
+        cls, name: object, count: object, seed: object, cfg: Any, top_k: object, top_p: Any
+    ) -> Request:
+        """From what a page sent. Raises `InputError` or `ConfigError`."""
+        settings = SamplingSettings(cfg=cfg, top_k=whole("top-k", top_k, 0, MAX_TOP_K), top_p=top_p)
+        return cls(
+            str(name or "").strip(),
+            whole("images", count, 1, MAX_COUNT),
+            whole("seed", seed, 0, MAX_SEED),
+            settings,
+        )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images (B, H, W, 3) uint8 after scale `scale` of `num_scales`; `facts` at the end only."""
+
+    images: Pixels
+    scale: int
+    num_scales: int
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
+    """Emit a `Drawing` per scale and one with the facts."""
+    pipe = studio.models.get(entry)
+    shown = 0.0
+
+    def on_scale(event: ScaleEvent) -> None:
+        nonlocal shown
+        job.progress("drawing", event.scale + 1, len(pipe.scales.sides))
+        started = time.monotonic()
+        job.emit(Drawing(decoded(pipe, event.f_hat), event.scale, len(pipe.scales.sides)))
+        shown += time.monotonic() - started
+
+    labels = [request.name] * request.count
+    sampling = request.settings.to_dict()
+    started = time.monotonic()
+    output = generate(
+        pipe, labels, seed=request.seed, batch_size=MAX_COUNT, on_scale=on_scale, **sampling
+    )
+    spent = time.monotonic() - started - shown
+    assert output.images is not None
+    last = len(pipe.scales.sides)
+    job.emit(Drawing(to_pixels(output.images), last, last, facts_of(pipe, request.count, spent)))
+
+
+@torch.inference_mode()
+def decoded(pipe: Pipeline, f_hat: torch.Tensor) -> Pixels:
+    """(B, H, W, 3) pictures of features that are not complete yet."""
+    return to_pixels(pipe.vae.decode_features(f_hat).float().add(1).mul(0.5))
+
+
+def facts_of(pipe: Pipeline, count: int, spent: float) -> tuple[tuple[str, str], ...]:
+    """Time, memory and bits of a model, for people."""
+    kinds = sizes(pipe)
+    transformer = total({kind: size for kind, size in kinds.items() if kind != VAE})
+    packed = quantized_size(pipe).bits_per_element
+    config = getattr(pipe, "config", None)
+    memory = f"transformer {parts.megabytes(transformer.bytes)}"
+    if config is not None:
+        memory += f" of {parts.megabytes(transformer.float32_bytes)} in float32"
+        bits = f"{config.name}; {packed:.2f} per quantized weight, with scales"
+    else:
+        bits = f"{8 * pipe.dtype.itemsize}, float"
+    runtime = getattr(pipe, "runtime", "float")
+    rows = [
+        ("Time", f"{spent:.2f} s, {spent / count:.2f} s an image, runtime {runtime}"),
+        ("Memory", memory),
+        ("Bits", bits),
+    ]
+    if pipe.device.type == "cuda":
+        rows.append(("GPU peak", parts.megabytes(torch.cuda.max_memory_allocated(pipe.device))))
+    return tuple(rows)
+
+
+class Panel:
+    """A column of results: title, images, their scales and the facts."""
+
+    def __init__(self, name: str, *, visible: bool = True) -> None:
+        with gr.Column(elem_classes="panel", min_width=260, visible=visible) as self.column:
+            self.title = gr.HTML()
+            self.images = gr.Gallery(
+                label="Images",
+                format="png",
+                object_fit="contain",
+                show_label=False,
+                buttons=["download", "fullscreen"],
+                elem_id=f"generate-{name}",
+                interactive=False,
+            )
+            self.scales = gr.HTML(elem_id=f"generate-{name}-scales")
+            self.facts = gr.HTML(elem_id=f"generate-{name}-facts")
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.column, self.title, self.images, self.scales, self.facts]
+
+    def clear(self, entry: Entry | None) -> Updates:
+        """Empty, headed by the model that is about to draw; hidden if none is."""
+        tone = "" if entry is None else "float" if entry.kind is Kind.float else "quantized"
+        title = parts.heading(entry.key if entry else "", tone)
+        shown = gr.update(visible=entry is not None)
+        empty = {self.images: [], self.scales: "", self.facts: ""}
+        return {self.column: shown, self.title: title, **empty}
+
+    def show(self, steps: list[Pixels], drawing: Drawing) -> Updates:
+        """What a part of the result changes; `steps` collects the scales of one run."""
+        small = max(drawing.images.shape[1:3]) < VISIBLE_SIDE
+        style = ["pixels"] if small else []
+        updates: Updates = {
+            self.images: gr.update(value=list(drawing.images), elem_classes=style),
+        }
+        if drawing.facts:
+            updates[self.facts] = parts.facts(drawing.facts)
+        else:
+            steps.append(drawing.images[0])
+            updates[self.scales] = parts.strip(steps, "First image, coarse to fine")
+        return updates
+
+
+class GenerateTab:
+    """Builds the tab where it is made, with its events."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        with gr.Row(elem_classes="tab"):
+            with gr.Column(scale=1, min_width=300, elem_classes="controls"):
+                inputs = self._controls()
+                self.bar = RunBar(studio, "Generate", "generate")
+            with gr.Column(scale=3, min_width=300), gr.Row(elem_classes="panels"):
+                self.panels = (Panel("first"), Panel("second", visible=False))
+        outputs = [*self.bar.outputs, *self.panels[0].outputs, *self.panels[1].outputs]
+        self.bar.start.click(
+            self.run,
+            inputs,
+            outputs,
+            api_name="generate",
+            concurrency_limit=None,
+            show_progress="hidden",
+        )
+        self.model.change(
+            self.classes, self.model, self.name, api_visibility="private", show_progress="hidden"
+        )
+
+    def _controls(self) -> list[Any]:
+        keys = self.studio.keys(*MODELS)
+        self.model = checked_here(gr.Dropdown(keys, label="Model", elem_id="generate-model"))
+        self.beside = checked_here(
+            gr.Dropdown(
+                [NOTHING, *keys],
+                label="Beside it",
+                info="Another model, from the same seeds",
+                elem_id="generate-beside",
+            )
+        )
+        self.name = gr.Dropdown(
+            class_choices(self.studio.model(keys[0])),
+            label="Class",
+            info="Type to search; a name or an id",
+            allow_custom_value=True,
+            elem_id="generate-class",
+        )
+        with gr.Row():
+            count = gr.Slider(1, MAX_COUNT, value=4, step=1, label="Images", min_width=120)
+            seed = gr.Number(0, precision=0, label="Seed", min_width=120)
+        with gr.Accordion("Sampling", open=False):
+            cfg = gr.Slider(0, 10, value=4, step=0.1, label="Guidance (cfg)")
+            top_k = gr.Slider(0, MAX_TOP_K, value=100, step=1, label="Top-k, 0 for all")
+            top_p = gr.Slider(0, 1, value=0.96, step=0.01, label="Top-p, 1 for all")
+        return [self.model, self.beside, self.name, count, seed, cfg, top_k, top_p]
+
+    def pickers(self, model: str | None, beside: str | None) -> Updates:
+        """The pickers with what there is now; a choice that is still there stays."""
+        keys, artifacts = self.studio.keys(*MODELS), self.studio.keys(Kind.artifact)
+        first = artifacts[0] if artifacts else NOTHING
+        return {
+            self.model: gr.update(choices=keys, value=model if model in keys else keys[0]),
+            self.beside: gr.update(
+                choices=[NOTHING, *keys], value=beside if beside in [NOTHING, *keys] else first
+            ),
+        }
+
+    def classes(self, model: str) -> Any:
+        with toasts():
+            names = class_choices(self.studio.model(model))
+        return gr.update(choices=names, value=names[0] if names else "0")
+
+    async def run(
+        self,
+        model: str,
+        beside: str,
+        name: str,
+        count: float,
+        seed: float,
+        cfg: float,
+        top_k: float,
+        top_p: float,
+    ) -> AsyncIterator[Updates]:
+        """Draw with `model`, then with `beside`, each when its turn comes."""
+        with toasts():
+            request = Request.checked(name, count, seed, cfg, top_k, top_p)
+            chosen = [model] if beside in (None, "", NOTHING) else [model, beside]
+            entries = [self.studio.model(key) for key in chosen]
+            second = entries[1] if len(entries) > 1 else None
+            yield {**self.panels[0].clear(entries[0]), **self.panels[1].clear(second)}
+            for panel, entry in zip(self.panels, entries, strict=False):
+                title = f"{request.count} of {request.name}"[:40]
+                job = self.studio.jobs.submit(
+                    entry.key, title, partial(draw, self.studio, entry, request)
+                )
+                steps: list[Pixels] = []
+                async for updates in self.bar.follow(job, partial(panel.show, steps)):
+                    yield updates
+                if job.stopped:
+                    return

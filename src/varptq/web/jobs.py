@@ -1,0 +1,222 @@
+"""Work that takes a while: one job at a time per model, in the order of asking, with a queue that
+people can see.
+
+    job = jobs.submit("demo", "2 images of cat", work)     work(job) runs in a thread of its own
+    async for part in follow(job): ...                     what `work` hands out, as it comes
+
+Work is asked to stop by an exception from the calls it makes anyway (`progress`, `emit`, `check`).
+Pages and models are not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import secrets
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from varptq.errors import InputError
+
+MAX_WAITING = 100
+# How often a follower looks; a person does not see less.
+POLL_SECONDS = 0.1
+SIGN_OF_LIFE_SECONDS = 1.0
+
+
+class State(StrEnum):
+    """The life of a job."""
+
+    waiting = "waiting"
+    running = "running"
+    done = "done"
+    failed = "failed"
+    stopped = "stopped"
+
+
+class StoppedError(Exception):
+    """Raised inside the work of a job that was asked to stop."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One piece of work on one model. `stage`, `done`, `total` and `info` are the last progress."""
+
+    model: str
+    title: str
+    work: Callable[[Job], Any]
+    kind: str = ""
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    state: State = State.waiting
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    info: str = ""
+    started: float = 0.0
+    ended: float = 0.0
+    result: Any = None
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self._parts: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._finished = threading.Event()
+
+    @property
+    def finished(self) -> bool:
+        return self._finished.is_set()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began to run, until now or its end."""
+        return (self.ended or time.monotonic()) - self.started if self.started else 0.0
+
+    @property
+    def stopped(self) -> bool:
+        return self.state is State.stopped
+
+    def check(self) -> None:
+        """Raise `StoppedError` if the job was asked to stop."""
+        if self._stop.is_set():
+            raise StoppedError
+
+    def progress(self, stage: str, done: int, total: int, info: str = "") -> None:
+        """A `varptq.progress.Progress` that also stops the work."""
+        self.check()
+        self.stage, self.done, self.total, self.info = stage, done, total, info
+
+    def emit(self, part: Any) -> None:
+        """Hand a part of the result to whoever follows."""
+        self.check()
+        self._parts.put(part)
+
+    def stop(self) -> None:
+        """Ask the work to stop; one that waits never begins."""
+        self._stop.set()
+
+    def parts(self) -> list[Any]:
+        """What was handed out since the last call."""
+        found: list[Any] = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(self._parts.get_nowait())
+        return found
+
+    def run(self) -> None:
+        """Do the work; its result or its exception stays in the job."""
+        try:
+            self.check()
+            self.state, self.started = State.running, time.monotonic()
+            self.result = self.work(self)
+            self.state = State.done
+        except StoppedError:
+            self.state = State.stopped
+        except BaseException as error:
+            # A thread has nobody to raise to: the follower raises it where it can be shown.
+            self.error, self.state = error, State.failed
+        finally:
+            self.ended = time.monotonic()
+            self._finished.set()
+
+
+class Jobs:
+    """Queues by model. A model with work has one thread, which ends when its queue is empty."""
+
+    def __init__(self, max_waiting: int = MAX_WAITING) -> None:
+        self.max_waiting = max_waiting
+        self._lock = threading.Lock()
+        self._waiting: defaultdict[str, deque[Job]] = defaultdict(deque)
+        self._running: dict[str, Job] = {}
+        self._busy: set[str] = set()
+
+    def submit(self, model: str, title: str, work: Callable[[Job], Any], *, kind: str = "") -> Job:
+        """Queue `work` behind the other jobs of `model`. Raises `InputError` if too many wait."""
+        job = Job(model, title, work, kind)
+        with self._lock:
+            if len(self._waiting[model]) >= self.max_waiting:
+                raise InputError(
+                    f"model {model!r}: {self.max_waiting} jobs wait already; try again later"
+                )
+            self._waiting[model].append(job)
+            if model not in self._busy:
+                self._busy.add(model)
+                threading.Thread(target=self._serve, args=(model,), daemon=True).start()
+        return job
+
+    def ahead(self, job: Job) -> int:
+        """How many jobs of the same model come before it."""
+        with self._lock:
+            line = list(self._waiting[job.model])
+            if job not in line:
+                return 0
+            return line.index(job) + (job.model in self._running)
+
+    def listed(self) -> list[Job]:
+        """Every job that runs or waits, model by model in the order they run."""
+        with self._lock:
+            waiting = {model: list(line) for model, line in self._waiting.items()}
+            running = dict(self._running)
+        models = list(dict.fromkeys([*running, *waiting]))
+        return [
+            job
+            for model in models
+            for job in [*([running[model]] if model in running else []), *waiting.get(model, [])]
+            if not job.finished
+        ]
+
+    def stop(self, job_id: str) -> None:
+        """Stop the job of that id, if there is one; a waiting one leaves the queue at once."""
+        with self._lock:
+            for line in self._waiting.values():
+                for job in [job for job in line if job.id == job_id]:
+                    line.remove(job)
+                    job.stop()
+                    job.run()
+            for job in self._running.values():
+                if job.id == job_id:
+                    job.stop()
+
+    def _serve(self, model: str) -> None:
+        while True:
+            with self._lock:
+                self._running.pop(model, None)
+                if not self._waiting[model]:
+                    self._busy.discard(model)
+                    del self._waiting[model]
+                    return
+                job = self._waiting[model].popleft()
+                self._running[model] = job
+            job.run()
+
+
+async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncIterator[Any]:
+    """The parts of a job as they come, and None whenever its state or progress has changed, and now
+    and then: only between two of its turns a follower can be told that its page is gone.
+
+    Ends with the job; raises what its work raised. A follower that leaves stops the job unless
+    `keep`, so that nobody computes for a page that is closed.
+    """
+    seen, said = (), 0.0
+    try:
+        while True:
+            finished = job.finished
+            for part in job.parts():
+                yield part
+            now = (job.state, jobs.ahead(job), job.stage, job.done, job.info, int(job.seconds))
+            if now != seen or time.monotonic() - said >= SIGN_OF_LIFE_SECONDS:
+                seen, said = now, time.monotonic()
+                yield None
+            if finished:
+                break
+            await asyncio.sleep(POLL_SECONDS)
+    finally:
+        if not keep and not job.finished:
+            jobs.stop(job.id)
+    if job.error is not None:
+        raise job.error

@@ -1,0 +1,70 @@
+"""Models in memory: loaded when first asked for, the one unused for longest goes first; and what
+can be said of a model before it is loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from varptq.artifact.load import read_config
+from varptq.models.pipeline import DTYPES, Pipeline, load_model
+from varptq.models.presets import PRESETS
+from varptq.runtime import load
+from varptq.web.catalogue import Entry, Kind
+
+# A float model and the quantized one beside it.
+CAPACITY = 2
+
+
+class LoadedModels:
+    """At most `capacity` pipelines on `device`. One that changed on disk is loaded again."""
+
+    def __init__(
+        self, *, device: str = "cpu", dtype: str = "float32", capacity: int = CAPACITY
+    ) -> None:
+        self.placement: dict[str, Any] = {"device": torch.device(device), "dtype": DTYPES[dtype]}
+        self.capacity = capacity
+        self._lock = threading.Lock()
+        self._held: OrderedDict[tuple[Entry, tuple[int, ...]], Pipeline] = OrderedDict()
+
+    def get(self, entry: Entry) -> Pipeline:
+        """The pipeline of `entry`. Raises `CheckpointError` or `ArtifactError` as loading does."""
+        key = (entry, entry.stamp)
+        with self._lock:
+            if (pipe := self._held.pop(key, None)) is not None:
+                self._held[key] = pipe
+                return pipe
+        # Outside the lock: another model's job need not wait. The same model has one job at a time.
+        pipe = self._load(entry)
+        with self._lock:
+            self._held[key] = pipe
+            while len(self._held) > self.capacity:
+                self._held.popitem(last=False)
+        return pipe
+
+    def _load(self, entry: Entry) -> Pipeline:
+        if entry.kind is Kind.artifact:
+            return load(entry.files[0], **self.placement)
+        if entry.files:
+            var, vae = entry.files
+            return load_model(var=var, vae=vae, **self.placement)
+        return load_model(entry.key, **self.placement)
+
+
+def class_choices(entry: Entry) -> list[str]:
+    """Names of the classes, or ids for a model without names; empty where only loading tells.
+
+    Raises `ArtifactError` for an artifact that cannot be read.
+    """
+    if entry.kind is Kind.artifact:
+        document, _ = read_config(entry.files[0])
+        names, count = document.class_names, document.architecture.var.num_classes
+    elif entry.files:
+        return []
+    else:
+        preset = PRESETS[entry.key]
+        names, count = preset.class_names or (), preset.var_arch.num_classes
+    return list(names) or [str(label) for label in range(count)]

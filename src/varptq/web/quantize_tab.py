@@ -1,0 +1,273 @@
+"""The tab Quantize: choose a method and bits, watch the calibration, get the artifact.
+
+A calibration goes on when its page is closed. A page that opens meanwhile shows it and can stop it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from varptq.artifact import save
+from varptq.artifact.format import CONFIG_FILE
+from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+from varptq.calibrate.config import PRESETS as CALIBRATIONS
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.methods import METHODS, Method, quantize
+from varptq.errors import InputError, OutputError
+from varptq.quant.config import QuantConfig
+from varptq.quant.pipeline import QuantizedPipeline
+from varptq.web import parts
+from varptq.web.catalogue import Entry, Kind
+from varptq.web.files import offer
+from varptq.web.jobs import Job
+from varptq.web.losses import Losses
+from varptq.web.runbar import RunBar, Updates
+from varptq.web.studio import MAX_SEED, Studio, checked_here, toasts, whole
+
+KIND = "quantize"
+CONFIGS = ("w4a4", "w4a8", "w6a6", "w8a8", "w4a4+litevar", "w6a6+litevar", "w4a4+paper", "best")
+METHOD_HINTS = {
+    "rtn": ("nearest rounding, seconds",),
+    "gptq": ("reconstruction in closed form",),
+    "brecq": ("reconstruction, block by block",),
+    "sas": ("reconstruction, shift-and-sum, resampled calibration",),
+}
+MAX_SAMPLES, MAX_STEPS = 4096, 20_000
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+DRAW_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make, checked before anything is calibrated."""
+
+    config: QuantConfig
+    method: str
+    calibration: CalibrationConfig
+    seed: int
+    name: str
+    replace: bool
+
+    @classmethod
+    def checked(
+        cls,
+        config: object,
+        method: object,
+        calibration: object,
+        samples: object,
+        steps: object,
+        seed: object,
+        name: object,
+        replace: object,
+    ) -> Request:
+        """From what a page sent; samples and steps of 0 are those of the preset. Raises
+        `ConfigError` or `InputError`."""
+        Method.parse(str(method))
+        given = {
+            "num_samples": whole("samples", samples or 0, 0, MAX_SAMPLES),
+            "steps": whole("steps", steps or 0, 0, MAX_STEPS),
+        }
+        base = CalibrationConfig.preset(str(calibration))
+        settings = base.replace(**{key: value for key, value in given.items() if value})
+        name = str(name or "").strip()
+        if not NAME.fullmatch(name):
+            raise InputError(
+                f"name {name!r}: expected letters, digits and . _ + -, beginning with a letter or "
+                "digit, at most 64"
+            )
+        return cls(
+            QuantConfig.preset(str(config)),
+            str(method),
+            settings,
+            whole("seed", seed, 0, MAX_SEED),
+            name,
+            bool(replace),
+        )
+
+    def place(self, out: Path) -> Path:
+        """The artifact's folder. Raises `OutputError` where `save` would, after all the work."""
+        target = out / self.name
+        if target.exists() and not (self.replace and (target / CONFIG_FILE).is_file()):
+            raise OutputError(f"name {self.name!r}: exists; choose another or tick Replace")
+        return target
+
+
+@dataclass(frozen=True)
+class Made:
+    """The artifact and what to say about it."""
+
+    folder: Path
+    rows: tuple[tuple[str, str], ...]
+
+
+def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
+    """Quantize and save; emit `Losses` now and then."""
+    target = request.place(studio.out)
+    pipe = studio.models.get(entry)
+    losses = Losses(request.calibration.steps)
+    drawn = 0.0
+
+    def progress(stage: str, done: int, total: int, info: str = "") -> None:
+        nonlocal drawn
+        job.progress(stage, done, total, info)
+        losses.note(stage, done, info)
+        if time.monotonic() - drawn >= DRAW_SECONDS:
+            drawn = time.monotonic()
+            job.emit(losses)
+
+    quantized = quantize(
+        pipe,
+        request.config,
+        method=request.method,
+        calibration=request.calibration,
+        seed=request.seed,
+        progress=progress,
+    )
+    job.emit(losses)
+    job.progress("saving", 0, 1)
+    save(quantized, target, force=request.replace)
+    made = Made(target, rows_of(quantized, job.seconds))
+    job.emit(made)
+    return made
+
+
+def rows_of(pipe: QuantizedPipeline, spent: float) -> tuple[tuple[str, str], ...]:
+    """The summary for people."""
+    transformer = total({kind: size for kind, size in sizes(pipe).items() if kind != VAE})
+    smaller = transformer.float32_bytes / transformer.bytes
+    units = pipe.report.get("units", [])
+    nearest = sum(unit["kept"] == "nearest" for unit in units)
+    return (
+        ("Model", f"{pipe.name}, {pipe.config.name}, {pipe.method}"),
+        ("Size", f"{parts.megabytes(transformer.bytes)}, {smaller:.1f}x smaller than float32"),
+        ("Weights", f"{quantized_size(pipe).bits_per_element:.2f} bits each, with scales"),
+        (
+            "Units",
+            f"{len(units)} reconstructed, {nearest} kept nearest" if units else "nearest rounding",
+        ),
+        ("Theta", "off" if pipe.theta is None else f"{pipe.theta:.4f}"),
+        ("Time", parts.seconds(spent)),
+    )
+
+
+class QuantizeTab:
+    """Builds the tab where it is made, with its events."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        with gr.Row(elem_classes="tab"):
+            with gr.Column(scale=1, min_width=300, elem_classes="controls"):
+                inputs = self._controls()
+                self.bar = RunBar(studio, "Quantize", "quantize")
+            with gr.Column(scale=2, min_width=300):
+                self.summary = gr.HTML(
+                    parts.note("The loss of every unit is drawn here while it is learned."),
+                    elem_id="quantize-summary",
+                )
+                self.download = gr.DownloadButton(
+                    "Download the artifact (.zip)", visible=False, elem_id="quantize-download"
+                )
+                self.curves = gr.HTML(elem_id="quantize-curves")
+        self._events(inputs)
+
+    def _controls(self) -> list[Any]:
+        keys = self.studio.keys(Kind.float)
+        self.model = checked_here(gr.Dropdown(keys, label="Float model", elem_id="quantize-model"))
+        self.config = gr.Dropdown(
+            list(CONFIGS),
+            value=CONFIGS[0],
+            label="Bits",
+            info="w<bits>a<bits>, with +litevar, +p8, ... as on the command line",
+            allow_custom_value=True,
+            elem_id="quantize-config",
+        )
+        self.method = gr.Radio(
+            [(": ".join((name, *METHOD_HINTS.get(name, ()))), name) for name in METHODS],
+            value="sas",
+            label="Method",
+            elem_id="quantize-method",
+        )
+        calibration = gr.Radio(list(CALIBRATIONS), value="fast", label="Calibration")
+        with gr.Accordion("Single settings", open=False, elem_id="quantize-settings"):
+            samples = gr.Number(
+                0, precision=0, label="Images, 0 as in the preset", elem_id="q-samples"
+            )
+            steps = gr.Number(0, precision=0, label="Steps, 0 as in the preset", elem_id="q-steps")
+            seed = gr.Number(0, precision=0, label="Seed")
+        self.name = gr.Textbox(
+            suggested_name(keys[0], CONFIGS[0], "sas"),
+            label="Name of the artifact",
+            max_lines=1,
+            elem_id="quantize-name",
+        )
+        replace = gr.Checkbox(label="Replace one of that name")
+        return [self.config, self.method, calibration, samples, steps, seed, self.name, replace]
+
+    def _events(self, inputs: list[Any]) -> None:
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        self.outputs = [*self.bar.outputs, self.summary, self.curves, self.download]
+        self.bar.start.click(
+            self.run,
+            [self.model, *inputs],
+            self.outputs,
+            api_name="quantize",
+            concurrency_limit=None,
+            show_progress="hidden",
+        )
+        chosen = [self.model, self.config, self.method]
+        for picker in chosen:
+            picker.change(suggested_name, chosen, self.name, **private)
+
+    def pickers(self, model: str | None) -> Updates:
+        """The picker with what there is now; a choice that is still there stays."""
+        keys = self.studio.keys(Kind.float)
+        return {self.model: gr.update(choices=keys, value=model if model in keys else keys[0])}
+
+    async def run(self, model: str, *rest: Any) -> AsyncIterator[Updates]:
+        """Quantize when the model's turn comes."""
+        with toasts():
+            entry = self.studio.model(model, Kind.float)
+            request = Request.checked(*rest)
+            request.place(self.studio.out)
+            job = self.studio.jobs.submit(
+                entry.key,
+                f"{request.method} {request.config.name}",
+                partial(compute, self.studio, entry, request),
+                kind=KIND,
+            )
+            yield {self.summary: "", self.curves: "", self.download: gr.update(visible=False)}
+            async for updates in self.bar.follow(job, self._show, keep=True):
+                yield updates
+
+    async def resume(self) -> AsyncIterator[Updates]:
+        """Follow the calibration that is going on, for a page that has just opened."""
+        going = [job for job in self.studio.jobs.listed() if job.kind == KIND]
+        if not going:
+            return
+        with toasts():
+            async for updates in self.bar.follow(going[0], self._show, keep=True):
+                yield updates
+
+    def _show(self, part: Losses | Made) -> Updates:
+        if isinstance(part, Losses):
+            return {self.curves: parts.curves(part.curves())}
+        rows = [*part.rows, ("Written", f"{part.folder.name}, in the pickers of all tabs")]
+        archive = offer(self.download, part.folder)
+        return {
+            self.summary: parts.facts(rows),
+            self.download: gr.update(value=archive, visible=True),
+        }
+
+
+def suggested_name(model: str | None, config: str | None, method: str | None) -> str:
+    """A name that says what it is."""
+    words = "-".join(str(word) for word in (model, config, method) if word)
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", words).strip("-._+")[:64]

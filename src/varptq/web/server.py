@@ -1,0 +1,191 @@
+"""Start the studio: who may reach it, how much they may send, and nothing else.
+
+It answers on this machine alone unless another address and a password are given; there is no link
+through a third party (`share`). Every answer carries a content security policy that keeps the
+browser from asking anyone else.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from varptq.errors import InputError, OutputError
+from varptq.web import app, theme
+from varptq.web.catalogue import Catalogue
+from varptq.web.files import MAX_BYTES
+from varptq.web.jobs import Jobs
+from varptq.web.loaded import LoadedModels
+from varptq.web.studio import Studio
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+MIN_PASSWORD = 8
+# The app's own scripts are partly inline, and its pictures partly made in the page (blob:, data:).
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self' data: blob:; worker-src 'self' blob:; frame-src 'self'; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to serve. auth: (user, password). port 0: any that is free."""
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    auth: tuple[str, str] | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def check(self) -> None:
+        """Raises `InputError` for an address that others reach without a password."""
+        if not is_local(self.host) and self.auth is None:
+            raise InputError(
+                f"host {self.host}: other machines reach it; give --auth USER:PASSWORD too"
+            )
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_auth(text: str) -> tuple[str, str]:
+    """ "user:password". Raises `InputError`, without repeating the password."""
+    user, colon, password = text.partition(":")
+    if not (user and colon):
+        raise InputError("auth: expected USER:PASSWORD")
+    if len(password) < MIN_PASSWORD:
+        raise InputError(
+            f"auth: password of {len(password)} characters, expected at least {MIN_PASSWORD}"
+        )
+    return user, password
+
+
+def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
+    """The state of a studio that opens what is under `folders` and `out`, and writes to `out`.
+
+    Raises `InputError` for a folder that is not there, `OutputError` if `out` cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{out}: cannot be made ({error.strerror}); choose another place"
+        ) from None
+    if not os.access(out, os.W_OK):
+        raise OutputError(f"{out}: cannot be written; choose another place")
+    models = LoadedModels(device=options.device, dtype=options.dtype)
+    return Studio(Catalogue([out, *folders]), models, Jobs(), out.resolve())
+
+
+def web_app(studio: Studio, options: Options) -> FastAPI:
+    """The studio with its limits and its head lines, ready for any ASGI server."""
+    outer = FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None, middleware=_middleware(options)
+    )
+    blocks = app.build(studio)
+    # Only so does the app check which files a page may name; its `launch` would do the same.
+    blocks.has_launched = blocks.is_running = True
+    return gr.mount_gradio_app(
+        outer,
+        blocks,
+        path="/",
+        server_name=options.host,
+        auth=_password_check(*options.auth) if options.auth else None,
+        show_error=False,
+        max_file_size=MAX_BYTES,
+        enable_monitoring=False,
+        mcp_server=False,
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        footer_links=[],
+        theme=theme.theme(),
+        css=theme.style(),
+    )
+
+
+def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -> None:
+    """Answer until Ctrl-C. `announce` gets the address once it is open.
+
+    Raises `InputError` for an address that may not or cannot be used.
+    """
+    options.check()
+    listening = _listen(options.host, options.port)
+    port = listening.getsockname()[1]
+    name = f"[{options.host}]" if ":" in options.host else options.host
+    server = uvicorn.Server(
+        uvicorn.Config(web_app(studio, options), log_level="warning", timeout_graceful_shutdown=1)
+    )
+    announce(f"http://{name}:{port}/")
+    server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen()
+    except OSError as error:
+        raise InputError(
+            f"host {host}, port {port}: cannot be used ({error.strerror}); choose another --port"
+        ) from None
+    return listening
+
+
+def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
+    """Compares in constant time, both words always."""
+
+    def check(given_user: str, given_password: str) -> bool:
+        pairs = ((user, given_user), (password, given_password))
+        return all([secrets.compare_digest(a.encode(), b.encode()) for a, b in pairs])
+
+    return check
+
+
+def _middleware(options: Options) -> list[Middleware]:
+    """The policy on every answer; and where only this machine may ask, no other name in `Host`, so
+    that a foreign page cannot reach the studio by a name that it points here."""
+    used = [Middleware(PolicyHeaders)]
+    if is_local(options.host):
+        used.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, options.host]))
+    return used
+
+
+class PolicyHeaders:
+    """Adds the security head lines to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)

@@ -1,0 +1,73 @@
+"""What every tab works with, and how a mistake becomes a toast.
+
+Every event takes what a page sends, which may be anything, and checks it with these.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from varptq.errors import InputError, VarptqError
+from varptq.web.catalogue import Catalogue, Entry, Kind
+from varptq.web.jobs import Jobs
+from varptq.web.loaded import LoadedModels
+
+TOAST_SECONDS = 12.0
+MAX_SEED = 2**32 - 1
+MODELS = (Kind.float, Kind.artifact)
+
+
+@dataclass(frozen=True)
+class Studio:
+    """The state that all pages share. `out`: where artifacts and reports made here go; it is one of
+    the catalogue's folders."""
+
+    catalogue: Catalogue
+    models: LoadedModels
+    jobs: Jobs
+    out: Path
+
+    def keys(self, *kinds: Kind) -> list[str]:
+        return [entry.key for entry in self.catalogue.entries(*kinds)]
+
+    def model(self, key: object, *kinds: Kind) -> Entry:
+        return self.catalogue.find(key, *(kinds or MODELS))
+
+
+def checked_here(picker: gr.Dropdown) -> gr.Dropdown:
+    """A picker whose value goes to `Catalogue.find` as it came: the app knows the choices from the
+    time it started, the catalogue those of now."""
+
+    def preprocess(payload: Any) -> Any:
+        return payload
+
+    picker.preprocess = preprocess
+    return picker
+
+
+@contextmanager
+def toasts() -> Iterator[None]:
+    """Show a `VarptqError` as the one line it is; a bug of ours keeps its traceback."""
+    try:
+        yield
+    except VarptqError as error:
+        line = html.escape(" ".join(str(error).split()), quote=False)
+        raise gr.Error(
+            line, duration=TOAST_SECONDS, title="That did not work", print_exception=False
+        ) from None
+
+
+def whole(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int in low..high. Raises `InputError`: a page sends what it likes."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
+        raise InputError(f"{name} {value!r}: expected a whole number")
+    if not low <= value <= high:
+        raise InputError(f"{name} {int(value)}: expected {low} to {high}")
+    return int(value)

@@ -1,0 +1,75 @@
+"""The script of the methods table: its rows, and the errors it states."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import varptq
+from varptq.evaluate.frechet import Gaussian, frechet_distance
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def methods() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield import_module("methods")
+        for name in ("methods", "proof"):
+            patch.delitem(sys.modules, name)
+
+
+def test_every_row_is_a_preset_and_a_method(methods: ModuleType) -> None:
+    asked = (*methods.METHODS, *methods.ABLATION)
+    rows = list(methods.rows(methods.WIDTHS, asked, (0, 1)))
+    # Five widths of five methods, and two parts of the ablation at two widths.
+    assert len(rows) == len(set(rows)) == 1 + 3 + 2 * (25 + 4)
+    assert [row.seed for row in rows[4:]] == [0] * 29 + [1] * 29
+    for row in rows[4:]:
+        config = varptq.QuantConfig.preset(row.preset)
+        fc2 = config.linear_for("blocks.0.ffn.fc2")
+        assert (fc2.weight is None) == ("litevar" in row.method)
+        assert config.attention is not None and config.attention.policy == "release"
+        assert "litevar" not in row.calibration_method
+
+
+def test_tenths_hold_every_image_and_every_class(methods: ModuleType) -> None:
+    """Labels repeat every ten images; no tenth may be short of a class."""
+    features = torch.randn(230, 3, generator=torch.Generator().manual_seed(0))
+    features[:, 0] = torch.arange(230) % 10
+    groups = [Gaussian() for _ in range(10)]
+    for first in range(0, 230, 37):
+        methods.divide(groups, features[first : first + 37], first)
+    assert sum(group.count for group in groups) == 230
+    for group in groups:
+        assert float(group.mean[0]) == pytest.approx(4.5)
+    assert frechet_distance(methods.merged(groups), Gaussian.of(features)) < 1e-9
+
+
+def test_the_error_is_that_of_repeated_draws(methods: ModuleType) -> None:
+    """The jackknife beside the spread of the distance over 300 fresh sets."""
+    generator = torch.Generator().manual_seed(1)
+
+    class Bench(methods.Bench):
+        def __init__(self) -> None:
+            self.real = self.rebuilt = self.of_float = Gaussian.from_moments(
+                torch.full((4,), 0.5), torch.eye(4), 10**6
+            )
+
+    bench = Bench()
+    found, errors = [], []
+    for _ in range(300):
+        groups = [Gaussian() for _ in range(10)]
+        methods.divide(groups, torch.randn(200, 4, generator=generator), 0)
+        found.append(bench.distances(methods.merged(groups))["fd"])
+        errors.append(methods.standard_error(bench.without(groups)["fd"]))
+    spread = float(torch.tensor(found).std())
+    # Ten groups know a deviation to about a quarter; their mean over sets to a few percent.
+    assert sum(errors) / 300 == pytest.approx(spread, rel=0.15)

@@ -1,0 +1,187 @@
+// Attention, sampler, token map and their polynomials under the sanitizers.
+//
+// Polynomials against libm in double precision; every instruction set against the portable code, on
+// odd shapes and at the ends of the codes. Prints what differs; exit code 1 if anything does.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "attention.h"
+#include "vmath.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("FAILED: %s\n", what);
+  ++failures;
+}
+
+using Random = std::mt19937;
+
+std::vector<float> normal(Random& random, size_t count, float spread = 1.0f) {
+  std::normal_distribution<float> draw(0.0f, spread);
+  std::vector<float> out(count);
+  for (float& x : out) x = draw(random);
+  return out;
+}
+
+template <class Run>
+void on_every_set(const char* what, Run run) {
+  std::vector<float> first;
+  for (const char* name : {"portable", "avx2", "avx512vnni"}) {
+    if (vq_select_isa(name) != VQ_OK) continue;
+    const std::vector<float> got = run();
+    if (first.empty()) first = got;
+    expect(!std::memcmp(first.data(), got.data(), got.size() * sizeof(float)), what);
+  }
+}
+
+// A sweep in steps of a 5000th.
+template <class Ours, class Exact, class Bound>
+void sweep(const char* what, float low, float high, Ours ours, Exact exact, Bound bound) {
+  for (double x = low; x <= high; x += (std::fabs(x) + 1e-3) * 2e-4) {
+    float lanes[vq::kLanes];
+    for (float& lane : lanes) lane = static_cast<float>(x);
+    const double want = exact(static_cast<double>(lanes[0]));
+    vq::store(lanes, ours(vq::load(lanes)));
+    if (std::fabs(lanes[0] - want) > bound(static_cast<double>(static_cast<float>(x)), want))
+      return expect(false, what);
+  }
+}
+
+void polynomials() {
+  sweep(
+      "exp", -87.0f, 88.0f, vq::exp_of, [](double x) { return std::exp(x); },
+      [](double x, double y) { return (2e-7 + 8e-8 * std::fabs(x)) * y; });
+  sweep(
+      "log", 1e-30f, 1e30f, vq::log_of, [](double x) { return std::log(x); },
+      [](double, double y) { return 2e-7 * std::fabs(y); });
+  sweep(
+      "log(1 - u)", 2.9802322e-8f, 0.99999994f, vq::log_one_minus,
+      [](double u) { return std::log1p(-u); },
+      [](double, double y) { return 3e-7 * std::fabs(y); });
+  float zero[vq::kLanes] = {}, one[vq::kLanes];
+  vq::store(one, vq::exp_of(vq::load(zero)));
+  expect(one[5] == 1.0f, "exp(0) is 1");
+}
+
+struct Shape {
+  int64_t batch, heads, width;
+  int32_t policy, bits;
+  float theta;
+};
+
+// Four scales in one call; `extreme` inputs have codes at the ends only.
+std::vector<float> attention(const Shape& shape, bool extreme, int threads) {
+  const int64_t ends[] = {1, 4, 9, 46}, spans[] = {0, 1, 1, 1, 4, 4, 4, 9, 9, 9, 46, 46};
+  const int64_t width = shape.heads * shape.width;
+  Random random(7);
+  std::vector<float> qkv = normal(random, static_cast<size_t>(shape.batch * 46 * 3 * width));
+  if (extreme)
+    for (float& x : qkv) x = x > 0 ? 1.0f : -1.0f;
+  const std::vector<float> bias = normal(random, static_cast<size_t>(width), extreme ? 0.0f : 1.0f);
+  const std::vector<float> factor(static_cast<size_t>(shape.heads), 2.0f);
+  const int64_t bytes = vq_attention_cache_bytes(shape.width, 46, 4);
+  std::vector<uint8_t> cache(static_cast<size_t>(shape.batch * shape.heads * bytes));
+  std::vector<float> out(static_cast<size_t>(shape.batch * 46 * width));
+  vq_attention_args a = {};
+  a.batch = shape.batch;
+  a.heads = shape.heads;
+  a.width = shape.width;
+  a.tokens = a.capacity = 46;
+  a.ends = ends;
+  a.segments = a.num_spans = 4;
+  a.spans = spans;
+  a.policy = shape.policy;
+  a.query_bits = a.key_bits = a.value_bits = shape.bits;
+  a.probability_bits = 8;
+  a.l2_norm = !extreme;
+  a.max_order = 3;
+  a.theta = shape.theta;
+  a.qkv = qkv.data();
+  a.query_bias = a.value_bias = bias.data();
+  a.query_factor = factor.data();
+  a.cache = cache.data();
+  a.out = out.data();
+  a.threads = threads;
+  expect(vq_attention(&a) == VQ_OK, "attention returns 0");
+  return out;
+}
+
+void attentions() {
+  const Shape shapes[] = {{1, 1, 1, VQ_POLICY_TOKEN, 8, -1.0f},   {2, 3, 20, VQ_POLICY_TOKEN, 8, -1.0f},
+                          {1, 2, 64, VQ_POLICY_TOKEN, 4, 0.01f},  {3, 1, 128, VQ_POLICY_TOKEN, 8, -1.0f},
+                          {2, 2, 37, VQ_POLICY_SEGMENT, 6, -1.0f}, {1, 2, 64, VQ_POLICY_SEGMENT, 4, 0.02f}};
+  for (const Shape& shape : shapes)
+    for (const bool extreme : {false, true})
+      on_every_set("attention differs between instruction sets", [&] {
+        const std::vector<float> one = attention(shape, extreme, 1);
+        expect(one == attention(shape, extreme, 2), "attention depends on threads");
+        return one;
+      });
+}
+
+void samplers() {
+  for (const int64_t vocabulary : {1, 15, 16, 37, 1000}) {
+    Random random(3);
+    const int64_t rows = 5;
+    const size_t size = static_cast<size_t>(rows * vocabulary);
+    const std::vector<float> logits = normal(random, size, 3.0f), other = normal(random, size, 3.0f);
+    std::uniform_real_distribution<float> draw(1e-7f, 0.9999f);
+    std::vector<float> uniform(size);
+    for (float& x : uniform) x = draw(random);
+    on_every_set("the sampler differs between instruction sets", [&] {
+      std::vector<float> out(size);
+      std::vector<int64_t> ids(static_cast<size_t>(rows));
+      vq_sample_args a = {};
+      a.rows = rows;
+      a.vocabulary = vocabulary;
+      a.logits = logits.data();
+      a.unconditional = other.data();
+      a.guidance = 1.5f;
+      a.guidance_plus_one = 2.5f;
+      a.top_k = 30;
+      a.top_p = 0.9;
+      a.temperature = 1.0f;
+      a.uniform = uniform.data();
+      a.ids = ids.data();
+      a.filtered = out.data();
+      a.threads = 2;
+      expect(vq_sample(&a) == VQ_OK, "the sampler returns 0");
+      for (int64_t id : ids) out.push_back(static_cast<float>(id));
+      return out;
+    });
+  }
+}
+
+void maps() {
+  for (const int64_t side : {1, 3, 16, 17}) {
+    Random random(5);
+    const size_t size = static_cast<size_t>(2 * 6 * side * side);
+    const std::vector<float> h = normal(random, size), f_hat = normal(random, size);
+    const std::vector<float> weight = normal(random, 6 * 6 * 9), bias = normal(random, 6);
+    on_every_set("the token map differs between instruction sets", [&] {
+      std::vector<float> out(size);
+      const vq_phi_args a = {2,           6,           side,         h.data(), weight.data(),
+                             bias.data(), f_hat.data(), out.data(), 2};
+      expect(vq_phi(&a) == VQ_OK, "the token map returns 0");
+      return out;
+    });
+  }
+}
+
+}  // namespace
+
+int main() {
+  polynomials();
+  attentions();
+  samplers();
+  maps();
+  std::printf("attention_test: %s\n", failures ? "failed" : "passed");
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,114 @@
+"""Folds leave the function of the model as it is: float64, random biases and modulation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from varptq.models.checkpoint import VARArch
+from varptq.models.scales import Scales
+from varptq.models.var import VAR
+from varptq.quant.folds import (
+    attentions,
+    foldable_inputs,
+    normed_inputs,
+    scale_input,
+    scale_values,
+    shift_input,
+)
+
+WIDTH = 24
+# Of a few thousand float64 roundings at magnitude 1.
+TOLERANCE = 1e-10
+
+
+def model(l2_norm: bool = True, shared: bool = False) -> VAR:
+    """A model no tensor of which is zero, in float64."""
+    arch = VARArch(3, 2, WIDTH, 3, Scales((1, 2, 3)), 11, 5, l2_norm, shared)
+    var = VAR(arch).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for tensor in (*var.parameters(), *var.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = 0.3 * torch.randn(tensor.shape, generator=generator).double()
+    return var
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def logits(var: VAR) -> Tensor:
+    inputs = noise(2, var.scales.num_tokens - 1, var.arch.code_dim, seed=7)
+    with torch.no_grad():
+        return var(torch.tensor([0, 3]), inputs)
+
+
+def factors(seed: int) -> Tensor:
+    """Log-normal, so that they range over a factor of a hundred."""
+    return noise(WIDTH, seed=seed).exp()
+
+
+def scale_all(var: VAR) -> None:
+    for seed, place in enumerate(normed_inputs(var).values()):
+        scale_input(place, factors(seed))
+
+
+def shift_all(var: VAR) -> None:
+    for seed, place in enumerate(normed_inputs(var).values()):
+        shift_input(place, 8 * noise(WIDTH, seed=seed))
+
+
+def scale_all_values(var: VAR) -> None:
+    for seed, attention in enumerate(attentions(var).values()):
+        scale_values(attention, factors(seed))
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+@pytest.mark.parametrize("fold", [scale_all, shift_all, scale_all_values])
+def test_the_function_stays(fold: Callable[[VAR], None], l2_norm: bool) -> None:
+    var = model(l2_norm)
+    changed = copy.deepcopy(var)
+    fold(changed)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(var.parameters(), changed.parameters(), strict=True)
+    )
+    torch.testing.assert_close(logits(changed), logits(var), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("fold", ["scale", "shift"])
+def test_the_input_of_the_layer_changes_as_said(fold: str) -> None:
+    var = model()
+    changed, d_C = copy.deepcopy(var), factors(3)
+    seen: dict[str, list[Tensor]] = {}
+    for which in (var, changed):
+        for name in normed_inputs(which):
+            keep = seen.setdefault(name, [])
+            layer = which.get_submodule(name)
+            layer.register_forward_pre_hook(
+                lambda _, arguments, keep=keep: keep.append(arguments[0])
+            )
+    for place in normed_inputs(changed).values():
+        (scale_input if fold == "scale" else shift_input)(place, d_C)
+    logits(var), logits(changed)
+    for before, after in seen.values():
+        expected = before * d_C if fold == "scale" else before + d_C
+        torch.testing.assert_close(after, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_shared_adaln_layer_takes_nothing() -> None:
+    var = model(shared=True)
+    assert set(normed_inputs(var)) == {"head"}
+    assert foldable_inputs(var.arch) == ["blocks.0.attn.proj", "blocks.1.attn.proj", "head"]
+    before = logits(var)
+    scale_all(var), scale_all_values(var)
+    torch.testing.assert_close(logits(var), before, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_names_of_foldable_inputs_are_those_of_the_modules() -> None:
+    var = model()
+    named = {*normed_inputs(var), *(f"{name}.proj" for name in attentions(var))}
+    assert sorted(foldable_inputs(var.arch)) == sorted(named)

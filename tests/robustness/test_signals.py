@@ -1,0 +1,44 @@
+"""SIGTERM at any stage of a real process: no half-written artifact, and one line of why."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from varptq import artifact
+
+EXIT_TERMINATED = 143
+
+
+def started(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "varptq", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# Seconds after the first sign of life: samples, theta, reconstruction, saving.
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 1.0, 3.0, 6.0])
+def test_a_terminated_calibration_leaves_nothing_half_written(
+    delay: float, tmp_path: Path, counted: Callable[[], None]
+) -> None:
+    counted()
+    out = tmp_path / "model"
+    process = started(
+        "quantize", "demo", "--config", "w4a4", "--samples", 8, "--steps", 2, "--out", out
+    )  # fmt: skip
+    time.sleep(3.0 + delay)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    if out.exists():
+        artifact.load(out)
+        assert process.returncode in (0, EXIT_TERMINATED)
+        return
+    assert process.returncode in (EXIT_TERMINATED, -signal.SIGTERM)
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob(".varptq-*"))

@@ -1,0 +1,85 @@
+"""A studio in a process of its own, over a folder with a small model as files and an artifact."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from varptq.artifact import save
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.methods import quantize
+from varptq.models.pipeline import Pipeline
+from varptq.quant.config import QuantConfig
+
+OTHER_WEIGHTS = 5
+ADDRESS = re.compile(r"varptq studio: (http://\S+?)/$", re.MULTILINE)
+START_SECONDS = 90
+# The one that is there on every machine.
+RUNTIME = "simulated"
+
+
+def fill(models: Path, make_tiny: Callable[..., Pipeline]) -> None:
+    """`models`/small: a float model as two files; `models`/w4a4: an artifact of another one."""
+    small = make_tiny(OTHER_WEIGHTS)
+    (models / "small").mkdir(parents=True)
+    for part, network in (("var", small.var), ("vae", small.vae)):
+        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        save_file(state, models / "small" / f"{part}.safetensors")
+    calibration = CalibrationConfig(num_samples=2, steps=1, theta_samples=1, theta_grid=50)
+    made = quantize(make_tiny(), QuantConfig.preset("w4a4"), method="rtn", calibration=calibration)
+    save(made, models / "w4a4")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running studio."""
+
+    address: str
+    models: Path
+    out: Path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, make_tiny: Callable[..., Pipeline]) -> Path:
+    folder = tmp_path_factory.mktemp("studio") / "models"
+    fill(folder, make_tiny)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
+    place = tmp_path_factory.mktemp("served")
+    out, log = place / "made", place / "log"
+    command = [sys.executable, "-m", "varptq", "serve", str(models), "--out", str(out)]
+    environment = {
+        **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
+        **{"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(place / "cache")},
+        **{"VARPTQ_RUNTIME": RUNTIME},
+    }
+    with open(log, "w") as errors:
+        process = subprocess.Popen([*command, "--port", "0"], stderr=errors, env=environment)
+    try:
+        yield Served(address_in(log, process), models, out)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def address_in(log: Path, process: subprocess.Popen[bytes]) -> str:
+    """What the studio says once it is open."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        if found := ADDRESS.search(log.read_text()):
+            return found[1]
+        time.sleep(0.05)
+    pytest.fail(f"the studio did not start: {log.read_text()}")
