@@ -1,0 +1,192 @@
+"""Integer runtimes against the simulated path and each other: layers, whole models, batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import varptq
+from varptq import QuantConfig, artifact, generate
+from varptq.calibrate.config import CalibrationConfig
+from varptq.errors import InputError
+from varptq.evaluate.tokens import token_fidelity
+from varptq.models.pipeline import Pipeline
+from varptq.models.scales import Scales
+from varptq.models.var import TokenLinear, spans_of
+from varptq.native import binding
+from varptq.quant.convert import quant_linears
+from varptq.quant.pipeline import QuantizedPipeline
+from varptq.runtime.convert import on_integers
+from varptq.runtime.cpu import NativeKernels, cpu_kernels
+from varptq.runtime.cpu_torch import TorchKernels
+from varptq.runtime.kernels import Kernels
+from varptq.runtime.layers import IntLinear
+from varptq.runtime.reference import ReferenceKernels
+
+PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4", "best", "w4a4+segment")
+# A sum of a few hundred float32 terms in another order.
+ROUNDING = 2e-5
+native = pytest.mark.skipif(binding.core() is None, reason=f"no native core: {binding.reason()}")
+KERNELS = [
+    pytest.param(ReferenceKernels, id="reference"),
+    pytest.param(TorchKernels, id="torch"),
+    pytest.param(NativeKernels, id="native", marks=[native, pytest.mark.native]),
+]
+Make = Callable[[], Kernels]
+
+
+def quantized(pipe: Pipeline, preset: str, method: str = "rtn") -> QuantizedPipeline:
+    calibration = CalibrationConfig(num_samples=2, theta_samples=2, steps=0)
+    return varptq.quantize(pipe, QuantConfig.preset(preset), method=method, calibration=calibration)
+
+
+def inputs_of(pipe: Pipeline, width: int, tokens: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(width)
+    shape = (3, pipe.scales.num_tokens, width) if tokens else (3, width)
+    x = torch.randn(shape, generator=generator)
+    # One channel far out and rows of one sign, as activations have.
+    x[..., 0] += 5.0
+    x[0] = x[0].abs()
+    return x
+
+
+@pytest.mark.parametrize("make", KERNELS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_layer_by_layer(preset: str, make: Make, any_tiny: Pipeline) -> None:
+    """Equal inputs give equal codes and integers, so outputs differ by float rounding alone."""
+    pipe = quantized(any_tiny, preset)
+    integers = on_integers(pipe, make())
+    compared = 0
+    for name, layer in quant_linears(pipe.var).items():
+        other = integers.var.get_submodule(name)
+        assert isinstance(other, IntLinear)
+        if name.endswith("fc2"):  # takes the GELU with it, whose rounding may move a code
+            continue
+        sees_tokens = len(layer.means) > 1 if layer.centred else True
+        spans = spans_of(pipe.scales) if sees_tokens else None
+        x = inputs_of(pipe, layer.in_features, sees_tokens)
+        expected, found = layer(x, spans), other(x, spans)
+        tolerance = ROUNDING * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        compared += 1
+    assert compared >= 8
+
+
+@native
+@pytest.mark.native
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_runtimes_one_function(preset: str, tiny: Pipeline) -> None:
+    """Teacher-forced logits of the native core and of the reference, and what a code that flips at
+    a float's last bit may move."""
+    pipe = quantized(tiny, preset, "rtn+shift" if preset == "w4a4" else "rtn")
+    labels = torch.tensor([0, 4, 5])
+    ids = torch.randint(32, (3, 14), generator=torch.Generator().manual_seed(0))
+    inputs = tiny.vae.teacher_inputs(ids)
+    reference = on_integers(pipe, ReferenceKernels()).var(labels, inputs)
+    core = on_integers(pipe, NativeKernels()).var(labels, inputs)
+    spread = (core - reference).abs()
+    assert spread.median() < 1e-4 * reference.abs().max()
+    assert spread.max() < 0.15 * reference.abs().max()
+
+
+@pytest.mark.parametrize("make", KERNELS)
+@pytest.mark.parametrize("preset", ["w8a8", "w4a4", "best"])
+def test_as_near_to_float_as_simulated(preset: str, make: Make) -> None:
+    """The same KL to the float model as the simulated path, within what another order of its float
+    sums changes."""
+    pipe = varptq.load_model("demo")
+    labels = torch.arange(4)
+    ids = generate(pipe, labels, seed=5, decode=False).tokens
+    plain = quantized(pipe, preset)
+    simulated = token_fidelity(pipe, plain, labels, ids).kl
+    found = token_fidelity(pipe, on_integers(plain, make()), labels, ids).kl
+    assert abs(found - simulated) < 0.15 * simulated
+
+
+@pytest.mark.parametrize("make", [KERNELS[0], KERNELS[2]])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
+def test_an_image_does_not_depend_on_its_batch(preset: str, make: Make, tiny: Pipeline) -> None:
+    """Tokens of image (seed, i) for every batch size, split and number of threads."""
+    pipe = on_integers(quantized(tiny, preset), make())
+    labels = [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    expected = generate(pipe, labels, seed=3, batch_size=9, decode=False).tokens
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for batch in (1, 2, 4, 5, 8):
+                found = generate(pipe, labels, seed=3, batch_size=batch, decode=False).tokens
+                assert torch.equal(found, expected), (threads, batch)
+            last = generate(pipe, labels[6:], seed=3, first_index=6, decode=False).tokens
+            assert torch.equal(last, expected[6:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@native
+@pytest.mark.native
+def test_batches_of_the_demo_model() -> None:
+    pipe = on_integers(quantized(varptq.load_model("demo"), "w4a4"), NativeKernels())
+    labels = [3, 1, 4, 1, 5, 9, 2]
+    expected = generate(pipe, labels, seed=1, batch_size=7, decode=False).tokens
+    for batch in (1, 3):
+        assert torch.equal(
+            generate(pipe, labels, seed=1, batch_size=batch, decode=False).tokens, expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [("w8a8+paper", "policy"), ("w4a4+renorm", "renormal"), ("w4a4+paper", "policy")],
+)
+def test_what_the_cpu_lacks_is_refused_by_name(
+    preset: str, words: str, tiny: Pipeline, tmp_path: Path
+) -> None:
+    saved = artifact.save(quantized(tiny, preset), tmp_path / "model")
+    with pytest.raises(InputError, match=f"runtime 'cpu': layer .*{words}"):
+        varptq.load(saved, runtime="cpu")
+    assert varptq.load(saved, runtime="reference").runtime == "reference"
+    assert varptq.load(saved, runtime="simulated").runtime == "simulated"
+
+
+def test_without_the_native_core(
+    tiny: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything still runs, on torch's integer products, and says that it is slow."""
+    saved = artifact.save(quantized(tiny, "w4a4"), tmp_path / "model")
+    monkeypatch.setattr(binding, "core", lambda: None)
+    monkeypatch.setattr(binding, "reason", lambda: "deleted")
+    with pytest.warns(UserWarning, match="slow path: deleted"):
+        pipe = varptq.load(saved, runtime="cpu")
+    assert pipe.runtime == "cpu"
+    tokens = generate(pipe, [1, 2], seed=0).tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert isinstance(cpu_kernels(), TorchKernels)
+    assert torch.equal(generate(pipe, [1], seed=0).tokens, tokens[:1])
+
+
+@pytest.mark.parametrize("sides", [(1, 3), (1, 2, 3, 5)])
+@native
+@pytest.mark.native
+def test_odd_token_maps(sides: tuple[int, ...], make_tiny: Callable[..., Pipeline]) -> None:
+    pipe = make_tiny(scales=Scales(sides))
+    plain = quantized(pipe, "w8a8")
+    ids = generate(pipe, [0, 1, 2], seed=0, decode=False).tokens
+    inputs = pipe.vae.teacher_inputs(ids)
+    labels = torch.tensor([0, 1, 2])
+    expected = plain.var(labels, inputs)
+    found = on_integers(plain, NativeKernels()).var(labels, inputs)
+    assert (found - expected).abs().median() < 1e-3 * expected.abs().max()
+
+
+def test_seams_are_all_replaced(tiny: Pipeline) -> None:
+    """No simulated or float Linear is left where the config asks for codes."""
+    pipe = on_integers(quantized(tiny, "w8a8"), ReferenceKernels())
+    assert not quant_linears(pipe.var)
+    assert not [m for m in pipe.var.modules() if isinstance(m, TokenLinear)]
