@@ -38,6 +38,8 @@ from varptq.runtime.cpu import cpu_kernels
 from varptq.runtime.decoder import decode_in
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "runtime_cpu.json"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4")
 QUICK_PRESETS = ("w8a8", "w4a4")
 MUST = {
@@ -189,6 +191,28 @@ def show(case: dict[str, Any]) -> None:
             print(f"  {preset}: {name:34} {ratio:5.2f}x   must {must}x")
 
 
+def report() -> None:
+    """The committed result as tables of docs/benchmarks.md."""
+    document = json.loads(RESULTS.read_text())
+    lines = [
+        f"Instruction set of the native core: {document['isa']}; torch {document['torch']}; "
+        f"{document['machine']}."
+    ]
+    for case in document["cases"]:
+        lines += ["", f"Batch {case['batch']}, {case['threads']} thread(s):", ""]
+        lines += ["| variant | transformer and sampling, s | decoder, s |", "|---|---|---|"]
+        lines += [f"| {name} | {t:.2f} | {d:.2f} |" for name, (t, d) in case["seconds"].items()]
+        presets = list(case["ratios"])
+        lines += ["", "| ratio | must | " + " | ".join(presets) + " |"]
+        lines += ["|---" * (2 + len(presets)) + "|"]
+        for name, (must, _) in MUST.items():
+            cells = [f"{case['ratios'][preset][name]:.2f}x" for preset in presets]
+            lines.append(f"| {name} | {must}x | " + " | ".join(cells) + " |")
+    begin, end = "<!-- runtime: begin -->", "<!-- runtime: end -->"
+    before, _, rest = PAGE.read_text().partition(begin)
+    PAGE.write_text("\n".join([before + begin, *lines, end + rest.partition(end)[2]]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -197,7 +221,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--machine", default="", help="a word on the machine, for the report")
+    parser.add_argument("--report", action="store_true", help="only write docs/benchmarks.md")
     options = parser.parse_args()
+    if options.report:
+        report()
+        return
     presets, rounds = (QUICK_PRESETS, 1) if options.quick else (PRESETS, 3)
     threads, batches = ((1,), (1,)) if options.quick else (options.threads, options.batches)
     print(f"native core: {binding.isa()} of {binding.features()}")
@@ -212,7 +241,7 @@ def main() -> None:
             show(case)
             cases.append(case)
     document = {"isa": binding.isa(), "features": binding.features(), "quick": options.quick,
-                "torch": torch.__version__, "cases": cases}  # fmt: skip
+                "torch": torch.__version__, "machine": options.machine, "cases": cases}  # fmt: skip
     if not options.quick:
         document["linears"] = parts("native_linear.py")
         document["attention"] = parts("native_attention.py")

@@ -29,8 +29,7 @@ class Meeting:
     """Barriers of `size` processes, as counters in the store of torchrun.
 
     There is no time limit, since the longest share may take days: torchrun notices a process that
-    died. A process group would do the same with connections between all processes; on CPU, those of
-    an attempt after a restart were now and then refused.
+    died. That is all of a process group that is needed here.
     """
 
     def __init__(self, store: Store, size: int) -> None:
@@ -109,12 +108,10 @@ def _agree(store: Store, rank: int, size: int) -> str:
         if store.check(["varptq-proposal"]):
             proposal = store.get("varptq-proposal").decode()
             name = f"varptq-{hashlib.sha256(proposal.encode()).hexdigest()}"
-            if proposal.split("-")[rank : rank + 1] == [mine]:
+            if proposal.split("-")[rank] == mine:
                 store.set(f"{name}-{rank}", "agreed")
-            if rank == 0 and store.check([f"{name}-{other}" for other in range(size)]):
-                store.set(f"{name}-all", "agreed")
-            if store.check([f"{name}-{rank}", f"{name}-all"]):
-                return name
+                if store.check([f"{name}-{other}" for other in range(size)]):
+                    return name
         time.sleep(POLL_SECONDS)
     raise RuntimeError(f"process {rank} of {size} waited {MEETING_SECONDS} s for the others")
 

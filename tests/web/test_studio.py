@@ -174,7 +174,7 @@ def test_an_unknown_class_is_answered_with_a_near_one(open_page: Callable[..., A
     page.locator("#generate-start").click()
     said(page, "class '<b>&lt;script&gt;</b>': unknown")
     # The button is ready for the next try.
-    assert page.locator("#generate-start").is_enabled()
+    page.locator("#generate-start:enabled").wait_for()
 
 
 def test_paint_and_in_paint(open_page: Callable[..., Any], artifact: None) -> None:
@@ -274,7 +274,7 @@ def test_a_calibration_is_stopped_by_its_button_and_seen_by_another_page(
     other.locator("#quantize-stop").click()
     for shown in (other, page):
         shown.locator("#quantize-status .stopped").wait_for()
-        assert shown.locator("#quantize-start").is_enabled()
+        shown.locator("#quantize-start:enabled").wait_for()
     assert not (served.out / "never").exists()
 
 

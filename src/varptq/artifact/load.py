@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from varptq.artifact.format import (
     CONFIG_FILE,
@@ -35,7 +36,7 @@ from varptq.artifact.format import (
     slots,
     unpack_linear,
 )
-from varptq.artifact.mapped import MappedTensors
+from varptq.artifact.mapped import MappedTensors, return_free_memory
 from varptq.artifact.schema import (
     MAX_CONFIG_BYTES,
     SealedDocument,
@@ -160,13 +161,26 @@ def _check_file(path: Path) -> None:
         raise ArtifactError(f"{path}: {found}; give the folder of an artifact, copied whole")
 
 
+class WithoutInit(TorchFunctionMode):
+    """Modules are made without initial values: on the meta device these are nothing, and torch
+    would load its compiler to compute them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[VAR, VQVAE]:
     """Both networks on the meta device, where tensors have shapes but no memory. Raises
     `ArtifactError`."""
     path = Path(folder) / CONFIG_FILE
     var_arch, vae_arch = document.architecture.var.arch(), document.architecture.vae.arch()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInit():
             vae = VQVAE(vae_arch, var_arch.scales)
             var = convert(VAR(var_arch), document.varptq.config)
     except ConfigError as error:
@@ -246,7 +260,11 @@ def _fill_plain(
 
 def _fill_linears(var: VAR, tensors: MappedTensors, path: Path, adopt: Adopt | None) -> None:
     """Check and unpack the codes of one layer after another."""
-    for layer, linear in packed_linears(var).items():
+    layers = packed_linears(var)
+    while layers:
+        # Let go of each layer: what adopts it may not need its codes any more.
+        layer = next(iter(layers))
+        linear = layers.pop(layer)
         names = linear_slots(linear)
         stored = {name: tensors.take(f"{VAR_PREFIX}{layer}.{name}") for name in names}
         for name, tensor in stored.items():
@@ -260,6 +278,7 @@ def _fill_linears(var: VAR, tensors: MappedTensors, path: Path, adopt: Adopt | N
             raise ArtifactError(f"{path}: layer {layer}: {error}") from None
         if adopt is not None:
             adopt(var, layer)
+            return_free_memory()
 
 
 def _line(error: Exception) -> str:
