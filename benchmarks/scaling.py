@@ -7,7 +7,7 @@
 
 Units are dealt as `Ranks.share_by_cost` deals them. The rate of one thread of the machine is what
 results/calibration.json (benchmarks/calibration.py) found per kind of unit, quantizers included;
-that of a GPU is assumed. Writes the tables between the "scaling" markers of docs/scaling.md.
+that of a GPU is assumed. Writes the tables between the markers of docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -110,5 +110,13 @@ def tables() -> list[str]:
     return lines
 
 
+def effort_table() -> list[str]:
+    lines = ["| effort | seconds | KL |", "|---|---|---|"]
+    for line in json.loads(RESULTS.read_text())["effort"]:
+        lines.append(f"| {line['effort']} | {line['seconds']:.0f} | {line['kl']:.4f} |")
+    return lines
+
+
 if __name__ == "__main__":
+    replace(DOCS / "scaling.md", "efforts", effort_table())
     replace(DOCS / "scaling.md", "scaling", tables())

@@ -60,7 +60,10 @@ def test_files_and_document(photo: Path, artifact: Path, tmp_path: Path) -> None
     assert (original[kept] == edited[kept]).all()
 
 
-def test_a_float_model_a_mask_file_and_the_table(photo: Path, tmp_path: Path) -> None:
+def test_a_float_model_a_mask_file_and_the_table(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     mask = Image.new("L", (64, 40))
     mask.paste(255, (20, 10, 40, 30))
     mask.save(tmp_path / "mask.png")

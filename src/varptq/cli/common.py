@@ -143,6 +143,8 @@ def print_json(document: Mapping[str, Any]) -> None:
 def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """A table of two columns: what, and its value."""
     table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path with its end cut off is of no use
     for name, value in rows:
         table.add_row(name, value)
     print_table(table)

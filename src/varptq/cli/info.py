@@ -7,10 +7,13 @@ architecture alone, no weights are read; nothing is computed with the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
 from varptq.cli import common
@@ -28,9 +31,16 @@ def command(
     var: common.VarFile = None,
     vae: common.VaeFile = None,
     random: common.RandomModel = None,
+    runtime: Annotated[
+        bool,
+        typer.Option("--runtime", help="Who would compute the artifact (or any) here, and why."),
+    ] = False,
     json: common.Json = False,
 ) -> None:
     """Describe a model or an artifact: architecture, sizes, bits, bit operations, theta."""
+    if runtime:
+        show_runtimes(source, json)
+        return
     document = describe(_open(common.ModelChoice(source, var, vae, random)))
     if json:
         common.print_json(document)
@@ -46,7 +56,7 @@ def command(
 def _open(choice: common.ModelChoice) -> Pipeline:
     name = choice.random or choice.source
     if name is None or choice.folder is not None:
-        return choice.load()
+        return choice.load("auto" if choice.folder is None else "simulated")
     import torch
 
     from varptq.models import presets
@@ -58,6 +68,54 @@ def _open(choice: common.ModelChoice) -> Pipeline:
     with torch.device("meta"):
         transformer = VAR(preset.var_arch)
         return Pipeline(transformer, VQVAE(preset.vae_arch, preset.var_arch.scales), name)
+
+
+def show_runtimes(source: str | None, json: bool) -> None:
+    folder = common.ModelChoice(source).folder if source is not None else None
+    document = runtimes(folder)
+    if json:
+        common.print_json(document)
+        return
+    threads = f"{document['threads']} of {document['cores']} cores"
+    rows = [("auto", f"{document['auto']}: {document['reason']}")] if document["auto"] else []
+    rows += [(name, f"cannot: {why}" if why else "can") for name, why in document["cannot"].items()]
+    native = document["native"]
+    found = f"{native['isa']}, of {', '.join(native['features'])}" if native["isa"] else "not there"
+    rows += [("native core", native["reason"] or found), ("threads", threads)]
+    common.print_rows(f"runtimes for {source}" if source else "runtimes", rows)
+
+
+def runtimes(folder: Path | None) -> dict[str, Any]:
+    """Which runtime "auto" is for an artifact, why the others cannot compute it, and what the
+    machine offers. Without an artifact only what the machine decides."""
+    import warnings
+
+    import torch
+
+    from varptq.artifact.load import empty_modules, read_config
+    from varptq.native import binding
+    from varptq.runtime.resolve import resolve, survey
+
+    var = None if folder is None else empty_modules(folder, read_config(folder)[0])[0]
+    with warnings.catch_warnings():
+        # That the core is missing is said below.
+        warnings.simplefilter("ignore")
+        choice = None if var is None else resolve(var)
+        cannot = survey(var)
+    there = binding.core() is not None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "auto": choice and choice.name,
+        "reason": choice and choice.reason,
+        "cannot": cannot,
+        "native": {
+            "isa": binding.isa() if there else None,
+            "features": binding.features() if there else [],
+            "reason": binding.reason(),
+        },
+        "threads": torch.get_num_threads(),
+        "cores": cores,
+    }
 
 
 def describe(pipe: Pipeline) -> dict[str, Any]:

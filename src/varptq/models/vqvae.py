@@ -12,7 +12,9 @@ Shapes: B images, S image side, L tokens, C channels, P side of the feature map 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +84,12 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x_BCSS: Tensor) -> Tensor:
-        h_BCSS = self.conv1(F.silu(self.norm1(x_BCSS)))
-        return self.nin_shortcut(x_BCSS) + self.conv2(F.silu(self.norm2(h_BCSS)))
+        # Nested and in place for the same reason as `Level.steps`.
+        branch = self.conv2(F.silu(self.norm2(self._first(x_BCSS)), inplace=True))
+        return self.nin_shortcut(x_BCSS) + branch
+
+    def _first(self, x_BCSS: Tensor) -> Tensor:
+        return self.conv1(F.silu(self.norm1(x_BCSS), inplace=True))
 
 
 class SpatialAttention(nn.Module):
@@ -127,7 +133,11 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResNet blocks of one resolution, each followed by self-attention if `attention`."""
+    """The ResNet blocks of one resolution, each followed by self-attention if `attention`.
+
+    Its owner runs the `steps`, so that no map outlives the step that takes it: at full resolution
+    one is 40 MB an image.
+    """
 
     def __init__(self, channels_in: int, channels: int, num_blocks: int, attention: bool) -> None:
         super().__init__()
@@ -135,12 +145,12 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(width, channels) for width in widths)
         self.attn = nn.ModuleList(SpatialAttention(channels) for _ in widths if attention)
 
-    def forward(self, x_BCSS: Tensor) -> Tensor:
+    def steps(self) -> Iterator[nn.Module]:
+        """What a map goes through, in order."""
         for index, block in enumerate(self.block):
-            x_BCSS = block(x_BCSS)
+            yield block
             if len(self.attn) > 0:
-                x_BCSS = self.attn[index](x_BCSS)
-        return x_BCSS
+                yield self.attn[index]
 
 
 class DownLevel(Level):
@@ -152,8 +162,9 @@ class DownLevel(Level):
         is_last = index == len(arch.channels) - 1
         self.downsample = nn.Identity() if is_last else Downsample(after)
 
-    def forward(self, x_BCSS: Tensor) -> Tensor:
-        return self.downsample(super().forward(x_BCSS))
+    def steps(self) -> Iterator[nn.Module]:
+        yield from super().steps()
+        yield self.downsample
 
 
 class UpLevel(Level):
@@ -164,8 +175,9 @@ class UpLevel(Level):
         super().__init__(before, after, arch.num_res_blocks + 1, index in arch.attn_levels)
         self.upsample = Upsample(after) if index > 0 else nn.Identity()
 
-    def forward(self, x_BCSS: Tensor) -> Tensor:
-        return self.upsample(super().forward(x_BCSS))
+    def steps(self) -> Iterator[nn.Module]:
+        yield from super().steps()
+        yield self.upsample
 
 
 class Middle(nn.Module):
@@ -196,8 +208,9 @@ class Encoder(nn.Module):
     def forward(self, images_B3SS: Tensor) -> Tensor:
         x_BCSS = self.conv_in(images_B3SS)
         for level in self.down:
-            x_BCSS = level(x_BCSS)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x_BCSS))))
+            for step in cast(Level, level).steps():
+                x_BCSS = step(x_BCSS)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x_BCSS)), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -214,8 +227,9 @@ class Decoder(nn.Module):
     def forward(self, z_BCPP: Tensor) -> Tensor:
         x_BCSS = self.mid(self.conv_in(z_BCPP))
         for level in reversed(list(self.up)):
-            x_BCSS = level(x_BCSS)
-        return self.conv_out(F.silu(self.norm_out(x_BCSS)))
+            for step in cast(Level, level).steps():
+                x_BCSS = step(x_BCSS)
+        return self.conv_out(F.silu(self.norm_out(x_BCSS), inplace=True))
 
 
 class VQVAE(nn.Module):

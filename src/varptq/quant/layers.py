@@ -48,8 +48,12 @@ def weight_grid(weight: Tensor, spec: TensorSpec, layer: str) -> tuple[Tensor, G
     G, 1)."""
     group = spec.group_for(weight.shape[1], layer)
     rows = to_groups(weight.float(), group or weight.shape[1])
+    if rows.is_meta:
+        # Shapes are all there is, and torch would load its compiler to follow the arithmetic.
+        shape = (*rows.shape[:-1], 1)
+        return rows, Grid(*(torch.empty(shape, device=rows.device) for _ in range(2)))
     grid = affine_grid(rows, spec.num_bits, -1, spec.range_rule)
-    if not grid.scale.is_meta and not bool(torch.isfinite(grid.scale).all()):
+    if not bool(torch.isfinite(grid.scale).all()):
         raise NonFiniteError(f"layer {layer}: weight holds NaN or infinity; repair the checkpoint")
     return rows, grid
 
@@ -104,10 +108,9 @@ class QuantLinear(nn.Module):
         self._cached_weight: Tensor | None = None
         weight = linear.weight.detach()
         if self.centred:
-            zeros = torch.zeros(num_scales, 1, device=weight.device)
-            self.register_buffer("means", zeros.repeat(1, self.in_features))
-            self.register_buffer("mean_bias", zeros.repeat(1, self.out_features))
-        if self.block:
+            for name, width in (("means", self.in_features), ("mean_bias", self.out_features)):
+                self.register_buffer(name, torch.zeros(num_scales, width, device=weight.device))
+        if self.block and not weight.is_meta:
             weight = rotate_weight(weight, self.block)
         self.float_weight: Tensor | None = weight
         if spec.weight is None:
@@ -117,7 +120,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("codes", torch.empty(0))
         self.register_buffer("scale", grid.scale.squeeze(-1))
         self.register_buffer("zero_point", grid.zero_point.squeeze(-1))
-        self._set_codes(affine_codes(rows, grid, spec.weight.num_bits))
+        codes = rows if rows.is_meta else affine_codes(rows, grid, spec.weight.num_bits)
+        self._set_codes(codes)
 
     @property
     def weight_bits(self) -> int | None:

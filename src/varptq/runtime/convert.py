@@ -85,7 +85,8 @@ def finish(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
     sampler."""
     var = pipe.var
     for block in (cast(Block, block) for block in var.blocks):
-        if isinstance(block.attn.mat_qkv, IntLinear):
+        # Attention in float is split by rows before the Linear, which a deferred norm is not.
+        if isinstance(block.attn.mat_qkv, IntLinear) and attention_rule(block.attn) is not None:
             block.norm1 = DeferredNorm()
         if isinstance(block.ffn.fc1, IntLinear):
             block.norm2 = DeferredNorm()

@@ -50,6 +50,8 @@ def refuse_linear(rule: InputRule) -> str | None:
 def refuse_attention(rule: AttentionRule) -> str | None:
     """What of an attention the kernels of this runtime lack."""
     spec = rule.spec
+    if spec.policy == "release":
+        return "attention policy 'release', whose codes change when the cache grows"
     for name in ("query", "key", "probability", "value"):
         operand = getattr(spec, name)
         if operand is None:
@@ -57,8 +59,6 @@ def refuse_attention(rule: AttentionRule) -> str | None:
         if operand.range_rule != "with_zero" and name != "probability":
             return f"{name} range rule {operand.range_rule!r}, whose zero points need not be codes"
     assert spec.key is not None and spec.probability is not None
-    if spec.policy == "release":
-        return "attention policy 'release', whose codes change when the cache grows"
     if spec.key.strategy == "channel":
         return "key strategy 'channel', a scale along the axis that is summed"
     if spec.probability.type != "uniform":

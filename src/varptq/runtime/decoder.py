@@ -1,5 +1,5 @@
-"""The image decoder in bfloat16 and channels last: half the bytes, and faster where the CPU has
-bfloat16 products. What it costs in image quality is in docs/benchmarks.md; ids are not touched.
+"""The image decoder of an integer runtime: channels last, which saves oneDNN its copies, in float32
+or bfloat16: half the bytes, and faster where the CPU has bfloat16 products. Ids are not touched.
 """
 
 from __future__ import annotations
@@ -8,14 +8,25 @@ from typing import TypeVar
 
 import torch
 
+from varptq.artifact.mapped import return_free_memory
 from varptq.models.pipeline import Pipeline
+from varptq.models.vqvae import Upsample
 
 P = TypeVar("P", bound=Pipeline)
 
 
 def decode_in(pipe: P, dtype: torch.dtype) -> P:
     """Decode images in `dtype` from now on, in place; the token map stays as it is."""
-    if dtype != torch.float32:
-        for part in (pipe.vae.post_quant_conv, pipe.vae.decoder):
+    for part in (pipe.vae.post_quant_conv, pipe.vae.decoder):
+        if pipe.device.type == "cpu":
             part.to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    pipe.vae.post_quant_conv.register_forward_pre_hook(_return_free_memory)
+    for module in pipe.vae.decoder.modules():
+        if isinstance(module, Upsample):
+            module.register_forward_pre_hook(_return_free_memory)
     return pipe
+
+
+def _return_free_memory(*_: object) -> None:
+    """What sampling or the last level has freed, before maps four times as large are taken."""
+    return_free_memory()

@@ -9,6 +9,7 @@ import torch
 
 from varptq.artifact.load import empty_modules, read_config
 from varptq.artifact.load import load as load_artifact
+from varptq.artifact.mapped import return_free_memory
 from varptq.errors import InputError
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.convert import convert_linear, finish
@@ -39,7 +40,9 @@ def load(
     # A layer goes from its codes to the kernels' layout before the next one is read.
     adopt = partial(convert_linear, kernels=choice.kernels)
     pipeline = load_artifact(folder, dtype=torch.float32, adopt=adopt)
-    return decode_in(finish(pipeline, choice.kernels).to(device=device), dtype)
+    pipeline = decode_in(finish(pipeline, choice.kernels).to(device=device), dtype)
+    return_free_memory()
+    return pipeline
 
 
 def choose(

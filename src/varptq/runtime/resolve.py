@@ -107,10 +107,16 @@ def resolve(var: VAR, runtime: str = AUTO, device: str | torch.device = "cpu") -
     return Choice(fastest, f"the fastest that executes this config on {device.type}", kernels)
 
 
-def survey(var: VAR | None, device: str | torch.device = "cpu") -> dict[str, str]:
-    """Why each runtime cannot compute on this machine (and this model); empty where it can."""
-    device = torch.device(device)
-    return {name: _try(name, var, device)[1] for name in INTEGER} | {SIMULATED: ""}
+def survey(var: VAR | None = None) -> dict[str, str]:
+    """Why each runtime cannot compute here (the model `var`), on its own kind of device; empty
+    where it can."""
+    found = {SIMULATED: ""}
+    for name, entry in INTEGER.items():
+        if entry.device == "cuda" and not torch.cuda.is_available():
+            found[name] = "no CUDA device is here"
+        else:
+            found[name] = _try(name, var, torch.device(entry.device))[1]
+    return found
 
 
 def _try(name: str, var: VAR | None, device: torch.device) -> tuple[Kernels | None, str]:
