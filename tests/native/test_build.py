@@ -1,10 +1,16 @@
-"""The build of the native core: what it says without a compiler, and that a stale library is not
-used."""
+"""The build of the native core: what it says without a compiler, that a stale library is not used,
+and that builds at the same time, or killed on the way, leave a whole one."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +63,66 @@ def test_a_library_of_other_sources_is_not_used(
     monkeypatch.setattr(build, "source_hash", lambda: "0123456789abcdef")
     assert binding.core() is None
     assert "built from other sources" in binding.reason()
+
+
+SLOW = """#!/bin/sh
+case "$*" in
+  *--version*) echo slow; exit ;;
+  *) echo "+" >> {log}; sleep 0.4; {compiler} "$@"; code=$?; echo "-" >> {log}; exit $code ;;
+esac
+"""
+
+
+@pytest.fixture
+def start_build(tmp_path: Path) -> Callable[[], subprocess.Popen[bytes]]:
+    """Starts a build, in a process of its own, of one small file with a compiler that takes its
+    time and notes when it starts (+) and ends (-) in tmp_path/log."""
+    real = next((found for name in ("g++", "clang++") if (found := shutil.which(name))), None)
+    if real is None:
+        pytest.skip("no C++ compiler")
+    sources, slow = tmp_path / "src", tmp_path / "slow"
+    sources.mkdir()
+    (sources / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    slow.write_text(SLOW.format(log=tmp_path / "log", compiler=real))
+    slow.chmod(0o755)
+    program = (
+        "from pathlib import Path; from varptq.native import build; "
+        f"here = Path({str(tmp_path)!r}); build.SOURCES = here / 'src'; "
+        "build.OBJECTS = here / 'build'; build.LIBRARY = here / '_core.so'; build.build()"
+    )
+    env = {**os.environ, "CXX": str(slow)}
+    # -fvisibility=hidden hides `one`; that the file loads is enough here.
+    return lambda: subprocess.Popen(
+        [sys.executable, "-c", program], env=env, start_new_session=True
+    )
+
+
+def wait_for(path: Path, text: str) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_two_builds_at_once_take_turns_and_compile_once(
+    start_build: Callable[[], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    builds = [start_build() for _ in range(2)]
+    assert [build.wait(60) for build in builds] == [0, 0]
+    # An object and two links, one after another.
+    assert "".join((tmp_path / "log").read_text().split()) == "+-" * 3
+    ctypes.CDLL(str(tmp_path / "_core.so"))
+    assert len(list((tmp_path / "build" / "release").iterdir())) == 1
+
+
+def test_a_killed_build_leaves_nothing_half_written(
+    start_build: Callable[[], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    killed = start_build()
+    wait_for(tmp_path / "log", "+")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait(60)
+    assert not (tmp_path / "_core.so").exists()
+    assert start_build().wait(60) == 0
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == [".lock", "release"]
+    ctypes.CDLL(str(tmp_path / "_core.so"))

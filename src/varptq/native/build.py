@@ -4,6 +4,7 @@ Every src/*.cpp is compiled by the first C++17 compiler found ($CXX, g++, clang+
 *_avx2.cpp, *_avx512vnni.cpp and *_amx.cpp get the instruction set of their name and exist on x86-64
 only. Objects are kept in build/ under a hash of what went into them, so a rebuild compiles what
 changed. The result, _core.so, carries the hash of all sources: `source_hash` tells a stale one.
+Builds that run at once take turns by a lock on build/, and whatever is written appears whole.
 
 --sanitize builds and runs the C++ tests under the address and undefined-behaviour sanitizers.
 """
@@ -19,8 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +30,8 @@ HERE = Path(__file__).parent
 SOURCES = HERE / "src"
 OBJECTS = HERE / "build"
 LIBRARY = HERE / "_core.so"
+# Folders of what is being written, in build/: the same file system as its place.
+PART = ".part"
 # Present in a checkout only.
 NATIVE_TESTS = HERE.parents[2] / "tests" / "native"
 
@@ -125,34 +127,46 @@ class _Build:
         return made
 
     def forget_old(self, used: Sequence[Path]) -> None:
-        """Remove objects of former sources. One younger than an hour may belong to a build that
-        runs now in another process."""
+        """Remove objects of former sources."""
         for old in set(self.folder.glob("*.o")) - set(used):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - old.stat().st_mtime > 3600:
-                    old.unlink()
+            old.unlink()
 
     def link(self, objects: Sequence[Path], target: Path, *flags: str) -> None:
         self._write(target, [*self.options, *flags, *(str(o) for o in objects), "-pthread"])
 
     def _write(self, target: Path, arguments: Sequence[str]) -> None:
         """Run the compiler; its result appears whole or not at all, since another process may be
-        loading the library or building the same."""
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build") as folder:
+        loading the library, and a build may be killed."""
+        with tempfile.TemporaryDirectory(dir=OBJECTS, prefix=PART) as folder:
             part = Path(folder) / target.name
             _run([self.compiler, *arguments, "-o", str(part)])
             part.replace(target)
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One build at a time. The system gives the lock back however the process ends; what a killed
+    one left half-written is removed by the next."""
+    import fcntl  # not on Windows, where this module is imported for its hash alone
+
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with (OBJECTS / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in OBJECTS.glob(f"{PART}*"):
+            shutil.rmtree(left)
+        yield
+
+
 def build(*, force: bool = False) -> Path:
     """Compile what changed and link _core.so; returns its path. Raises `ConfigError` without a
     compiler, `OutputError` where the package's folder cannot be written."""
-    if not os.access(HERE, os.W_OK):
-        raise OutputError(f"{HERE} cannot be written; build the native core as its owner")
+    if not os.access(LIBRARY.parent, os.W_OK):
+        raise OutputError(f"{LIBRARY.parent} cannot be written; build the native core as its owner")
     maker = _Build("release", OPTIMIZED, force=force)
-    objects = maker.objects(sorted(SOURCES.glob("*.cpp")))
-    maker.link(objects, LIBRARY, "-shared")
-    maker.forget_old(objects)
+    with _alone():
+        objects = maker.objects(sorted(SOURCES.glob("*.cpp")))
+        maker.link(objects, LIBRARY, "-shared")
+        maker.forget_old(objects)
     return LIBRARY
 
 
@@ -162,13 +176,12 @@ def sanitize() -> int:
     if not tests:
         raise ConfigError(f"no C++ tests in {NATIVE_TESTS}; run this in a checkout")
     maker = _Build("sanitized", SANITIZED)
-    core = maker.objects(sorted(SOURCES.glob("*.cpp")))
-    code = 0
-    for test in tests:
-        program = maker.folder / test.stem
-        maker.link([*core, *maker.objects([test])], program)
-        code = code or subprocess.run([str(program)], check=False).returncode
-    return code
+    with _alone():
+        core = maker.objects(sorted(SOURCES.glob("*.cpp")))
+        programs = [maker.folder / test.stem for test in tests]
+        for test, program in zip(tests, programs, strict=True):
+            maker.link([*core, *maker.objects([test])], program)
+    return max(subprocess.run([str(program)], check=False).returncode != 0 for program in programs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
