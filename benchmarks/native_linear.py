@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -89,16 +90,18 @@ def integer_call(scheme: str, x: Tensor, outputs: int, bias: Tensor) -> Callable
 def alternate(
     calls: dict[str, Callable[[], object]], budget: float, threads: int
 ) -> dict[str, float]:
-    """Median seconds of each call, taking turns for about `budget` seconds."""
+    """Median seconds of each call, taking turns for about `budget` seconds, in another order
+    each time: what ran before leaves the caches to the next."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     start, found = time.perf_counter(), {name: list[float]() for name in calls}
     for call in calls.values():
         call()
-    turns = 0
+    names, turns, order = list(calls), 0, random.Random(0)
     while turns < 5 or (time.perf_counter() - start < budget and turns < 200):
-        for name, call in calls.items():
+        order.shuffle(names)
+        for name in names:
             before = clock()
-            call()
+            calls[name]()
             found[name].append(clock() - before)
         turns += 1
     return {name: statistics.median(times) for name, times in found.items()}

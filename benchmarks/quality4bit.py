@@ -1,15 +1,16 @@
 """What each technique is worth, on the demo model and on a twin of it with outlier channels.
 
-    python benchmarks/quality4bit.py [--runs 2 3 ...] [--models demo twin] [--images N]
+    python benchmarks/quality4bit.py [--runs 2 3 ...] [--models demo twin] [--seeds 0 1 2]
 
 The runs, nearest rounding unless said (docs/quality.md tells what came out):
     1 attribution   2 centring   3 rotation   4 the fc2 input   5 smoothing   6 attention policies
-    7 price list of widths   8 rounding   12 finals against the baselines
+    7 price list of widths   8 rounding   11 end-to-end tuning   12 finals against the baselines
 Appends one line per measurement to results/quality4bit.jsonl and skips what is there, so it can be
 stopped and started. KL is from the float model's guided next-token distributions, unfiltered,
-teacher-forced on images it generated itself from seeds no calibration uses. Finals also sample
-images with common random numbers: their Frechet distance to the float model's in 64 features of the
-VQVAE's encoder (mean of its 16 channels in each quarter of the image).
+teacher-forced on images it generated itself from seeds no calibration uses. Runs 8, 11 and 12 also
+sample images with common random numbers, with calibration seed 0: their Frechet distance to the
+float model's in 64 features of the VQVAE's encoder (mean of its 16 channels in each quarter of the
+image).
 `quality_report.py` makes docs/quality.md from the file.
 """
 
@@ -35,6 +36,7 @@ from varptq.analyze.bench import Bench
 from varptq.analyze.sensitivity import GROUPS, put_back_groups
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet, calibration_set
+from varptq.errors import InputError, VarptqError
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.tokens import kl_divergence
 from varptq.models.generate import generate, teacher_forced_guided
@@ -48,23 +50,32 @@ from varptq.quant.presets import FC2
 RESULTS = Path(__file__).parent / "results" / "quality4bit.jsonl"
 CFG, IMAGES, SAMPLED, SEEDS = 1.5, 24, 60, (0, 1, 2)
 NEAREST = CalibrationConfig(num_samples=24, steps=0)
-CLOSED_FORM = CalibrationConfig(num_samples=64)
+CLOSED_FORM, LEARNED = CalibrationConfig.preset("fast"), CalibrationConfig.preset("standard")
+TUNED = CLOSED_FORM.replace(tune_steps=150)
+# Runs of nearest rounding that the twin takes part in, besides the finals; runs that sample images.
+BOTH = (2, 3, 5)
+SAMPLING = (8, 11, 12)
 # KL of a twin to its model above this is not the rounding of float32.
 PRESERVED = 1e-6
 SIGMA, OFFSET, OFFSET_SHARE = 1.0, 8.0, 0.01
 
 
 GROUP_NAMES, ATTRIBUTED = tuple(GROUPS), 16
+MODELS = ("demo", "twin")
+# Presets beside w4a4, and what w4a4 is called with a head of 4 bits on both sides.
+PRESETS, HEAD_4 = ("best", "w4a8", "w6a6", "w8a8"), "w4a4, head 4 bits"
 
 
 class Entry(NamedTuple):
-    """One row of a run. `config` None is the FPQVAR baseline. `seeds`: calibration seeds."""
+    """One row of a run, measured on `models` with calibration `seeds`. `config` None is the FPQVAR
+    baseline."""
 
     label: str
     config: QuantConfig | None
     method: str = "rtn"
     seeds: tuple[int, ...] = (0,)
     calibration: CalibrationConfig = NEAREST
+    models: tuple[str, ...] = MODELS
 
 
 @torch.no_grad()
@@ -93,11 +104,14 @@ def with_outliers(pipe: Pipeline, seed: int = 0) -> Pipeline:
 
 
 def check_twin(pipe: Pipeline, twin: Pipeline, test: CalibrationSet) -> float:
-    """KL of the twin on a few images. Raises `ValueError` where its function is not the model's."""
+    """KL of the twin on a few images. Raises `InputError` where its function is not the model's."""
     few = CalibrationSet(test.labels_N[:4], test.ids_NL[:4])
     found = Judge(pipe, few).kl(twin)["kl"]
     if not found < PRESERVED:
-        raise ValueError(f"twin of {pipe.name}: KL {found:g}, expected below {PRESERVED:g}")
+        raise InputError(
+            f"twin of {pipe.name}: KL {found:g}, expected below {PRESERVED:g}; it does not compute "
+            "the same"
+        )
     return found
 
 
@@ -172,7 +186,7 @@ def head(config: QuantConfig, weight_bits: int, input_bits: int = 8) -> QuantCon
 def rows() -> dict[int, list[Entry]]:
     """Every row of every run."""
     P = QuantConfig.preset
-    ours, paper = P("w4a4"), P("w4a4+paper")
+    ours = P("w4a4")
     bare = "w4a4+paper+p8+io8+token"
     both = InputTransform(center=True, hadamard=128)
     runs = {
@@ -198,24 +212,45 @@ def rows() -> dict[int, list[Entry]]:
             ("head weight 8 bits", head(ours, 8)),
         ],
     }
-    found = {run: [Entry(label, config) for label, config in rows] for run, rows in runs.items()}
-    found[6].append(Entry("w4a4, copies", ours, "rtn+shift"))
+    found = {
+        run: [
+            Entry(label, config, models=MODELS if run in BOTH else ("demo",))
+            for label, config in rows
+        ]
+        for run, rows in runs.items()
+    }
+    found[6].append(Entry("w4a4, copies", ours, "rtn+shift", models=("demo",)))
+    closed = {name: P(name) for name in ("w4a4+paper", "w4a4", *PRESETS)}
+    closed[HEAD_4] = head(ours, 4, 4)
     found[8] = [
-        Entry(f"{name}, gptq", P(name), "gptq", SEEDS, CLOSED_FORM)
-        for name in ("w4a4+paper", "w4a4", "best", "w4a8")
+        Entry(f"{name}, gptq", config, "gptq", SEEDS, CLOSED_FORM)
+        for name, config in closed.items()
     ]
-    found[12] = []
-    for width in ("w4a4", "w4a8", "w6a6", "w8a8"):
-        released = P(f"{width}+paper+released")
-        found[12] += [Entry(f"{width} released", released, "rtn+shift"), Entry(width, P(width))]
-    found[12] += [
-        Entry("best", P("best")),
-        Entry("w4a4, head 4 bits", head(ours, 4, 4)),
-        Entry("fpqvar", None),
-        Entry("rtn", paper),
-        Entry("litevar", P("w4a4+paper+litevar")),
+    for name in ("w4a4", "best"):
+        learned = Entry(f"{name}, gptq+adaround", P(name), "brecq", (0,), LEARNED, ("demo",))
+        found[8].append(learned)
+    found[11] = [
+        Entry(f"{name}, gptq, tuned", P(name), "gptq", (0,), TUNED) for name in ("w4a4", "best")
     ]
+    found[12] = finals()
     return found
+
+
+def finals() -> list[Entry]:
+    """The presets, to nearest, and what they are held against."""
+    P = QuantConfig.preset
+    released = [
+        Entry(f"{width} released", P(f"{width}+paper+released"), "rtn+shift", SEEDS)
+        for width in ("w4a4", "w4a8", "w6a6", "w8a8")
+    ]
+    return [
+        *released,
+        Entry("fpqvar", None, seeds=SEEDS),
+        Entry("rtn", P("w4a4+paper")),
+        Entry("litevar", P("w4a4+paper+litevar")),
+        *(Entry(name, P(name), seeds=SEEDS) for name in ("w4a4", *PRESETS)),
+        Entry(HEAD_4, head(P("w4a4"), 4, 4), seeds=SEEDS),
+    ]
 
 
 def log2(config: QuantConfig) -> Any:
@@ -267,7 +302,7 @@ class Workshop:
             "theta": theta,
             **self.judge.kl(quantized),
         }
-        if run == 12:
+        if run in SAMPLING and seed == 0:
             line["fd"] = self.judge.distance(quantized)
         return line | {"seconds": round(time.monotonic() - started, 1)}
 
@@ -306,18 +341,23 @@ def main(say: Callable[[str], None] = print) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--runs", type=int, nargs="+", default=[1, *sorted(rows())])
-    parser.add_argument("--models", nargs="+", default=["demo", "twin"])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--images", type=int, default=IMAGES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    work, there = Workshop(arguments.images), {key(line) for line in read()}
+    try:
+        work = Workshop(arguments.images)
+    except VarptqError as error:
+        raise SystemExit(f"error: {error}") from None
+    there = {key(line) for line in read()}
     say(f"twin: KL {work.twin_kl:.1e} to its model")
     if 1 in arguments.runs and not any(line["run"] == 1 for line in read()):
         append(attribution(work))
     for run in arguments.runs:
         for entry in rows().get(run, []):
-            for model in arguments.models:
-                for seed in entry.seeds:
+            for model in sorted({*entry.models} & {*arguments.models}):
+                for seed in sorted({*entry.seeds} & {*arguments.seeds}):
                     if (run, model, entry.label, seed) in there:
                         continue
                     line = work.measure(run, model, entry, seed)

@@ -7,7 +7,8 @@
 
 Units are dealt as `Ranks.share_by_cost` deals them. The rate of one thread of the machine is what
 results/calibration.json (benchmarks/calibration.py) found per kind of unit, quantizers included;
-that of a GPU is assumed. Writes the tables between the markers of docs/scaling.md.
+that of a GPU is assumed. Writes the tables between the markers of docs/scaling.md, those of
+results/calibration.json alone too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from calibration import FULL_SAMPLES, FULL_STEPS, RESULTS
+from calibration import RESULTS
+from calibration_steps import FULL_SAMPLES, FULL_STEPS
 from proof_report import DOCS, replace
 
 from varptq.calibrate.config import CalibrationConfig
@@ -89,8 +91,7 @@ def duration(seconds: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{seconds / 60:.1f} min"
 
 
-def tables() -> list[str]:
-    found = json.loads(RESULTS.read_text())["step"]
+def tables(found: dict[str, Any]) -> list[str]:
     lines = [
         f"| unit of d16, {found['batch']} rows | step, one CPU thread | multiply-adds a second |",
         "|---|---|---|",
@@ -110,13 +111,58 @@ def tables() -> list[str]:
     return lines
 
 
-def effort_table() -> list[str]:
-    lines = ["| effort | seconds | KL |", "|---|---|---|"]
-    for line in json.loads(RESULTS.read_text())["effort"]:
-        lines.append(f"| {line['effort']} | {line['seconds']:.0f} | {line['kl']:.4f} |")
-    return lines
+def effort_table(found: dict[str, Any]) -> list[str]:
+    lines = ["| config | effort | seconds | KL |", "|---|---|---|---|"]
+    for line in found["effort"]:
+        cells = (line["config"], line["effort"], f"{line['seconds']:.0f}", f"{line['kl']:.4f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    whole, samples = found["d16"], found["d16"]["samples"]
+    wanted = CalibrationConfig.preset("fast").num_samples
+    hours = whole["hours_whole"] * wanted / samples
+    return [
+        *lines,
+        "",
+        f"`fast` on random weights of the d16 shapes: {whole['seconds_per_block']:.0f} seconds a "
+        f"block with {samples} samples, so {hours * 60:.0f} minutes for all 16 blocks and {wanted} "
+        f"samples on one thread{_if_fewer(samples, wanted)}.",
+    ]
+
+
+def _if_fewer(samples: int, wanted: int) -> str:
+    return "" if samples == wanted else ", if all of it grew with the samples, which it does not"
+
+
+def speed_table(found: dict[str, Any]) -> list[str]:
+    record, total, memory = (found[part] for part in ("recording", "total", "memory"))
+    lines = [
+        "| unit of d16 | type | loop over scales | the loop, gradients ours | one pass | ratio "
+        "| gradients apart |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, line in found["step"]["units"].items():
+        kind, dtype = name.split(", ")
+        times = [f"{line[side]:.2f} s" for side in ("loop", "loop_written", "together")]
+        distance = f"{line['apart']:.0e}" if "apart" in line else ""
+        lines.append(
+            f"| {kind} | {dtype} | {' | '.join(times)} | {line['ratio']:.2f} | {distance} |"
+        )
+    return [
+        *lines,
+        "",
+        f"Recording: {record['stream_seconds_per_sample']:.1f} seconds a sample for all "
+        f"{record['units']} units of d16, {record['ratio_time']:.0f} times less than replays, and "
+        f"{record['ratio_flops']:.0f} times less in multiply-adds of the transformer. With "
+        f"{FULL_SAMPLES} samples and {FULL_STEPS} steps for every unit: {total['ours']:.0f} hours "
+        f"against {total['replay']:.0f}, {total['ratio']:.1f} times less, in float32.",
+        "",
+        f"Memory: two blocks of d30 in {memory['dtype']}, {memory['samples']} samples, "
+        f"`--memory {memory['memory_gb']:g}GB`: peak of {memory['peak_gib']:.1f} GiB resident, of "
+        f"which {memory['model_gib']:.1f} before recording.",
+    ]
 
 
 if __name__ == "__main__":
-    replace(DOCS / "scaling.md", "efforts", effort_table())
-    replace(DOCS / "scaling.md", "scaling", tables())
+    measured = json.loads(RESULTS.read_text())
+    replace(DOCS / "scaling.md", "efforts", effort_table(measured))
+    replace(DOCS / "scaling.md", "speed", speed_table(measured))
+    replace(DOCS / "scaling.md", "scaling", tables(measured["step"]))

@@ -19,9 +19,9 @@ from conftest import build_tiny
 from varptq.artifact import save
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import quantize
-from varptq.calibrate.work import Piece, Work
 from varptq.distributed import Ranks
 from varptq.quant.config import QuantConfig
+from varptq.work import Piece, Work
 
 CONFIG = CalibrationConfig(
     num_samples=35, steps=3, theta_samples=2, theta_grid=50, rounding="gptq+adaround"

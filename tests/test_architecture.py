@@ -29,15 +29,16 @@ MAY_IMPORT = {
     "progress": {"errors"},
     "settings": {"errors"},
     "distributed": {"errors"},
+    "work": {"errors", "files", "progress", "distributed"},
     "models": BASE,
     "quant": BASE | {"models"},
-    "calibrate": BASE | {"models", "quant", "distributed"},
+    "calibrate": BASE | {"models", "quant", "distributed", "work"},
     "artifact": BASE | {"models", "quant"},
     "native": {"errors"},
     "runtime": BASE | {"models", "quant", "artifact", "native"},
     "pictures": BASE,
     "editing": BASE | {"models", "pictures"},
-    "evaluate": BASE | {"models", "quant", "pictures", "distributed"},
+    "evaluate": BASE | {"models", "quant", "pictures", "distributed", "work"},
     "analyze": BASE | {"models", "quant", "calibrate", "artifact", "evaluate"},
 }
 # The ways in for people, and who may import them.

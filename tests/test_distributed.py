@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -9,18 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import varptq
 from calibration_process import CONFIG, QUANT
+from evaluation_process import document
 from varptq.artifact import save
 from varptq.calibrate.methods import quantize
 from varptq.distributed import Ranks, local_device
 from varptq.evaluate.sampling import SampleSet, sample_set
 from varptq.models.pipeline import Pipeline
+from varptq.work import Piece, Work
 
 PROCESS = Path(__file__).with_name("calibration_process.py")
+EVALUATION = Path(__file__).with_name("evaluation_process.py")
 SRC = Path(__file__).parents[1] / "src"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"}
 
@@ -70,6 +75,38 @@ def test_shards_of_samples_are_those_of_one_process(
         assert (tmp_path / "several" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_measured_parts_add_up_to_the_same_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Every metric, of two sets of samples and real images: all processes return the bytes that one
+    without a folder does, and each has measured something."""
+    (tmp_path / "one").mkdir()
+    alone = document(tmp_path / "one", Ranks(), Work())
+    assert set(json.loads(alone)["metrics"]) >= {"kl", "psnr", "fid2fp", "fid", "is", "recall"}
+    meeting = threading.Barrier(size)
+    monkeypatch.setattr(Ranks, "barrier", lambda self: self.size > 1 and meeting.wait(60))
+    writers: dict[str, set[int]] = {}
+
+    class Listening(Work):
+        def write(self, name: str, piece: Piece) -> None:
+            super().write(name, piece)
+            writers.setdefault(name.rstrip("0123456789"), set()).add(self.ranks.rank)
+
+    def make(rank: int) -> str:
+        torch.set_num_threads(1)
+        ranks = Ranks(rank, size)
+        with Listening(tmp_path / "several" / "work", ranks) as work:
+            return document(tmp_path / "several", ranks, work)
+
+    with ThreadPoolExecutor(size) as threads:
+        made = list(threads.map(make, range(size)))
+    assert made == [alone] * size
+    shared = {name: ranks for name, ranks in writers.items() if name.endswith("-")}
+    assert len(shared) == 5  # tokens, images, and the features of three sets
+    assert all(ranks == set(range(size)) for ranks in shared.values())
+
+
 def torchrun(processes: int, *words: object, restarts: int = 0) -> str:
     options = ("--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}")
     command = [sys.executable, "-m", "torch.distributed.run", *options, *map(str, words)]
@@ -99,10 +136,28 @@ def test_any_number_of_processes_and_deaths_give_the_same_bytes(
 
 
 @pytest.mark.slow
+def test_evaluation_by_any_number_of_processes_and_deaths(tmp_path: Path) -> None:
+    """Shards and documents are the same bytes; what was finished before a death is not redone."""
+    for processes, deaths in ((1, 0), (2, 2), (3, 0)):
+        folder = tmp_path / str(processes) / "out"
+        folder.mkdir(parents=True)
+        said = torchrun(processes, EVALUATION, folder, *["--die"] * bool(deaths), restarts=deaths)
+        written = [line.split("wrote ")[1] for line in said.splitlines() if "wrote" in line]
+        assert len(written) == len(set(written)), written
+        assert not (folder / "work").exists()
+        shards = sorted(path.relative_to(folder) for path in folder.rglob("*.npz"))
+        assert len(shards) == 2 * 12
+        for shard in shards:
+            assert (folder / shard).read_bytes() == (tmp_path / "1" / "out" / shard).read_bytes()
+        documents = {path.read_bytes() for path in folder.glob("document-*.json")}
+        assert documents == {(tmp_path / "1" / "out" / "document-0.json").read_bytes()}
+
+
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     """quantize and evaluate of the demo model by two processes, against one."""
     quick = ("--samples", 2, "--steps", 1, "--config", "w4a4+paper", "--method", "brecq")
-    measured = ("--count", 4, "--seed", 1, "--metrics", "kl,top1")
+    measured = ("--count", 4, "--seed", 1, "--metrics", "kl,top1,psnr,ssim,token_agreement")
     for processes in (1, 2):
         out = tmp_path / f"with-{processes}"
         torchrun(processes, "-m", "varptq", "quantize", "demo", "--out", out, *quick)

@@ -15,6 +15,7 @@ import torch
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet, calibration_set
+from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.quant.convert import convert
 
@@ -61,7 +62,7 @@ def test_a_twin_of_another_function_is_refused(
 ) -> None:
     var = copy.deepcopy(tiny.var)
     var.head.bias.data[0] += 0.1
-    with pytest.raises(ValueError, match=r"twin of tiny: KL .*, expected below 1e-06"):
+    with pytest.raises(InputError, match=r"twin of tiny: KL .*, expected below 1e-06"):
         study.check_twin(tiny, replace(tiny, var=var), test_set)
 
 

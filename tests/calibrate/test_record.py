@@ -199,7 +199,7 @@ def test_mapped_files_are_there_while_units_are_used_and_gone_after(
     for unit in units:
         if unit.name == "blocks.0.ffn":
             (folder,) = tmp_path.iterdir()
-            assert {"residual.bin", "ffn.inputs.bin"} <= {p.name for p in folder.iterdir()}
+            assert {"residual.bin", "block.bin"} <= {p.name for p in folder.iterdir()}
     assert not list(tmp_path.iterdir())
     # Also when the caller stops in the middle.
     units = recorder(tiny, config).units()

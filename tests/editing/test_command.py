@@ -11,6 +11,7 @@ from PIL import Image
 
 import varptq
 from cli_calls import run, succeed
+from picture_files import png_header
 
 pytestmark = pytest.mark.xdist_group("cli-edit")
 
@@ -115,6 +116,52 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert ran.code == 2 and message in ran.err
     assert ran.err.startswith("error: ") and ran.err.count("\n") == 1 and not ran.out
     assert not list(tmp_path.iterdir())
+
+
+def masks(folder: Path) -> dict[str, Path]:
+    """Masks for the photo and images, each wrong in its own way."""
+    made = {
+        "other size": Image.new("L", (40, 64), 255),
+        "empty": Image.new("L", (64, 40)),
+        "full": Image.new("L", (64, 40), 255),
+        "dot": Image.new("L", (1, 1), 255),
+    }
+    paths = {name: folder / f"{name}.png" for name in (*made, "bomb", "cut")}
+    for name, image in made.items():
+        image.save(paths[name])
+    paths["bomb"].write_bytes(png_header(30_000, 30_000))
+    paths["cut"].write_bytes(paths["full"].read_bytes()[:60])
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "message"),
+    [
+        (None, "other size", "mask: 40 x 64 pixels, the image has 64 x 40 (upright); make them"),
+        (None, "empty", "mask: empty, nothing is to be regenerated; cover a part of the image"),
+        (None, "full", "mask: full, no token of the 8 x 8 grid is kept; leave a part of the image"),
+        (None, "cut", "cut.png: cannot be read"),
+        ("cut", "full", "cut.png: cannot be read"),
+        ("bomb", "full", "bomb.png: its header claims far more than 64 megapixels"),
+        ("dot", "dot", "mask: full, no token"),
+    ],
+)
+def test_pictures_that_cannot_be_used_are_one_line(
+    photo: Path, tmp_path: Path, image: str | None, mask: str, message: str
+) -> None:
+    files = masks(tmp_path)
+    source = files[image] if image else photo
+    ran = run("edit", source, "--model", "demo", "--mask", files[mask], "--out", tmp_path / "out")
+    assert ran.code == 2 and message in ran.err
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_pixel_can_change_its_class(tmp_path: Path) -> None:
+    dot = masks(tmp_path)["dot"]
+    words = ("--task", "class", "--label", "cat", "--mask", dot, "--out", tmp_path / "out")
+    succeed("edit", dot, "--model", "demo", *words)
+    assert Image.open(tmp_path / "out" / "0000.png").size == (1, 1)
 
 
 def test_a_runtime_that_is_missing_is_named(photo: Path, artifact: Path, tmp_path: Path) -> None:

@@ -289,3 +289,20 @@ def test_a_child_process_computes_after_a_fork() -> None:
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
+
+
+def test_row_numbers_spread_over_many_tokens_outlive_the_call() -> None:
+    """One row number for all tokens is spread into a tensor of the binding's own, whose memory must
+    not be given to the next tensor while the core reads it."""
+    p = problem((2 * 700, 37, 130))
+    x = p.x.view(2, 700, 130)
+    g = torch.Generator().manual_seed(2)
+    means, table = torch.randn(5, 130, generator=g), torch.randn(5, 37, generator=g)
+    weight = p.packed()
+    for number in (0, 3, 4) * 10:
+        one = torch.tensor([number], dtype=torch.int32)
+        rows = binding.quantize(x, num_bits=8, means=means, mean_rows=one)
+        want = binding.quantize(x - means[number], num_bits=8)
+        assert torch.equal(rows.codes, want.codes)
+        found = binding.linear(rows, weight, table, one)
+        assert torch.equal(found, binding.linear(want, weight, table[number].contiguous()))

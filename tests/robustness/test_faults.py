@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import varptq
 from varptq import artifact
@@ -22,7 +23,9 @@ from varptq.evaluate.sampling import sample_set
 from varptq.files import write_atomic
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
+from varptq.progress import silent
 from varptq.quant.config import QuantConfig
+from varptq.work import Piece, Work
 
 CALLS = ("mkdir", "replace", "fsync", "open")
 
@@ -84,6 +87,23 @@ def check_samples(folder: Path) -> None:
     assert sum(len(images) for images in found) == 5
 
 
+def save_pieces(pipe: Pipeline, folder: Path) -> None:
+    """A work folder as a calibration fills it; the second run finds what the first one made."""
+    with Work(folder / "w") as work:
+        work.begin({"of": "a test"}, silent)
+        for index in range(3):
+            numbers = torch.arange(2000 * (index + 1))
+            work.once(f"piece-{index}", lambda numbers=numbers: Piece({"numbers": numbers}))
+
+
+def check_pieces(folder: Path) -> None:
+    with Work(folder / "w") as work:
+        work.begin({"of": "a test"}, silent)
+        for index in range(3):
+            found = work.read(f"piece-{index}").tensors["numbers"]
+            assert found.tolist() == list(range(2000 * (index + 1)))
+
+
 def save_npz(pipe: Pipeline, folder: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
     write_npz(folder / "images.npz", 9, [(np.arange(9), images, np.arange(9))])
@@ -104,6 +124,7 @@ def check_text(folder: Path) -> None:
 WRITERS: dict[str, tuple[Callable[[Pipeline, Path], None], Callable[[Path], None], str]] = {
     "artifact": (save_artifact, check_artifact, "a"),
     "samples": (save_samples, check_samples, "s"),
+    "pieces": (save_pieces, check_pieces, "w"),
     "npz": (save_npz, check_npz, "images.npz"),
     "report": (save_text, check_text, "report.html"),
 }
@@ -159,9 +180,9 @@ def test_a_forbidden_step(
             except OutputError as found:
                 error = found
         assert error is None or "\n" not in str(error)
-        # A refused fsync behind the last rename leaves the new content, whole. A sample set is
-        # taken up where it stopped.
-        if error is not None and (what == "samples" or not (folder / name).exists()):
+        # A refused fsync behind the last rename leaves the new content, whole. Sample sets and
+        # work folders are taken up where they stopped.
+        if error is not None and (what in ("samples", "pieces") or not (folder / name).exists()):
             write(tiny, folder)
         check(folder)
         assert not leftovers(folder)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,6 @@ from varptq.quant.config import QuantConfig
 OTHER_WEIGHTS = 5
 ADDRESS = re.compile(r"varptq studio: (http://\S+?)/$", re.MULTILINE)
 START_SECONDS = 90
-# The one that is there on every machine.
-RUNTIME = "simulated"
 
 
 def fill(models: Path, make_tiny: Callable[..., Pipeline]) -> None:
@@ -55,24 +54,38 @@ def models(tmp_path_factory: pytest.TempPathFactory, make_tiny: Callable[..., Pi
     return folder
 
 
-@pytest.fixture(scope="session")
-def served(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
-    place = tmp_path_factory.mktemp("served")
+@contextmanager
+def serving(models: Path, place: Path, **environment: str) -> Iterator[Served]:
+    """A studio over `models` that keeps what it makes under `place`."""
     out, log = place / "made", place / "log"
     command = [sys.executable, "-m", "varptq", "serve", str(models), "--out", str(out)]
-    environment = {
-        **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
-        **{"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(place / "cache")},
-        **{"VARPTQ_RUNTIME": RUNTIME},
-    }
+    inherited = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    settings = {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(place / "cache"), **environment}
     with open(log, "w") as errors:
-        process = subprocess.Popen([*command, "--port", "0"], stderr=errors, env=environment)
+        process = subprocess.Popen(
+            [*command, "--port", "0"], stderr=errors, env={**inherited, **settings}
+        )
     try:
         yield Served(address_in(log, process), models, out)
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def served(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """On the runtime that `auto` means here, as a user gets it."""
+    pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
+    with serving(models, tmp_path_factory.mktemp("served")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def without_cuda(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One that is told to compute on a runtime which its device cannot have."""
+    pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
+    with serving(models, tmp_path_factory.mktemp("cuda"), VARPTQ_RUNTIME="cuda") as running:
+        yield running
 
 
 def address_in(log: Path, process: subprocess.Popen[bytes]) -> str:

@@ -48,6 +48,34 @@ def test_a_report_runs_in_a_frame_that_may_do_nothing() -> None:
     assert 'sandbox=""' in frame and "<script>" not in frame
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"config": 3}', '{"config": {"name": "a"}, "suggestion": []}']
+)
+def test_an_analysis_of_another_version_has_no_facts(content: str, tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
+    from varptq.web.results_tab import suggested
+
+    (tmp_path / "analysis.json").write_text(content)
+    assert suggested(tmp_path / "analysis.json") == []
+
+
+def test_units_say_which_codes_they_kept_and_at_what_loss() -> None:
+    pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
+    from varptq.web.quantize_tab import units_of
+
+    units = [
+        {"name": "a", "kept": "learned", "loss_nearest": 4.0, "loss_hard": 1.0, "loss_gptq": 2.0},
+        {"name": "b", "kept": "gptq", "loss_nearest": 4.0, "loss_hard": 3.0, "loss_gptq": 2.0},
+        {"name": "c", "kept": "nearest", "loss_nearest": 4.0, "loss_hard": 5.0, "loss_gptq": None},
+    ]
+    assert units_of(SimpleNamespace(report={"units": units})) == {
+        "a": "4 to 1, learned",
+        "b": "4 to 2, gptq",
+        "c": "4 to 4, nearest",
+    }
+    assert units_of(SimpleNamespace(report={})) == {}
+
+
 @pytest.mark.parametrize("loss", [0.0, 1e-40, 1.0, 1e30])
 def test_a_curve_of_equal_losses_is_a_flat_line(loss: float) -> None:
     assert "nan" not in parts.curves({"unit": [(0, loss), (1, loss), (2, loss)]})

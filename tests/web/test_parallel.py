@@ -36,7 +36,7 @@ def pipes(served: Any) -> dict[str, Pipeline]:
     small = served.models / "small"
     return {
         SMALL: load_model(var=small / "var.safetensors", vae=small / "vae.safetensors"),
-        MADE: load(served.models / "w4a4", runtime="simulated"),
+        MADE: load(served.models / "w4a4"),
     }
 
 

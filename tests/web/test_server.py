@@ -6,9 +6,7 @@ import io
 import json
 import re
 import socket
-import struct
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import httpx
 from PIL import Image
 from starlette.testclient import TestClient
 
+from picture_files import png_header
 from studio_calls import Caller, file_data
 from varptq.web.files import MAX_BYTES
 from varptq.web.server import Options, is_local, make_studio, parse_auth, web_app
@@ -43,9 +42,7 @@ def png(width: int, height: int) -> bytes:
         buffer = io.BytesIO()
         Image.new("RGB", (width, height), (200, 100, 50)).save(buffer, "PNG")
         return buffer.getvalue()
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 10) + b"IDAT" + bytes(14)
+    return png_header(width, height)
 
 
 def edit(caller: Caller, image: Any, *rest: Any) -> Any:
@@ -144,6 +141,60 @@ def test_hostile_pictures_get_one_line(
         return
     assert not answer.ok and says in str(answer.error)
     assert "\n" not in str(answer.error) and "/gradio" not in str(answer.error)
+
+
+def painted(caller: Caller, box: tuple[int, int, int, int], size: int = 30) -> dict[str, Any]:
+    """A canvas with one layer of `size`, painted inside `box`."""
+    layer, buffer = Image.new("RGBA", (size, size)), io.BytesIO()
+    layer.paste((224, 112, 42, 208), box)
+    layer.save(buffer, "PNG")
+    return {
+        "background": None,
+        "layers": [file_data(caller.upload("layer.png", buffer.getvalue()))],
+        "composite": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("box", "task", "says"),
+    [
+        ((0, 0, 0, 0), "In-paint", "mask: empty. Paint what is to be drawn anew."),
+        ((0, 0, 30, 30), "In-paint", "mask: full, no token of the 3 x 3 grid is kept"),
+        ((0, 0, 0, 0), "Out-paint", "mask: empty. Paint what is to be kept"),
+        ((0, 0, 30, 30), "Out-paint", "mask: empty, nothing is to be regenerated"),
+        ((0, 0, 30, 30), "Change class", None),
+        ((0, 0, 15, 30), "Change class", None),
+    ],
+)
+@pytest.mark.parametrize("size", [30, 300])
+def test_masks_of_every_size_are_for_the_whole_image(
+    caller: Caller, box: tuple[int, int, int, int], task: str, says: str | None, size: int
+) -> None:
+    """A canvas has a size of its own: 300 pixels for an image of 30."""
+    image = file_data(caller.upload("a.png", png(30, 30)))
+    place = tuple(value * size // 30 for value in box)
+    canvas = painted(caller, (place[0], place[1], place[2], place[3]), size)
+    answer = edit(caller, image, canvas, task, "cat", 1, 0, 4.0, "crop", False, *BOX[1:])
+    assert answer.ok is (says is None), answer.error
+    assert says is None or says in str(answer.error)
+
+
+def test_an_unknown_class_of_an_edit_is_answered_with_a_near_one(caller: Caller) -> None:
+    image = file_data(caller.upload("a.png", png(30, 30)))
+    answer = edit(caller, image, None, "Change class", "kat", 1, 0, 4.0, "crop", *BOX)
+    assert not answer.ok and "class 'kat': unknown; did you mean cat" in str(answer.error)
+
+
+def test_a_runtime_that_is_missing_is_one_line(without_cuda: Any) -> None:
+    """Only an artifact needs it; a float model draws."""
+    caller = Caller(without_cuda.address)
+    says = "runtime 'cuda': computes on cuda, the device is cpu; use runtime simulated"
+    drawn = caller.call("generate", MADE, "nothing", "cat", 1, 0, *SAMPLING)
+    assert not drawn.ok and str(drawn.error) == says
+    image = file_data(caller.upload("a.png", png(30, 30)))
+    edited = edit(caller, image)
+    assert not edited.ok and str(edited.error) == says
+    assert caller.call("generate", SMALL, "nothing", "0", 1, 0, *SAMPLING).ok
 
 
 def test_a_painted_layer_has_the_same_limits(caller: Caller) -> None:
@@ -271,6 +322,15 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
             ran = run("serve", *words)
             assert ran.code == 2 and says in ran.err, (words, ran.err)
             assert ran.err.count("\n") == 1
+
+
+def test_a_runtime_that_does_not_exist_is_refused_at_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VARPTQ_RUNTIME", "tpu")
+    ran = run("serve", "--out", tmp_path / "out")
+    assert ran.code == 2 and "VARPTQ_RUNTIME: runtime 'tpu': unknown" in ran.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_gradio_the_command_says_what_to_install(

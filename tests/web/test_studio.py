@@ -21,7 +21,9 @@ pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
 
 from PIL import Image
 
+from picture_files import png_header
 from studio_calls import Caller
+from varptq.runtime.load import choose as choose_runtime
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -29,7 +31,9 @@ PICTURES = Path(__file__).parents[2] / "out" / "studio"
 PATIENCE = 60_000
 DESK, PHONE = (1280, 860), (390, 844)
 DEMO_ARTIFACT = "made/demo-w4a4"
-SMALL = "models/small/var.safetensors"
+SMALL, MADE = "models/small/var.safetensors", "models/w4a4"
+# What the button of each tab says.
+TABS = {"Generate": "Generate", "Edit": "Edit", "Quantize": "Quantize", "Results": "Measure"}
 
 pytestmark = [
     pytest.mark.web,
@@ -58,9 +62,11 @@ def artifact(served: Any) -> None:
 @pytest.fixture
 def open_page(served: Any, browser: Any) -> Iterator[Callable[..., Any]]:
     """Opens the studio on a tab; watches what the page asks for and complains of."""
-    asked, complaints, contexts = [], [], []
+    asked, complaints, contexts, addresses = [], [], [], []
 
-    def opened(tab: str, size: tuple[int, int] = DESK, scheme: str = "light") -> Any:
+    def opened(
+        tab: str, size: tuple[int, int] = DESK, scheme: str = "light", studio: Any = served
+    ) -> Any:
         viewport = {"width": size[0], "height": size[1]}
         context = browser.new_context(viewport=viewport, color_scheme=scheme)
         context.set_default_timeout(PATIENCE)
@@ -69,7 +75,8 @@ def open_page(served: Any, browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        page.goto(served.address)
+        addresses.append(studio.address)
+        page.goto(studio.address)
         page.locator("#generate-model input").wait_for()
         page.get_by_role("tab", name=tab).click()
         return page
@@ -77,13 +84,33 @@ def open_page(served: Any, browser: Any) -> Iterator[Callable[..., Any]]:
     yield opened
     for context in contexts:
         context.close()
-    here = (served.address, "data:", "blob:", served.address.replace("http", "ws"))
-    assert asked and not [url for url in asked if not url.startswith(here)]
+    assert asked and not [
+        url for url in asked if not url.startswith((*addresses, "data:", "blob:"))
+    ]
     assert not complaints
 
 
 def choose(page: Any, picker: str, value: str) -> None:
-    """Pick `value` by typing it, as a search."""
+    """Pick the option that begins with `value` by typing it, as a search."""
+    field = page.locator(f"#{picker} input")
+    first = page.locator("[role=option]").first.filter(has_text=value)
+    # The list of a tab that has just been opened is about to be filled, which ends a search.
+    for _ in range(10):
+        field.press("Escape")
+        field.click()
+        field.press("Control+a")
+        # Key by key: only those make the list shorter, and Enter takes its first option.
+        field.press_sequentially(value)
+        page.wait_for_timeout(500)
+        if first.count():
+            break
+    field.press("Enter")
+    field.press("Escape")
+    assert field.input_value().startswith(value)
+
+
+def enter(page: Any, picker: str, value: str) -> None:
+    """Type `value` into a picker that takes what is no option too."""
     field = page.locator(f"#{picker} input")
     field.click()
     field.fill(value)
@@ -127,7 +154,11 @@ def upload(page: Any, content: bytes, name: str = "photo.png") -> None:
     ids=["desk", "dark", "phone"],
 )
 def test_two_models_draw_side_by_side_and_scale_by_scale(
-    open_page: Callable[..., Any], artifact: None, size: tuple[int, int], scheme: str
+    open_page: Callable[..., Any],
+    served: Any,
+    artifact: None,
+    size: tuple[int, int],
+    scheme: str,
 ) -> None:
     page = open_page("Generate", size, scheme)
     choose(page, "generate-beside", DEMO_ARTIFACT)
@@ -139,38 +170,68 @@ def test_two_models_draw_side_by_side_and_scale_by_scale(
         assert all(word in facts for word in ("Time", "Memory", "Bits"))
         assert page.locator(f"#generate-{panel} img").count() == 4
         assert page.locator(f"#generate-{panel}-scales img").count() == 6
-    assert "w4a4" in page.locator("#generate-second-facts").inner_text()
+    facts = page.locator("#generate-second-facts").inner_text()
+    assert "w4a4" in facts and f"runtime {choose_runtime(served.out / 'demo-w4a4').name}" in facts
     assert fits(page)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", dark)[:3])) < 80) is (scheme == "dark")
     shoot(page, f"generate-{size[0]}-{scheme}")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("tab", TABS)
+def test_every_tab_fits_a_phone_and_says_what_its_buttons_do(
+    open_page: Callable[..., Any], tab: str, scheme: str
+) -> None:
+    page = open_page(tab, PHONE, scheme)
+    page.wait_for_timeout(1500)  # what the page asks for when it is opened has come
+    assert fits(page)
+    for name, word in TABS.items():
+        page.get_by_role("tab", name=name).click()
+        start, stop = (page.locator(f"#{name.lower()}-{which}") for which in ("start", "stop"))
+        assert (start.inner_text(), stop.inner_text()) == (word, "Stop")
+    page.get_by_role("tab", name=tab).click()
+    shoot(page, f"{tab.lower()}-empty-390-{scheme}")
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_the_keyboard_comes_to_every_button(open_page: Callable[..., Any], tab: str) -> None:
+    page = open_page(tab)
+    page.get_by_role("tab", name=tab).focus()
+    tab_to(page, f"{tab.lower()}-start")
+
+
 def test_the_keyboard_alone_is_enough_to_draw(open_page: Callable[..., Any]) -> None:
     page = open_page("Generate")
     choose(page, "generate-model", SMALL)
     choose(page, "generate-beside", "nothing")
-    choose(page, "generate-class", "3")
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.id") == "generate-start":
-            break
-    else:
-        pytest.fail("Tab never comes to the button")
-    outline = "getComputedStyle(document.activeElement).outlineStyle"
-    assert page.evaluate(outline) == "solid"
+    enter(page, "generate-class", "3")
+    tab_to(page, "generate-start")
     page.keyboard.press("Enter")
     page.locator("#generate-first-facts dl").wait_for()
+
+
+def tab_to(page: Any, element: str) -> None:
+    """Press Tab until `element` has the focus, which is seen there and on the way."""
+    hidden = "e => getComputedStyle(e).outlineStyle !== 'solid'"
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        focused = page.evaluate_handle("document.activeElement")
+        if focused.evaluate("e => e.matches('button, summary, textarea, [type=number]')"):
+            assert not focused.evaluate(hidden), focused.evaluate("e => e.outerHTML")
+        if focused.evaluate("e => e.id") == element:
+            return
+    pytest.fail("Tab never comes to the button")
 
 
 def test_an_unknown_class_is_answered_with_a_near_one(open_page: Callable[..., Any]) -> None:
     page = open_page("Generate")
     choose(page, "generate-beside", "nothing")
-    choose(page, "generate-class", "kat")
+    enter(page, "generate-class", "kat")
     page.locator("#generate-start").click()
     said(page, "class 'kat': unknown; did you mean cat?")
     shoot(page, "toast-1280")
-    choose(page, "generate-class", "<b>&lt;script&gt;</b>")
+    enter(page, "generate-class", "<b>&lt;script&gt;</b>")
     page.locator("#generate-start").click()
     said(page, "class '<b>&lt;script&gt;</b>': unknown")
     # The button is ready for the next try.
@@ -215,8 +276,12 @@ def test_paint_and_in_paint(open_page: Callable[..., Any], artifact: None) -> No
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"no picture", "photo.png: is no JPEG"), (photo()[:300], "photo.png: cannot be read")],
-    ids=["text", "cut"],
+    [
+        (b"no picture", "photo.png: is no JPEG"),
+        (photo()[:300], "photo.png: cannot be read"),
+        (png_header(30_000, 30_000), "its header claims far more than 25 megapixels"),
+    ],
+    ids=["text", "cut", "bomb"],
 )
 def test_a_bad_upload_is_named(open_page: Callable[..., Any], content: bytes, says: str) -> None:
     page = open_page("Edit", PHONE)
@@ -226,13 +291,62 @@ def test_a_bad_upload_is_named(open_page: Callable[..., Any], content: bytes, sa
     shoot(page, "edit-390-toast")
 
 
+def use_box(page: Any, right: float) -> None:
+    """Regenerate the left part of the picture, up to `right`."""
+    page.get_by_role("button", name="A box instead of painting").click()
+    page.get_by_label("Use the box").check()
+    for side, value in (("Left", 0), ("Top", 0), ("Right", right), ("Bottom", 1)):
+        page.get_by_label(f"number input for {side}").fill(str(value))
+
+
+def test_what_an_edit_cannot_use_is_said(open_page: Callable[..., Any]) -> None:
+    page = open_page("Edit")
+    choose(page, "edit-model", MADE)
+    page.locator("#edit-start").click()
+    said(page, "image: none; upload a JPEG, PNG or WebP")
+    upload(page, photo())
+    use_box(page, 1)
+    page.locator("#edit-start").click()
+    said(page, "box: full, no token of the 3 x 3 grid is kept")
+    page.get_by_label("Change class").check()
+    enter(page, "edit-class", "kat")
+    page.locator("#edit-start").click()
+    said(page, "class 'kat': unknown; did you mean cat")
+    enter(page, "edit-class", "cat")
+    page.locator("#edit-start").click()
+    page.locator("#edit-download").wait_for()
+    assert page.locator("#edit-candidates img").count() == 4
+
+
+def test_a_picture_of_one_pixel_is_edited(open_page: Callable[..., Any]) -> None:
+    page = open_page("Edit")
+    choose(page, "edit-model", MADE)
+    upload(page, photo((1, 1)), "dot.png")
+    use_box(page, 1)
+    page.get_by_label("Change class").check()
+    enter(page, "edit-class", "cat")
+    page.locator("#edit-start").click()
+    page.locator("#edit-download").wait_for()
+
+
+def test_a_runtime_that_is_missing_is_said(
+    open_page: Callable[..., Any], without_cuda: Any
+) -> None:
+    page = open_page("Generate", studio=without_cuda)
+    choose(page, "generate-model", MADE)
+    choose(page, "generate-beside", "nothing")
+    page.locator("#generate-start").click()
+    said(page, "runtime 'cuda': computes on cuda, the device is cpu; use runtime simulated")
+    page.locator("#generate-start:enabled").wait_for()
+
+
 def test_quantize_with_a_tiny_setting(
     open_page: Callable[..., Any], served: Any, tmp_path: Path
 ) -> None:
     page = open_page("Quantize")
     choose(page, "quantize-model", SMALL)
     page.get_by_label("brecq").check()
-    page.get_by_label("default", exact=True).check()
+    choose(page, "quantize-calibration", "default: ")
     page.get_by_role("button", name="Single settings").click()
     page.locator("#q-samples input").fill("2")
     page.locator("#q-steps input").fill("30")
@@ -252,6 +366,18 @@ def test_quantize_with_a_tiny_setting(
     said(page, "name 'by-hand': exists")
     page.get_by_role("tab", name="Generate").click()
     choose(page, "generate-model", "made/by-hand")
+    choose(page, "generate-beside", "nothing")
+    enter(page, "generate-class", "3")
+    page.locator("#generate-start").click()
+    page.locator("#generate-first-facts dl").wait_for()
+    runtime = choose_runtime(served.out / "by-hand").name
+    assert f"runtime {runtime}" in page.locator("#generate-first-facts").inner_text()
+    page.get_by_role("tab", name="Edit").click()
+    choose(page, "edit-model", "made/by-hand")
+    upload(page, photo())
+    use_box(page, 0.5)
+    page.locator("#edit-start").click()
+    page.locator("#edit-download").wait_for()
 
 
 def test_a_calibration_is_stopped_by_its_button_and_seen_by_another_page(
@@ -259,7 +385,7 @@ def test_a_calibration_is_stopped_by_its_button_and_seen_by_another_page(
 ) -> None:
     page = open_page("Quantize")
     choose(page, "quantize-model", SMALL)
-    page.get_by_label("default", exact=True).check()
+    choose(page, "quantize-calibration", "default: ")
     page.get_by_role("button", name="Single settings").click()
     page.locator("#q-samples input").fill("2")
     page.locator("#q-steps input").fill("20000")
@@ -291,3 +417,28 @@ def test_measure_and_read_the_report(open_page: Callable[..., Any], artifact: No
     with page.expect_download() as download:
         page.locator("#results-download").click()
     assert download.value.suggested_filename == "report.html"
+
+
+def test_analyze_and_see_which_tensor_costs_what(open_page: Callable[..., Any]) -> None:
+    page = open_page("Results")
+    page.get_by_label("Analyze").check()
+    page.locator("#results-count input").fill("1")
+    choose(page, "results-model", MADE)
+    page.locator("#results-start").click()
+    said(page, f"model {MADE}: its float model 'tiny' is not here")
+    choose(page, "results-model", SMALL)
+    page.locator("#results-start").click()
+    page.locator("#results-page img").first.wait_for()
+    assert "nats per token" in page.locator("#results-page dl").inner_text()
+    broken = "images => images.filter(i => !i.naturalWidth).length"
+    assert page.locator("#results-page img").evaluate_all(broken) == 0
+    assert fits(page)
+    shoot(page, "analysis-1280")
+    with page.expect_download() as download:
+        page.locator("#results-download").click()
+    assert download.value.suggested_filename == "analysis.json"
+    phone = open_page("Results", PHONE)
+    choose(phone, "results-report", "made/reports/models-small-var.safetensors-analysis")
+    phone.locator("#results-page img").first.wait_for()
+    assert fits(phone)
+    shoot(phone, "analysis-390")

@@ -27,6 +27,7 @@ class CalibrationConfig(Settings):
     takes 0.3 up to 200 steps and less, by the square root, for longer runs. forward: "hard"
     trains the codes that will be deployed, straight through; "soft" trains fractional ones, which
     `regularizer` (lambda, with beta falling from beta_start to beta_end) drives to 0 or 1.
+    tune_steps: steps of end-to-end tuning of scales and biases afterwards (tune.py).
     budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the
     theta search. theta_samples: images theta is measured on. memory_gb: recorded activations above
     this go to bfloat16, and then to a memory-mapped file in `spool_dir` (default: the system's
@@ -43,6 +44,7 @@ class CalibrationConfig(Settings):
     regularizer: float = Field(default=0.0, ge=0)
     beta_start: float = Field(default=20.0, gt=0)
     beta_end: float = Field(default=2.0, gt=0)
+    tune_steps: int = Field(default=0, ge=0)
     budget: float = Field(default=0.01, ge=0)
     theta_grid: int = Field(default=10_000, ge=2)
     theta_samples: int = Field(default=8, ge=1)

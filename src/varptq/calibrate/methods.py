@@ -28,7 +28,7 @@ from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.smoothing import smoothed
 from varptq.calibrate.theta import AttentionMass, search_theta
-from varptq.calibrate.work import Piece, Work
+from varptq.calibrate.tune import check_tunable, put, tune
 from varptq.errors import ConfigError, InputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import networks_sha256
@@ -47,6 +47,7 @@ from varptq.quant.convert import (
     set_theta,
 )
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.work import Piece, Work
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Method:
 
 
 # Raised when what a piece of a work folder holds, or how it is computed, changes.
-WORK_FORMAT = 1
+WORK_FORMAT = 2
 PARTS = ("reconstruct", "shift", "resample")
 METHODS = {
     "rtn": Method(),
@@ -96,11 +97,11 @@ def quantize(
 
     method: "rtn", "gptq", "brecq" or "sas", or with single parts switched on ("brecq+shift"). The
     float pipeline is left as it is; the result shares what stays in float with it. `report` of the
-    result holds the resampling statistic, theta with its bit-operation account, and the losses of
-    every unit. Same seed, settings and thread count give the same result. `work`, entered, keeps
-    what is finished, and says which of several processes on the same call this is (work.py). Raises
-    `ConfigError` for settings that contradict the model, `NonFiniteError` for NaN or infinity by
-    layer.
+    result holds the resampling statistic, theta with its bit-operation account, the losses of every
+    unit, and what end-to-end tuning changed. Same seed, settings and thread count give the same
+    result. `work`, entered, keeps what is finished, and says which of several processes on the same
+    call this is (work.py). Raises `ConfigError` for settings that contradict the model,
+    `NonFiniteError` for NaN or infinity by layer.
     """
     parts = Method.parse(method)
     calibration = calibration or CalibrationConfig()
@@ -108,6 +109,7 @@ def quantize(
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
     if parts.rounding is not None:
         calibration = calibration.replace(rounding=parts.rounding)
+    check_tunable(pipe, calibration)
     work = work or Work()
     # Before the work folder is touched: it finds settings that contradict the model.
     run = _Run(pipe, config, parts, calibration, seed, progress, work)
@@ -119,6 +121,8 @@ def quantize(
     if parts.reconstruct:
         run.reconstruct()
         theta = run.search_theta("theta after reconstruction") if parts.shift else None
+    if calibration.tune_steps:
+        run.tune()
     release_float_weights(run.quantized)
     return QuantizedPipeline(
         run.quantized,
@@ -248,12 +252,29 @@ class _Run:
                 listen(max(self.calibration.steps, 1), report.loss_hard if report else math.nan)
         self.work.ranks.barrier()
         layers = quant_linears(self.quantized)
-        pieces = [self.work.read(_unit_piece(name)) for name in costs]
+        pieces = [self.work.read(_unit_piece(name)) for name in mine]
         for name, codes in ((n, c) for piece in pieces for n, c in piece.tensors.items()):
             layer = layers[name]
             layer.load_codes(codes.to(layer.codes.device), layer.scale, layer.zero_point)
         reports = [piece.facts["report"] for piece in pieces]
         self.report["units"] = [report for report in reports if report is not None]
+
+    def tune(self) -> None:
+        """Tune scales and biases end to end; one process does it, all take what it found."""
+
+        def listen(step: int, loss: float) -> None:
+            self.progress("tuning", step, self.calibration.tune_steps, f"KL {loss:.4g}")
+
+        def make() -> Piece:
+            report, tensors = tune(self.pipe, self.quantized, self.calibration, self.seed, listen)
+            return Piece(tensors, report.to_dict())
+
+        self.progress("tuning", 0, self.calibration.tune_steps)
+        found = self.work.once("tuning", make)
+        put(self.quantized, found.tensors)
+        self.report["tuning"] = found.facts
+        # Of a piece that was there already, too.
+        self.progress("tuning", self.calibration.tune_steps, self.calibration.tune_steps)
 
     def _step_listener(self, name: str, index: int, num_units: int) -> Callable[[int, float], None]:
         """Progress over the steps of all units together: one bar, whatever the depth."""

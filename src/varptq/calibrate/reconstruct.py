@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -169,6 +170,10 @@ def solve(unit: Unit, layers: list[QuantLinear]) -> None:
         layer.load_codes(codes.flatten(1).to(torch.uint8), layer.scale, layer.zero_point)
 
 
+class _SeenError(Exception):
+    """What a layer is given has been seen: the rest of its unit need not run."""
+
+
 def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
     """(in, in) float64 sum of w_t x_t x_t^T over what the layer's weight is multiplied with, every
     row of the unit once and positions weighted as in the loss."""
@@ -180,11 +185,13 @@ def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
             x = x * unit.token_weights.sqrt().to(x.device).unsqueeze(-1)
         x = x.flatten(0, -2)
         total.add_(x.T @ x)
+        raise _SeenError
 
     handle = layer.register_forward_pre_hook(add)
     try:
         for rows in torch.arange(len(unit.inputs)).split(ROWS_PER_BATCH):
-            unit.run(unit.inputs[rows])
+            with suppress(_SeenError):
+                unit.run(unit.inputs[rows])
     finally:
         handle.remove()
     return total
@@ -199,7 +206,8 @@ def train(
 ) -> int:
     """At most `config.steps` Adam steps on the alphas of `roundings`; how many were made."""
     alphas = [rounding.alpha for rounding in roundings]
-    optimizer = torch.optim.Adam(alphas, lr=config.rate)
+    # Fused: one pass over what a step of a wide unit would read a dozen times.
+    optimizer = torch.optim.Adam(alphas, lr=config.rate, fused=True)
     batch = config.batch_size if unit.token_weights is not None else VECTOR_BATCH
     batch = min(batch, len(unit.inputs))
     schedule = Schedule(config.steps, config.patience)

@@ -8,6 +8,7 @@ other (paper: base pipeline; docs/method.md section 5).
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator
@@ -28,6 +29,7 @@ from varptq.models.var import Block, Span, spans_of
 
 ROWS_PER_BATCH = 8
 KINDS = ("attn", "ffn")
+RECORDED = ("attn.inputs", "attn.targets", "ffn.inputs", "ffn.targets")
 SHARED_ADALN, HEAD_ADALN = "shared_ada_lin.1", "head_nm.ada_lin.1"
 # A block's record per activation: residual in float32, two inputs and two targets in 4 or 2 bytes.
 FLOAT_BYTES, HALF_BYTES = 4 + 4 * 4, 4 + 4 * 2
@@ -39,7 +41,8 @@ class Unit:
 
     run maps a batch of inputs (rows, ...) through the quantized piece, `reference` through the
     float one; both move inputs to the model's device. targets may be None: then `reference` is
-    asked at every step (single Linear layers, whose outputs can be large). token_weights (tokens,)
+    asked at every step (word_embed, the AdaLN layers, and a head whose outputs are too large to
+    keep). token_weights (tokens,)
     says how much the squared error of a position counts: 1 / l_k at scale k, so every scale counts
     equally; None for units that see one vector per class.
     """
@@ -184,7 +187,8 @@ class Recorder:
             if not any(name.startswith(("blocks.", "head")) for name in reached):
                 return
             residual = self._first_residual(storage)
-            records = self._block_storage(storage, tuple(residual.shape))
+            block_storage = storage.empty("block", (len(RECORDED), *residual.shape))
+            records: dict[str, Tensor] = dict(zip(RECORDED, block_storage, strict=True))
             for index, block in enumerate(self.var.blocks):
                 if not any(name.startswith((f"blocks.{index}.", "head")) for name in reached):
                     return
@@ -196,7 +200,7 @@ class Recorder:
                     yield self._block_unit(index, kind, records)
             yield self._vector_unit(HEAD_ADALN)
             if "head" in wanted:
-                yield self._head(residual)
+                yield self._head(residual, block_storage)
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, self.num_rows, ROWS_PER_BATCH):
@@ -237,10 +241,6 @@ class Recorder:
             residual[rows] = self.var.embed(self.var.class_emb(self.labels[rows]), inputs).float()
         return residual
 
-    def _block_storage(self, storage: Storage, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        names = ("attn.inputs", "attn.targets", "ffn.inputs", "ffn.targets")
-        return {name: storage.empty(name, shape) for name in names}
-
     @torch.no_grad()
     def _advance(
         self,
@@ -270,12 +270,21 @@ class Recorder:
         return self._unit(f"blocks.{index}.{kind}", inputs, targets, spans_of(self.scales))
 
     @torch.no_grad()
-    def _head(self, residual: Tensor) -> Unit:
+    def _head(self, residual: Tensor, block_storage: Tensor) -> Unit:
+        """The head's inputs take the place of the residual stream, its outputs that of the block
+        units' records if they fit, as they do up to four entries a channel."""
+        spans, shape = spans_of(self.scales), (*residual.shape[:2], self.var.arch.codebook_size)
+        numel = math.prod(shape)
+        fits = numel <= block_storage.numel()
+        targets = block_storage.flatten()[:numel].view(shape) if fits else None
         for rows in self._batches():
             ada = self.var.head_nm.modulation(self.var.class_emb(self.labels[rows]))
             x = residual[rows].to(self.pipe.device, self.pipe.dtype)
-            residual[rows] = self.var.head_nm(x, ada).float()
-        return self._unit("head", residual, None, spans_of(self.scales))
+            normed = self.var.head_nm(x, ada)
+            residual[rows] = normed.float()
+            if targets is not None:
+                targets[rows] = self.var.head(normed, spans).to("cpu", targets.dtype)
+        return self._unit("head", residual, targets, spans)
 
 
 class _Tap:

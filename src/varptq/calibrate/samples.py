@@ -15,10 +15,10 @@ from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.resample import ResampleReport, resample
-from varptq.calibrate.work import Piece, Work
 from varptq.models.generate import DEFAULT_BATCH, ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
 from varptq.progress import Progress, silent
+from varptq.work import Piece, Work
 
 STAGE, PIECE = "calibration samples", "samples"
 

@@ -7,6 +7,7 @@ nothing else. torch is imported where it is needed only, so that --help stays qu
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,20 @@ class ModelChoice:
 
     def _placement(self) -> dict[str, Any]:
         return {"device": parse_device(self.device), "dtype": parse_dtype(self.dtype)}
+
+
+def usable_cores() -> int:
+    """How many cores the scheduler may put this process on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def use_threads(asked: int) -> None:
+    """Compute with that many threads, or with one a core where there are fewer."""
+    import torch
+
+    torch.set_num_threads(min(asked, usable_cores()))
 
 
 def parse_device(text: str) -> torch.device:

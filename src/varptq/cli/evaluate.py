@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from varptq.progress import Progress
 
 METRICS_NAME, REPORT_NAME, SAMPLES_NAME = "metrics.json", "report.html", "samples"
+# What processes hand each other while they measure.
+WORK_NAME = "work"
 
 
 class Export(StrEnum):
@@ -100,11 +102,11 @@ def command(
         sampler = Sampler(*drawn, force, progress, ranks)
         subject = sampler.sample(models.pipe)
         beside = sampler.sample(models.float_pipe) if models.float_pipe else None
-        if not ranks.first:
-            return
-        document = measure(subject, beside, tools, names, progress)
+        files = file_checksums(network, reference, lpips)
+        document = measure(subject, beside, tools, names, files, sampler)
+    if not ranks.first:
+        return
     document["warnings"][:0] = [models.warning] if models.warning else []
-    document["checksums"] |= file_checksums(network, reference, lpips)
     write(document, subject, beside, out, export)
     for warning in document["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
@@ -256,17 +258,53 @@ class Sampler:
         return Subject(pipe, samples)
 
 
+def identity(
+    subject: Subject,
+    beside: Subject | None,
+    tools: Instruments,
+    names: list[str] | None,
+    files: Mapping[str, str],
+) -> dict[str, Any]:
+    """What decides the parts that processes measure."""
+    from varptq.evaluate.metrics import machine, versions
+
+    sets = [one.samples for one in (subject, beside) if one is not None]
+    return {
+        "samples": [[samples.fingerprint, len(samples)] for samples in sets],
+        "metrics": names,
+        "network": tools.network.name if tools.network else None,
+        "reference": str(tools.reference.path) if tools.reference else None,
+        "files": dict(files),
+        "versions": versions(),
+        "machine": machine(subject.pipe),
+    }
+
+
 def measure(
     subject: Subject,
     beside: Subject | None,
     tools: Instruments,
     names: list[str] | None,
-    progress: Progress,
+    files: Mapping[str, str],
+    sampler: Sampler,
 ) -> dict[str, Any]:
-    """The document of `metrics.evaluate` with the model's own description."""
+    """The document of `metrics.evaluate` with the model's own description, by all processes that
+    sampled; `files` are checksums."""
     from varptq.evaluate.metrics import evaluate
+    from varptq.progress import silent
+    from varptq.work import Work
 
-    document = evaluate(subject, beside, instruments=tools, metrics=names, progress=progress)
+    ranks = sampler.ranks
+    listen = sampler.progress if ranks.first else silent
+    # Alone, nothing has to be handed over, and measuring is short beside sampling.
+    folder = sampler.folder.with_name(WORK_NAME) if ranks.size > 1 else None
+    with Work(folder, ranks) as work:
+        work.begin(identity(subject, beside, tools, names, files), listen)
+        document = evaluate(
+            subject, beside, instruments=tools, metrics=names, progress=listen, work=work
+        )
+        work.remove()
+    document["checksums"] |= files
     return {**document, "model": describe(subject.pipe)}
 
 

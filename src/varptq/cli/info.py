@@ -7,7 +7,6 @@ architecture alone, no weights are read; nothing is computed with the model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -103,7 +102,6 @@ def runtimes(folder: Path | None) -> dict[str, Any]:
         choice = None if var is None else resolve(var)
         cannot = survey(var)
     there = binding.core() is not None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "auto": choice and choice.name,
         "reason": choice and choice.reason,
@@ -114,7 +112,7 @@ def runtimes(folder: Path | None) -> dict[str, Any]:
             "reason": binding.reason(),
         },
         "threads": torch.get_num_threads(),
-        "cores": cores,
+        "cores": common.usable_cores(),
     }
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from varptq.cli import analyze, demo, edit, evaluate, generate, info, quantize, serve
+from varptq.cli import analyze, common, demo, edit, evaluate, generate, info, quantize, serve
 from varptq.errors import VarptqError
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
@@ -92,6 +92,12 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def varptq(
     ctx: typer.Context,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Threads to compute with, at most one a core this process may use."
+        ),
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Post-training quantization of next-scale visual autoregressive image generators."""
@@ -100,6 +106,8 @@ def varptq(
 
         typer.echo(f"varptq {__version__}")
         raise typer.Exit
+    if threads is not None:
+        common.use_threads(threads)
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 

@@ -24,10 +24,10 @@ from varptq.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from varptq.calibrate.config import CalibrationConfig
-    from varptq.calibrate.work import Work
     from varptq.models.pipeline import Pipeline
     from varptq.quant.config import QuantConfig
     from varptq.quant.pipeline import QuantizedPipeline
+    from varptq.work import Work
 
 FILE_TYPES = {".json", ".yaml", ".yml"}
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
@@ -73,6 +73,7 @@ def command(
     effort: Annotated[Effort | None, typer.Option(help="How much time to spend.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
     steps: Annotated[int | None, typer.Option(help="Reconstruction steps per unit.")] = None,
+    tune: Annotated[int | None, typer.Option(help="Steps of end-to-end tuning.")] = None,
     budget: Budget = None,
     memory: Memory = None,
     work: WorkFolder = None,
@@ -85,13 +86,19 @@ def command(
 ) -> None:
     """Calibrate and quantize a model, and save it as an artifact."""
     from varptq.calibrate.methods import Method
-    from varptq.calibrate.work import Work
     from varptq.distributed import Ranks, local_device
+    from varptq.work import Work
 
     Method.parse(method)
     quant_config = read_config(config, group_size)
     settings = read_calibration(
-        calibration, effort, samples=samples, steps=steps, budget=budget, memory=memory
+        calibration,
+        effort,
+        samples=samples,
+        steps=steps,
+        tune=tune,
+        budget=budget,
+        memory=memory,
     )
     if source is not None and model is not None:
         raise InputError(f"model: both {source!r} and --model {model!r} given; give one")
@@ -147,7 +154,7 @@ def publish(quantized: QuantizedPipeline, out: Path, force: bool, work: Work) ->
     """Save the artifact. A run that is killed between here and the end of its work folder finds its
     own artifact, and may replace it by the same one."""
     from varptq.artifact import save
-    from varptq.calibrate.work import Piece
+    from varptq.work import Piece
 
     force = force or work.has(PUBLISHED)
     check_output(out, force)
@@ -187,6 +194,7 @@ def read_calibration(
     *,
     samples: int | None = None,
     steps: int | None = None,
+    tune: int | None = None,
     budget: float | None = None,
     memory: str | None = None,
 ) -> CalibrationConfig:
@@ -198,7 +206,7 @@ def read_calibration(
     text = text or effort or "default"
     is_file = Path(text).suffix.lower() in FILE_TYPES
     base = CalibrationConfig.from_file(text) if is_file else CalibrationConfig.preset(text)
-    given = {"num_samples": samples, "steps": steps, "budget": budget}
+    given = {"num_samples": samples, "steps": steps, "tune_steps": tune, "budget": budget}
     given["memory_gb"] = None if memory is None else parse_size(memory) / 2**30
     return base.replace(**{name: value for name, value in given.items() if value is not None})
 

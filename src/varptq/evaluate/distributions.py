@@ -3,13 +3,15 @@
     FID, sFID, FID2FP   frechet_distance of Gaussians        IS   scores.InceptionScore
     precision, recall   prdc.precision_recall on all pooled features
 Gaussians and the score stream; pooled features are kept only where precision or recall asks for
-them (4 D bytes an image). The formulas are in the files named.
+them (4 D bytes an image). A set is passed in parts of fixed composition, which several processes
+share, and their sums are added in order. The formulas are in the files named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,11 +24,14 @@ from varptq.evaluate.sampling import SampleSet
 from varptq.evaluate.scores import InceptionScore
 from varptq.pictures import Pixels
 from varptq.progress import Progress
+from varptq.work import Piece, Work
 
 NEIGHBOURS = 3
 # Metrics of one set of samples, and the ones that need all features of two sets.
 AGAINST_REAL = ("fid", "sfid", "precision", "recall")
 KEEP_ALL = {"precision", "recall"}
+# Of a set of images: as many processes can share it, and a part of 2048 features takes 32 MiB.
+MOST_PARTS = 64
 
 
 @dataclass
@@ -39,15 +44,37 @@ class FeatureSums:
     spatial: Gaussian = field(default_factory=Gaussian)
     score: InceptionScore = field(default_factory=InceptionScore)
     kept: list[Tensor] = field(default_factory=list)
+    probabilities: list[Tensor] = field(default_factory=list)
 
     def update(self, features: Features) -> None:
         self.pooled.update(features.pooled)
         if "sfid" in self.wanted:
             self.spatial.update(part_of(features, "spatial", self.network))
         if "is" in self.wanted:
-            self.score.update(part_of(features, "probabilities", self.network))
+            # Splits of the score are runs of images, whatever the parts: rows are added in order.
+            self.probabilities.append(part_of(features, "probabilities", self.network).cpu())
         if KEEP_ALL & set(self.wanted):
             self.kept.append(features.pooled.cpu())
+
+    def pack(self) -> Piece:
+        """All it holds of a part of the images."""
+        tensors = {f"pooled.{name}": tensor for name, tensor in self.pooled.state().items()}
+        if "sfid" in self.wanted:
+            tensors |= {f"spatial.{name}": t for name, t in self.spatial.state().items()}
+        lists = {"kept": self.kept, "probabilities": self.probabilities}
+        return Piece(tensors | {name: torch.cat(rows) for name, rows in lists.items() if rows})
+
+    def merge(self, piece: Piece) -> None:
+        """Add the next part of the images."""
+        for name, gaussian in (("pooled", self.pooled), ("spatial", self.spatial)):
+            own = {k: t for k, t in piece.tensors.items() if k.startswith(f"{name}.")}
+            if own:
+                state = {key.partition(".")[2]: tensor for key, tensor in own.items()}
+                gaussian.merge(Gaussian.from_state(state))
+        if "kept" in piece.tensors:
+            self.kept.append(piece.tensors["kept"])
+        if "probabilities" in piece.tensors:
+            self.score.update(piece.tensors["probabilities"])
 
 
 def collect(
@@ -57,23 +84,43 @@ def collect(
     batch: int,
     stage: str,
     progress: Progress,
+    work: Work,
 ) -> FeatureSums:
     """One pass of all `images` through the network, `batch` at a time."""
-    sums, done = FeatureSums(network.name, wanted), 0
+    whole = FeatureSums(network.name, wanted)
+    shards = isinstance(images, SampleSet)
+    parts = cut(images.num_shards if shards else -(-images.count // batch))
+    images_each = images.shard_size if shards else batch
     progress(stage, 0, images.count)
-    for pixels in _batches(images, batch):
-        # A copy: torch warns of arrays that are read only, as those from a file are.
-        sums.update(network(torch.from_numpy(pixels.copy())))
-        done += len(pixels)
-        progress(stage, done, images.count)
-    return sums
+
+    def make(index: int) -> Piece:
+        sums, done = FeatureSums(network.name, wanted), parts[index].start * images_each
+        for pixels in _batches(images, batch, parts[index]):
+            # A copy: torch warns of arrays that are read only, as those from a file are.
+            sums.update(network(torch.from_numpy(pixels.copy())))
+            done += len(pixels)
+            progress(stage, done, images.count)
+        return sums.pack()
+
+    prefix = stage.replace(" ", "-")
+    for piece in work.each([f"{prefix}-{index}" for index in range(len(parts))], make):
+        whole.merge(piece)
+    return whole
 
 
-def _batches(images: SampleSet | ImageFiles, batch: int) -> Iterator[Pixels]:
+def cut(count: int, most: int = MOST_PARTS) -> list[range]:
+    """0 .. count - 1 in at most `most` runs of neighbours, as even as can be: the same for any
+    number of processes."""
+    parts = min(count, most)
+    return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
+def _batches(images: SampleSet | ImageFiles, batch: int, part: range) -> Iterator[Pixels]:
+    """Batches of a part: of these shards, or the batches of these numbers of a file."""
     if isinstance(images, ImageFiles):
-        yield from images.batches(batch)
+        yield from islice(images.batches(batch), part.start, part.stop)
         return
-    for shard in images.shards():
+    for shard in images.shards(part):
         for start in range(0, len(shard.images), batch):
             yield shard.images[start : start + batch]
 

@@ -19,7 +19,7 @@ import torch
 from varptq.errors import InputError
 from varptq.evaluate.catalogue import METRICS
 from varptq.evaluate.clip import class_prompts
-from varptq.evaluate.distributions import AGAINST_REAL, collect, measure
+from varptq.evaluate.distributions import AGAINST_REAL, collect, cut, measure
 from varptq.evaluate.frechet import Gaussian, bias_of_means, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.pairs import PairSums, Tally, codebook_use
@@ -29,6 +29,7 @@ from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.progress import Progress, silent
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.work import Piece, Work, pack, unpack
 
 FORMAT_VERSION = 1
 # Every token of an image counts, so the mean is steady long before the image metrics are.
@@ -54,13 +55,15 @@ def evaluate(
     metrics: Collection[str] | None = None,
     token_images: int = DEFAULT_TOKEN_IMAGES,
     progress: Progress = silent,
+    work: Work | None = None,
 ) -> dict[str, Any]:
     """Measure `subject`, beside the float model `against` where there is one.
 
     metrics: names of `catalogue.METRICS`; None is everything that can be had, and the document says
-    what is missing for the rest. token_images: how many images the token-level metrics read. The
-    document holds JSON values only; an infinite PSNR is None. Raises `InputError` for sets or
-    metrics that do not fit.
+    what is missing for the rest. token_images: how many images the token-level metrics read.
+    work, begun: shares the passes over images between processes, which all return the same
+    document, and keeps what is finished. The document holds JSON values only; an infinite PSNR is
+    None. Raises `InputError` for sets or metrics that do not fit.
     """
     if token_images < 1:
         raise InputError(f"token_images {token_images}: must be at least 1")
@@ -69,7 +72,7 @@ def evaluate(
     tools = instruments or Instruments()
     float_pipe = against.pipe if against else None
     chosen, left_out = plan(subject.pipe, float_pipe, tools, metrics, len(subject.samples))
-    run = _Run(subject, against, tools, chosen, progress)
+    run = _Run(subject, against, tools, chosen, progress, work or Work())
     run.compare_tokens(token_images)
     run.compare_images()
     run.compare_distributions()
@@ -107,6 +110,7 @@ class _Run:
     tools: Instruments
     chosen: Sequence[str]
     progress: Progress
+    work: Work
     found: dict[str, Any] = field(default_factory=dict)
     of_float: dict[str, Any] = field(default_factory=dict)
     per_scale: dict[str, Any] = field(default_factory=dict)
@@ -123,13 +127,16 @@ class _Run:
             return
         labels, tokens = self.against.samples.head(num_images)
         settings = self.subject.samples.sampling
-        means: dict[str, list[np.ndarray]] = {name: [] for name in names}
         stage = "compare distributions"
         self.progress(stage, 0, len(labels))
-        for start in range(0, len(labels), TOKEN_CHUNK):
+        starts = range(0, len(labels), TOKEN_CHUNK)
+        float_pipe = self.against.pipe
+
+        def make(index: int) -> Piece:
+            start = starts[index]
             part = slice(start, min(start + TOKEN_CHUNK, len(labels)))
             chunk = token_fidelity(
-                self.against.pipe,
+                float_pipe,
                 self.subject.pipe,
                 labels[part],
                 tokens[part],
@@ -139,39 +146,57 @@ class _Run:
                 TOKEN_CHUNK,
             )
             weight = chunk.num_images / len(labels)
-            for name in names:
-                values = (getattr(chunk, name), *getattr(chunk, f"{name}_per_scale"))
-                means[name].append(weight * np.array(values))
+            rows = [(getattr(chunk, n), *getattr(chunk, f"{n}_per_scale")) for n in names]
             self.progress(stage, part.stop, len(labels))
-        for name, parts in means.items():
-            value, *scales = np.sum(parts, axis=0).tolist()
+            return Piece({"means": weight * torch.tensor(rows, dtype=torch.float64)})
+
+        pieces = self.work.each([f"tokens-{index}" for index in range(len(starts))], make)
+        sums = torch.stack([piece.tensors["means"] for piece in pieces]).sum(0)
+        for name, (value, *scales) in zip(names, sums.tolist(), strict=True):
             self.found[name], self.per_scale[name] = value, scales
 
     def compare_images(self) -> None:
         """What one pass over the samples gives: pairs, CLIP scores and codebook frequencies."""
-        pipe = self.subject.pipe
-        encoder = self.tools.clip if "clip" in self.chosen else None
-        prompts = class_prompts(pipe.class_names) if encoder else ()
-        pairs = PairSums(pipe.scales, self.chosen, self.tools.lpips)
-        subjects = [self.subject, *([self.against] if self.against else [])]
-        size = pipe.var.arch.codebook_size
-        tallies = [Tally(torch.zeros(size, dtype=torch.int64)) for _ in subjects]
-        stage, total = "compare images", len(self.subject.samples)
-        self.progress(stage, 0, total)
-        for shards in zip(*(one.samples.shards() for one in subjects), strict=True):
-            for tally, shard in zip(tallies, shards, strict=True):
-                tally.add(shard, prompts, encoder)
-            if self.against is not None:
-                pairs.add(*shards)
-            self.progress(stage, tallies[0].images, total)
+        pairs, tallies = self._image_sums()
+        parts = cut(self.subject.samples.num_shards)
+        self.progress("compare images", 0, len(self.subject.samples))
+        names = [f"images-{index}" for index in range(len(parts))]
+        for piece in self.work.each(names, lambda index: self._compare_part(parts[index])):
+            found = unpack(piece)
+            pairs.merge(found["pairs"])
+            for index, tally in enumerate(tallies):
+                tally.merge(found[f"tally{index}"])
         if self.against is not None:
             self.found |= pairs.results()
         if "token_agreement" in self.chosen:
             self.per_scale["token_agreement"] = pairs.agreement_per_scale()
-        if encoder is not None:
+        if "clip" in self.chosen:
             for place, tally in zip((self.found, self.of_float), tallies, strict=False):
                 place["clip"] = tally.clip / tally.images
         self.codebook = codebook_use(*(tally.counts_V for tally in tallies))
+
+    def _image_sums(self) -> tuple[PairSums, list[Tally]]:
+        """Empty sums: of pairs, and of the images of either model."""
+        size = self.subject.pipe.var.arch.codebook_size
+        models = 1 if self.against is None else 2
+        tallies = [Tally(torch.zeros(size, dtype=torch.int64)) for _ in range(models)]
+        return PairSums(self.subject.pipe.scales, self.chosen, self.tools.lpips), tallies
+
+    def _compare_part(self, part: range) -> Piece:
+        """Sums over the shards of `part`."""
+        encoder = self.tools.clip if "clip" in self.chosen else None
+        prompts = class_prompts(self.subject.pipe.class_names) if encoder else ()
+        pairs, tallies = self._image_sums()
+        subjects = [self.subject, *([self.against] if self.against else [])]
+        for shards in zip(*(one.samples.shards(part) for one in subjects), strict=True):
+            for tally, shard in zip(tallies, shards, strict=True):
+                tally.add(shard, prompts, encoder)
+            if self.against is not None:
+                pairs.add(*shards)
+            done = shards[0].first + len(shards[0].images)
+            self.progress("compare images", done, len(self.subject.samples))
+        packed = {f"tally{index}": tally.pack() for index, tally in enumerate(tallies)}
+        return pack({"pairs": pairs.pack(), **packed})
 
     def compare_distributions(self) -> None:
         """The metrics on features of a network."""
@@ -182,7 +207,7 @@ class _Run:
 
         def sums_of(images: SampleSet | ImageFiles, what: str, needed: Collection[str]) -> Any:
             stage = f"{network.name} features of {what}"
-            return collect(network, images, needed, FEATURE_BATCH, stage, self.progress)
+            return collect(network, images, needed, FEATURE_BATCH, stage, self.progress, self.work)
 
         of_real = [name for name in AGAINST_REAL if name in wanted]
         real = sums_of(reference, "real images", of_real) if reference and of_real else None
@@ -208,13 +233,15 @@ class _Run:
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of models, by what computes, and of samples."""
-        sums = {
-            "model": self.subject.samples.identity["model_sha256"],
-            "samples": self.subject.samples.sha256(),
-        }
-        if self.against is not None:
-            sums["float model"] = self.against.samples.identity["model_sha256"]
-            sums["float samples"] = self.against.samples.sha256()
+        subjects = {"": self.subject, **({"float ": self.against} if self.against else {})}
+
+        def make() -> Piece:
+            return Piece(facts={name: one.samples.sha256() for name, one in subjects.items()})
+
+        of_samples, sums = self.work.once("checksums", make).facts, {}
+        for name, one in subjects.items():
+            sums[f"{name}model"] = one.samples.identity["model_sha256"]
+            sums[f"{name}samples"] = of_samples[name]
         return sums
 
 

@@ -2,7 +2,8 @@
 common, and which tokens were drawn.
 
     PSNR from the mean error over all images; SSIM, LPIPS, CLIP and agreement are means over images
-Only sums are kept. The measures themselves are in paired.py, lpips.py and clip.py.
+Only sums are kept, which add up over parts of the images. The measures themselves are in paired.py,
+lpips.py and clip.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from varptq.evaluate.paired import psnr, ssim
 from varptq.evaluate.sampling import Shard
 from varptq.models.scales import Scales
 from varptq.pictures import Pixels
+from varptq.work import Piece
 
 
 @dataclass
@@ -31,6 +33,15 @@ class Tally:
     counts_V: Tensor
     images: int = 0
     clip: float = 0.0
+
+    def pack(self) -> Piece:
+        return Piece({"counts": self.counts_V}, {"images": self.images, "clip": self.clip})
+
+    def merge(self, piece: Piece) -> None:
+        """Add what another one packed."""
+        self.counts_V += piece.tensors["counts"]
+        self.images += piece.facts["images"]
+        self.clip += piece.facts["clip"]
 
     def add(self, shard: Shard, prompts: Sequence[str], encoder: ClipEncoder | None) -> None:
         self.images += len(shard.images)
@@ -54,6 +65,16 @@ class PairSums:
 
     def __post_init__(self) -> None:
         self.equal_L = torch.zeros(self.scales.num_tokens, dtype=torch.float64)
+
+    def pack(self) -> Piece:
+        return Piece({"equal": self.equal_L}, {"images": self.images, "sums": self.sums})
+
+    def merge(self, piece: Piece) -> None:
+        """Add what another one packed."""
+        self.equal_L += piece.tensors["equal"]
+        self.images += piece.facts["images"]
+        for name, value in piece.facts["sums"].items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def add(self, first: Shard, second: Shard) -> None:
         self.images += len(first.images)

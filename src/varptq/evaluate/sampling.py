@@ -83,10 +83,16 @@ class SampleSet:
     def __len__(self) -> int:
         return self.count
 
-    def shards(self) -> Iterator[Shard]:
-        """All images in order, one shard in memory. Raises `InputError` for a damaged file."""
-        for first in range(0, self.count, self.shard_size):
-            path = shard_path(self.folder, first // self.shard_size)
+    @property
+    def num_shards(self) -> int:
+        return -(-self.count // self.shard_size)
+
+    def shards(self, wanted: range | None = None) -> Iterator[Shard]:
+        """All images in order, or those of the shards in `wanted`, one shard in memory. Raises
+        `InputError` for a damaged file."""
+        for index in range(self.num_shards) if wanted is None else wanted:
+            first = index * self.shard_size
+            path = shard_path(self.folder, index)
             kept = slice(0, self.count - first)
             try:
                 with np.load(path, allow_pickle=False) as arrays:

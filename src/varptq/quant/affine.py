@@ -34,6 +34,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor infinity. Either shows in the sum, which is one pass; a sum
+    may overflow without them."""
+    return bool(x.detach().sum().isfinite()) or bool(x.isfinite().all())
+
+
 def round_ste(x: Tensor) -> Tensor:
     """round(x), half to even; the gradient passes as if it were x."""
     if not x.requires_grad:

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from varptq.models.var import Mix, Scores
-from varptq.quant.affine import (
-    Grid,
-    affine_codes,
-    affine_fake,
-    affine_grid,
-    affine_values,
-    wide,
-)
+from varptq.quant.affine import Grid, affine_codes, affine_grid, affine_values, wide
 from varptq.quant.config import AttentionSpec, TensorSpec
-from varptq.quant.probability import probability_fake
 from varptq.quant.shift_sum import copies_of, fixed_codes, orders, shift_sum_fake
+from varptq.quant.straight_through import affine_fake, probability_fake
 
 
 class QuantScores(Scores):
@@ -90,6 +83,8 @@ class QuantMix(Mix):
         spec = self.spec.value
         if spec is None:
             return v_BHLc
+        if self.theta is None and self.spec.policy == "release":
+            return affine_fake(v_BHLc, spec.num_bits, (-2, -1), spec.range_rule)
         grid = self.value_grid(v_BHLc)
         if self.theta is None:
             return affine_values(affine_codes(v_BHLc, grid, spec.num_bits), grid).to(v_BHLc.dtype)

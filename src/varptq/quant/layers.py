@@ -26,11 +26,12 @@ from varptq.quant.affine import (
     affine_codes,
     affine_grid,
     affine_values,
+    all_finite,
     from_groups,
     to_groups,
 )
 from varptq.quant.config import InputTransform, LinearSpec, TensorSpec
-from varptq.quant.sign_split import sign_split_fake
+from varptq.quant.straight_through import affine_fake, rounded_weight, sign_split_fake
 from varptq.quant.transforms import (
     centred_bias,
     hadamard,
@@ -70,13 +71,31 @@ class LearnedRounding(nn.Module):
     def weight(self) -> Tensor:
         """(out, in) float32 weight, differentiable in alpha: rounded by the sign of alpha (`hard`)
         or by the fraction h(alpha)."""
-        codes_of = adaround.straight_through_codes if self.hard else adaround.soft_codes
-        codes = codes_of(self.floor, self.alpha, self.num_bits)
+        if self.hard:
+            return rounded_weight(self.floor, self.alpha, self.grid, self.num_bits).flatten(1)
+        codes = adaround.soft_codes(self.floor, self.alpha, self.num_bits)
         return affine_values(codes, self.grid).flatten(1)
 
     def hard_codes(self) -> Tensor:
         """(out, G, g) integer-valued codes: h rounded to 0 or 1 by the sign of alpha."""
         return adaround.hard_codes(self.floor, self.alpha.detach(), self.num_bits)
+
+
+class TunedScales(nn.Module):
+    """A weight while its scales are tuned: (codes - z) s exp(change), the codes as they are."""
+
+    def __init__(self, codes_OGg: Tensor, grid: Grid) -> None:
+        super().__init__()
+        self.codes, self.grid = codes_OGg.float(), grid
+        self.change = nn.Parameter(torch.zeros_like(grid.scale))
+
+    def scale(self) -> Tensor:
+        """(out, G, 1) float32, above 0."""
+        return self.grid.scale * self.change.exp()
+
+    def weight(self) -> Tensor:
+        """(out, in) float32 weight, differentiable in `change`."""
+        return affine_values(self.codes, Grid(self.scale(), self.grid.zero_point)).flatten(1)
 
 
 class QuantLinear(nn.Module):
@@ -85,7 +104,7 @@ class QuantLinear(nn.Module):
     Buffers: `codes` (out, in) uint8, `scale` and `zero_point` (out, G) float32; a weight kept in
     float (spec.weight None) stays a parameter instead. A rotation of the input is folded into
     either. With centring, `means` (K, in) and `mean_bias` (K, out) float32 hold a row per scale, or
-    one row for a layer that sees no tokens. `rounding` exists only during reconstruction.
+    one row for a layer that sees no tokens. `rounding` and `tuning` exist only during calibration.
     """
 
     codes: Tensor
@@ -105,6 +124,7 @@ class QuantLinear(nn.Module):
         self.bias = linear.bias
         self.input_group = spec.input.group_for(self.in_features, layer) if spec.input else None
         self.rounding: LearnedRounding | None = None
+        self.tuning: TunedScales | None = None
         self._cached_weight: Tensor | None = None
         weight = linear.weight.detach()
         if self.centred:
@@ -181,6 +201,18 @@ class QuantLinear(nn.Module):
         self._set_codes(self.rounding.hard_codes())
         self.rounding = None
 
+    def start_tuning(self) -> TunedScales:
+        """Make the scales of this weight learnable, its codes fixed."""
+        self.tuning = TunedScales(self.codes_grouped, self.grid)
+        return self.tuning
+
+    def finish_tuning(self) -> None:
+        """Take the tuned scales."""
+        assert self.tuning is not None
+        scale = self.tuning.scale().detach().squeeze(-1)
+        self.tuning = None
+        self.load_codes(self.codes, scale, self.zero_point)
+
     def drop_float_weight(self) -> None:
         """Let go of the float weight of the source model; no more learning after this."""
         self.float_weight = None
@@ -192,8 +224,9 @@ class QuantLinear(nn.Module):
     def current_weight(self, dtype: torch.dtype) -> Tensor:
         if self.spec.weight is None:
             return self.weight
-        if self.rounding is not None:
-            return self.rounding.weight().to(dtype)
+        learned = self.rounding or self.tuning
+        if learned is not None:
+            return learned.weight().to(dtype)
         cached = self._cached_weight
         if cached is None or cached.dtype != dtype or cached.device != self.codes.device:
             # Kept for later calls, which may want gradients: not an inference tensor.
@@ -207,13 +240,17 @@ class QuantLinear(nn.Module):
         spec = self.spec.input
         if spec is None:
             return transformed(x, mean, self.block)
-        if not bool(x.isfinite().all()):
+        if not all_finite(x):
             raise NonFiniteError(f"layer {self.layer}: input holds NaN or infinity")
         group = self.input_group
-        if spec.type == "sign_split" and x.requires_grad:
-            # A code 0 no longer tells which side's scale its gradient belongs to.
+        if x.requires_grad:
+            # Gradients are written out for values; and a sign-split code 0 no longer tells which
+            # side's scale its gradient belongs to.
             rows = to_groups(transformed(x, mean, self.block), group)
-            fake = sign_split_fake(rows, spec.num_bits)
+            if spec.type == "sign_split":
+                fake = sign_split_fake(rows, spec.num_bits)
+            else:
+                fake = affine_fake(rows, spec.num_bits, -1, spec.range_rule)
         else:
             codes = transform_and_quantize(x, spec, mean=mean, block=self.block, group=group)
             fake = codes.values().to(x.dtype)

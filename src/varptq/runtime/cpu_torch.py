@@ -1,15 +1,17 @@
 """The slow path of runtime "cpu": torch's own int8 product between the passes of "reference".
 
-    P' = P - za W1 - zw (A1 - L za),   P = sum a w of unsigned codes a and stored weights w in int8
+    P' = sum of a'(w - zw) = P - zw A1,   P = sum a' w,   a' = a - za,   A1 = sum a'
 
-W1 and A1 are the sums of w and of a over a segment of L channels. `torch._int_mm` gives P where it
-is exact on this machine: without VNNI a library may add pairs in 16 bits and saturate, so two
+over a segment of L channels, with stored weights w in int8. Where some a' leaves int8 the product
+takes the unsigned codes instead and P = sum a w - za W1, W1 = sum w. `torch._int_mm` multiplies
+where it is exact on this machine: without VNNI a library may add pairs in 16 bits and saturate, so
 matrices of extreme codes are tried once. Otherwise torch multiplies in int32.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from varptq.runtime.cpu import refuse_attention, refuse_linear
 from varptq.runtime.kernels import AttentionRule, InputRule, Weight
-from varptq.runtime.reference import ReferenceKernels, Rows, segment
+from varptq.runtime.reference import ReferenceKernels, Rows
 
 PROBE = 128
 # int8 times int8 or uint8 times int8 to int32; torch has no public name for it.
@@ -26,12 +28,14 @@ _int_mm: Callable[[Tensor, Tensor], Tensor] = getattr(torch, "_int_mm")  # noqa:
 
 
 class StoredWeight(NamedTuple):
-    """stored (N, K) int8: codes less their zero points, at 8 bits less 128. scale (N, G) float32,
-    zero_point (N, G) int32: what is still to be subtracted from what is stored."""
+    """stored (S, N, L) int8, segment by segment: codes less their zero points, at 8 bits less 128;
+    sums (S, N) int32 over a segment. scale (N, G) float32. zero_point (N, G) int32: what is still
+    to be subtracted from what is stored, None where that is nothing."""
 
     stored: Tensor
+    sums: Tensor
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
 
 
 class TorchKernels(ReferenceKernels):
@@ -50,39 +54,51 @@ class TorchKernels(ReferenceKernels):
         zero_point = weight.zero_point.to(torch.int16)
         offset = torch.full_like(zero_point, 128) if weight.num_bits == 8 else zero_point
         stored = (groups - offset.unsqueeze(-1)).flatten(1).to(torch.int8)
-        return StoredWeight(stored, weight.scale, (zero_point - offset).int())
+        width = math.gcd(rule.group or rule.inputs, rule.weight_group or rule.inputs)
+        stored = torch.stack(stored.split(width, dim=1))
+        rest = (zero_point - offset).int() if weight.num_bits == 8 else None
+        return StoredWeight(stored, stored.sum(dim=-1, dtype=torch.int32), weight.scale, rest)
 
     def products(self, codes: Rows, packed: Any) -> list[Tensor]:
-        width, inputs = segment(codes, packed), packed.stored.shape[1]
+        inputs, width = codes.codes.shape[-1], packed.stored.shape[-1]
         row_group, weight_group = (inputs // t.scale.shape[-1] for t in (codes, packed))
+        zero_point_TMG1 = codes.zero_point.to(torch.int16).unsqueeze(-1)
+        groups = codes.codes.to(torch.int16).unflatten(-1, (-1, row_group)) - zero_point_TMG1
+        centred = groups.flatten(-2)
+        folded = bool(centred.min() >= -128) and bool(centred.max() <= 127)
+        left = centred.to(torch.int8) if folded else codes.codes
         found = []
-        for start in range(0, inputs, width):
-            a_TMg = codes.codes[..., start : start + width]
-            w_Ng = packed.stored[:, start : start + width]
-            za_TM1 = codes.zero_point[..., start // row_group, None].int()
-            zw_N = packed.zero_point[:, start // weight_group]
-            w1_N = w_Ng.sum(dim=1, dtype=torch.int32)
-            a1_TM1 = a_TMg.sum(dim=-1, keepdim=True, dtype=torch.int32)
-            product = _int8_product(a_TMg.flatten(0, 1), w_Ng).view(*a_TMg.shape[:2], -1)
-            found.append(product - za_TM1 * w1_N - zw_N * (a1_TM1 - width * za_TM1))
+        for index, w_Ng in enumerate(packed.stored):
+            channels = slice(index * width, (index + 1) * width)
+            product = _int8_product(left[..., channels].flatten(0, 1), w_Ng)
+            product = product.view(*left.shape[:2], -1)
+            if not folded:
+                za_TM1 = codes.zero_point[..., channels.start // row_group, None].int()
+                product -= za_TM1 * packed.sums[index]
+            if packed.zero_point is not None:
+                a1_TM1 = centred[..., channels].sum(dim=-1, keepdim=True, dtype=torch.int32)
+                product -= packed.zero_point[:, channels.start // weight_group] * a1_TM1
+            found.append(product)
         return found
 
 
 def _int8_product(a_Mg: Tensor, w_Ng: Tensor) -> Tensor:
-    """uint8 a times the transpose of int8 w, int32 (M, N)."""
+    """a, uint8 or int8, times the transpose of int8 w, int32 (M, N)."""
     if _int_mm_is_exact():
-        return _int_mm(a_Mg.contiguous(), w_Ng.contiguous().T)
+        return _int_mm(a_Mg.contiguous(), w_Ng.T)
     return a_Mg.int() @ w_Ng.int().T
 
 
 @functools.cache
 def _int_mm_is_exact() -> bool:
-    a = torch.full((PROBE, PROBE), 255, dtype=torch.uint8)
-    a[::2, ::2] = 1
-    w = torch.full((PROBE, PROBE), 127, dtype=torch.int8)
-    w[1::2] = -128
+    unsigned = torch.full((PROBE, PROBE), 255, dtype=torch.uint8)
+    unsigned[::2, ::2] = 1
+    signed = torch.full((PROBE, PROBE), 127, dtype=torch.int8)
+    signed[1::2] = -128
     try:
-        return torch.equal(_int_mm(a, w.T), a.int() @ w.int().T)
+        return all(
+            torch.equal(_int_mm(a, signed.T), a.int() @ signed.int().T) for a in (unsigned, signed)
+        )
     except RuntimeError:
         # This version of torch has no unsigned codes on the left.
         return False

@@ -29,6 +29,7 @@ from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, toasts, wh
 MAX_CANDIDATES, AT_A_TIME = 8, 4
 # Longer sides are shown smaller for painting, shorter ones larger.
 CANVAS = (512, 768)
+UPLOAD = "Upload an image."
 TASKS = {
     "In-paint": ("inpaint", "Paint what is to be drawn anew."),
     "Out-paint": ("outpaint", "Paint what is to be kept; all around it is drawn anew."),
@@ -105,9 +106,11 @@ class EditTab:
         with gr.Row(elem_classes="tab"):
             with gr.Column(scale=1, min_width=300, elem_classes="controls"):
                 inputs = self._controls()
-                self.bar = RunBar(studio, "Edit", "edit")
             with gr.Column(scale=2, min_width=300):
-                self._canvas_and_results()
+                self._canvas()
+                # Under the canvas: on a phone, painting is the last thing before it.
+                self.bar = RunBar(studio, "Edit", "edit")
+                self._results()
         self._events([self.upload, self.editor, *inputs])
 
     def _controls(self) -> list[Any]:
@@ -116,7 +119,7 @@ class EditTab:
         self.upload = gr.File(
             label="Image (JPEG, PNG, WebP)",
             file_types=[".jpg", ".jpeg", ".png", ".webp"],
-            height=110,
+            height=120,
             elem_id="edit-upload",
         )
         self.task = gr.Radio(list(TASKS), value="In-paint", label="Task", elem_id="edit-task")
@@ -144,8 +147,8 @@ class EditTab:
             box = [gr.Slider(0, 1, value=value, step=0.01, label=name) for name, value in sides]
         return [self.task, self.name, candidates, seed, self.cfg, fit, use_box, *box]
 
-    def _canvas_and_results(self) -> None:
-        self.hint = gr.HTML(parts.note(TASKS["In-paint"][1]))
+    def _canvas(self) -> None:
+        self.hint = gr.HTML(parts.note(f"{UPLOAD} {TASKS['In-paint'][1]}"))
         self.editor = gr.ImageEditor(
             type="pil",
             format="png",
@@ -156,10 +159,13 @@ class EditTab:
             eraser=gr.Eraser(default_size=48),
             height=560,
             buttons=[],
-            label="Upload an image, then paint",
+            label="Picture",
+            placeholder="# Upload an image first",
             elem_id="edit-canvas",
         )
         only_layers(self.editor)
+
+    def _results(self) -> None:
         # Shown and hidden as a whole: the app makes a component anew when its own settings change,
         # without the limits of files.py.
         with gr.Column(visible=False) as self.outcome:
@@ -222,14 +228,14 @@ class EditTab:
         """The hint of a task; a class is asked for only where there is one."""
         kind, hint = TASKS.get(task, TASKS["In-paint"])
         shown = gr.update(visible=kind == "class")
-        return {self.hint: parts.note(hint), self.name: shown, self.cfg: shown}
+        return {self.hint: parts.note(f"{UPLOAD} {hint}"), self.name: shown, self.cfg: shown}
 
     def choose(
         self, results: list[Any] | None, pair: tuple[str, str] | None, event: gr.SelectData
     ) -> Updates:
         """Put the candidate that was clicked beside the picture as it was."""
         if not results or not pair or not isinstance(event.index, int):
-            return {}
+            return gr.skip()
         chosen = results[min(event.index, len(results) - 1)][0]
         return {self.slider: (pair[0], chosen), self.download: chosen}
 

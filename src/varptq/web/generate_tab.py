@@ -29,6 +29,7 @@ from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, toasts, wh
 
 MAX_COUNT, MAX_TOP_K = 16, 4096
 NOTHING = "nothing"
+HINT = "Choose a class and generate. Two models draw beside each other, from the same seeds."
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def facts_of(pipe: Pipeline, count: int, spent: float) -> tuple[tuple[str, str],
 class Panel:
     """A column of results: title, images, their scales and the facts."""
 
-    def __init__(self, name: str, *, visible: bool = True) -> None:
-        with gr.Column(elem_classes="panel", min_width=260, visible=visible) as self.column:
+    def __init__(self, name: str) -> None:
+        with gr.Column(elem_classes="panel", min_width=260, visible=False) as self.column:
             self.title = gr.HTML()
             self.images = gr.Gallery(
                 label="Images",
@@ -171,9 +172,12 @@ class GenerateTab:
             with gr.Column(scale=1, min_width=300, elem_classes="controls"):
                 inputs = self._controls()
                 self.bar = RunBar(studio, "Generate", "generate")
-            with gr.Column(scale=3, min_width=300), gr.Row(elem_classes="panels"):
-                self.panels = (Panel("first"), Panel("second", visible=False))
-        outputs = [*self.bar.outputs, *self.panels[0].outputs, *self.panels[1].outputs]
+            with gr.Column(scale=3, min_width=300):
+                self.hint = gr.HTML(parts.note(HINT))
+                with gr.Row(elem_classes="panels"):
+                    self.panels = (Panel("first"), Panel("second"))
+        results = [output for panel in self.panels for output in panel.outputs]
+        outputs = [*self.bar.outputs, self.hint, *results]
         self.bar.start.click(
             self.run,
             inputs,
@@ -246,7 +250,8 @@ class GenerateTab:
             chosen = [model] if beside in (None, "", NOTHING) else [model, beside]
             entries = [self.studio.model(key) for key in chosen]
             second = entries[1] if len(entries) > 1 else None
-            yield {**self.panels[0].clear(entries[0]), **self.panels[1].clear(second)}
+            panels = {**self.panels[0].clear(entries[0]), **self.panels[1].clear(second)}
+            yield {self.hint: "", **panels}
             for panel, entry in zip(self.panels, entries, strict=False):
                 title = f"{request.count} of {request.name}"[:40]
                 job = self.studio.jobs.submit(

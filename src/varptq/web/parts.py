@@ -88,14 +88,19 @@ def queue(jobs: Sequence[Job]) -> Markup:
     return element("ul", *items, class_="queue", aria_label="Jobs")
 
 
-def curves(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Markup:
-    """One small curve of (step, loss) per unit, each on its own scale, log upwards."""
-    return element("div", *(_curve(n, points) for n, points in losses.items()), class_="curves")
+def curves(
+    losses: Mapping[str, Sequence[tuple[int, float]]], says: Mapping[str, str] | None = None
+) -> Markup:
+    """One small curve of (step, loss) per unit, each on its own scale, log upwards; under it what
+    `says` has of the unit, or its first and last loss."""
+    known = says or {}
+    drawn = (_curve(n, points, known.get(n)) for n, points in losses.items())
+    return element("div", *drawn, class_="curves")
 
 
-def _curve(name: str, points: Sequence[tuple[int, float]]) -> Markup:
+def _curve(name: str, points: Sequence[tuple[int, float]], says: str | None) -> Markup:
     first, last = points[0][1], points[-1][1]
-    says = f"{first:.3g} to {last:.3g}"
+    says = says or f"{first:.3g} to {last:.3g}"
     caption = element("figcaption", element("b", name), element("span", says))
     heights = [math.log(max(loss, 1e-30)) for _, loss in points]
     low, span = min(heights), (max(heights) - min(heights)) or 1.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ import gradio as gr
 from varptq.artifact import save
 from varptq.artifact.format import CONFIG_FILE
 from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.config import PRESETS as CALIBRATIONS
-from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import METHODS, Method, quantize
 from varptq.errors import InputError, OutputError
 from varptq.quant.config import QuantConfig
@@ -40,6 +40,7 @@ METHOD_HINTS = {
     "brecq": ("reconstruction, block by block",),
     "sas": ("reconstruction, shift-and-sum, resampled calibration",),
 }
+EFFORTS_FIRST = (*EFFORTS, *(name for name in CALIBRATIONS if name not in EFFORTS))
 MAX_SAMPLES, MAX_STEPS = 4096, 20_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 DRAW_SECONDS = 0.5
@@ -102,10 +103,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Made:
-    """The artifact and what to say about it."""
+    """The artifact and what to say about it, and about every unit that was reconstructed."""
 
     folder: Path
     rows: tuple[tuple[str, str], ...]
+    losses: Losses
+    units: Mapping[str, str]
 
 
 def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
@@ -131,10 +134,9 @@ def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
         seed=request.seed,
         progress=progress,
     )
-    job.emit(losses)
     job.progress("saving", 0, 1)
     save(quantized, target, force=request.replace)
-    made = Made(target, rows_of(quantized, job.seconds))
+    made = Made(target, rows_of(quantized, job.seconds), losses, units_of(quantized))
     job.emit(made)
     return made
 
@@ -156,6 +158,17 @@ def rows_of(pipe: QuantizedPipeline, spent: float) -> tuple[tuple[str, str], ...
         ("Theta", "off" if pipe.theta is None else f"{pipe.theta:.4f}"),
         ("Time", parts.seconds(spent)),
     )
+
+
+def units_of(pipe: QuantizedPipeline) -> dict[str, str]:
+    """What became of every unit: its loss with nearest rounding and with the codes that were kept,
+    both on the same rows, where the steps of a curve are on a few each."""
+    says = {}
+    for unit in pipe.report.get("units", []):
+        kept = unit["kept"]
+        loss = unit.get(f"loss_{kept}", unit["loss_hard"])
+        says[unit["name"]] = f"{unit['loss_nearest']:.2g} to {loss:.2g}, {kept}"
+    return says
 
 
 class QuantizeTab:
@@ -185,7 +198,7 @@ class QuantizeTab:
             list(CONFIGS),
             value=CONFIGS[0],
             label="Bits",
-            info="w<bits>a<bits>, with +litevar, +p8, ... as on the command line",
+            info="w<bits>a<bits>, with +litevar, +qk6, +v6, ...",
             allow_custom_value=True,
             elem_id="quantize-config",
         )
@@ -195,7 +208,12 @@ class QuantizeTab:
             label="Method",
             elem_id="quantize-method",
         )
-        calibration = gr.Radio(list(CALIBRATIONS), value="fast", label="Calibration")
+        calibration = gr.Dropdown(
+            [(f"{name}: {effort(name)}", name) for name in EFFORTS_FIRST],
+            value=EFFORTS[0],
+            label="Calibration",
+            elem_id="quantize-calibration",
+        )
         with gr.Accordion("Single settings", open=False, elem_id="quantize-settings"):
             samples = gr.Number(
                 0, precision=0, label="Images, 0 as in the preset", elem_id="q-samples"
@@ -251,6 +269,8 @@ class QuantizeTab:
         """Follow the calibration that is going on, for a page that has just opened."""
         going = [job for job in self.studio.jobs.listed() if job.kind == KIND]
         if not going:
+            # To yield nothing would empty the page, the words on its buttons included.
+            yield gr.skip()
             return
         with toasts():
             async for updates in self.bar.follow(going[0], self._show, keep=True):
@@ -260,11 +280,20 @@ class QuantizeTab:
         if isinstance(part, Losses):
             return {self.curves: parts.curves(part.curves())}
         rows = [*part.rows, ("Written", f"{part.folder.name}, in the pickers of all tabs")]
+        curves = parts.curves(part.losses.curves(), part.units)
         archive = offer(self.download, part.folder)
         return {
             self.summary: parts.facts(rows),
+            self.curves: curves,
             self.download: gr.update(value=archive, visible=True),
         }
+
+
+def effort(calibration: str) -> str:
+    """What a preset of `CalibrationConfig` does, in a few words."""
+    config = CalibrationConfig.preset(calibration)
+    learning = f"up to {config.steps} steps a unit" if config.learns else "closed form"
+    return f"{learning}, {config.num_samples} images"
 
 
 def suggested_name(model: str | None, config: str | None, method: str | None) -> str:

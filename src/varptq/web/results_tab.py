@@ -6,13 +6,16 @@ pictures of an analysis are shown as they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from varptq.errors import InputError
+from varptq.evaluate.report.markup import Markup
 from varptq.web import parts
 from varptq.web.catalogue import ANALYSIS_FILE, REPORT_FILE, Entry, Kind
 from varptq.web.files import offer
@@ -144,8 +147,27 @@ def view(entry: Entry) -> tuple[parts.Markup, str]:
     folder = entry.files[0]
     if entry.kind is Kind.analysis:
         names = sorted(path for path in folder.glob("*.png") if path.is_file())
-        return parts.pictures({path.stem: path.read_bytes() for path in names}), ANALYSIS_FILE
+        pictures = parts.pictures({path.stem: path.read_bytes() for path in names})
+        return Markup(parts.facts(suggested(folder / ANALYSIS_FILE)) + pictures), ANALYSIS_FILE
     page = folder / REPORT_FILE
     if (size := page.stat().st_size) > MAX_PAGE_BYTES:
         raise InputError(f"report {entry.key}: {size / 1e6:.0f} MB, too large to show here")
     return parts.page_frame(page.read_text(encoding="utf-8"), f"Report {entry.key}"), REPORT_FILE
+
+
+def suggested(file: Path) -> list[tuple[str, str]]:
+    """What `varptq analyze` measured and suggests, for people; nothing where another version wrote
+    the file."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        name, found = document["config"]["name"], document["suggestion"]
+        base, mixed = (found["verified"][which]["kl"] for which in ("base", "mixed"))
+        operations = found["bops"] / document["base"]["bops"]
+        count = len(found["picks"])
+        return [
+            ("Model", f"{document['model']}, {name}"),
+            ("Suggested", f"{count} tensors at more bits, {operations:.2f}x bit operations"),
+            ("KL", f"{base:.4f} to {mixed:.4f} nats per token, on images it was not chosen on"),
+        ]
+    except (ValueError, LookupError, TypeError, ZeroDivisionError):
+        return []

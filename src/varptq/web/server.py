@@ -24,6 +24,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from varptq.errors import InputError, OutputError
+from varptq.runtime.resolve import asked_for
 from varptq.web import app, theme
 from varptq.web.catalogue import Catalogue
 from varptq.web.files import MAX_BYTES
@@ -83,8 +84,10 @@ def parse_auth(text: str) -> tuple[str, str]:
 def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
     """The state of a studio that opens what is under `folders` and `out`, and writes to `out`.
 
-    Raises `InputError` for a folder that is not there, `OutputError` if `out` cannot be written.
+    Raises `InputError` for a folder that is not there or a runtime that does not exist,
+    `OutputError` if `out` cannot be written.
     """
+    asked_for()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

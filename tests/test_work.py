@@ -14,15 +14,15 @@ from calibration_process import CONFIG, QUANT
 from varptq.artifact import save
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import quantize
-from varptq.calibrate.work import Piece, Work
 from varptq.distributed import Ranks
 from varptq.errors import ConfigError, OutputError
 from varptq.models.pipeline import Pipeline
 from varptq.progress import silent
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.work import Piece, Work
 
-PROCESS = Path(__file__).parents[1] / "calibration_process.py"
-SRC = Path(__file__).parents[2] / "src"
+PROCESS = Path(__file__).with_name("calibration_process.py")
+SRC = Path(__file__).parents[1] / "src"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"}
 # Of the tiny model: three batches of images, the set, theta twice, nine units.
 PIECES = 3 + 1 + 2 + 9
@@ -165,7 +165,7 @@ def test_other_weights_and_threads_start_over(
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     with Work(tmp_path / "work") as work:
         work.begin({"a": 1}, silent)
-        code = "import sys\nfrom varptq.calibrate.work import Work\nWork(sys.argv[1]).__enter__()"
+        code = "import sys\nfrom varptq.work import Work\nWork(sys.argv[1]).__enter__()"
         command = [sys.executable, "-c", code, str(tmp_path / "work")]
         ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert ran.returncode == 1

@@ -1,4 +1,4 @@
-"""The pieces of a calibration that are finished, so that a run that was killed goes on.
+"""The pieces of a calibration or an evaluation that are finished: a run that was killed goes on.
 
     folder/work.json             what decides the result, thread count and model digest included
     folder/<piece>.safetensors   tensors and plain JSON facts, with the fingerprint of work.json
@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,21 @@ class Piece:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def pack(pieces: Mapping[str, Piece]) -> Piece:
+    """Several as one; no name may hold a slash."""
+    tensors = {f"{name}/{k}": t for name, p in pieces.items() for k, t in p.tensors.items()}
+    return Piece(tensors, {name: piece.facts for name, piece in pieces.items()})
+
+
+def unpack(whole: Piece) -> dict[str, Piece]:
+    """The inverse of `pack`."""
+    found = {name: Piece(facts=facts) for name, facts in whole.facts.items()}
+    for key, tensor in whole.tensors.items():
+        name, _, own = key.partition("/")
+        found[name].tensors[own] = tensor
+    return found
 
 
 class Work:
@@ -159,6 +174,18 @@ class Work:
         self.ranks.barrier()
         return self.read(name)
 
+    def each(self, names: Sequence[str], make: Callable[[int], Piece]) -> Iterator[Piece]:
+        """make(0), make(1), ... in order, one `names` each: dealt to the processes, and given to
+        all of them. Without a folder nothing is kept. To be read to its end."""
+        if self.folder is None:
+            yield from map(make, range(len(names)))
+            return
+        missing = set(self.missing(names))
+        for index in self.ranks.share([i for i, name in enumerate(names) if name in missing]):
+            self.write(names[index], make(index))
+        self.ranks.barrier()
+        yield from map(self.read, names)
+
     def drop(self, names: Iterable[str]) -> None:
         """Remove pieces that are used up."""
         if not self.ranks.first:
@@ -197,8 +224,10 @@ def _locked(folder: Path) -> int:
             f"work folder {folder}: process {owner or '?'} is working there; wait for it or give "
             "another folder (--work)"
         ) from None
-    os.truncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    # The number is for the message above; on a full disk the lock holds without it.
+    with suppress(OSError):
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
     return descriptor
 
 

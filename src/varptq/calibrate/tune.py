@@ -1,0 +1,201 @@
+"""End-to-end tuning: what an artifact stores beside codes, learned against what the whole model is
+for.
+
+    minimize  mean over images and tokens of KL(p || q),
+              p and q the guided next-token distributions of the float and the quantized model
+
+Tuned are the scales of weights, s exp(change), biases, and the bias rows of centred inputs; codes,
+zero points, means and theta stay (the second stage of EfficientQAT, Chen et al. 2024, with
+distillation as its loss). Both models read the same tokens, of images the float model generates for
+this alone. Adam with a cosine to 0, gradients straight through every rounding. A gate keeps what
+was tuned only if the KL on images that tuning never saw is lower. The whole model's activations
+for `BATCH` images are in memory at a time. Codes are chosen elsewhere (reconstruct.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.reconstruct import unit_generator
+from varptq.calibrate.samples import CalibrationSet, calibration_set
+from varptq.errors import ConfigError, NonFiniteError
+from varptq.models.generate import teacher_forced_guided
+from varptq.models.pipeline import Pipeline
+from varptq.models.var import VAR
+from varptq.quant.convert import quant_linears
+
+# Last parts of the names of what is tuned.
+TUNED = ("scale", "bias", "q_bias", "v_bias", "mean_bias")
+# Images a step, images of the gate, and images for training per step, up to a maximum.
+BATCH, HELD_OUT, MAX_IMAGES = 4, 32, 1024
+# Adam's rates: of the logarithm of a scale, and of a bias in units of its root mean square.
+SCALE_RATE, BIAS_RATE, LEAST_RMS = 2e-3, 2e-3, 1e-3
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """Steps made, mean KL in nats per token on held-out images before and after, and whether the
+    gate let the tuned tensors through."""
+
+    steps: int
+    kl_before: float
+    kl_after: float
+    kept: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def check_tunable(pipe: Pipeline, config: CalibrationConfig) -> None:
+    """Raises `ConfigError` where steps of tuning are asked for that the model's dtype would
+    swallow."""
+    if config.tune_steps and pipe.dtype != torch.float32:
+        raise ConfigError(
+            f"tune_steps {config.tune_steps}: model in {pipe.dtype}, expected torch.float32; "
+            "calibrate in float32 or set tune_steps to 0"
+        )
+
+
+def tune(
+    pipe: Pipeline,
+    quantized: VAR,
+    config: CalibrationConfig,
+    seed: int,
+    on_step: Callable[[int, float], None] | None = None,
+) -> tuple[TuneReport, dict[str, Tensor]]:
+    """Tune `quantized` in place against `pipe`, and give the tensors it ends with by name, to be
+    handed to `put`. Raises `NonFiniteError` where the loss is none."""
+    generator = unit_generator(seed, "tuning")
+    count = min(MAX_IMAGES, BATCH * config.tune_steps) + HELD_OUT
+    images = calibration_set(
+        pipe,
+        config.replace(num_samples=count),
+        seed=generator.initial_seed(),
+        resampled=False,
+    )
+    held_out = CalibrationSet(images.labels_N[:HELD_OUT], images.ids_NL[:HELD_OUT])
+    train = CalibrationSet(images.labels_N[HELD_OUT:], images.ids_NL[HELD_OUT:])
+    student = replace(pipe, var=quantized)
+    before = tuned_tensors(quantized)
+    kl_before = mean_kl(pipe, student, held_out, config)
+    with _learnable(quantized) as parameters:
+        _descend(pipe, student, train, parameters, config, generator, on_step)
+    kl_after = mean_kl(pipe, student, held_out, config)
+    kept = kl_after < kl_before
+    after = tuned_tensors(quantized) if kept else before
+    put(quantized, after)
+    return TuneReport(config.tune_steps, kl_before, kl_after, kept), after
+
+
+def tuned_tensors(quantized: VAR) -> dict[str, Tensor]:
+    """Copies of everything that tuning may change, by name."""
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in quantized.state_dict().items()
+        if name.rpartition(".")[2] in TUNED
+    }
+
+
+def put(quantized: VAR, tensors: dict[str, Tensor]) -> None:
+    """Give the model copies of these tensors. Until then its biases are the float model's own."""
+    layers = quant_linears(quantized)
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        module, value = quantized.get_submodule(owner), tensor.to(quantized.device, copy=True)
+        if key == "scale":
+            layer = layers[owner]
+            layer.load_codes(layer.codes, value, layer.zero_point)
+        elif key == "mean_bias":
+            module.mean_bias = value
+        else:
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+
+
+@contextmanager
+def _learnable(quantized: VAR) -> Iterator[list[tuple[Tensor, float]]]:
+    """What is tuned as leaves that take gradients, with the rate of each; afterwards plain tensors
+    of their final values."""
+    put(quantized, tuned_tensors(quantized))
+    layers = [m for m in quant_linears(quantized).values() if m.weight_bits]
+    learned: list[tuple[Tensor, float]] = [(m.start_tuning().change, SCALE_RATE) for m in layers]
+    biases = [
+        tensor.requires_grad_()
+        for name, tensor in quantized.state_dict(keep_vars=True).items()
+        if name.rpartition(".")[2] in TUNED[1:]
+    ]
+    for bias in biases:
+        rms = float(bias.detach().square().mean().sqrt())
+        learned.append((bias, BIAS_RATE * max(rms, LEAST_RMS)))
+    try:
+        yield learned
+    finally:
+        for layer in layers:
+            layer.finish_tuning()
+        for bias in biases:
+            bias.requires_grad_(False)
+
+
+def _descend(
+    pipe: Pipeline,
+    student: Pipeline,
+    train: CalibrationSet,
+    parameters: list[tuple[Tensor, float]],
+    config: CalibrationConfig,
+    generator: torch.Generator,
+    on_step: Callable[[int, float], None] | None,
+) -> None:
+    """`config.tune_steps` Adam steps, images in random order, each once before any twice."""
+    groups = [{"params": [tensor], "lr": rate} for tensor, rate in parameters]
+    optimizer = torch.optim.Adam(groups)
+    half_turn = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.tune_steps)
+    order: list[int] = []
+    for step in range(1, config.tune_steps + 1):
+        if not order:
+            order = torch.randperm(len(train.labels_N), generator=generator).tolist()
+        rows, order = torch.tensor(order[:BATCH]), order[BATCH:]
+        labels, ids = train.labels_N[rows], train.ids_NL[rows]
+        with torch.no_grad():
+            target = log_probabilities(pipe, labels, ids, config.sampling.cfg)
+        found = log_probabilities(student, labels, ids, config.sampling.cfg)
+        loss = kl_divergence(target, found).mean()
+        if not math.isfinite(value := float(loss.detach())):
+            raise NonFiniteError(f"tuning step {step}: KL is {value}; set tune_steps to 0")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        half_turn.step()
+        if on_step is not None:
+            on_step(step, value)
+
+
+@torch.no_grad()
+def mean_kl(
+    pipe: Pipeline, student: Pipeline, images: CalibrationSet, config: CalibrationConfig
+) -> float:
+    """Over all tokens of `images`, nats."""
+    total = 0.0
+    batches = zip(images.labels_N.split(BATCH), images.ids_NL.split(BATCH), strict=True)
+    for labels, ids in batches:
+        pair = (log_probabilities(p, labels, ids, config.sampling.cfg) for p in (pipe, student))
+        total += float(kl_divergence(*pair).mean(dim=1).sum())
+    return total / len(images.labels_N)
+
+
+def log_probabilities(pipe: Pipeline, labels: Tensor, ids_BL: Tensor, cfg: float) -> Tensor:
+    """(B, L, V) float32 of the guided next-token distributions, nothing filtered."""
+    logits = [part.float() for _, part in teacher_forced_guided(pipe, labels, ids_BL, cfg)]
+    return torch.cat(logits, dim=1).log_softmax(dim=-1)
+
+
+def kl_divergence(p_BLV: Tensor, q_BLV: Tensor) -> Tensor:
+    """(B, L) KL(p || q) in nats of log-probabilities."""
+    return (p_BLV.exp() * (p_BLV - q_BLV)).sum(dim=-1)

@@ -1,0 +1,165 @@
+"""The scripts of the runtime benchmarks: what they compare computes the same, parts add up, ratios
+have the names of the targets, and the report takes what the runs write."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from varptq.models.generate import generate
+from varptq.models.pipeline import Pipeline
+from varptq.native import binding
+from varptq.runtime.convert import on_integers
+from varptq.runtime.reference import ReferenceKernels
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+NAMES = (
+    *("runtime_cpu", "runtime_variants", "runtime_report", "runtime_memory"),
+    *("native_linear", "native_attention", "proof_report", "proof"),
+)
+needs_core = pytest.mark.skipif(binding.core() is None, reason=binding.reason())
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield SimpleNamespace(**{name: import_module(name) for name in NAMES[:4]})
+        for name in NAMES:
+            patch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tokens(pipe: Pipeline) -> torch.Tensor:
+    return generate(pipe, [0, 1], seed=0, decode=False).tokens
+
+
+def test_upstreams_order_and_packed_weights_are_the_same_model(
+    bench: SimpleNamespace, tiny: Pipeline
+) -> None:
+    variants: ModuleType = bench.runtime_variants
+    expected = tokens(tiny)
+    eager = variants.eager(tiny)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    eager.var.blocks[0].ada_lin.register_forward_hook(count)
+    assert torch.equal(tokens(eager), expected)
+    assert calls == len(tiny.scales.sides)
+    packed = variants.with_linears(
+        tiny, "prepacked", lambda m: variants.PrepackedLinear(m, torch.float32)
+    )
+    assert not [m for m in packed.var.modules() if type(m).__name__ == "TokenLinear"]
+    assert torch.equal(tokens(packed), expected)
+    assert torch.equal(tokens(tiny), expected)
+
+
+def test_parts_add_up_to_the_whole(bench: SimpleNamespace, tiny: Pipeline) -> None:
+    """Every part takes time, and attention is counted without its projections."""
+    variants: ModuleType = bench.runtime_variants
+    quantized = variants.simulated(tiny, "w8a8")
+    for pipe in (variants.eager(tiny), on_integers(quantized, ReferenceKernels()), quantized):
+        run = variants.variant(pipe)
+        run(2)
+        started = time.process_time()
+        seconds = run(2)
+        spent = time.process_time() - started
+        assert set(seconds) == set(variants.PARTS)
+        assert min(seconds.values()) > 0
+        assert 0.5 * spent < sum(seconds.values()) <= spent
+
+
+def test_torchao_is_measured_or_its_absence_has_a_reason(
+    bench: SimpleNamespace, tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    reason = bench.runtime_variants.torchao_variant(tiny)
+    assert isinstance(reason, str) and "torchao cannot be imported" in reason
+
+
+def document_of(bench: SimpleNamespace, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What a run writes, from made-up times."""
+    cpu = bench.runtime_cpu
+    presets = cpu.PRESETS
+    floors = {preset: {"linears": 0.1, "decoder": 0.2} for preset in presets}
+    case = {"batch": 1, "threads": 1, "seconds": seconds, "floors": floors}
+    case["ratios"] = {preset: cpu.ratios(seconds, preset) for preset in presets}
+    schemes = bench.runtime_report.SCHEMES
+    timing = {
+        "seconds": dict.fromkeys(("float32", "bfloat16", *schemes), 1.0),
+        "floor": dict.fromkeys(schemes, 0.5),
+    }
+    linears = {
+        "isa": "avx2",
+        "threads": 1,
+        "peak_gops": 5.0,
+        "ratios": {f"{s} over {f}": 2.0 for s in schemes for f in ("float32", "bfloat16")},
+        "timings": [{"layer": name, "rows": 0, **timing} for name in ("fc1", "qkv", "image")],
+    }
+    both = {"native": 0.1, "torch": 0.2}
+    one = {"rows": 2, "policy": "token", "bits": 8, "theta": None, "total": both | {"sdpa": 0.3}}
+    attention = {"ratio": 3.0, "attention": [one], "sampler, 256 tokens": both, "token map": both}
+    peaks = {"imports": 2e8, "loaded": 8e8, "one image": 9e8}
+    memory = [{"preset": "w8a8", "decoder": "float32", "must": 1.1e9, "peaks": peaks}]
+    document = {
+        **cpu.begun(None, False, False),
+        **{"machine": "made up", "batches": [1], "cases": [case]},
+        **{"linears": {"1": linears}, "attention": attention, "memory": memory},
+    }
+    document["ratios"] = {"threads 1": cpu.table(document, 1)}
+    document["targets"] = {name: {"must": 1.0, "aim": 2.0} for name in cpu.TARGETS}
+    return document
+
+
+@needs_core
+@pytest.mark.native
+def test_ratios_have_the_names_of_the_targets_and_the_report_takes_them(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = bench.runtime_variants.PARTS
+    names = ("eager fp32", "eager bf16 autocast", "prepacked bf16", "simulated")
+    names = (*names, *bench.runtime_cpu.PRESETS)
+    seconds = {name: dict.fromkeys(parts, 1.0 + i) for i, name in enumerate(names)}
+    document = document_of(bench, seconds)
+    assert set(document["ratios"]["threads 1"]) == set(bench.runtime_cpu.TARGETS)
+    assert document["ratios"]["threads 1"]["whole image over our own simulated path"] == 4 / 5
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- runtime: begin -->\nold\n<!-- runtime: end -->\nafter\n")
+    monkeypatch.setattr(bench.runtime_report, "PAGE", page)
+    bench.runtime_report.report(document)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| whole image over our own simulated path | 1.0x | 2.0x | 0.80x |" in text
+    assert "| w8a8 | float32 | 0.20 | 0.80 | 0.90 | 1.10 |" in text
+
+
+@needs_core
+@pytest.mark.native
+def test_a_run_is_resumed_on_the_same_machine_only(bench: SimpleNamespace, tmp_path: Path) -> None:
+    cpu, path = bench.runtime_cpu, tmp_path / "r.json"
+    new = cpu.begun(path, True, False)
+    assert new["cases"] == []
+    path.write_text(cpu.json.dumps({**new, "cases": [1]}))
+    assert cpu.begun(path, True, False)["cases"] == [1]
+    assert cpu.begun(path, False, False)["cases"] == []
+    with pytest.raises(SystemExit, match="made with another quick; leave --resume out"):
+        cpu.begun(path, True, True)
