@@ -7,12 +7,13 @@ step        one step of learned rounding per kind of unit, all scales in one pas
             over scales, and how far their gradients are apart; float32 and bfloat16 autocast
 effort      seconds and KL to the float model on the demo model, as proof.py measures it, for both
             the paper's assignment of quantizers and the default one
-d16         seconds of `fast` on random weights of the d16 shapes: at 1 and 2 blocks, and the 16
-            that follow, every block costing the same
+d16         seconds of `fast` on random weights of the d16 shapes at 1 and 2 blocks and few samples
+            (--d16-samples); runs with different numbers of samples give a line, on which its own
+            number of samples and all 16 blocks lie, every block costing the same
 memory      peak of resident memory of two blocks of the d30 width under --memory
 
 Seconds are those of the processor, one thread. --quick: fewer rows and repeats. Parts that are not
-asked for keep their earlier results in the file; an effort measured again replaces its line.
+asked for keep their earlier results in the file, as do other efforts and numbers of samples.
 """
 
 from __future__ import annotations
@@ -63,15 +64,18 @@ def efforts(names: list[str], configs: list[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines by config and effort, the newer one of each, in the order of cost."""
-    lines = {(line["config"], line["effort"]): line for line in (*old, *new)}
+def merged(part: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newer one of lines alike, in the order of cost."""
+    if part == "d16":
+        lines = {line["samples"]: line for line in (*old, *new)}
+        return [lines[samples] for samples in sorted(lines)]
+    efforts_ = {(line["config"], line["effort"]): line for line in (*old, *new)}
     order = ("rtn", *EFFORTS)
-    return sorted(lines.values(), key=lambda line: (line["config"], order.index(line["effort"])))
+    return [efforts_[key] for key in sorted(efforts_, key=lambda k: (k[0], order.index(k[1])))]
 
 
-def d16(samples: int) -> dict[str, Any]:
-    """`fast` with as many samples of random weights, whole runs of the command's own call."""
+def d16(samples: int) -> list[dict[str, Any]]:
+    """`fast` with as many samples on random weights, whole runs of the command's own call."""
     calibration = CalibrationConfig.preset("fast").replace(num_samples=samples)
     found = {}
     for depth in (1, BLOCKS):
@@ -83,12 +87,8 @@ def d16(samples: int) -> dict[str, Any]:
         print(f"d16 shapes, {depth} blocks: {found[depth]:.0f} s", flush=True)
     depth = PRESETS["var-d16"].var_arch.depth
     block = (found[BLOCKS] - found[1]) / (BLOCKS - 1)
-    return {
-        "samples": samples,
-        "seconds": found,
-        "seconds_per_block": block,
-        "hours_whole": (found[1] + (depth - 1) * block) / 3600,
-    }
+    whole = found[1] + (depth - 1) * block
+    return [{"samples": samples, "blocks": found, "seconds_per_block": block, "seconds": whole}]
 
 
 def memory(samples: int, gibibytes: float, dtype: str) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="of the memory run")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of its activations")
     parser.add_argument("--dtype", default="float32", help="of its model")
-    parser.add_argument("--d16-samples", type=int, default=64)
+    parser.add_argument("--d16-samples", type=int, default=8)
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -156,7 +156,7 @@ def main() -> None:
 def store(path: Path, part: str, made: Any, threads: int) -> None:
     """Put a part into the file as it is now: another run may have written to it meanwhile."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    found[part] = merged(found.get(part, []), made) if part == "effort" else made
+    found[part] = merged(part, found.get(part, []), made) if isinstance(made, list) else made
     if "recording" in found and "step" in found:
         found["total"] = totals(found["recording"], found["step"])
         print("total", json.dumps(found["total"]), flush=True)

@@ -86,8 +86,9 @@ def test_a_run_killed_at_any_piece_ends_in_the_same_bytes(
 
 
 def test_processes_killed_outright_go_on(whole: dict[str, bytes], tmp_path: Path) -> None:
-    """SIGKILL at points of no one's choosing in real processes."""
-    points = torch.randint(1, 5, (2,), generator=torch.Generator().manual_seed(0)).tolist()
+    """SIGKILL in real processes at random points, before the units and among them: six pieces come
+    before the first unit."""
+    points = torch.randint(2, 6, (3,), generator=torch.Generator().manual_seed(0)).tolist()
     for lines in [*points, None]:
         command = [sys.executable, str(PROCESS), str(tmp_path / "artifact"), "0"]
         with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as process:

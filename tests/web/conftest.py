@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -11,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
+from studio_pages import CHROMIUM, DEMO_ARTIFACT, DESK, FLAGS, PATIENCE
 from varptq.artifact import save
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import quantize
@@ -96,3 +99,53 @@ def address_in(log: Path, process: subprocess.Popen[bytes]) -> str:
             return found[1]
         time.sleep(0.05)
     pytest.fail(f"the studio did not start: {log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright", reason="no playwright to drive a browser with")
+    with importlib.import_module(f"{playwright.__name__}.sync_api").sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def artifact(served: Any) -> None:
+    """`DEMO_ARTIFACT`, made by the studio itself."""
+    from studio_calls import Caller  # wants what the studio wants
+
+    settings = ("w4a4", "rtn", "fast", 2, 1, 0, DEMO_ARTIFACT.partition("/")[2], True)
+    answer = Caller(served.address).call("quantize", "demo", *settings)
+    assert answer.ok, answer.error
+
+
+@pytest.fixture
+def open_page(served: Any, browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens the studio on a tab; watches what the page asks for and complains of."""
+    asked, complaints, contexts, addresses = [], [], [], []
+
+    def opened(
+        tab: str, size: tuple[int, int] = DESK, scheme: str = "light", studio: Any = served
+    ) -> Any:
+        viewport = {"width": size[0], "height": size[1]}
+        context = browser.new_context(viewport=viewport, color_scheme=scheme)
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        addresses.append(studio.address)
+        page.goto(studio.address)
+        page.locator("#generate-model input").wait_for()
+        page.get_by_role("tab", name=tab).click()
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert asked and not [
+        url for url in asked if not url.startswith((*addresses, "data:", "blob:"))
+    ]
+    assert not complaints

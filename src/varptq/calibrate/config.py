@@ -88,7 +88,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "theta_samples": 1,
     },
     # In rising cost; benchmarks/calibration.py measures what each is worth.
-    "fast": {"num_samples": 64, "rounding": "gptq"},
+    "fast": {"num_samples": 32, "rounding": "gptq"},
     "standard": {"num_samples": 128, "steps": 200, "rounding": "gptq+adaround", "patience": 50},
     "max": {"num_samples": 256, "steps": 2000, "rounding": "gptq+adaround", "patience": 500},
 }

@@ -252,7 +252,7 @@ class _Run:
                 listen(max(self.calibration.steps, 1), report.loss_hard if report else math.nan)
         self.work.ranks.barrier()
         layers = quant_linears(self.quantized)
-        pieces = [self.work.read(_unit_piece(name)) for name in mine]
+        pieces = [self.work.read(_unit_piece(name)) for name in costs]
         for name, codes in ((n, c) for piece in pieces for n, c in piece.tensors.items()):
             layer = layers[name]
             layer.load_codes(codes.to(layer.codes.device), layer.scale, layer.zero_point)

@@ -1,0 +1,115 @@
+"""The tab Edit in a real browser: upload, paint, choose, download, and what cannot be used."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
+
+from PIL import Image
+
+from picture_files import png_header
+from studio_pages import (
+    DEMO_ARTIFACT,
+    IN_BROWSER,
+    MADE,
+    PHONE,
+    choose,
+    enter,
+    fits,
+    photo,
+    said,
+    shoot,
+    upload,
+    use_box,
+)
+
+pytestmark = IN_BROWSER
+
+
+def test_paint_and_in_paint(open_page: Callable[..., Any], artifact: None) -> None:
+    page = open_page("Edit", (900, 1500))
+    choose(page, "edit-model", DEMO_ARTIFACT)
+    upload(page, photo())
+    canvas = page.locator("#edit-canvas canvas").first
+    page.wait_for_timeout(1500)
+    page.locator("#edit-start").click()
+    said(page, "mask: empty. Paint what is to be drawn anew.")
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 40, y)
+    page.mouse.down()
+    page.mouse.move(x + 40, y, steps=4)
+    page.mouse.move(x + 20, y + 40, steps=4)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    page.locator("#edit-start").click()
+    page.locator("#edit-download").wait_for()
+    candidates = page.locator("#edit-candidates img")
+    assert candidates.count() == 4
+    assert page.locator("#edit-slider img").count() == 2
+    page.locator("#edit-candidates button").nth(2).click()
+    with page.expect_download() as download:
+        page.wait_for_timeout(800)
+        page.locator("#edit-download").click()
+    assert download.value.suggested_filename == "edit-0-2.png"
+    edited = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+    before = np.asarray(Image.open(io.BytesIO(photo()))).astype(int)
+    assert edited.shape == before.shape
+    changed = np.abs(edited - before).max(axis=-1) > 0
+    # The middle was painted; far from it every pixel is the upload's own.
+    assert changed[110:130, 140:160].any()
+    assert not changed[:, :40].any() and not changed[:, -40:].any()
+    shoot(page, "edit-900")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"no picture", "photo.png: is no JPEG"),
+        (photo()[:300], "photo.png: cannot be read"),
+        (png_header(30_000, 30_000), "its header claims far more than 25 megapixels"),
+    ],
+    ids=["text", "cut", "bomb"],
+)
+def test_a_bad_upload_is_named(open_page: Callable[..., Any], content: bytes, says: str) -> None:
+    page = open_page("Edit", PHONE)
+    upload(page, content)
+    said(page, says)
+    assert fits(page)
+    shoot(page, "edit-390-toast")
+
+
+def test_what_an_edit_cannot_use_is_said(open_page: Callable[..., Any]) -> None:
+    page = open_page("Edit")
+    choose(page, "edit-model", MADE)
+    page.locator("#edit-start").click()
+    said(page, "image: none; upload a JPEG, PNG or WebP")
+    upload(page, photo())
+    use_box(page, 1)
+    page.locator("#edit-start").click()
+    said(page, "box: full, no token of the 3 x 3 grid is kept")
+    page.get_by_label("Change class").check()
+    enter(page, "edit-class", "kat")
+    page.locator("#edit-start").click()
+    said(page, "class 'kat': unknown; did you mean cat")
+    enter(page, "edit-class", "cat")
+    page.locator("#edit-start").click()
+    page.locator("#edit-download").wait_for()
+    assert page.locator("#edit-candidates img").count() == 4
+
+
+def test_a_picture_of_one_pixel_is_edited(open_page: Callable[..., Any]) -> None:
+    page = open_page("Edit")
+    choose(page, "edit-model", MADE)
+    upload(page, photo((1, 1)), "dot.png")
+    use_box(page, 1)
+    page.get_by_label("Change class").check()
+    enter(page, "edit-class", "cat")
+    page.locator("#edit-start").click()
+    page.locator("#edit-download").wait_for()
