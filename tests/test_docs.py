@@ -159,6 +159,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
 
 if CASES:
 
+    @pytest.mark.slow  # a process each: three minutes in all
     @pytest.mark.parametrize(("name", "index"), CASES)
     def test_the_example_runs(
         readers: dict[str, Reader], name: str, index: int, monkeypatch: pytest.MonkeyPatch

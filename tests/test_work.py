@@ -85,6 +85,7 @@ def test_a_run_killed_at_any_piece_ends_in_the_same_bytes(
     assert content(tmp_path / "artifact") == whole
 
 
+@pytest.mark.slow
 def test_processes_killed_outright_go_on(whole: dict[str, bytes], tmp_path: Path) -> None:
     """SIGKILL in real processes at random points, before the units and among them: six pieces come
     before the first unit."""

@@ -94,6 +94,7 @@ PARTNERS = [
 
 @settings(max_examples=40)
 @given(data=st.data(), unit=st.sampled_from(UNITS), ratio=st.floats(1.0, 2.0))
+@pytest.mark.slow
 def test_the_choice_is_that_of_a_greedy_that_looks_at_everything(
     data: st.DataObject, unit: str, ratio: float, tiny: Pipeline, prices: Prices
 ) -> None:

@@ -339,6 +339,7 @@ def test_pickled_code_does_not_run(copied: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_the_largest_model_a_config_can_ask_for_is_refused_soon(forge: Forge) -> None:
     def change(document: dict[str, Any]) -> None:
         document["class_names"] = []

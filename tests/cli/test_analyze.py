@@ -132,6 +132,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(line: str, expected: str, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_python_call_gives_the_same(model: list[str], tmp_path: Path) -> None:
     from varptq.analyze.run import AnalysisConfig, analyze
 

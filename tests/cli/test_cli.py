@@ -168,6 +168,7 @@ def test_info_of_float_models(words: tuple[object, ...], name: str, sides: int) 
     assert "in 16-bit" not in succeed("info", *words).out
 
 
+@pytest.mark.slow
 def test_demo_compares_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(SRC))
     words = ("demo", "--out", tmp_path / "demo", *QUICK, "--images", 1, "--json")
@@ -288,6 +289,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_leaves_what_is_finished(tmp_path: Path) -> None:
     words = ["quantize", "demo", "--samples", "4", "--steps", "100000", "--out", "deep/artifact"]
     process = subprocess.Popen(

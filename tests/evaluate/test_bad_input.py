@@ -154,6 +154,7 @@ app(prog_name="varptq")
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     """A real process whose files may not grow beyond what one shard needs."""
     words = ["evaluate", "demo", "--metrics", "is", "--count", "9", "--seed", "4", "--out"]

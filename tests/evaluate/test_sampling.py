@@ -118,6 +118,7 @@ sample_set(varptq.load_model("demo"), sys.argv[1], count=20, seed=3, batch=3, sh
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_files(tmp_path: Path) -> None:
     call = [sys.executable, "-c", SCRIPT, str(tmp_path / "killed")]
     environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}

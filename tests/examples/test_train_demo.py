@@ -154,6 +154,7 @@ def test_a_finished_run_is_only_read(
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "var"])
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(
     train: Command, trained: Path, images: Path, recipe: Path, tmp_path: Path, stage: str
 ) -> None:

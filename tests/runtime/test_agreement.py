@@ -110,6 +110,7 @@ def test_as_near_to_float_as_simulated(preset: str, make: Make) -> None:
 
 @pytest.mark.parametrize("make", [KERNELS[0], KERNELS[2]])
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(preset: str, make: Make, tiny: Pipeline) -> None:
     """Tokens of image (seed, i) for every batch size, split and number of threads."""
     pipe = on_integers(quantized(tiny, preset), make())

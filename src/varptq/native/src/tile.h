@@ -5,7 +5,7 @@
 //   AVX2:    4 x 1 = 8 registers of sums, 2 of weights, 1 code, 3 for the byte product: 14 of 16
 //
 // A segment starts its sums with the correction for zero points and, where there is more than one,
-// leaves for float sums at its end, straight from the registers where it is short. Weights of 4 bits are decoded in registers for a few rows, else
+// leaves for float sums at its end. Weights of 4 bits are decoded in registers for a few rows, else
 // unpacked once per panel into scratch.
 #pragma once
 
@@ -58,7 +58,7 @@ struct Registers {
   template <class Decode>
   VQ_INLINE void add(const uint8_t* codes, int64_t stride, const uint8_t* weights, int64_t steps,
                      Decode decode) {
-    do {
+    for (; steps > 0; --steps, weights += kStep, codes += 4) {
       Ints w[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
@@ -71,48 +71,6 @@ struct Registers {
         const Ints code = repeat_codes(codes + r * stride);
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) s[r][v] = Dot::dot(s[r][v], code, w[v]);
-      }
-      weights += kStep, codes += 4;
-    } while (--steps);
-  }
-
-  // The same over blocks first .. last - 1 of a panel of halves.
-  VQ_INLINE void add_halves(const uint8_t* codes, int64_t stride, const uint8_t* panel,
-                            int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b, codes += kBlock) {
-      const uint8_t* block = panel + b / 2 * kSteps * kStep;
-      if (b % 2)
-        add(codes, stride, block, kSteps, [](Ints x) { return high_half(x); });
-      else
-        add(codes, stride, block, kSteps, [](Ints x) { return low_half(x); });
-    }
-  }
-
-  // `add_segment` from registers, for the first and the last segment of a weight group or between.
-  // Plain loops without branches, and scales loaded where they are used: with more than that,
-  // compilers move the sums to memory.
-  template <Scheme scheme, bool first, bool last>
-  VQ_INLINE void leave(const Job& job, int64_t m, int64_t column, const Position& p,
-                       Totals<R, V>& parts, Totals<R, V>& totals) const {
-    const float* sw =
-        job.args->panel_scale + panel_index(column, p.weight_group, job.weight_groups);
-    const float* sa = job.args->scale + m * job.row_groups + p.row_group;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        Floats x = to_float(s[r][v]);
-        if constexpr (scheme != Scheme::weight_groups) {
-          const Floats row = all(sa[r * job.row_groups]);
-          if constexpr (first)
-            x = x * row;
-          else
-            x = fused(x, row, parts.at(r, v));
-        }
-        if constexpr (last)
-          totals.set(r, v, fused(x, load(sw + v * kLanes), totals.at(r, v)));
-        else
-          parts.set(r, v, x);
       }
     }
   }
@@ -131,41 +89,21 @@ __attribute__((noinline)) void multiply(Sums<R, V>& sums, const Start& start, co
   registers.end(sums);
 }
 
+// The same over blocks first .. last - 1 of a panel of halves.
 template <class Dot, bool shorts, int R, int V>
 __attribute__((noinline)) void multiply_halves(Sums<R, V>& sums, const Start& start,
                                                const uint8_t* codes, int64_t stride,
                                                const uint8_t* panel, int64_t first, int64_t last) {
   Registers<Dot, R, V> registers;
   registers.template begin<shorts>(start);
-  registers.add_halves(codes, stride, panel, first, last);
+  for (int64_t b = first; b < last; ++b, codes += kBlock) {
+    const uint8_t* block = panel + b / 2 * kSteps * kStep;
+    if (b % 2)
+      registers.add(codes, stride, block, kSteps, high_half);
+    else
+      registers.add(codes, stride, block, kSteps, low_half);
+  }
   registers.end(sums);
-}
-
-// The products of a short segment and what they add to the totals, in one function, so that the
-// integers never leave the registers.
-template <class Dot, Store kind, Scheme scheme, bool first, bool last, int R, int V>
-__attribute__((noinline)) void multiply_add(const Job& job, int64_t m, int64_t column,
-                                            const Position& p, const Start& start,
-                                            const uint8_t* codes, const uint8_t* weights,
-                                            Totals<R, V>& parts, Totals<R, V>& totals) {
-  Registers<Dot, R, V> registers;
-  registers.template begin<true>(start);
-  const int64_t block = p.segment * job.segment_blocks;
-  if constexpr (kind == Store::bytes)
-    registers.add(codes, job.code_stride, weights + block * kSteps * kStep,
-                  job.segment_blocks * kSteps, [](Ints x) { return x; });
-  else
-    registers.add_halves(codes, job.code_stride, weights, block, block + job.segment_blocks);
-  registers.template leave<scheme, first, last>(job, m, column, p, parts, totals);
-}
-
-VQ_INLINE Start start_of(const Job& job, int64_t m, int64_t column, const Position& p) {
-  return {job.corrections + m * job.segments + p.segment, job.segments,
-          job.args->panel_sum + panel_index(column, p.segment, job.segments)};
-}
-
-VQ_INLINE const uint8_t* codes_of(const Job& job, int64_t m, const Position& p) {
-  return job.args->codes + m * job.code_stride + p.segment * job.segment_blocks * kBlock;
 }
 
 // Products of one segment, with their correction.
@@ -173,8 +111,9 @@ template <class Dot, Store kind, bool shorts, int R, int V>
 VQ_INLINE void segment_sums(const Job& job, int64_t m, int64_t column, const Position& p,
                             const uint8_t* weights, Sums<R, V>& sums) {
   const int64_t first = p.segment * job.segment_blocks;
-  const uint8_t* codes = codes_of(job, m, p);
-  const Start start = start_of(job, m, column, p);
+  const uint8_t* codes = job.args->codes + m * job.code_stride + first * kBlock;
+  const Start start{job.corrections + m * job.segments + p.segment, job.segments,
+                    job.args->panel_sum + panel_index(column, p.segment, job.segments)};
   if constexpr (kind == Store::bytes)
     multiply<Dot, shorts, R, V>(sums, start, codes, job.code_stride,
                                 weights + first * kSteps * kStep, job.segment_blocks * kSteps);
@@ -182,19 +121,6 @@ VQ_INLINE void segment_sums(const Job& job, int64_t m, int64_t column, const Pos
     multiply_halves<Dot, shorts, R, V>(sums, start, codes, job.code_stride, weights, first,
                                        first + job.segment_blocks);
   if constexpr (!shorts) correct<R, V>(job, m, column, p, sums);
-}
-
-template <class Dot, Store kind, Scheme scheme, int R, int V>
-VQ_INLINE void short_segment(const Job& job, int64_t m, int64_t column, const Position& p,
-                             const uint8_t* weights, Totals<R, V>& parts, Totals<R, V>& totals) {
-  auto* chosen = multiply_add<Dot, kind, scheme, true, true, R, V>;
-  if constexpr (scheme == Scheme::row_groups) {
-    if (p.starts() && !p.ends(job)) chosen = multiply_add<Dot, kind, scheme, true, false, R, V>;
-    if (!p.starts() && p.ends(job)) chosen = multiply_add<Dot, kind, scheme, false, true, R, V>;
-    if (!p.starts() && !p.ends(job)) chosen = multiply_add<Dot, kind, scheme, false, false, R, V>;
-  }
-  chosen(job, m, column, p, start_of(job, m, column, p), codes_of(job, m, p), weights, parts,
-         totals);
 }
 
 template <class Dot, Store kind, int R, int V>
@@ -212,12 +138,6 @@ VQ_INLINE void grouped_tile(const Job& job, int64_t m, int64_t column, const uin
   Totals<R, V> totals, parts;
   each<R, V>([&](int r, int v) { totals.set(r, v, all(0.0f)); });
   for (Position p; p.segment < job.segments; p.advance(job)) {
-    if constexpr (shorts) {
-      if (!a.products) {
-        short_segment<Dot, kind, scheme, R, V>(job, m, column, p, weights, parts, totals);
-        continue;
-      }
-    }
     Sums<R, V> sums;
     segment_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, sums);
     if (a.products)
