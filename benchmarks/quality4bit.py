@@ -50,7 +50,8 @@ from varptq.quant.presets import FC2
 RESULTS = Path(__file__).parent / "results" / "quality4bit.jsonl"
 CFG, IMAGES, SAMPLED, SEEDS = 1.5, 24, 60, (0, 1, 2)
 NEAREST = CalibrationConfig(num_samples=24, steps=0)
-CLOSED_FORM, LEARNED = CalibrationConfig.preset("fast"), CalibrationConfig.preset("standard")
+CLOSED_FORM = CalibrationConfig.preset("fast").replace(num_samples=64)
+LEARNED = CalibrationConfig.preset("standard")
 TUNED = CLOSED_FORM.replace(tune_steps=150)
 # Runs of nearest rounding that the twin takes part in, besides the finals; runs that sample images.
 BOTH = (2, 3, 5)

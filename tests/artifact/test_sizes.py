@@ -16,6 +16,7 @@ from varptq.artifact.sizes import KINDS, KindSize, quantized_size, sizes, total
 from varptq.calibrate.methods import quantize
 from varptq.models.pipeline import load_model
 from varptq.quant.config import QuantConfig
+from varptq.quant.convert import quant_linears
 
 
 @pytest.mark.parametrize(
@@ -43,11 +44,22 @@ def test_every_number_of_the_model_counts_once() -> None:
 
 def test_a_float_model_has_the_same_kinds_at_full_width() -> None:
     parts = sizes(tiny_pipeline())
-    assert list(parts) == [kind for kind in KINDS if kind != "shared_ada_lin"]
+    assert list(parts) == [kind for kind in KINDS if kind not in ("shared_ada_lin", "centring")]
     assert list(sizes(tiny_quantized())) == list(parts)
     assert all(parts[kind].bits_per_element == 32 for kind in parts if kind != "float parts")
     half = sizes(tiny_pipeline().to(dtype=torch.bfloat16))
     assert half["fc1"].bits_per_element == 16
+
+
+def test_what_centring_adds_is_no_number_of_the_float_model() -> None:
+    """So that no ratio to the float model gains by it."""
+    floats = total(sizes(tiny_pipeline()))
+    pipe = tiny_quantized("w4a4+paper+center")
+    parts = sizes(pipe)
+    linears = quant_linears(pipe.var).values()
+    added = sum(m.means.numel() + m.mean_bias.numel() for m in linears if m.centred)
+    assert parts["centring"] == KindSize(0, 4 * added) and added
+    assert total(parts).elements == floats.elements
 
 
 def test_the_price_of_the_grid_is_counted() -> None:

@@ -28,18 +28,21 @@ from varptq.quant.convert import convert
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 
-FLOAT_PARTS, VAE = "float parts", "vae"
+FLOAT_PARTS, CENTRING, VAE = "float parts", "centring", "vae"
 KINDS = (
     *("word_embed", "ada_lin", "shared_ada_lin", "mat_qkv", "proj", "fc1", "fc2", "head"),
-    *(FLOAT_PARTS, VAE),
+    *(FLOAT_PARTS, CENTRING, VAE),
 )
+# What centred inputs add to a model, by the last part of its name.
+CENTRING_TENSORS = ("means", "mean_bias")
 DTYPE_BYTES = {"I32": 4, "F32": 4, "I64": 8}
 FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class KindSize:
-    """`elements` numbers in `bytes`, of which `grid_bytes` are scales, zero points and shapes."""
+    """`elements` numbers of the float model in `bytes`, of which `grid_bytes` are scales, zero
+    points and shapes."""
 
     elements: int = 0
     bytes: int = 0
@@ -71,7 +74,8 @@ def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
     """Size by kind, for a float or a quantized pipeline, in the order of `KINDS`.
 
     A Linear's weight counts under the last word of its name, "float parts" are what is left of the
-    transformer (biases, embeddings), "vae" is the VQVAE. Kinds that are absent are left out.
+    transformer (biases, embeddings), "centring" are the means and bias rows that centred inputs
+    add, "vae" is the VQVAE. Kinds that are absent are left out.
     """
     pipeline = as_stored(pipeline)
     found: dict[str, KindSize] = {}
@@ -83,8 +87,12 @@ def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
         elif isinstance(module, nn.Linear | QuantLinear):
             weights[f"{VAR_PREFIX}{name}.weight"] = layer_kind(name)
     for name, tensor in plain_tensors(pipeline.var, pipeline.vae).items():
+        size = _plain_size(tensor)
         kind = VAE if name.startswith(VAE_PREFIX) else weights.get(name, FLOAT_PARTS)
-        found[kind] = found.get(kind, KindSize()) + _plain_size(tensor)
+        if name.rpartition(".")[2] in CENTRING_TENSORS:
+            # The float model has none of them, so they are compared with nothing.
+            kind, size = CENTRING, replace(size, elements=0)
+        found[kind] = found.get(kind, KindSize()) + size
     return {kind: found[kind] for kind in sorted(found, key=_position)}
 
 

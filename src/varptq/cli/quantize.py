@@ -92,13 +92,7 @@ def command(
     Method.parse(method)
     quant_config = read_config(config, group_size)
     settings = read_calibration(
-        calibration,
-        effort,
-        samples=samples,
-        steps=steps,
-        tune=tune,
-        budget=budget,
-        memory=memory,
+        calibration, effort, samples=samples, steps=steps, tune=tune, budget=budget, memory=memory
     )
     if source is not None and model is not None:
         raise InputError(f"model: both {source!r} and --model {model!r} given; give one")
