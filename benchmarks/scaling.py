@@ -23,6 +23,7 @@ from calibration_steps import FULL_SAMPLES, FULL_STEPS
 from proof_report import DOCS, replace
 
 from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.tune import BATCH
 from varptq.distributed import Ranks
 from varptq.models.presets import PRESETS
 
@@ -65,7 +66,7 @@ MODELS = {
 
 
 def wall(shape: Shape, config: CalibrationConfig, ranks: int, rate: float) -> tuple[float, ...]:
-    """Seconds of generation, the float pass, and the longest share of the units."""
+    """Seconds of generation, the float pass, the longest share of the units, and tuning."""
     units = shape.units()
     rows = 2 * config.num_samples
     whole = rows * sum(units.values()) / rate
@@ -74,7 +75,11 @@ def wall(shape: Shape, config: CalibrationConfig, ranks: int, rate: float) -> tu
     solving = 3 * rows / rate if config.solves else 0.0
     shares = (Ranks(rank, ranks).share_by_cost(units) for rank in range(ranks))
     longest = max(sum(units[name] for name in share) for share in shares)
-    return whole / ranks, whole, longest * (config.steps * config.learns * step + solving)
+    learning = longest * (config.steps * config.learns * step + solving)
+    # One process tunes: guided batches, the float model's answers and a step.
+    tuned_rows = config.tune_steps * 2 * BATCH
+    tuning = tuned_rows * (1 + STEP_PASSES) * sum(units.values()) / rate
+    return whole / ranks, whole, learning, tuning
 
 
 def machine_rates(found: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
@@ -100,8 +105,8 @@ def tables(found: dict[str, Any]) -> list[str]:
     full = CalibrationConfig(num_samples=FULL_SAMPLES, steps=FULL_STEPS)
     settings = {name: CalibrationConfig.preset(name) for name in ("fast", "standard", "max")}
     settings[f"{FULL_SAMPLES} samples, {FULL_STEPS} steps"] = full
-    lines += ["", "| model | setting | GPUs | samples | float pass | units | wall |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["", "| model | setting | GPUs | samples | float pass | units | tuning | wall |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for model, shape in MODELS.items():
         for setting, config in settings.items():
             for ranks in RANKS:

@@ -90,6 +90,9 @@ PRESETS: dict[str, dict[str, object]] = {
     # In rising cost; benchmarks/calibration.py measures what each is worth.
     "fast": {"num_samples": 32, "rounding": "gptq"},
     "standard": {"num_samples": 128, "steps": 200, "rounding": "gptq+adaround", "patience": 50},
-    "max": {"num_samples": 256, "steps": 2000, "rounding": "gptq+adaround", "patience": 500},
+    "max": {
+        **{"num_samples": 256, "steps": 200, "rounding": "gptq+adaround", "patience": 50},
+        "tune_steps": 150,
+    },
 }
 EFFORTS = ("fast", "standard", "max")
