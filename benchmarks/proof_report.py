@@ -3,7 +3,7 @@
     python benchmarks/proof_report.py
 
 Writes docs/images/{kl,product_error,resampling}.png and replaces the text between the "proof"
-markers of docs/results.md and the "headline" and "beyond" markers of README.md.
+markers of docs/results.md.
 """
 
 from __future__ import annotations
@@ -209,8 +209,6 @@ def main() -> None:
         *beyond(pipe, lines),
     ]
     replace(DOCS / "results.md", "proof", text)
-    replace(DOCS.parent / "README.md", "headline", headline)
-    replace(DOCS.parent / "README.md", "beyond", beyond(pipe, lines))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ CFG, IMAGES, SAMPLED, SEEDS = 1.5, 24, 60, (0, 1, 2)
 NEAREST = CalibrationConfig(num_samples=24, steps=0)
 CLOSED_FORM = CalibrationConfig.preset("fast").replace(num_samples=64)
 LEARNED = CalibrationConfig.preset("standard")
+CONVERGED = CalibrationConfig(num_samples=128, steps=200)
 TUNED = CLOSED_FORM.replace(tune_steps=150)
 # Runs of nearest rounding that the twin takes part in, besides the finals; runs that sample images.
 BOTH = (2, 3, 5)
@@ -249,6 +250,8 @@ def finals() -> list[Entry]:
         Entry("fpqvar", None, seeds=SEEDS),
         Entry("rtn", P("w4a4+paper")),
         Entry("litevar", P("w4a4+paper+litevar")),
+        Entry("brecq", P("w4a4+paper"), "brecq", calibration=CONVERGED, models=("demo",)),
+        Entry("sas", P("w4a4+paper"), "sas", calibration=CONVERGED),
         *(Entry(name, P(name), seeds=SEEDS) for name in ("w4a4", *PRESETS)),
         Entry(HEAD_4, head(P("w4a4"), 4, 4), seeds=SEEDS),
     ]

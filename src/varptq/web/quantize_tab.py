@@ -293,7 +293,8 @@ def effort(calibration: str) -> str:
     """What a preset of `CalibrationConfig` does, in a few words."""
     config = CalibrationConfig.preset(calibration)
     learning = f"up to {config.steps} steps a unit" if config.learns else "closed form"
-    return f"{learning}, {config.num_samples} images"
+    tuning = ", then tuned end to end" if config.tune_steps else ""
+    return f"{learning}, {config.num_samples} images{tuning}"
 
 
 def suggested_name(model: str | None, config: str | None, method: str | None) -> str:
