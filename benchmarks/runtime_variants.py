@@ -241,7 +241,8 @@ def variants(pipe: Pipeline, presets: tuple[str, ...], *, quick: bool) -> dict[s
         ours = on_integers(quantized, cpu_kernels())
         found[preset] = variant(decode_in(ours, torch.bfloat16))
         if preset == presets[0]:
-            found["simulated"] = variant(quantized)
+            # A model of its own: the other one shares its decoder with `ours`.
+            found["simulated"] = variant(simulated(pipe, preset))
     return found
 
 
