@@ -157,6 +157,8 @@ CURVES = {
     "presets, GPTQ": tuple(
         f"{name}, gptq" for name in ("w4a4, head 4 bits", "w4a4", "best", "w4a8", "w6a6", "w8a8")
     ),
+    "presets, GPTQ, tuned": ("w4a4, gptq, tuned", "best, gptq, tuned"),
+    "sas, converged": ("sas",),
     "FPQVAR": ("fpqvar",),
     "LiteVAR": ("litevar",),
 }
@@ -178,9 +180,9 @@ MARKS = (
 
 def plot_frontier(lines: list[Line]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
-    final = [x for x in lines if x["run"] in (8, 12)]
+    final = [x for x in lines if x["run"] in (8, 11, 12)]
     for axis, model in zip(axes, MODELS, strict=True):
-        for (name, labels), marker in zip(CURVES.items(), "sovDX", strict=True):
+        for (name, labels), marker in zip(CURVES.items(), "sov^PDX", strict=True):
             points = [
                 [value(final, model, label, field) for field in ("bops", "kl")] for label in labels
             ]
@@ -192,7 +194,7 @@ def plot_frontier(lines: list[Line]) -> None:
             if None not in place:
                 axis.annotate(mark.words, place, fontsize=7, xytext=mark.offset, va="center",
                               ha=mark.side, textcoords="offset points")  # fmt: skip
-        axis.set(title=model, xscale="log", yscale="log", xlim=(0.8, 7))
+        axis.set(title=model, xscale="log", yscale="log", xlim=(0.6, 7))
         axis.set(xlabel="BOPs, relative to w4a4+paper")
         axis.set_xticks([1, 2, 4], ["1x", "2x", "4x"])
         axis.minorticks_off()
