@@ -182,13 +182,14 @@ def plot_frontier(lines: list[Line]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     final = [x for x in lines if x["run"] in (8, 11, 12)]
     for axis, model in zip(axes, MODELS, strict=True):
-        for (name, labels), marker in zip(CURVES.items(), "sov^PDX", strict=True):
+        curves = zip(CURVES.items(), "sov^PDX", strict=True)
+        for index, ((name, labels), marker) in enumerate(curves):
             points = [
                 [value(final, model, label, field) for field in ("bops", "kl")] for label in labels
             ]
             found = [(x, y) for x, y in points if x is not None and y is not None]
             if found:
-                axis.plot(*zip(*found, strict=True), marker, ms=5, label=name)
+                axis.plot(*zip(*found, strict=True), marker, ms=5, label=name, c=f"C{index}")
         for mark in MARKS:
             place = [value(final, model, mark.label, field) for field in ("bops", "kl")]
             if None not in place:
