@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <dlfcn.h>
+#include <link.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -8,6 +10,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <system_error>
@@ -33,13 +36,48 @@ inline void relax() {
 #endif
 }
 
+// What is used of an OpenMP runtime, libgomp's entry for a parallel region.
+struct OpenMP {
+  void (*parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*thread)() = nullptr;
+};
+
+// The libgomp this process has loaded, under whatever name a wheel gave it.
+OpenMP loaded_openmp() {
+  OpenMP found;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* data) {
+        if (!std::strstr(info->dlpi_name, "libgomp")) return 0;
+        void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+        if (!library) return 0;
+        auto* openmp = static_cast<OpenMP*>(data);
+        openmp->parallel =
+            reinterpret_cast<decltype(OpenMP::parallel)>(dlsym(library, "GOMP_parallel"));
+        openmp->thread =
+            reinterpret_cast<decltype(OpenMP::thread)>(dlsym(library, "omp_get_thread_num"));
+        return 1;
+      },
+      &found);
+  return found;
+}
+
+// libgomp's team does not survive a fork and hangs in the child.
+std::atomic<bool> forked{false};
+
+// Null where there is none to use.
+const OpenMP* openmp() {
+  static const OpenMP found = loaded_openmp();
+  return found.parallel && found.thread && !forked.load() ? &found : nullptr;
+}
+
 class Pool {
  public:
   // False where another thread uses the pool.
   bool run(int64_t tasks, int threads, Task task, void* context) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
     if (!busy) return false;
-    threads = start_workers(threads);
+    const OpenMP* team = openmp();
+    if (!team) threads = start_workers(threads);
     if (parts_count_ < threads) {
       parts_.reset(new Part[threads]);
       parts_count_ = threads;
@@ -50,19 +88,32 @@ class Pool {
     }
     task_ = task;
     context_ = context;
+    active_ = threads;
+    if (team)
+      team->parallel(&Pool::member, this, static_cast<unsigned>(threads), 0);
+    else
+      run_on_workers(threads);
+    return true;
+  }
+
+ private:
+  // One thread of a team, which may be smaller than asked for: the others' parts are taken over.
+  static void member(void* self) {
+    auto* pool = static_cast<Pool*>(self);
+    pool->work(openmp()->thread(), pool->active_);
+  }
+
+  void run_on_workers(int threads) {
     running_.store(threads - 1, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      active_ = threads;
       region_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     work(0, threads);
     wait_for_workers();
-    return true;
   }
 
- private:
   // How many threads there are to work with, the caller among them.
   int start_workers(int threads) {
     while (static_cast<int>(workers_.size()) + 1 < threads) {
@@ -139,7 +190,10 @@ thread_local bool inside_task = false;
 
 // Threads do not survive a fork: the child starts with a new pool. The old one is never freed,
 // since its mutexes may be locked, nor is the last one, since its workers wait in it until the end.
-void forget_pool() { the_pool.store(nullptr); }
+void forget_pool() {
+  forked.store(true);
+  the_pool.store(nullptr);
+}
 
 Pool& pool() {
   static std::mutex making;

@@ -1,7 +1,8 @@
 // Threads of the native core.
 //
-// One pool per process, no OpenMP: two OpenMP runtimes in one process fight over the cores, and
-// torch brings its own. Workers sleep on a condition variable between regions, so torch has the
+// Regions run on the team of torch's OpenMP (libgomp) where that is loaded: its workers go on
+// spinning for a while after each region of torch, and a thread of ours would share a core with one.
+// Else on a pool of our own, whose workers sleep between regions, so that torch has the
 // machine to itself while it computes. Worker w starts with the w-th of equal consecutive parts of
 // the tasks, the same part in every call, so that weights stay near one core; who is done takes
 // what others have left.
