@@ -85,7 +85,7 @@ def command(
     from varptq.distributed import Ranks, local_device
     from varptq.evaluate.preflight import plan
     from varptq.models.sampling import SamplingSettings
-    from varptq.progress import RichProgress
+    from varptq.progress import RichProgress, silent
 
     started, ranks, device = time.monotonic(), Ranks.from_environment(), local_device(device)
     settings = SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
@@ -99,7 +99,7 @@ def command(
     plan(models.pipe, models.float_pipe, tools, names, count)
     with RichProgress() as progress:
         drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
-        sampler = Sampler(*drawn, force, progress, ranks)
+        sampler = Sampler(*drawn, force, progress if ranks.first else silent, ranks)
         subject = sampler.sample(models.pipe)
         beside = sampler.sample(models.float_pipe) if models.float_pipe else None
         files = file_checksums(network, reference, lpips)
@@ -242,7 +242,6 @@ class Sampler:
         """The samples of a model, made where they are missing."""
         from varptq.evaluate.metrics import Subject, kind
         from varptq.evaluate.sampling import sample_set
-        from varptq.progress import silent
 
         samples = sample_set(
             pipe,
@@ -252,7 +251,7 @@ class Sampler:
             settings=self.settings,
             batch=self.batch,
             force=self.force,
-            progress=self.progress if self.ranks.first else silent,
+            progress=self.progress,
             ranks=self.ranks,
         )
         return Subject(pipe, samples)
@@ -291,17 +290,15 @@ def measure(
     """The document of `metrics.evaluate` with the model's own description, by all processes that
     sampled; `files` are checksums."""
     from varptq.evaluate.metrics import evaluate
-    from varptq.progress import silent
     from varptq.work import Work
 
-    ranks = sampler.ranks
-    listen = sampler.progress if ranks.first else silent
+    ranks, progress = sampler.ranks, sampler.progress
     # Alone, nothing has to be handed over, and measuring is short beside sampling.
     folder = sampler.folder.with_name(WORK_NAME) if ranks.size > 1 else None
     with Work(folder, ranks) as work:
-        work.begin(identity(subject, beside, tools, names, files), listen)
+        work.begin(identity(subject, beside, tools, names, files), progress)
         document = evaluate(
-            subject, beside, instruments=tools, metrics=names, progress=listen, work=work
+            subject, beside, instruments=tools, metrics=names, progress=progress, work=work
         )
         work.remove()
     document["checksums"] |= files

@@ -24,7 +24,7 @@ from varptq.evaluate.sampling import SampleSet
 from varptq.evaluate.scores import InceptionScore
 from varptq.pictures import Pixels
 from varptq.progress import Progress
-from varptq.work import Piece, Work
+from varptq.work import Piece, Work, pack, unpack
 
 NEIGHBOURS = 3
 # Metrics of one set of samples, and the ones that need all features of two sets.
@@ -58,23 +58,26 @@ class FeatureSums:
 
     def pack(self) -> Piece:
         """All it holds of a part of the images."""
-        tensors = {f"pooled.{name}": tensor for name, tensor in self.pooled.state().items()}
-        if "sfid" in self.wanted:
-            tensors |= {f"spatial.{name}": t for name, t in self.spatial.state().items()}
         lists = {"kept": self.kept, "probabilities": self.probabilities}
-        return Piece(tensors | {name: torch.cat(rows) for name, rows in lists.items() if rows})
+        parts = {
+            "pooled": Piece(self.pooled.state()),
+            "rows": Piece({name: torch.cat(rows) for name, rows in lists.items() if rows}),
+        }
+        if "sfid" in self.wanted:
+            parts["spatial"] = Piece(self.spatial.state())
+        return pack(parts)
 
     def merge(self, piece: Piece) -> None:
         """Add the next part of the images."""
-        for name, gaussian in (("pooled", self.pooled), ("spatial", self.spatial)):
-            own = {k: t for k, t in piece.tensors.items() if k.startswith(f"{name}.")}
-            if own:
-                state = {key.partition(".")[2]: tensor for key, tensor in own.items()}
-                gaussian.merge(Gaussian.from_state(state))
-        if "kept" in piece.tensors:
-            self.kept.append(piece.tensors["kept"])
-        if "probabilities" in piece.tensors:
-            self.score.update(piece.tensors["probabilities"])
+        parts = unpack(piece)
+        self.pooled.merge(Gaussian.from_state(parts["pooled"].tensors))
+        if "spatial" in parts:
+            self.spatial.merge(Gaussian.from_state(parts["spatial"].tensors))
+        rows = parts["rows"].tensors
+        if "kept" in rows:
+            self.kept.append(rows["kept"])
+        if "probabilities" in rows:
+            self.score.update(rows["probabilities"])
 
 
 def collect(

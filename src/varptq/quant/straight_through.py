@@ -126,13 +126,15 @@ class _SignSplit(torch.autograd.Function):
         return dx.to(x.dtype), None, None
 
 
-class _Log2(torch.autograd.Function):
+class _Probability(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, spec: TensorSpec) -> Tensor:
         out = probability.probability_fake(p.detach(), spec)
         ctx.save_for_backward(p, out)
         return out
 
+
+class _Log2(_Probability):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         p, out = ctx.saved_tensors
@@ -140,13 +142,7 @@ class _Log2(torch.autograd.Function):
         return _incoming(gradients).mul_(out).div_(p + shift).to(p.dtype), None
 
 
-class _Uniform(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, spec: TensorSpec) -> Tensor:
-        out = probability.probability_fake(p.detach(), spec)
-        ctx.save_for_backward(p, out)
-        return out
-
+class _Uniform(_Probability):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         p, out = ctx.saved_tensors
