@@ -25,7 +25,6 @@ from varptq.errors import InputError, NonFiniteError
 from varptq.files import write_atomic
 from varptq.progress import Progress
 
-BETAS = (0.9, 0.95)
 # Steps after which the average forgets its start, while `ema` would still remember it.
 EMA_WARMUP = 10
 REPORT_EVERY = 50
@@ -118,7 +117,7 @@ def _optimizer(module: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": schedule.decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=BETAS)
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=schedule.betas)
 
 
 @torch.no_grad()

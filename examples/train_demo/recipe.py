@@ -18,7 +18,8 @@ class Schedule(Settings):
     """One training loop: AdamW, linear warm-up, cosine to `final` of the learning rate.
 
     ema: decay of the averaged weights, which are what is exported. decay: weight decay of matrices.
-    clip: largest gradient norm. save_every: steps between states, the most a kill can cost.
+    betas: AdamW's two memories. clip: largest gradient norm. save_every: steps between states, the
+    most a kill can cost.
     """
 
     steps: int = Field(ge=1)
@@ -27,6 +28,7 @@ class Schedule(Settings):
     warmup: int = Field(default=100, ge=0)
     final: float = Field(default=0.02, ge=0, le=1)
     decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.999, ge=0, lt=1)
     save_every: int = Field(default=250, ge=1)
@@ -99,3 +101,16 @@ class Recipe(Settings):
     @property
     def scales(self) -> Scales:
         return Scales(self.sides)
+
+
+class DecoderRecipe(Settings):
+    """The decoder alone, on fixed tokens (decoder_stage.py). widths: of the discriminator's layers;
+    adversarial: length of its gradient against that of the distance; matching: weight of the
+    distance between features."""
+
+    seed: int = 0
+    bf16: bool = True
+    widths: tuple[int, ...] = Field(default=(48, 96, 192), min_length=1)
+    adversarial: float = Field(default=1.0, ge=0)
+    matching: float = Field(default=4.0, ge=0)
+    schedule: Schedule = Schedule(steps=6000, learning_rate=4e-4, betas=(0.5, 0.9))

@@ -72,14 +72,21 @@ def run(
         "measures": measures,
         "losses": {one.name: one.losses for one in (first, second)},
         "seconds": {one.name: round(one.seconds, 1) for one in (first, second)},
+        **machine(device),
+    }
+    write_atomic(out / RECORD, json.dumps(record, indent=1).encode() + b"\n")
+    return record
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "version": varptq.__version__,
     }
-    write_atomic(out / RECORD, json.dumps(record, indent=1).encode() + b"\n")
-    return record
 
 
 def vqvae_tensors(vqvae: VQVAE) -> dict[str, Tensor]:

@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,17 +67,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.json"
     path.write_text(json.dumps(TINY))
     return path
-
-
-@pytest.fixture(scope="module")
-def parts() -> Iterator[dict[str, ModuleType]]:
-    """The example's modules, which import each other by their bare names."""
-    names = ("recipe", "data", "loop", "vqvae_stage", "var_stage", "train")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield {name: import_module(name) for name in names}
-        for name in names:
-            patch.delitem(sys.modules, name)
 
 
 @pytest.fixture
