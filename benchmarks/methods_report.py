@@ -10,6 +10,8 @@ levels of another model, data set and feature network say nothing here. Writes t
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from statistics import mean, stdev
 from typing import Any
@@ -21,6 +23,7 @@ from methods import (
     ABLATION,
     FLOAT,
     METHODS,
+    NEAREST,
     PAPER,
     RESNET56,
     VQVAE,
@@ -75,10 +78,9 @@ PAPER_ABLATION = {
 class Results:
     """The lines of one image count, and the token measures of more seeds."""
 
-    def __init__(self, lines: list[Line], proof: list[Line]) -> None:
-        self.count = max(line["count"] for line in lines)
+    def __init__(self, lines: list[Line], proof: list[Line], count: int) -> None:
+        self.count = count
         self.lines = [x for x in lines if x["count"] == self.count and x["network"] == RESNET56]
-        self.other = [x for x in lines if x["network"] != RESNET56]
         samples = {line["calibration"]["num_samples"] for line in proof}
         self.proof = [x for x in proof if x["calibration"]["num_samples"] == max(samples)]
         self.float_images = self.lines[0]["float_images"]
@@ -96,6 +98,12 @@ class Results:
     def error(self, width: str, method: str, name: str) -> float:
         """Standard error of the mean over seeds that comes from the number of images."""
         return standard_error(self.without(width, method, name).tolist())
+
+    def seed_error(self, width: str, method: str, name: str) -> float:
+        """Standard error of the mean over seeds that comes from their number; 0 for a single one,
+        which says nothing of it."""
+        values = self.images(width, method, name)
+        return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
     def tokens(self, width: str, method: str, name: str) -> list[float]:
         by_seed = {line["seed"]: line["fidelity"][name] for line in self.of(width, method)}
@@ -135,8 +143,10 @@ def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 
 def distance(results: Results, width: str, method: str, name: str, digits: int) -> str:
-    value = mean(results.images(width, method, name))
-    return f"{value:.{digits}f} ± {results.error(width, method, name):.{digits}f}"
+    """Mean over seeds, standard error from the number of images, deviation over seeds."""
+    values = results.images(width, method, name)
+    text = f"{mean(values):.{digits}f} ± {results.error(width, method, name):.{digits}f}"
+    return f"{text} / {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def anchors(results: Results) -> list[str]:
@@ -173,12 +183,15 @@ def change(value: float, base: float) -> str:
 
 
 def excess_change(results: Results, width: str, method: str) -> str:
-    """Of FD2FP above chance. Its error is of the ratio: both sets miss the same images."""
+    """Of FD2FP above chance. The part of its error that comes from the number of images is that of
+    the ratio, since both sets miss the same images; calibrations of both are independent."""
     base, value = results.excess(width, BASE), results.excess(width, method)
     if base < 2 * results.error(width, BASE, "fd2fp"):
         return "within chance"
     parts = [results.without(width, m, "fd2fp") - results.chance for m in (method, BASE)]
-    error = standard_error((parts[0] / parts[1]).tolist())
+    of_images = standard_error((parts[0] / parts[1]).tolist())
+    of_seeds = [results.seed_error(width, m, "fd2fp") for m in (method, BASE)]
+    error = math.hypot(of_images, of_seeds[0] / base, value / base * of_seeds[1] / base)
     return f"{change(value, base)} ± {100 * error:.0f}"
 
 
@@ -251,15 +264,16 @@ def picture(results: Results) -> None:
 
 def intro(results: Results) -> list[str]:
     rows = [(w, m) for w in results.widths() for m in results.methods(w)]
-    seeds = [len(results.of(*row)) for row in rows]
+    seeds = [len(results.of(*row)) for row in rows if row[1] != NEAREST]
     kl = [mean(results.tokens(*row, "kl_filtered")) for row in rows]
     fd2fp = [mean(results.images(*row, "fd2fp")) for row in rows]
     within = sum(results.excess(*row) < 2 * results.error(*row, "fd2fp") for row in rows)
     return [
-        f"{len(rows)} rows, {min(seeds)} to {max(seeds)} calibration seeds, {results.count} images "
-        f"each; FD2FP against {results.float_images} float images. Behind distances stands their "
-        "standard error from the number of images (jackknife over tenths), elsewhere the deviation "
-        "over calibration seeds where there are several.",
+        f"{len(rows)} rows, {_span(seeds)} calibration seeds (`{NEAREST}` takes nothing from "
+        f"calibration), {results.count} images each; FD2FP against {results.float_images} float "
+        "images. Distances: mean ± standard error from the number of images (jackknife over "
+        "tenths) / deviation over calibration seeds; all else: mean ± deviation over calibration "
+        "seeds.",
         "",
         f"Over all rows the rank correlation of KL and FD2FP is {rank_correlation(kl, fd2fp):.2f}. "
         f"{within} of {len(rows)} rows have an FD2FP within two standard errors of chance, which "
@@ -268,9 +282,25 @@ def intro(results: Results) -> list[str]:
     ]
 
 
-def others(results: Results) -> list[str]:
+def _span(values: list[int]) -> str:
+    return f"{min(values)} to {max(values)}" if min(values) < max(values) else f"{values[0]}"
+
+
+def larger(results: Results) -> list[str]:
+    """The same for those rows that were sampled further."""
+    widths = results.widths()
+    compared = [(w, m) for w in widths for m in results.methods(w) if m not in (BASE, NEAREST)]
+    return [
+        f"**With {results.count} images a row**, FD2FP of chance {results.chance:.3f}:",
+        "",
+        *(line for width in widths for line in levels(results, width)),
+        *relative(results, compared, paper_methods),
+    ]
+
+
+def others(lines: list[Line]) -> list[str]:
     """The same distances in features of another network, where they were measured."""
-    if not results.other:
+    if not lines:
         return []
     rows = [
         [
@@ -282,14 +312,19 @@ def others(results: Results) -> list[str]:
             f"{x['images']['fd']:.2f}",
             f"{x['images']['fd_vqvae']:.2f}",
         ]
-        for x in results.other
+        for x in lines
     ]
     head = ["network", "images", "width", "method", "FD2FP", "FD", "FD, VQVAE"]
     return ["**In other features:**", "", *table(head, rows)]
 
 
 def main() -> None:
-    results = Results(read(), read(PROOF))
+    lines, proof = read(), read(PROOF)
+    own = [line for line in lines if line["network"] == RESNET56]
+    counts = Counter(line["count"] for line in own)
+    # The count that most rows have makes the tables; others follow.
+    (usual, _), *_ = counts.most_common()
+    results = Results(lines, proof, usual)
     picture(results)
     widths = results.widths()
     compared = [(w, m) for w in widths for m in ("litevar", "sas", "sas+litevar")]
@@ -308,7 +343,8 @@ def main() -> None:
         "**The ablation, against `brecq`:**",
         "",
         *relative(results, ablated, paper_ablation),
-        *others(results),
+        *(line for n in sorted(counts) if n != usual for line in larger(Results(lines, proof, n))),
+        *others([line for line in lines if line["network"] != RESNET56]),
     ]
     replace(DOCS / "results.md", "methods", text)
 
