@@ -73,6 +73,7 @@ def picture(lines: list[Line]) -> None:
         axes.plot([100 * line["budget"] for line in column], shares, marker="o", label=name)
     axes.axvline(100 * PAPER_BUDGET, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xscale("symlog", linthresh=0.25)
+    axes.set_xlim(-0.05, 130 * BUDGETS[-1])
     axes.set_xlabel("budget alpha, % of bit operations (dashed: the paper's)")
     axes.set_ylabel("KL over KL without copies")
     axes.legend(frameon=False)
