@@ -22,7 +22,7 @@ import torch
 import var_stage
 import vqvae_stage
 from recipe import DecoderRecipe
-from train import RECORD, VAE_FILE, machine, vqvae_tensors, write
+from train import RECORD, VAE_FILE, add_run_options, machine, vqvae_tensors, write
 
 import varptq
 from varptq.errors import VarptqError
@@ -66,11 +66,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--var", type=Path, required=True, help="transformer of the model")
     parser.add_argument("--vae", type=Path, required=True, help="VQVAE to begin with")
-    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
-    parser.add_argument("--out", type=Path, default=Path("out/decoder"))
-    parser.add_argument("--recipe", type=Path, help="JSON or YAML")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_run_options(parser, Path("out/decoder"))
     return parser.parse_args()
 
 

@@ -113,16 +113,21 @@ def write(tensors: Mapping[str, Tensor], path: Path) -> None:
     write_atomic(path, safetensors.torch.save(dict(tensors)))
 
 
+def add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    """What every trainer of this folder is told."""
+    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--recipe", type=Path, help="JSON or YAML; default: the demo's")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
-    parser.add_argument("--out", type=Path, default=Path("out/train_demo"))
-    parser.add_argument("--recipe", type=Path, help="JSON or YAML; default: the demo's")
+    add_run_options(parser, Path("out/train_demo"))
     parser.add_argument("--lpips", type=Path, help="weights of the perceptual loss, .safetensors")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
 
