@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from methods_report import table
 from proof import HERE, held_out
 from proof_report import DOCS, replace, save
 
@@ -53,17 +54,16 @@ def by_preset(lines: list[Line]) -> dict[str, list[Line]]:
     return {name: [line for line in lines if line["preset"] == name] for name in PRESETS}
 
 
-def table(lines: list[Line]) -> list[str]:
-    head = ["budget alpha", *(f"`{name}`" for name in PRESETS)]
-    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    columns = by_preset(lines)
+def section(lines: list[Line]) -> list[str]:
+    rows, columns = [], by_preset(lines)
     for index, budget in enumerate(BUDGETS):
         cells = [f"{100 * budget:g}%" if budget else "no copies"]
         for column in columns.values():
             kl, base = column[index]["kl"], column[0]["kl"]
             cells.append(f"{kl:.4f} ({100 * (kl / base - 1):+.1f}%)")
-        rows.append("| " + " | ".join(cells) + " |")
-    return [*rows, "", "![KL against the budget](images/budget.png)", ""]
+        rows.append(cells)
+    head = ["budget alpha", *(f"`{name}`" for name in PRESETS)]
+    return [*table(head, rows), "![KL against the budget](images/budget.png)", ""]
 
 
 def picture(lines: list[Line]) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = measure()
     (HERE / "results" / "budget.json").write_text(json.dumps(lines, indent=1) + "\n")
-    replace(DOCS / "results.md", "budget", table(lines))
+    replace(DOCS / "results.md", "budget", section(lines))
     picture(lines)
 
 

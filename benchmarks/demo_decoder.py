@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from methods import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
+from methods_report import table
 from proof import HERE
 from proof_report import DOCS, replace
 from torch import Tensor
@@ -105,16 +106,15 @@ def measure(judge: Judge, before: Path) -> dict[str, Line]:
     return found
 
 
-def table(found: dict[str, Line]) -> list[str]:
+def rows(found: dict[str, Line]) -> list[str]:
     head = ["decoder", "FD", "accuracy", "PSNR, dB", "LPIPS", "FD of samples", "their accuracy"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for name, line in found.items():
         rebuilt, samples = line["rebuilt"], line["samples"]
         cells = [name, f"{rebuilt['fd']:.2f}", f"{rebuilt['accuracy']:.3f}"]
         cells += [f"{rebuilt['psnr']:.2f}", f"{rebuilt['lpips']:.3f}"]
-        cells += [f"{samples['fd']:.2f}", f"{samples['accuracy']:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        lines.append([*cells, f"{samples['fd']:.2f}", f"{samples['accuracy']:.3f}"])
+    return table(head, lines)
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = measure(Judge(Path(os.environ["VARPTQ_WEIGHTS"])), before)
     (HERE / "results" / "demo_decoder.json").write_text(json.dumps(found, indent=1) + "\n")
-    replace(DOCS / "results.md", "decoder", table(found))
+    replace(DOCS / "results.md", "decoder", rows(found))
 
 
 if __name__ == "__main__":
