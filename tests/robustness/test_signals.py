@@ -42,3 +42,23 @@ def test_a_terminated_calibration_leaves_nothing_half_written(
     assert process.returncode in (EXIT_TERMINATED, -signal.SIGTERM)
     assert "Traceback" not in errors
     assert not list(tmp_path.glob(".varptq-*"))
+
+
+def test_a_signal_after_the_work_changes_nothing() -> None:
+    # Modules are torn down after Python has given signals their default back.
+    script = """
+import os, signal
+from varptq.cli.main import app
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), signum=signal.SIGTERM):
+        kill(pid, signum)
+
+late = Late()
+app(["--version"])
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("varptq ")

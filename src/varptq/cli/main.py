@@ -3,11 +3,12 @@
 Whatever the user got wrong ends with exit code 2 and one line "error: ..." on stderr, be it found
 by the argument parser or deep in a call (`VarptqError`). Ctrl-C ends with 130. Anything else is a
 bug of ours and keeps its traceback. SIGTERM unwinds like Ctrl-C, so that temporaries go, and ends
-with 143. No verb is implemented here.
+with 143; one that comes after the work is done changes nothing. No verb is implemented here.
 """
 
 from __future__ import annotations
 
+import atexit
 import io
 import signal
 import sys
@@ -48,6 +49,9 @@ class OneLineErrors(TyperGroup):
         # Signals belong to the main thread; a caller in another one keeps its own ways.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
+            # An interpreter that shuts down gives signals their default back, and a command that
+            # has finished and written everything would end as killed.
+            atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
         try:
             code = super().main(*args, standalone_mode=False, **extra)
         except VarptqError as error:
