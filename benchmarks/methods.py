@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py [--count 1000] [--seeds 0 1 2] [--widths ...] [--methods ...]
     python benchmarks/methods.py --network inception:FILE --float-images 1000      # once more
+    python benchmarks/methods.py --compile ...             # the same images, sampled a third faster
 
 Per row (width, method, calibration seed): calibrate as proof.py does, keep the artifact, sample
 `count` images, and measure
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from compiled import compile_quantizers
 from proof import CALIBRATION, held_out
 
 import varptq
@@ -250,6 +252,8 @@ def key(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
+    if arguments.compile:
+        compile_quantizers()
     weights = Path(os.environ["VARPTQ_WEIGHTS"])
     network = arguments.network or f"{RESNET56}:{weights / CLASSIFIER}"
     started = time.monotonic()
@@ -279,6 +283,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=(*METHODS, *ABLATION))
     parser.add_argument("--network", help="kind:FILE, ResNet-56 if not given")
     parser.add_argument("--out", type=Path, default=Path("out/methods"))
+    parser.add_argument("--compile", action="store_true", help="compile the quantizers")
     parser.add_argument("--threads", type=int, default=1)
     run(parser.parse_args())
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import varptq
 from varptq.evaluate.frechet import Gaussian, frechet_distance
+from varptq.quant import affine, probability, sign_split
+from varptq.quant.config import TensorSpec
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -22,7 +25,7 @@ def methods() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield import_module("methods")
-        for name in ("methods", "proof"):
+        for name in ("methods", "proof", "compiled"):
             patch.delitem(sys.modules, name)
 
 
@@ -74,3 +77,23 @@ def test_the_error_is_that_of_repeated_draws(methods: ModuleType) -> None:
     spread = float(torch.tensor(found).std())
     # Ten groups know a deviation to about a quarter; their mean over sets to a few percent.
     assert sum(errors) / 300 == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "rest"),
+    [
+        (affine.affine_fake, (4, -1, "min_max")),
+        (sign_split.sign_split_fake, (4,)),
+        (probability.probability_fake, (TensorSpec(num_bits=4, type="log2"),)),
+    ],
+)
+def test_compiled_quantizers_give_the_same_bits(
+    methods: ModuleType, function: Callable[..., torch.Tensor], rest: tuple[Any, ...]
+) -> None:
+    compiled = import_module("compiled").compiled(function)
+    for size in (33, 40):
+        x = torch.randn(3, size, 48, generator=torch.Generator().manual_seed(size))
+        if function is probability.probability_fake:
+            x = x.mul(3).softmax(-1)
+        assert torch.equal(compiled(x, *rest), function(x, *rest))

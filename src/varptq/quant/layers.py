@@ -36,7 +36,6 @@ from varptq.quant.transforms import (
     centred_bias,
     hadamard,
     rotate_weight,
-    transform_and_quantize,
     transformed,
 )
 
@@ -243,17 +242,11 @@ class QuantLinear(nn.Module):
         if not all_finite(x):
             raise NonFiniteError(f"layer {self.layer}: input holds NaN or infinity")
         group = self.input_group
-        if x.requires_grad:
-            # Gradients are written out for values; and a sign-split code 0 no longer tells which
-            # side's scale its gradient belongs to.
-            rows = to_groups(transformed(x, mean, self.block), group)
-            if spec.type == "sign_split":
-                fake = sign_split_fake(rows, spec.num_bits)
-            else:
-                fake = affine_fake(rows, spec.num_bits, -1, spec.range_rule)
+        rows = to_groups(transformed(x, mean, self.block), group)
+        if spec.type == "sign_split":
+            fake = sign_split_fake(rows, spec.num_bits)
         else:
-            codes = transform_and_quantize(x, spec, mean=mean, block=self.block, group=group)
-            fake = codes.values().to(x.dtype)
+            fake = affine_fake(rows, spec.num_bits, -1, spec.range_rule)
         return from_groups(fake) if group else fake
 
     def quantized_input(self, x: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
