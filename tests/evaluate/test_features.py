@@ -125,7 +125,20 @@ def test_spatial_features_are_the_first_branch_channels_last(full_file: Path) ->
     assert torch.equal(spatial[0], torch.stack(expected))
 
 
-def test_pools_and_norms_are_those_of_the_fid_network(full_file: Path) -> None:
+def test_folding_the_norms_moves_features_by_rounding_only(
+    full_state: State, full_features: Features
+) -> None:
+    network = inception.Inception(with_fc=True)
+    weights.fill(network, full_state, "state")
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 94 and {norm.eps for norm in norms} == {0.001}
+    expected = InceptionFeatures(network)(pixels(2, 37))
+    for ours, theirs in zip(full_features, expected, strict=True):
+        assert ours is not None and theirs is not None
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_pools_are_those_of_the_fid_network(full_file: Path) -> None:
     """In a corner a window holds 4 pixels: their mean, in the last block their maximum."""
     network = load_network(f"inception:{full_file}")
     assert isinstance(network, InceptionFeatures)
@@ -143,8 +156,6 @@ def test_pools_and_norms_are_those_of_the_fid_network(full_file: Path) -> None:
         corner, found = inputs[name][0, :, :2, :2], inputs[f"{name}.branch_pool"][0, :, 0, 0]
         expected = corner.amax((1, 2)) if name == "Mixed_7c" else corner.mean((1, 2))
         torch.testing.assert_close(found, expected)
-    norms = [module for module in network.network.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert {norm.eps for norm in norms} == {0.001}
 
 
 def test_torchscript_and_plain_tensors_agree(

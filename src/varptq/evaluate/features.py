@@ -207,6 +207,7 @@ def _load_inception(
     with torch.device("meta"):
         network = inception.Inception(with_fc="fc.weight" in state)
     weights.fill(network, state, file)
+    network.fold()
     return InceptionFeatures(network, device, legacy_resize=legacy_resize)
 
 
