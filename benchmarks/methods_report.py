@@ -152,7 +152,14 @@ def distance(results: Results, width: str, method: str, name: str, digits: int) 
 def anchors(results: Results) -> list[str]:
     head = ["", "FD2FP", "FD", "FD, VQVAE", "accuracy", "IS", "LPIPS"]
     names = (("fd2fp", 3), ("fd", 2), ("fd_vqvae", 2), ("accuracy", 3), ("is", 3), ("lpips", 3))
-    floats = [over_seeds(results.images(FLOAT, FLOAT, n), digits) for n, digits in names]
+    seeds = len(results.of(FLOAT, FLOAT))
+    floats = [
+        # A single set has no deviation, so its distances show the error from their images.
+        distance(results, FLOAT, FLOAT, n, digits)
+        if seeds == 1 and n.startswith("fd")
+        else over_seeds(results.images(FLOAT, FLOAT, n), digits)
+        for n, digits in names
+    ]
     rows = [["float, other image seeds", *floats]]
     for line in results.of(VQVAE, VQVAE):
         real = [f"{line['images'][n]:.{digits}f}" for n, digits in names[:3]]
@@ -318,18 +325,15 @@ def others(lines: list[Line]) -> list[str]:
     if not lines:
         return []
     chance = [x["images"]["fd2fp"] for x in lines if x["width"] == FLOAT]
-    above = {(x["width"], x["method"]): x["images"]["fd2fp"] - mean(chance) for x in lines}
     rows = []
     for line in lines:
-        width, method, found = line["width"], line["method"], line["images"]
-        base = above.get((width, BASE))
-        versus = change(above[width, method], base) if base and method != BASE else "-"
+        width, found = line["width"], line["images"]
         cells = [f"{found[name]:.2f}" for name in ("fd2fp", "fd", "fd_vqvae")]
-        name = f"{width}, seed {line['seed']}" if width == FLOAT else width
-        rows.append(
-            [name if width in (FLOAT, VQVAE) else width.upper(), f"`{method}`", *cells, versus]
-        )
-    head = ["width", "method", "FD2FP", "FD", "FD, VQVAE", "FD2FP above chance, to `brecq`"]
+        measured = width not in (FLOAT, VQVAE)
+        above = f"{found['fd2fp'] - mean(chance):+.2f}" if measured else "-"
+        name = width.upper() if measured else f"{width}, seed {line['seed']}"
+        rows.append([name, f"`{line['method']}`", *cells, above])
+    head = ["width", "method", "FD2FP", "FD", "FD, VQVAE", "FD2FP above chance"]
     counts = _span([line["count"] for line in lines])
     return [
         f"**In the features of {lines[0]['network']}**, {counts} images a row, as many of the "
