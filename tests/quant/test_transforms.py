@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from varptq.errors import ConfigError
 from varptq.models.scales import Scales
 from varptq.models.var import TokenLinear, spans_of
+from varptq.quant.affine import affine_codes, affine_grid, affine_values, to_groups
 from varptq.quant.config import InputTransform, LinearSpec, QuantConfig, TensorSpec
 from varptq.quant.layers import QuantLinear
+from varptq.quant.sign_split import sign_split_codes, sign_split_grid, sign_split_values
 from varptq.quant.transforms import (
     centred_bias,
     hadamard,
     rotate_weight,
     signs,
-    transform_and_quantize,
+    transformed,
 )
 
 SCALES = Scales((1, 2, 3))
@@ -148,19 +150,26 @@ def test_a_transform_makes_the_sign_split_input_affine() -> None:
 def test_codes_of_an_input_are_those_of_its_steps(
     kind: Literal["affine", "sign_split"], block: int | None, group: int | None
 ) -> None:
-    """One function for transform and quantizer: its values are the layer's, with gradient and
-    without, and its codes lie in range."""
+    """The values of the codes are the layer's, with gradient and without, and the codes lie in
+    range."""
     strategy: Literal["group", "token"] = "group" if group else "token"
     spec = TensorSpec(num_bits=4, type=kind, strategy=strategy, group_size=group)
     x, mean = noise(3, 5, 192).float(), noise(192, seed=1).float()
-    found = transform_and_quantize(x, spec, mean=mean, block=block, group=group)
-    low, high = (-7, 7) if kind == "sign_split" else (0, 15)
-    assert torch.equal(found.codes, found.codes.round())
-    assert low <= float(found.codes.min()) and float(found.codes.max()) <= high
+    rows = to_groups(transformed(x, mean, block), group)
+    if kind == "sign_split":
+        low, high, sides = -7, 7, sign_split_grid(rows, 4)
+        codes = sign_split_codes(rows, sides, 4)
+        decoded = sign_split_values(codes, sides)
+    else:
+        low, high, grid = 0, 15, affine_grid(rows, 4, -1, spec.range_rule)
+        codes = affine_codes(rows, grid, 4)
+        decoded = affine_values(codes, grid)
+    assert torch.equal(codes, codes.round())
+    assert low <= float(codes.min()) and float(codes.max()) <= high
     transform = InputTransform(center=True, hadamard=block)
     linear = LinearSpec(weight=None, input=spec, input_transform=transform)
     layer = QuantLinear(TokenLinear(192, 3), linear, "layer", 1)
-    values = found.values().flatten(2)
+    values = decoded.flatten(2)
     for same in (x, x.clone().requires_grad_()):
         assert torch.equal(layer.fake_input(same, mean), values)
     rotated = hadamard(x - mean, block) if block else x - mean

@@ -1,5 +1,4 @@
-"""Transforms of a Linear's input, centring per scale and a block Hadamard rotation, and the one
-function from an input to its codes.
+"""Transforms of a Linear's input, centring per scale and a block Hadamard rotation.
 
     y = W x + b  =  (W R) (R^T (x - m_k)) + (b + W m_k)        R orthogonal, m_k the mean at scale k
 
@@ -14,33 +13,8 @@ Shapes: K scales, n block size; x (..., in).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-from varptq.quant.affine import Grid, affine_codes, affine_grid, affine_values, to_groups
-from varptq.quant.config import TensorSpec
-from varptq.quant.sign_split import (
-    SignGrid,
-    sign_split_codes,
-    sign_split_grid,
-    sign_split_values,
-)
-
-
-class InputCodes(NamedTuple):
-    """Integer-valued float codes (..., in), or (..., G, g) in groups, and the grid that broadcasts
-    to them."""
-
-    codes: Tensor
-    grid: Grid | SignGrid
-
-    def values(self) -> Tensor:
-        """What the codes stand for, in their shape and the grid's dtype."""
-        if isinstance(self.grid, SignGrid):
-            return sign_split_values(self.codes, self.grid)
-        return affine_values(self.codes, self.grid)
 
 
 def transformed(x: Tensor, mean: Tensor | None, block: int | None) -> Tensor:
@@ -49,24 +23,6 @@ def transformed(x: Tensor, mean: Tensor | None, block: int | None) -> Tensor:
     if mean is not None:
         x = (x - mean).to(x.dtype)
     return hadamard(x, block) if block else x
-
-
-def transform_and_quantize(
-    x: Tensor,
-    spec: TensorSpec,
-    *,
-    mean: Tensor | None = None,
-    block: int | None = None,
-    group: int | None = None,
-) -> InputCodes:
-    """Codes of an input (..., in) after its transform: the mean, then the rotation, then the
-    quantizer of `spec` per token or per `group` channels. Gradients as in affine.py."""
-    rows = to_groups(transformed(x, mean, block), group)
-    if spec.type == "sign_split":
-        signs_grid = sign_split_grid(rows, spec.num_bits)
-        return InputCodes(sign_split_codes(rows, signs_grid, spec.num_bits), signs_grid)
-    grid = affine_grid(rows, spec.num_bits, -1, spec.range_rule)
-    return InputCodes(affine_codes(rows, grid, spec.num_bits), grid)
 
 
 def signs(size: int, device: torch.device | None = None) -> Tensor:
