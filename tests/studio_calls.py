@@ -15,11 +15,12 @@ SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What one event sent: every output it yielded, and its error."""
+    """What one event sent: every output it yielded, and its error with the title of the toast."""
 
     outputs: list[list[Any]]
     error: str | None
     ok: bool
+    title: str | None = None
 
 
 class Caller:
@@ -41,7 +42,8 @@ class Caller:
                 outputs.append(output["data"])
             if message.get("msg") == "process_completed":
                 outputs += [output["data"]] if output.get("data") else []
-                return Answer(outputs, output.get("error"), message["success"])
+                error = (output.get("error"), message["success"], output.get("title"))
+                return Answer(outputs, *error)
         raise AssertionError("the stream ended before the event")
 
     def listen(self, name: str, *data: Any) -> Iterator[dict[str, Any]]:

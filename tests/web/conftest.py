@@ -58,15 +58,15 @@ def models(tmp_path_factory: pytest.TempPathFactory, make_tiny: Callable[..., Pi
 
 
 @contextmanager
-def serving(models: Path, place: Path, **environment: str) -> Iterator[Served]:
+def serving(models: Path, place: Path, *options: str) -> Iterator[Served]:
     """A studio over `models` that keeps what it makes under `place`."""
     out, log = place / "made", place / "log"
     command = [sys.executable, "-m", "varptq", "serve", str(models), "--out", str(out)]
     inherited = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    settings = {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(place / "cache"), **environment}
+    settings = {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(place / "cache")}
     with open(log, "w") as errors:
         process = subprocess.Popen(
-            [*command, "--port", "0"], stderr=errors, env={**inherited, **settings}
+            [*command, "--port", "0", *options], stderr=errors, env={**inherited, **settings}
         )
     try:
         yield Served(address_in(log, process), models, out)
@@ -87,7 +87,7 @@ def served(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def without_cuda(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One that is told to compute on a runtime which its device cannot have."""
     pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
-    with serving(models, tmp_path_factory.mktemp("cuda"), VARPTQ_RUNTIME="cuda") as running:
+    with serving(models, tmp_path_factory.mktemp("cuda"), "--runtime", "cuda") as running:
         yield running
 
 

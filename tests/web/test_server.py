@@ -25,6 +25,7 @@ from picture_files import png_header
 from studio_calls import Caller, file_data
 from varptq.web.files import MAX_BYTES
 from varptq.web.server import Options, is_local, make_studio, parse_auth, web_app
+from varptq.web.studio import TITLE
 
 SMALL, MADE = "models/small/var.safetensors", "models/w4a4"
 SAMPLING = (4.0, 10, 0.9)
@@ -109,6 +110,7 @@ def test_an_address_in_place_of_a_file_is_not_fetched(caller: Caller) -> None:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
         answer = edit(caller, {**file_data(address), "url": address})
         assert not answer.ok and "no upload" in str(answer.error)
+        assert answer.title == TITLE
         with pytest.raises(TimeoutError):
             listener.accept()
 
@@ -194,6 +196,8 @@ def test_a_runtime_that_is_missing_is_one_line(without_cuda: Any) -> None:
     image = file_data(caller.upload("a.png", png(30, 30)))
     edited = edit(caller, image)
     assert not edited.ok and str(edited.error) == says
+    measured = caller.call("measure", MADE, "report", 1)
+    assert not measured.ok and str(measured.error) == says
     assert caller.call("generate", SMALL, "nothing", "0", 1, 0, *SAMPLING).ok
 
 
@@ -204,6 +208,7 @@ def test_a_painted_layer_has_the_same_limits(caller: Caller) -> None:
     rest = ("In-paint", "", 1, 0, 4.0, "crop", False, 0.0, 0.0, 0.5, 0.5)
     answer = edit(caller, image, canvas, *rest)
     assert not answer.ok and "megapixels" in str(answer.error)
+    assert answer.title == TITLE
 
 
 @pytest.mark.parametrize(
@@ -315,6 +320,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
             (("--host", "0.0.0.0", *out), "--auth"),
             (("--auth", "me", *out), "USER:PASSWORD"),
             (("--port", port, *out), "choose another --port"),
+            (("--runtime", "tpu", *out), "runtime 'tpu': unknown"),
             (("--host", "no such host", "--auth", "me:12345678", *out), "cannot be used"),
             ((tmp_path / "missing", *out), "no such folder"),
             (("--out", file), "cannot be made"),

@@ -27,6 +27,7 @@ def command(
     auth: Annotated[
         str | None, typer.Option(metavar="USER:PASSWORD", envvar="VARPTQ_AUTH", help="Ask for it.")
     ] = None,
+    runtime: Annotated[str, typer.Option(help="Who computes artifacts.")] = "auto",
     device: common.Device = "cpu",
     dtype: common.Dtype = "float32",
 ) -> None:
@@ -37,7 +38,7 @@ def command(
 
     placed = str(common.parse_device(device))
     common.parse_dtype(dtype)
-    options = Options(host, port, parse_auth(auth) if auth else None, placed, dtype)
+    options = Options(host, port, parse_auth(auth) if auth else None, placed, dtype, runtime)
     options.check()
     studio = make_studio(folders or [], out, options)
     serve(studio, options, lambda address: typer.echo(f"varptq studio: {address}", err=True))

@@ -20,6 +20,7 @@ from PIL import Image
 
 from varptq.editing import read_image
 from varptq.errors import InputError
+from varptq.web.studio import toasts
 
 MAX_BYTES = 25_000_000
 # Below the library's own limit: 20 people may upload at the same time.
@@ -47,10 +48,8 @@ def only_layers(editor: gr.ImageEditor) -> gr.ImageEditor:
     """
 
     def preprocess(payload: EditorData | None) -> EditorValue | None:
-        try:
+        with toasts():
             layers: list[Any] = [picture(file.path) for file in payload.layers] if payload else []
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from None
         return EditorValue(background=None, layers=layers, composite=None)
 
     editor.preprocess = preprocess
@@ -68,8 +67,9 @@ def only_cached(block: Block) -> None:
     async def move_cached(url_or_file_path: str | Path | None) -> str | None:
         if url_or_file_path is not None:
             real = Path(os.path.realpath(url_or_file_path))
-            if not real.is_relative_to(os.path.realpath(block.GRADIO_CACHE)):
-                raise gr.Error("file: no upload of this page", print_exception=False)
+            with toasts():
+                if not real.is_relative_to(os.path.realpath(block.GRADIO_CACHE)):
+                    raise InputError("file: no upload of this page")
         return await move(url_or_file_path)
 
     block.async_move_resource_to_block_cache = move_cached

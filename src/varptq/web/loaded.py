@@ -13,6 +13,7 @@ from varptq.artifact.load import read_config
 from varptq.models.pipeline import DTYPES, Pipeline, load_model
 from varptq.models.presets import PRESETS
 from varptq.runtime import load
+from varptq.runtime.resolve import AUTO
 from varptq.web.catalogue import Entry, Kind
 
 # A float model and the quantized one beside it.
@@ -20,12 +21,20 @@ CAPACITY = 2
 
 
 class LoadedModels:
-    """At most `capacity` pipelines on `device`. One that changed on disk is loaded again."""
+    """At most `capacity` pipelines on `device`, artifacts on `runtime`. One that changed on disk is
+    loaded again."""
 
     def __init__(
-        self, *, device: str = "cpu", dtype: str = "float32", capacity: int = CAPACITY
+        self,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        runtime: str = AUTO,
+        capacity: int = CAPACITY,
     ) -> None:
         self.placement: dict[str, Any] = {"device": torch.device(device), "dtype": DTYPES[dtype]}
+        self.runtime = runtime
+        self._words = ("--device", device, "--dtype", dtype)
         self.capacity = capacity
         self._lock = threading.Lock()
         self._held: OrderedDict[tuple[Entry, tuple[int, ...]], Pipeline] = OrderedDict()
@@ -45,9 +54,14 @@ class LoadedModels:
                 self._held.popitem(last=False)
         return pipe
 
+    def words(self, entry: Entry) -> list[str]:
+        """How the command line says where `entry` computes."""
+        executed = ("--runtime", self.runtime) if entry.kind is Kind.artifact else ()
+        return [*self._words, *executed]
+
     def _load(self, entry: Entry) -> Pipeline:
         if entry.kind is Kind.artifact:
-            return load(entry.files[0], **self.placement)
+            return load(entry.files[0], runtime=self.runtime, **self.placement)
         if entry.files:
             var, vae = entry.files
             return load_model(var=var, vae=vae, **self.placement)

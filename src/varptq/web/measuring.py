@@ -20,6 +20,7 @@ from varptq.errors import InputError, VarptqError
 from varptq.models.state_file import file_sha256
 from varptq.web.catalogue import Catalogue, Entry, Kind
 from varptq.web.jobs import Job
+from varptq.web.loaded import LoadedModels
 
 POLL_SECONDS = 0.2
 REPORTS = "reports"
@@ -32,18 +33,18 @@ def report_folder(out: Path, entry: Entry, kind: Kind) -> Path:
 
 
 def evaluate(
-    entry: Entry, out: Path, count: int, catalogue: Catalogue, device: str, job: Job
+    entry: Entry, out: Path, count: int, catalogue: Catalogue, models: LoadedModels, job: Job
 ) -> None:
     """Sample `count` images with the model, and its float model, and compare."""
     words = model_words(entry)
     if entry.kind is Kind.artifact and (source := float_model(entry, catalogue)) is not None:
         words += model_words(source) if source.files else []  # published ones are found by name
-    words += ["--count", str(count), "--out", str(out), "--device", device, "--force"]
+    words += ["--count", str(count), "--out", str(out), *models.words(entry), "--force"]
     run(job, "evaluate", *words)
 
 
 def analyze(
-    entry: Entry, out: Path, images: int, catalogue: Catalogue, device: str, job: Job
+    entry: Entry, out: Path, images: int, catalogue: Catalogue, models: LoadedModels, job: Job
 ) -> None:
     """Measure every tensor of the model at the bits of an artifact's config, w4a4 for a float
     model. Raises `InputError` if the float model of the artifact is not here."""
@@ -61,7 +62,7 @@ def analyze(
             file.write_text(json.dumps(document.varptq.config.to_dict()), encoding="utf-8")
             config = str(file)
         words = [*model_words(source), "--config", config, "--images", str(images)]
-        run(job, "analyze", *words, "--out", str(out), "--device", device, "--force")
+        run(job, "analyze", *words, "--out", str(out), *models.words(source), "--force")
 
 
 def float_model(artifact: Entry, catalogue: Catalogue) -> Entry | None:

@@ -131,12 +131,11 @@ class ResultsTab:
     def _measure(self, kind: Kind, entry: Entry, number: int, job: Job) -> str:
         """Make the report; its key."""
         studio = self.studio
-        device = str(studio.models.placement["device"])
         folder = report_folder(studio.out, entry, kind)
         if kind is Kind.report:
-            evaluate(entry, folder, number, studio.catalogue, device, job)
+            evaluate(entry, folder, number, studio.catalogue, studio.models, job)
         else:
-            analyze(entry, folder, number, studio.catalogue, device, job)
+            analyze(entry, folder, number, studio.catalogue, studio.models, job)
         made = [e.key for e in studio.catalogue.entries(kind) if e.files == (folder,)]
         return made[0]
 

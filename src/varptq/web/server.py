@@ -24,7 +24,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from varptq.errors import InputError, OutputError
-from varptq.runtime.resolve import asked_for
+from varptq.runtime.resolve import AUTO, asked_for
 from varptq.web import app, theme
 from varptq.web.catalogue import Catalogue
 from varptq.web.files import MAX_BYTES
@@ -52,6 +52,7 @@ class Options:
     auth: tuple[str, str] | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    runtime: str = AUTO
 
     def check(self) -> None:
         """Raises `InputError` for an address that others reach without a password."""
@@ -87,7 +88,7 @@ def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
     Raises `InputError` for a folder that is not there or a runtime that does not exist,
     `OutputError` if `out` cannot be written.
     """
-    asked_for()
+    asked_for(options.runtime)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,7 +97,7 @@ def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
         ) from None
     if not os.access(out, os.W_OK):
         raise OutputError(f"{out}: cannot be written; choose another place")
-    models = LoadedModels(device=options.device, dtype=options.dtype)
+    models = LoadedModels(device=options.device, dtype=options.dtype, runtime=options.runtime)
     return Studio(Catalogue([out, *folders]), models, Jobs(), out.resolve())
 
 

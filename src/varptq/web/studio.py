@@ -19,7 +19,7 @@ from varptq.web.catalogue import Catalogue, Entry, Kind
 from varptq.web.jobs import Jobs
 from varptq.web.loaded import LoadedModels
 
-TOAST_SECONDS = 12.0
+TITLE, TOAST_SECONDS = "That did not work", 12.0
 MAX_SEED = 2**32 - 1
 MODELS = (Kind.float, Kind.artifact)
 
@@ -59,9 +59,7 @@ def toasts() -> Iterator[None]:
         yield
     except VarptqError as error:
         line = html.escape(" ".join(str(error).split()), quote=False)
-        raise gr.Error(
-            line, duration=TOAST_SECONDS, title="That did not work", print_exception=False
-        ) from None
+        raise gr.Error(line, duration=TOAST_SECONDS, title=TITLE, print_exception=False) from None
 
 
 def whole(name: str, value: object, low: int, high: int) -> int:
