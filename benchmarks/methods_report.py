@@ -191,15 +191,17 @@ def change(value: float, base: float) -> str:
 
 
 def excess_change(results: Results, width: str, method: str) -> str:
-    """Of FD2FP above chance. The part of its error that comes from the number of images is that of
-    the ratio, since both sets miss the same images; so do both have the same chance, whose error
-    is that over its image seeds; calibrations of both are independent."""
+    """Of FD2FP above chance; the difference where BRECQ's is not above it. The part of the error
+    that comes from the number of images is that of the ratio, since both sets miss the same images;
+    so do both have the same chance, whose error is that over its image seeds; calibrations of both
+    are independent."""
     base, value = results.excess(width, BASE), results.excess(width, method)
-    if base < 2 * results.error(width, BASE, "fd2fp"):
-        return "within chance"
     parts = [results.without(width, m, "fd2fp") - results.chance for m in (method, BASE)]
-    of_images = standard_error((parts[0] / parts[1]).tolist())
     of_seeds = [results.seed_error(width, m, "fd2fp") for m in (method, BASE)]
+    if base < 2 * results.error(width, BASE, "fd2fp"):
+        error = math.hypot(standard_error((parts[0] - parts[1]).tolist()), *of_seeds)
+        return f"within chance ({value - base:+.3f} ± {error:.3f})"
+    of_images = standard_error((parts[0] / parts[1]).tolist())
     of_chance = results.seed_error(FLOAT, FLOAT, "fd2fp") * (value / base - 1) / base
     error = math.hypot(of_images, of_chance, of_seeds[0] / base, value / base * of_seeds[1] / base)
     return f"{change(value, base)} ± {100 * error:.0f}"
