@@ -100,10 +100,14 @@ class Results:
         return standard_error(self.without(width, method, name).tolist())
 
     def seed_error(self, width: str, method: str, name: str) -> float:
-        """Standard error of the mean over seeds that comes from their number; 0 for a single one,
-        which says nothing of it."""
+        """Standard error of the mean over seeds that comes from their number. A single one says
+        nothing of it and takes the deviation of the width's other methods, 0 if none has it."""
         values = self.images(width, method, name)
-        return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        if len(values) > 1:
+            return stdev(values) / len(values) ** 0.5
+        several = [self.images(width, other, name) for other in self.methods(width)]
+        deviations = [stdev(found) for found in several if len(found) > 1]
+        return math.hypot(*deviations) / len(deviations) ** 0.5 if deviations else 0.0
 
     def tokens(self, width: str, method: str, name: str) -> list[float]:
         by_seed = {line["seed"]: line["fidelity"][name] for line in self.of(width, method)}
