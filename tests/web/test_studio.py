@@ -128,6 +128,25 @@ def test_a_runtime_that_is_missing_is_said(
     page.locator("#generate-start:enabled").wait_for()
 
 
+def test_a_choice_stays_that_was_made_while_the_lists_were_on_their_way(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page("Edit")
+    page.wait_for_timeout(1500)  # what the page asks for when it is opened has come
+    asked: list[Any] = []
+    page.route("**/queue/join*", lambda route: asked.append(route))
+    page.get_by_role("tab", name="Generate").click()
+    choose(page, "generate-model", MADE)
+    choose(page, "generate-beside", SMALL)
+    assert ["demo", "nothing"] in [route.request.post_data_json["data"][:2] for route in asked]
+    for route in asked:
+        route.continue_()
+    page.unroute("**/queue/join*")
+    page.wait_for_timeout(1500)
+    pickers = [page.locator(f"#generate-{picker} input") for picker in ("model", "beside")]
+    assert [picker.input_value() for picker in pickers] == [MADE, SMALL]
+
+
 def test_quantize_with_a_tiny_setting(
     open_page: Callable[..., Any], served: Any, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from varptq.web.files import offer_picture, only_layers, painted, picture
 from varptq.web.jobs import Job
 from varptq.web.loaded import class_choices
 from varptq.web.runbar import RunBar, Updates
-from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, toasts, whole
+from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, refilled, toasts, whole
 
 MAX_CANDIDATES, AT_A_TIME = 8, 4
 # Longer sides are shown smaller for painting, shorter ones larger.
@@ -212,7 +212,7 @@ class EditTab:
     def pickers(self, model: str | None) -> Updates:
         """The picker with what there is now; a choice that is still there stays."""
         keys = self.studio.keys(*MODELS)
-        return {self.model: gr.update(choices=keys, value=model if model in keys else keys[0])}
+        return {self.model: refilled(keys, model, keys[0])}
 
     def classes(self, model: str) -> Any:
         with toasts():

@@ -25,7 +25,7 @@ from varptq.web.catalogue import Entry, Kind
 from varptq.web.jobs import Job
 from varptq.web.loaded import class_choices
 from varptq.web.runbar import RunBar, Updates
-from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, toasts, whole
+from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, refilled, toasts, whole
 
 MAX_COUNT, MAX_TOP_K = 16, 4096
 NOTHING = "nothing"
@@ -222,10 +222,8 @@ class GenerateTab:
         keys, artifacts = self.studio.keys(*MODELS), self.studio.keys(Kind.artifact)
         first = artifacts[0] if artifacts else NOTHING
         return {
-            self.model: gr.update(choices=keys, value=model if model in keys else keys[0]),
-            self.beside: gr.update(
-                choices=[NOTHING, *keys], value=beside if beside in [NOTHING, *keys] else first
-            ),
+            self.model: refilled(keys, model, keys[0]),
+            self.beside: refilled([NOTHING, *keys], beside, first),
         }
 
     def classes(self, model: str) -> Any:

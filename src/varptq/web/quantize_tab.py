@@ -30,7 +30,7 @@ from varptq.web.files import offer
 from varptq.web.jobs import Job
 from varptq.web.losses import Losses
 from varptq.web.runbar import RunBar, Updates
-from varptq.web.studio import MAX_SEED, Studio, checked_here, toasts, whole
+from varptq.web.studio import MAX_SEED, Studio, checked_here, refilled, toasts, whole
 
 KIND = "quantize"
 CONFIGS = ("w4a4", "w4a8", "w6a6", "w8a8", "w4a4+litevar", "w6a6+litevar", "w4a4+paper", "best")
@@ -247,7 +247,7 @@ class QuantizeTab:
     def pickers(self, model: str | None) -> Updates:
         """The picker with what there is now; a choice that is still there stays."""
         keys = self.studio.keys(Kind.float)
-        return {self.model: gr.update(choices=keys, value=model if model in keys else keys[0])}
+        return {self.model: refilled(keys, model, keys[0])}
 
     async def run(self, model: str, *rest: Any) -> AsyncIterator[Updates]:
         """Quantize when the model's turn comes."""

@@ -22,7 +22,7 @@ from varptq.web.files import offer
 from varptq.web.jobs import Job, State
 from varptq.web.measuring import analyze, evaluate, report_folder
 from varptq.web.runbar import RunBar, Updates
-from varptq.web.studio import MODELS, Studio, checked_here, toasts, whole
+from varptq.web.studio import MODELS, Studio, checked_here, refilled, toasts, whole
 
 SHOWN = (Kind.report, Kind.analysis)
 EVALUATE, ANALYZE = "Evaluate", "Analyze"
@@ -96,7 +96,7 @@ class ResultsTab:
         first = reports[0] if reports else None
         return {
             **self.show(report if report in reports else first),
-            self.model: gr.update(choices=keys, value=model if model in keys else artifacts[0]),
+            self.model: refilled(keys, model, artifacts[0]),
         }
 
     def show(self, key: str | None) -> Updates:

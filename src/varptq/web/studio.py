@@ -19,6 +19,7 @@ from varptq.web.catalogue import Catalogue, Entry, Kind
 from varptq.web.jobs import Jobs
 from varptq.web.loaded import LoadedModels
 
+# The page of Gradio 6.31 reads a title from a field that it never fills and shows "Error".
 TITLE, TOAST_SECONDS = "That did not work", 12.0
 MAX_SEED = 2**32 - 1
 MODELS = (Kind.float, Kind.artifact)
@@ -50,6 +51,14 @@ def checked_here(picker: gr.Dropdown) -> gr.Dropdown:
 
     picker.preprocess = preprocess
     return picker
+
+
+def refilled(keys: list[str], value: str | None, otherwise: str) -> Any:
+    """The update that fills a picker with `keys`. `value`, what the page had when it asked, is not
+    sent back if it is still there: by now the page may have another one, which that would undo."""
+    if value in keys:
+        return gr.update(choices=keys)
+    return gr.update(choices=keys, value=otherwise)
 
 
 @contextmanager
