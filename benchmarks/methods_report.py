@@ -36,6 +36,7 @@ from proof_report import DOCS, replace, save
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 
 Line = dict[str, Any]
 BASE = "brecq"
@@ -257,6 +258,12 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
+def ticks(axis: Axis, places: tuple[float, ...]) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_ticks(places, labels=[f"{place:g}" for place in places])
+    axis.set_minor_formatter("")
+
+
 def picture(results: Results) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2))
     widths, shown = results.widths(), list(METHODS)
@@ -271,11 +278,13 @@ def picture(results: Results) -> None:
     for axis in (left, right):
         axis.axhline(results.chance, color="0.5", ls="--", lw=1, label="float, other seeds")
         axis.set_yscale("log")
+        ticks(axis.yaxis, (0.02, 0.05, 0.1, 0.2, 0.4))
     left.set_xlim(-0.5, len(widths) - 0.5)
     left.set_xticks(range(len(widths)), [width.upper() for width in widths])
     left.set_ylabel("FD2FP, ResNet-56 features")
     left.legend(fontsize=7)
     right.set_xscale("log")
+    ticks(right.xaxis, (0.08, 0.1, 0.2, 0.4))
     right.set_xlabel("KL to float, nats per token")
     save(figure, "methods.png")
 
