@@ -1,0 +1,33 @@
+"""The tables of the pages are those that the scripts make of the results."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [
+        ("methods_report.py", "docs/results.md"),
+        ("quality_report.py", "docs/quality.md"),
+        ("readme_table.py", "README.md"),
+    ],
+)
+def test_a_page_is_what_its_script_makes_of_the_results(
+    tmp_path: Path, script: str, page: str
+) -> None:
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    before = (tmp_path / page).stat().st_mtime_ns
+    command = [sys.executable, tmp_path / "benchmarks" / script]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert (tmp_path / page).stat().st_mtime_ns > before, "the script wrote nothing"
+    assert (tmp_path / page).read_text() == (ROOT / page).read_text()
