@@ -86,7 +86,7 @@ class Results:
         self.lines = [x for x in own if x["count"] == self.count or x["width"] == VQVAE]
         samples = {line["calibration"]["num_samples"] for line in proof}
         self.proof = [x for x in proof if x["calibration"]["num_samples"] == max(samples)]
-        self.float_images = self.lines[0]["float_images"]
+        self.float_images = next(x["float_images"] for x in self.lines if x["width"] != VQVAE)
 
     def of(self, width: str, method: str) -> list[Line]:
         return [x for x in self.lines if (x["width"], x["method"]) == (width, method)]
