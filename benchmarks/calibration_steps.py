@@ -23,10 +23,12 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.reconstruct import train_step, unit_layers
 from varptq.calibrate.record import Recorder, Unit
 from varptq.calibrate.samples import CalibrationSet
+from varptq.models.blocks import Attention
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import PRESETS
-from varptq.models.var import VAR, Attention, Span, randomize, spans_of
+from varptq.models.seams import Span, spans_of
+from varptq.models.var import VAR, randomize
 from varptq.models.vqvae import VQVAE
 from varptq.quant import adaround, affine, attention, layers, probability, sign_split
 from varptq.quant.config import LayerRule, QuantConfig
@@ -126,7 +128,7 @@ def by_scale(module: nn.Module, x_BLC: Tensor, spans: list[Span]) -> Tensor:
     """The output of a unit computed scale after scale."""
     cache, parts = GrowingCache(), []
     for span in spans:
-        one = [Span(slice(0, span.queries.stop - span.queries.start), span.keys, span.scale)]
+        one = [Span(slice(0, span.length), span.ends)]
         extra: tuple[Any, ...] = (cache,) if isinstance(module, Attention) else ()
         parts.append(module(x_BLC[:, span.queries], one, *extra))
     return torch.cat(parts, 1)

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from varptq.calibrate.samples import CalibrationSet
 from varptq.calibrate.smoothing import diagonal
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import Span, TokenLinear
+from varptq.models.reading import listening, read
+from varptq.models.seams import NormFold, Span, TokenLinear
 from varptq.quant.config import InputTransform, LayerRule, LinearSpec, QuantConfig
-from varptq.quant.folds import normed_inputs, scale_input
+from varptq.quant.folds import scale_input
 from varptq.quant.presets import from_bits
 from varptq.quant.transforms import hadamard, rotate_weight
 
@@ -101,29 +102,21 @@ def inputs_of(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> dict
     """Up to `TOKENS` rows of input of each layer, spread evenly over images and positions."""
     seen: dict[str, Tensor] = {}
 
-    def listener(name: str) -> object:
-        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            rows = arguments[0].flatten(0, 1)
-            seen[name] = rows[:: max(1, len(rows) // TOKENS)].clone()
+    def keep(name: str, x_BLi: Tensor, _: object) -> None:
+        rows = x_BLi.flatten(0, 1)
+        seen[name] = rows[:: max(1, len(rows) // TOKENS)].clone()
 
-        return keep
-
-    handles = [
-        pipe.var.get_submodule(name).register_forward_pre_hook(listener(name))  # pyright: ignore
-        for name in names
-    ]
-    with torch.no_grad():
-        inputs = pipe.vae.teacher_inputs(samples.ids_NL[:16]).repeat(2, 1, 1)
-        pipe.var(pipe.guidance_rows(samples.labels_N[:16]), inputs)
-    for handle in handles:
-        handle.remove()
+    layers = {name: pipe.var.get_submodule(name) for name in names}
+    with torch.no_grad(), listening(layers, keep):
+        read(pipe, samples.labels_N[:16], samples.ids_NL[:16])
     return seen
 
 
 def fpqvar(pipe: Pipeline, samples: CalibrationSet) -> Pipeline:
     """The simulated model; the pipeline given is left as it is."""
     var = copy.deepcopy(pipe.var)
-    places = {n: p for n, p in normed_inputs(var).items() if n != "head"}
+    folds = {name: fold for name, fold in var.folds().items() if name != "head"}
+    places = {name: fold for name, fold in folds.items() if isinstance(fold, NormFold)}
     inputs = inputs_of(pipe, list(places), samples)
     for name, place in places.items():
         block = GROUP if place.consumer.in_features % GROUP == 0 else None

@@ -67,7 +67,8 @@ def attention(rows: int, policy: Any, bits: int, theta: float | None, repeats: i
         def native(part: Tensor = part, start: int = start, end: int = end) -> None:
             cache.length = start
             options = {"query_bias_C": bias, "value_bias_C": bias, "query_factor_H": factor}
-            attend(scheme, part, cache, [(slice(0, end - start), end, 0)], theta=theta, **options)
+            span = (slice(0, end - start), tuple(e for e in ends if e <= end))
+            attend(scheme, part, cache, [span], theta=theta, **options)
 
         def sdpa(q: Tensor = q, end: int = end) -> Tensor:
             k, v = keys[:, :, :end], values[:, :, :end]

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from proof import HERE, held_out
 from proof_report import DOCS, replace
-from torch import Tensor, nn
+from torch import Tensor
 
 import varptq
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import Mix
+from varptq.models.reading import listening, read
+from varptq.models.seams import Mix, Span
 from varptq.quant.config import TensorSpec
 from varptq.quant.probability import probability_fake, row_max
 
@@ -94,21 +95,15 @@ def random_attention(keys: int, scale: float, offset: float) -> dict[str, Any]:
 @torch.no_grad()
 def demo_attention(pipe: Pipeline) -> list[dict[str, Any]]:
     """One entry per scale, all blocks and heads together."""
-    test, scales = held_out(pipe), pipe.scales
-    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(scales.num_scales)]
+    test = held_out(pipe)
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(pipe.scales.num_scales)]
 
-    def keep(_: nn.Module, operands: tuple[Tensor, Tensor]) -> None:
-        seen[scales.ends.index(operands[1].shape[-2])].append(operands)
+    def keep(_: int, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> None:
+        seen[span.scale].append((p_BHlL, v_BHLc))
 
-    handles = [
-        m.register_forward_pre_hook(keep)  # pyright: ignore[reportArgumentType]
-        for m in pipe.var.modules()
-        if isinstance(m, Mix)
-    ]
-    inputs = pipe.vae.teacher_inputs(test.ids_NL[:IMAGES]).repeat(2, 1, 1)
-    pipe.var(pipe.guidance_rows(test.labels_N[:IMAGES]), inputs)
-    for handle in handles:
-        handle.remove()
+    mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
+    with listening(dict(enumerate(mixes)), keep):
+        read(pipe, test.labels_N[:IMAGES], test.ids_NL[:IMAGES])
     return [judge(*(torch.cat(part) for part in zip(*pairs, strict=True))) for pairs in seen]
 
 

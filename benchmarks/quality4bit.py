@@ -38,13 +38,14 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import InputError, VarptqError
 from varptq.evaluate.frechet import Gaussian, frechet_distance
-from varptq.evaluate.tokens import kl_divergence
-from varptq.models.generate import generate, teacher_forced_guided
+from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
+from varptq.models.reading import guided_logits, kl_divergence
+from varptq.models.seams import NormFold, ValueFold
 from varptq.models.var import VAR
 from varptq.quant.config import InputTransform, LayerRule, QuantConfig, TensorSpec
 from varptq.quant.convert import bops_account
-from varptq.quant.folds import attentions, normed_inputs, scale_input, scale_values, shift_input
+from varptq.quant.folds import scale_input, scale_values, shift_input
 from varptq.quant.presets import FC2
 
 RESULTS = Path(__file__).parent / "results" / "quality4bit.jsonl"
@@ -90,8 +91,9 @@ def with_outliers(pipe: Pipeline, seed: int = 0) -> Pipeline:
     def factors() -> Tensor:
         return (SIGMA * torch.randn(width, generator=generator)).exp()
 
-    for name, place in normed_inputs(var).items():
-        if name == "head":
+    folds = var.folds()
+    for place in (fold for fold in folds.values() if isinstance(fold, NormFold)):
+        if place.consumer is var.head:
             continue
         d_C, offset_C = factors(), torch.zeros(width)
         chosen = torch.randperm(width, generator=generator)[: max(1, int(OFFSET_SHARE * width))]
@@ -100,8 +102,8 @@ def with_outliers(pipe: Pipeline, seed: int = 0) -> Pipeline:
         )
         scale_input(place, d_C)
         shift_input(place, offset_C)
-    for attention in attentions(var).values():
-        scale_values(attention, factors())
+    for place in (fold for fold in folds.values() if isinstance(fold, ValueFold)):
+        scale_values(place, factors())
     return replace(pipe, var=var)
 
 
@@ -131,7 +133,7 @@ class Judge:
         for labels, ids in zip(
             self.test.labels_N.split(16), self.test.ids_NL.split(16), strict=True
         ):
-            parts.append([x for _, x in teacher_forced_guided(pipe, labels, ids, CFG)])
+            parts.append([x for _, x in guided_logits(pipe, labels, ids, CFG)])
         return [torch.cat(scale) for scale in zip(*parts, strict=True)]
 
     def kl(self, pipe: Pipeline) -> dict[str, Any]:

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varptq.models.blocks import Attention
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import Sampler
-from varptq.models.var import VAR, Attention, Condition
+from varptq.models.seams import Stage
+from varptq.models.var import VAR, Condition
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, release_float_weights
 from varptq.quant.layers import QuantLinear
@@ -84,14 +86,13 @@ class CompiledLinear(nn.Module):
 class EveryScale(VAR):
     """AdaLN computed anew at every scale, as upstream's blocks do."""
 
-    def step(self, x_BlC: Tensor, condition: Condition, scale: int, cache: Any) -> Tensor:
-        if scale:
-            condition = self.condition(self._labels)
-        return super().step(x_BlC, condition, scale, cache)
+    def stages(self, condition: Condition) -> list[Stage]:
+        fresh = super().stages
 
-    def condition(self, labels_B: Tensor) -> Condition:
-        self._labels = labels_B
-        return super().condition(labels_B)
+        def again(index: int) -> Callable[..., Tensor]:
+            return lambda *call: fresh(condition)[index].run(*call)
+
+        return [stage._replace(run=again(i)) for i, stage in enumerate(fresh(condition))]
 
 
 class TimedSampler:

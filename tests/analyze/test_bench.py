@@ -16,7 +16,7 @@ from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import InputError
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import Mix
+from varptq.models.seams import Mix
 from varptq.quant.config import QuantConfig, TensorSpec
 from varptq.quant.convert import convert, set_theta
 from varptq.quant.pipeline import QuantizedPipeline

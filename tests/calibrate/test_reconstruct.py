@@ -26,7 +26,8 @@ from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, spans_of
+from varptq.models.seams import spans_of
+from varptq.models.var import VAR
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_linears, set_theta
 from varptq.quant.layers import LearnedRounding

@@ -16,8 +16,9 @@ from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.smoothing import diagonal, smoothed
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
+from varptq.models.seams import NormFold
 from varptq.quant.config import LayerRule, QuantConfig
-from varptq.quant.folds import attentions, normed_inputs, scale_input, scale_values
+from varptq.quant.folds import scale_input, scale_values
 
 CONFIG = CalibrationConfig(num_samples=6, steps=0)
 W4A4 = QuantConfig.preset("w4a4")
@@ -39,10 +40,8 @@ def uneven(pipe: Pipeline, sigma: float = 1.5) -> Pipeline:
     def factors() -> Tensor:
         return (sigma * torch.randn(var.arch.width, generator=generator)).exp()
 
-    for place in normed_inputs(var).values():
-        scale_input(place, factors())
-    for attention in attentions(var).values():
-        scale_values(attention, factors())
+    for place in var.folds().values():
+        (scale_input if isinstance(place, NormFold) else scale_values)(place, factors())
     return replace(pipe, var=var)
 
 

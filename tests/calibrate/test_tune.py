@@ -17,8 +17,7 @@ from varptq.calibrate.methods import quantize
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.tune import (
     TUNED,
-    kl_divergence,
-    log_probabilities,
+    all_logits,
     mean_kl,
     put,
     tune,
@@ -27,6 +26,7 @@ from varptq.calibrate.tune import (
 from varptq.errors import ConfigError
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
+from varptq.models.reading import kl_divergence
 from varptq.models.var import VAR
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_linears
@@ -100,7 +100,7 @@ def test_the_gate_sees_images_that_tuning_does_not(
     tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Tensor]] = {"gate": [], "steps": []}
-    mean, probabilities = tuning.mean_kl, tuning.log_probabilities
+    mean, logits = tuning.mean_kl, tuning.all_logits
 
     def gate(pipe: Pipeline, student: Pipeline, images: CalibrationSet, *rest: object) -> float:
         seen["gate"] += list(images.ids_NL)
@@ -109,10 +109,10 @@ def test_the_gate_sees_images_that_tuning_does_not(
     def step(pipe: Pipeline, labels: Tensor, ids: Tensor, cfg: float) -> Tensor:
         if torch.is_grad_enabled():
             seen["steps"] += list(ids)
-        return probabilities(pipe, labels, ids, cfg)
+        return logits(pipe, labels, ids, cfg)
 
     monkeypatch.setattr(tuning, "mean_kl", gate)
-    monkeypatch.setattr(tuning, "log_probabilities", step)
+    monkeypatch.setattr(tuning, "all_logits", step)
     tune(tiny, convert(tiny.var, W4A4), CONFIG.replace(tune_steps=2), 0)
     assert len(seen["gate"]) == 2 * tuning.HELD_OUT and len(seen["steps"]) == 2 * tuning.BATCH
     keys = {name: {tuple(ids.tolist()) for ids in rows} for name, rows in seen.items()}
@@ -134,8 +134,8 @@ def test_the_gradient_of_a_scale_is_a_difference_quotient(tiny: Pipeline) -> Non
     images = calibration_set(tiny, CONFIG.replace(num_samples=2), seed=5, resampled=False)
 
     def loss() -> Tensor:
-        pair = (log_probabilities(p, images.labels_N, images.ids_NL, 1.5) for p in (tiny, student))
-        return kl_divergence(*pair).mean()
+        pair = (all_logits(p, images.labels_N, images.ids_NL, 1.5) for p in (tiny, student))
+        return kl_divergence(*pair, torch.float32).mean()
 
     change = layer.start_tuning().change
     loss().backward()

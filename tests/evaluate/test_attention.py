@@ -12,6 +12,7 @@ from var_oracle import both_rows, trace
 from varptq.evaluate.attention import Product, product_errors
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
+from varptq.models.seams import Span, spans_of
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_mixes, set_theta
 
@@ -23,15 +24,15 @@ def ids_of(pipe: Pipeline) -> Tensor:
     return torch.randint(0, 32, (len(LABELS), pipe.scales.num_tokens), generator=generator)
 
 
-def exact(p: Tensor, v: Tensor) -> Tensor:
+def exact(p: Tensor, v: Tensor, _: Span) -> Tensor:
     return p @ v
 
 
-def coarse(p: Tensor, v: Tensor) -> Tensor:
+def coarse(p: Tensor, v: Tensor, _: Span) -> Tensor:
     return (p * 8).round() / 8 @ v
 
 
-def shifted(p: Tensor, v: Tensor) -> Tensor:
+def shifted(p: Tensor, v: Tensor, _: Span) -> Tensor:
     return p @ (v + 0.01)
 
 
@@ -52,15 +53,15 @@ def brute_force(pipe: Pipeline, products: list[Product]) -> Tensor:
     found = trace(pipe.var, *both_rows(pipe, LABELS, ids_of(pipe)))
     errors = torch.zeros(len(products), pipe.scales.num_scales, dtype=torch.float64)
     for block, product in enumerate(products):
-        for scale, part in enumerate(pipe.scales.slices()):
+        for span, part in zip(spans_of(pipe.scales), pipe.scales.slices(), strict=True):
             wrong = size = 0.0
             for row in range(2 * len(LABELS)):
                 for head in range(pipe.var.arch.num_heads):
                     p = found.probabilities[block][row, head, part, : part.stop]
                     v = found.values[block][row, head, : part.stop]
-                    wrong += float((product(p, v) - p @ v).square().sum())
+                    wrong += float((product(p, v, span) - p @ v).square().sum())
                     size += float((p @ v).square().sum())
-            errors[block, scale] = wrong / size
+            errors[block, span.scale] = wrong / size
     return errors
 
 
@@ -92,7 +93,7 @@ def test_more_bits_and_more_copies_are_nearer(tiny: Pipeline) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_no_hook_stays_on_the_float_model(tiny: Pipeline, fails: bool) -> None:
-    def fail(p: Tensor, v: Tensor) -> Tensor:
+    def fail(p: Tensor, v: Tensor, _: Span) -> Tensor:
         raise RuntimeError("no product")
 
     products: list[Product] = [exact, fail if fails else exact]

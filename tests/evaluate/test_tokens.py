@@ -15,8 +15,9 @@ from torch import Tensor
 from varptq.errors import ConfigError, InputError
 from varptq.evaluate.paired import psnr, token_agreement
 from varptq.evaluate.tokens import filtered_kl_divergence, kl_divergence, token_fidelity
-from varptq.models.generate import generate, teacher_forced_guided
+from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
+from varptq.models.reading import guided_logits
 from varptq.models.scales import Scales
 from varptq.models.var import VAR, VARArch, randomize
 from varptq.models.vqvae import VQVAE, VQVAEArch
@@ -118,9 +119,7 @@ def test_means_over_scales_and_tokens(
     cfg, top_k, top_p = 2.0, 9, 0.8
     found = token_fidelity(*pair, labels, ids_BL, cfg, top_k, top_p)
     with torch.no_grad():
-        streams = [
-            list(teacher_forced_guided(pipe, torch.tensor(labels), ids_BL, cfg)) for pipe in pair
-        ]
+        streams = [list(guided_logits(pipe, torch.tensor(labels), ids_BL, cfg)) for pipe in pair]
     kl, filtered, same = [], [], []
     for (_, p_BlV), (_, q_BlV) in zip(*streams, strict=True):
         p, q = (x.flatten(0, 1).double().numpy() for x in (p_BlV, q_BlV))

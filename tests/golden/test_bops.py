@@ -10,7 +10,7 @@ import torch
 
 from varptq.calibrate.theta import AttentionMass, overhead_curve, search_theta
 from varptq.models.scales import Scales
-from varptq.quant.bops import BopsAccount, LayerShape, ProductShape, account, tokens_per_image
+from varptq.quant.bops import BopsAccount, LayerShape, ProductShape, account
 
 CURVE_TOLERANCE = 1e-5  # relative; the reference sums in float32
 PRODUCT_NAMES = {"matmul1": "query_key", "matmul2": "probability_value"}
@@ -31,6 +31,17 @@ def widths(setting: str) -> tuple[int, int]:
     return int(weight), int(activation)
 
 
+def kind_of(name: str) -> str:
+    return [word for word in name.split(".") if not word.isdigit()][-1]
+
+
+def tokens(name: str, scales: Scales) -> int:
+    """Tokens of an image that go through the released model's Linear of that name."""
+    if kind_of(name) in ("ada_lin", "shared_ada_lin"):
+        return scales.num_scales
+    return scales.num_tokens - (scales.lengths[0] if name == "word_embed" else 0)
+
+
 def our_account(golden, data, setting: str) -> BopsAccount:
     """The account of the golden model; sizes come from its float weights."""
     weights = golden.weights(str(golden.npz("e_resampling.npz")["var_file"]))
@@ -46,7 +57,7 @@ def our_account(golden, data, setting: str) -> BopsAccount:
             )
         elif not name.endswith("matmul2"):
             out, in_ = weights[f"{name}.weight"].shape
-            layers.append(LayerShape(name, out, in_, tokens_per_image(name, scales), w, a))
+            layers.append(LayerShape(name, kind_of(name), out, in_, tokens(name, scales), w, a))
     return account(layers, products, scales)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from golden.conftest import Golden
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline, load_model
-from varptq.quant.bops import layer_kind
+from varptq.models.seams import Span
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_linears, set_theta
 from varptq.quant.layers import QuantLinear
@@ -114,14 +114,16 @@ def run_op(model: torch.nn.Module, name: str, data: dict[str, np.ndarray], key: 
     parent = name.rpartition(".")[0]
     if name.endswith("matmul1"):
         q, kT = torch.from_numpy(data[key + ".A"]), torch.from_numpy(data[key + ".B"])
-        return model.get_submodule(f"{parent}.scores")(q, kT.transpose(-1, -2).contiguous())
+        k, span = kT.transpose(-1, -2).contiguous(), Span(slice(0, q.shape[2]), (kT.shape[-1],))
+        return model.get_submodule(f"{parent}.scores")(q, k, span)
     if name.endswith("matmul2"):
         mix = model.get_submodule(f"{parent}.mix")
-        return mix(torch.from_numpy(data[key + ".A"]), torch.from_numpy(data[key + ".B"]))
+        p, v = torch.from_numpy(data[key + ".A"]), torch.from_numpy(data[key + ".B"])
+        return mix(p, v, Span(slice(0, p.shape[2]), (v.shape[2],)))
     layer = model.get_submodule(name)
     assert isinstance(layer, QuantLinear)
     out = layer(torch.from_numpy(data[key + ".in"]))
-    if layer_kind(name) == "mat_qkv":
+    if name.endswith("mat_qkv"):
         attn = model.get_submodule(parent)
         out = out + torch.cat((attn.q_bias, attn.zero_k_bias, attn.v_bias))
     return out

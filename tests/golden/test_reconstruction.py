@@ -12,7 +12,7 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.reconstruct import evaluate, train_step, unit_loss
 from varptq.calibrate.record import Unit, scale_weights
 from varptq.models.pipeline import Pipeline, load_model
-from varptq.models.var import spans_of
+from varptq.models.seams import spans_of
 from varptq.quant import adaround
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_linears, set_theta

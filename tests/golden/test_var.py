@@ -11,8 +11,9 @@ from torch import Tensor
 from golden.conftest import Golden
 from golden.recipe import recipe_state
 from varptq.models import checkpoint
-from varptq.models.generate import ScaleEvent, generate, teacher_forced_guided
+from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline, load_model
+from varptq.models.reading import guided_logits
 from varptq.models.var import VAR
 
 # Float summation order is all that may differ (golden README, "Tolerances").
@@ -93,7 +94,7 @@ def test_both_ways_through_the_transformer_agree(golden: Golden, a_file: str) ->
     pipe = load(golden, data)
     labels, ids = torch.from_numpy(data["labels"]), torch.from_numpy(data["ids"])
     cfg = float(data["cfg_values"][0])
-    parts = [logits for _, logits in teacher_forced_guided(pipe, labels, ids, cfg)]
+    parts = [logits for _, logits in guided_logits(pipe, labels, ids, cfg)]
     assert error(torch.cat(parts, dim=1), data["guided_logits_0"]) <= GUIDED
 
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from varptq.errors import ConfigError, InputError, VarptqError
-from varptq.models.generate import ScaleEvent, generate, teacher_forced_guided
+from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
+from varptq.models.reading import guided_logits
 from varptq.models.sampling import filter_logits, gumbel_noise, image_randoms, smooth_embedding
 from varptq.models.scales import Scales
-from varptq.models.var import LayerCache
+from varptq.models.seams import LayerCache
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
@@ -168,9 +169,7 @@ def test_top_k_one_is_greedy_whatever_the_noise(tiny: Pipeline) -> None:
     first = tokens(tiny, top_k=1, seed=0)
     for options in (dict(seed=1), dict(temperature=50.0), dict(first_index=9)):
         assert torch.equal(tokens(tiny, top_k=1, **options), first)
-    logits = torch.cat(
-        [x for _, x in teacher_forced_guided(tiny, torch.tensor(LABELS), first, 1.5)], 1
-    )
+    logits = torch.cat([x for _, x in guided_logits(tiny, torch.tensor(LABELS), first, 1.5)], 1)
     assert torch.equal(logits.argmax(-1), first)
 
 
@@ -206,7 +205,7 @@ def test_on_scale_sees_filtered_logits_ids_and_the_sum(tiny: Pipeline) -> None:
 def test_teacher_forced_logits_are_those_of_generation(any_tiny: Pipeline) -> None:
     events: list[ScaleEvent] = []
     ids = tokens(any_tiny, cfg=4.0, top_k=0, top_p=0, on_scale=events.append)
-    parts = list(teacher_forced_guided(any_tiny, torch.tensor(LABELS), ids, 4.0))
+    parts = list(guided_logits(any_tiny, torch.tensor(LABELS), ids, 4.0))
     assert [scale for scale, _ in parts] == [0, 1, 2]
     for event, (_, logits) in zip(events, parts, strict=True):
         torch.testing.assert_close(event.logits_BlV, logits, rtol=0, atol=10 * LOGITS)

@@ -13,7 +13,8 @@ from torch import Tensor
 from var_oracle import trace
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, LayerCache, randomize, spans_of
+from varptq.models.seams import LayerCache, run_stages, spans_of
+from varptq.models.var import VAR, randomize
 
 # float32 against float64: the models are two blocks deep, logits are of the order of 10.
 LOGITS = 1e-4
@@ -103,14 +104,16 @@ def test_scale_by_scale_equals_one_pass(
     labels, inputs = torch.arange(batch), inputs_of(pipe, batch).double()
     whole = var(labels, inputs)
     condition, cache = var.condition(labels), var.new_cache(batch)
+    stages = var.stages(condition)
     for scale, part in enumerate(scales.slices()):
+        spans = spans_of(scales, scale, scale + 1)
         if scale == 0:
-            x = var.embed_first(condition.class_BC)
+            x = var.embed_first(condition)
         else:
             first = scales.lengths[0]
             own = inputs[:, part.start - first : part.stop - first]
-            x = var.embed_inputs(own, spans_of(scales, scale, scale + 1))
-        logits = var.step(x, condition, scale, cache)
+            x = var.embed_inputs(own, spans)
+        logits = run_stages(stages, x, spans, cache)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, whole[:, part], rtol=1e-6, atol=1e-6)
 

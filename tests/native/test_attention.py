@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
-from varptq.models.var import Span
+from varptq.models.seams import Span
 from varptq.native import binding
 from varptq.quant.affine import affine_codes, affine_grid
 from varptq.quant.attention import QuantMix, QuantScores, segment_grid
@@ -38,7 +38,7 @@ ENDS = (1, 4, 9, 46)  # scales of 1, 3, 5 and 37 tokens
 TIE_WIDTH = 1e-3
 # Sums of 46 terms of float32 in another order.
 ROUNDING = 2e-6
-SPANS = [Span(slice(a, b), b, i) for i, (a, b) in enumerate(pairwise((0, *ENDS)))]
+SPANS = [Span(slice(a, b), ENDS[: i + 1]) for i, (a, b) in enumerate(pairwise((0, *ENDS)))]
 
 
 class Case:
@@ -142,7 +142,7 @@ def test_scores_and_outputs_are_the_integers_of_the_codes(
     k = t.key_codes.long() - t.key_zero[..., None]
     exact = (q @ k.transpose(-1, -2)).float()
     scores = exact * (t.query_scale[..., None] * t.key_scale[..., None, :])
-    for index, (queries, keys, _) in enumerate(SPANS):
+    for index, (queries, (*_, keys)) in enumerate(SPANS):
         seen = t.scores[:, :, queries, :keys]
         assert torch.equal(seen, scores[:, :, queries, :keys])
         p = t.probability_codes[:, :, queries, :keys].long()
@@ -218,7 +218,7 @@ def test_probabilities_and_orders_follow_the_scores(changes: dict[str, Any]) -> 
     _, t = case.traced()
     s = case.scheme
     moved = 0
-    for index, (queries, keys, _) in enumerate(SPANS):
+    for index, (queries, (*_, keys)) in enumerate(SPANS):
         p = t.scores[:, :, queries, :keys].softmax(-1)
         order = t.orders[index, ..., :keys]
         if case.theta is not None:
@@ -248,12 +248,13 @@ def test_the_simulated_modules_agree(changes: dict[str, Any]) -> None:
     case = Case(**changes)
     out = case.forced()
     spec = case.spec()
-    scores, mix = QuantScores(spec, "attn"), QuantMix(spec, "attn", ENDS)
+    scores, mix = QuantScores(spec, "attn"), QuantMix(spec, "attn")
     mix.theta = case.theta
     q, k, v = case.operands()
-    for queries, keys, _ in SPANS:
-        p = scores(q[:, :, queries], k[:, :, :keys]).softmax(-1)
-        want = mix(p, v[:, :, :keys]).transpose(1, 2).flatten(2)
+    for span in SPANS:
+        queries, keys = span.queries, span.keys
+        p = scores(q[:, :, queries], k[:, :, :keys], span).softmax(-1)
+        want = mix(p, v[:, :, :keys], span).transpose(1, 2).flatten(2)
         # A tie that falls the other way moves an output by a step of p times a step of v.
         error = (out[:, queries] - want).norm() / want.norm()
         assert error < 1e-3, (queries, error)
@@ -280,9 +281,9 @@ def test_bits_do_not_depend_on_batch_threads_or_steps(
     try:
         assert torch.equal(case.forced(), want)
         cache = attention.AttentionCache(case.scheme, rows)
-        for queries, keys, scale in SPANS:
+        for queries, ends in SPANS:
             step = case.qkv[:, queries]
-            span = [Span(slice(0, step.shape[1]), keys, scale)]
+            span = [Span(slice(0, step.shape[1]), ends)]
             assert torch.equal(case.run(step, cache, span), want[:, queries])
     finally:
         torch.set_num_threads(before)
@@ -320,7 +321,7 @@ def test_extremes_of_codes_do_not_overflow(isa: str) -> None:
     out, t = case.traced()
     assert t.scores.abs().max() == 255 * 255 * 128 * t.query_scale[0, 0, 0] * t.key_scale[0, 0, 0]
     q, k, v = case.operands()
-    for queries, keys, _ in SPANS:
+    for queries, (*_, keys) in SPANS:
         p = (q[:, :, queries] @ k[:, :, :keys].transpose(-1, -2)).softmax(-1)
         want = (p @ v[:, :, :keys]).transpose(1, 2).flatten(2)
         torch.testing.assert_close(out[:, queries], want, rtol=1e-3, atol=0.02)

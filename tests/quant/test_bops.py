@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from varptq.models.scales import Scales
-from varptq.quant.bops import LayerShape, ProductShape, account, layer_kind, tokens_per_image
+from varptq.models.var import VAR, VARArch
+from varptq.quant.bops import LayerShape, ProductShape, account
+from varptq.quant.convert import describe_linears
 
 BITS = st.one_of(st.none(), st.integers(2, 8))
 
@@ -39,34 +42,31 @@ def test_operands_of_the_products_are_not_mixed_up():
 
 @given(st.integers(1, 130), st.integers(1, 130), st.integers(1, 680), BITS, BITS)
 def test_linear(out, in_, tokens, weight, input_):
-    ours = account([LayerShape("head", out, in_, tokens, weight, input_)], [], Scales((1, 2)))
+    layer = LayerShape("head", "head", out, in_, tokens, weight, input_)
+    ours = account([layer], [], Scales((1, 2)))
     assert ours.total == out * in_ * tokens * (weight or 16) * (input_ or 16)
     assert ours.float_total == out * in_ * tokens * 256
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "tokens"),
-    [
-        ("word_embed", "word_embed", 13),
-        ("blocks.11.ada_lin.1", "ada_lin", 3),
-        ("shared_ada_lin.1", "shared_ada_lin", 3),
-        ("head_nm.ada_lin.1", "ada_lin", 3),
-        ("blocks.0.attn.mat_qkv", "mat_qkv", 14),
-        ("head", "head", 14),
-    ],
-)
-def test_tokens_and_kinds(name, kind, tokens):
-    assert layer_kind(name) == kind
-    assert tokens_per_image(name, Scales((1, 2, 3))) == tokens
-
-
-def test_equal_sides_are_counted_once_each():
-    """The released code collects token counts in a set, where equal sides collapse; ours sums."""
-    assert tokens_per_image("head", Scales((1, 2, 2))) == 9
+@pytest.mark.parametrize("shared", [True, False])
+def test_tokens_and_kinds(shared):
+    """What the Linears of the model say of themselves; equal sides are counted once each, which the
+    released code, collecting token counts in a set, does not."""
+    with torch.device("meta"):
+        var = VAR(VARArch(3, 2, 8, 2, Scales((1, 2, 2)), 11, 5, True, shared))
+    found = {
+        layer.name: (layer.kind, layer.tokens_per_image) for layer in describe_linears(var, None)
+    }
+    block = {"attn.mat_qkv": "mat_qkv", "attn.proj": "proj", "ffn.fc1": "fc1", "ffn.fc2": "fc2"}
+    blocks = {f"blocks.{i}.{name}": (kind, 9) for i in (0, 1) for name, kind in block.items()}
+    own = {f"blocks.{i}.ada_lin.1": ("ada_lin", 3) for i in (0, 1)}
+    ada = {"shared_ada_lin.1": ("shared_ada_lin", 3)} if shared else own
+    ada["head_nm.ada_lin.1"] = ("ada_lin", 3)
+    assert found == {"word_embed": ("word_embed", 8), **blocks, **ada, "head": ("head", 9)}
 
 
 def test_account_as_a_document():
-    layers = [LayerShape(f"blocks.{i}.ffn.fc1", 4, 8, 5, 4, 8) for i in range(2)]
+    layers = [LayerShape(f"blocks.{i}.ffn.fc1", "fc1", 4, 8, 5, 4, 8) for i in range(2)]
     ours = account(layers, [ProductShape("blocks.0.attn", 2, 64, 8, 8, 8, 8)], Scales((1, 2)))
     assert list(ours.by_kind()) == ["fc1", "query_key", "probability_value"]
     assert ours.by_kind()["fc1"] == 2 * 4 * 8 * 5 * 32

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from varptq.models.pipeline import Pipeline, build_model
-from varptq.models.var import VAR, Mix, Scores
+from varptq.models.seams import Mix, Scores
+from varptq.models.var import VAR
 from varptq.quant.attention import QuantMix, QuantScores
 from varptq.quant.config import LayerRule, QuantConfig
 from varptq.quant.convert import (

@@ -11,15 +11,9 @@ from torch import Tensor
 
 from varptq.models.checkpoint import VARArch
 from varptq.models.scales import Scales
+from varptq.models.seams import NormFold, ValueFold
 from varptq.models.var import VAR
-from varptq.quant.folds import (
-    attentions,
-    foldable_inputs,
-    normed_inputs,
-    scale_input,
-    scale_values,
-    shift_input,
-)
+from varptq.quant.folds import scale_input, scale_values, shift_input
 
 WIDTH = 24
 # Of a few thousand float64 roundings at magnitude 1.
@@ -47,6 +41,10 @@ def logits(var: VAR) -> Tensor:
         return var(torch.tensor([0, 3]), inputs)
 
 
+def normed_inputs(var: VAR) -> dict[str, NormFold]:
+    return {name: fold for name, fold in var.folds().items() if isinstance(fold, NormFold)}
+
+
 def factors(seed: int) -> Tensor:
     """Log-normal, so that they range over a factor of a hundred."""
     return noise(WIDTH, seed=seed).exp()
@@ -63,8 +61,9 @@ def shift_all(var: VAR) -> None:
 
 
 def scale_all_values(var: VAR) -> None:
-    for seed, attention in enumerate(attentions(var).values()):
-        scale_values(attention, factors(seed))
+    mixed = (fold for fold in var.folds().values() if isinstance(fold, ValueFold))
+    for seed, place in enumerate(mixed):
+        scale_values(place, factors(seed))
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
@@ -102,13 +101,30 @@ def test_the_input_of_the_layer_changes_as_said(fold: str) -> None:
 def test_a_shared_adaln_layer_takes_nothing() -> None:
     var = model(shared=True)
     assert set(normed_inputs(var)) == {"head"}
-    assert foldable_inputs(var.arch) == ["blocks.0.attn.proj", "blocks.1.attn.proj", "head"]
+    assert list(var.folds()) == ["blocks.0.attn.proj", "blocks.1.attn.proj", "head"]
     before = logits(var)
     scale_all(var), scale_all_values(var)
     torch.testing.assert_close(logits(var), before, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_names_of_foldable_inputs_are_those_of_the_modules() -> None:
+def test_folds_are_named_after_their_linears() -> None:
     var = model()
-    named = {*normed_inputs(var), *(f"{name}.proj" for name in attentions(var))}
-    assert sorted(foldable_inputs(var.arch)) == sorted(named)
+    folds = var.folds()
+    assert all(var.get_submodule(name) is fold.consumer for name, fold in folds.items())
+    block = [f"blocks.0.{name}" for name in ("attn.mat_qkv", "ffn.fc1", "attn.proj")]
+    assert [*folds][:3] == block and [*folds][-1] == "head" and len(folds) == 7
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_feed_hands_its_output_to_that_linear_alone(shared: bool) -> None:
+    var, heard = model(shared=shared), {}
+    for linear, source in var.feeds().items():
+        made = heard.setdefault(linear, {})
+        var.get_submodule(source).register_forward_hook(
+            lambda _, __, output, made=made: made.update(made=output)
+        )
+        var.get_submodule(linear).register_forward_pre_hook(
+            lambda _, arguments, made=made: made.update(read=arguments[0])
+        )
+    logits(var)
+    assert len(heard) == 7 and all(made["made"] is made["read"] for made in heard.values())

@@ -9,16 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from varptq.errors import ConfigError, NonFiniteError
+from varptq.models.blocks import Attention
 from varptq.models.scales import Scales
-from varptq.models.var import (
-    VAR,
-    Attention,
-    LayerCache,
-    TokenLinear,
-    VARArch,
-    randomize,
-    spans_of,
-)
+from varptq.models.seams import LayerCache, Span, TokenLinear, spans_of
+from varptq.models.var import VAR, VARArch, randomize
 from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
 from varptq.quant.convert import convert, quant_linears, quant_mixes, set_theta
 from varptq.quant.layers import QuantLinear
@@ -74,10 +68,10 @@ def test_copies_bring_the_product_closer(var: VAR) -> None:
     model = convert(var, QuantConfig.preset("w4a4+paper"))
     mix = quant_mixes(model)[0]
     p, v = noise(1, 2, 4, 5).mul(3).softmax(-1), noise(1, 2, 5, 64, seed=1)
-    errors = []
+    errors, span = [], Span(slice(0, 4), (5,))
     for theta in (None, 0.5, 0.05, 1e-6):
         mix.theta = theta
-        errors.append(float((mix.fake_value(p, v) - v).square().mean()))
+        errors.append(float((mix.fake_value(p, v, span) - v).square().mean()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] / 30
 
 

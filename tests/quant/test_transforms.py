@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from varptq.errors import ConfigError
 from varptq.models.scales import Scales
-from varptq.models.var import TokenLinear, spans_of
+from varptq.models.seams import TokenLinear, spans_of
 from varptq.quant.affine import affine_codes, affine_grid, affine_values, to_groups
 from varptq.quant.config import InputTransform, LinearSpec, QuantConfig, TensorSpec
 from varptq.quant.layers import QuantLinear
@@ -73,7 +73,7 @@ def test_rotation_is_the_same_for_every_batch_and_in_bfloat16() -> None:
 
 def float_layer(transform: InputTransform, seed: int = 0) -> tuple[nn.Linear, QuantLinear]:
     """A layer whose weight and input stay in float, so that only its transform is left."""
-    linear = TokenLinear(192, 7)
+    linear = TokenLinear(192, 7, kind="fc1")
     linear.weight.data, linear.bias.data = noise(7, 192, seed=seed), noise(7, seed=seed + 1)
     spec = LinearSpec(weight=None, input=None, input_transform=transform)
     return linear, QuantLinear(linear, spec, "layer", SCALES.num_scales)
@@ -104,7 +104,7 @@ def test_the_means_of_a_scale_reach_its_tokens_only() -> None:
 
 def test_centring_removes_the_error_of_a_shared_offset() -> None:
     """Offsets on a few channels cost range; without them the 4-bit error falls several times."""
-    linear = TokenLinear(128, 16)
+    linear = TokenLinear(128, 16, kind="fc1")
     x = noise(1, SCALES.num_tokens, 128).float()
     x[..., ::16] += 8.0
     spec = TensorSpec(num_bits=4, strategy="group", group_size=64)
@@ -168,7 +168,7 @@ def test_codes_of_an_input_are_those_of_its_steps(
     assert low <= float(codes.min()) and float(codes.max()) <= high
     transform = InputTransform(center=True, hadamard=block)
     linear = LinearSpec(weight=None, input=spec, input_transform=transform)
-    layer = QuantLinear(TokenLinear(192, 3), linear, "layer", 1)
+    layer = QuantLinear(TokenLinear(192, 3, kind="fc1"), linear, "layer", 1)
     values = decoded.flatten(2)
     for same in (x, x.clone().requires_grad_()):
         assert torch.equal(layer.fake_input(same, mean), values)

@@ -17,7 +17,7 @@ from varptq.errors import InputError
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.var import TokenLinear, spans_of
+from varptq.models.seams import TokenLinear, spans_of
 from varptq.native import binding
 from varptq.quant.convert import quant_linears
 from varptq.quant.pipeline import QuantizedPipeline

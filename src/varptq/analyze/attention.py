@@ -12,15 +12,15 @@ heads and queries. Nothing is quantized here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varptq.models.pipeline import Pipeline
+from varptq.models.reading import listening, read
 from varptq.models.scales import Scales
-from varptq.models.var import Mix
+from varptq.models.seams import Mix, Span
 
 NUM_BINS = 24
 
@@ -81,25 +81,13 @@ def attention_statistics(
     """Read labels_B (B,) and tokens ids_BL (B, L) through the float model and count."""
     mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
     statistics = AttentionStatistics(pipe.scales, len(mixes))
-    calls = [0] * len(mixes)
 
-    def listener(block: int) -> Callable[[nn.Module, tuple[Tensor, Tensor]], None]:
-        def listen(_: nn.Module, operands: tuple[Tensor, Tensor]) -> None:
-            statistics.add(block, calls[block] % pipe.scales.num_scales, operands[0])
-            calls[block] += 1
+    def add(block: int, p_BHlL: Tensor, _: Tensor, span: Span) -> None:
+        statistics.add(block, span.scale, p_BHlL)
 
-        return listen
-
-    handles = [mix.register_forward_pre_hook(listener(i)) for i, mix in enumerate(mixes)]
-    try:
+    with listening(dict(enumerate(mixes)), add):
         for labels_b, ids_bL in zip(
-            labels_B.to(pipe.device).split(batch_size),
-            ids_BL.to(pipe.device).split(batch_size),
-            strict=True,
+            labels_B.split(batch_size), ids_BL.split(batch_size), strict=True
         ):
-            rows = pipe.guidance_rows(labels_b)
-            pipe.var(rows, pipe.vae.teacher_inputs(ids_bL).repeat(2, 1, 1))
-    finally:
-        for handle in handles:
-            handle.remove()
+            read(pipe, labels_b, ids_bL)
     return statistics

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from varptq.calibrate.means import center_inputs
 from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import InputError
-from varptq.evaluate.tokens import DEFAULT_BATCH, kl_divergence
-from varptq.models.generate import teacher_forced_guided
+from varptq.evaluate.tokens import DEFAULT_BATCH
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR, Mix
-from varptq.quant.bops import layer_kind
+from varptq.models.reading import guided_logits, kl_divergence
+from varptq.models.seams import Mix, SeamLinear
+from varptq.models.transformer import Transformer
 from varptq.quant.config import (
     ATTENTION_OPERANDS,
     LINEAR_OPERANDS,
@@ -50,11 +50,11 @@ class Site(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is in any block: "fc2 input", "key"."""
+        """What it is in any block, "fc2 input", "key", or outside of them, "head weight"."""
         if self.operand in ATTENTION_OPERANDS:
             return self.operand
-        outer = "head_nm." if self.layer.startswith("head_nm.") else ""
-        return f"{outer}{layer_kind(self.layer)} {self.operand}"
+        words = [word for word in self.layer.split(".") if not word.isdigit()]
+        return f"{words[-1] if self.block is not None else '.'.join(words)} {self.operand}"
 
     @property
     def block(self) -> int | None:
@@ -74,11 +74,11 @@ class Divergence(NamedTuple):
         return {"kl": self.kl, "kl_per_scale": list(self.kl_per_scale)}
 
 
-def sites(var: VAR) -> list[Site]:
+def sites(var: Transformer) -> list[Site]:
     """Every tensor a config can quantize, in model order."""
     found: list[Site] = []
     for name, module in var.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, SeamLinear):
             found += [Site(name, operand) for operand in LINEAR_OPERANDS]
         elif isinstance(module, Mix):
             found += [Site(name.rpartition(".")[0], operand) for operand in ATTENTION_OPERANDS]
@@ -154,11 +154,11 @@ class Bench:
         self._float_logits = self._logits()
 
     @property
-    def var(self) -> VAR:
+    def var(self) -> Transformer:
         """The model as the last config left it."""
         return self._pipe.var
 
-    def configure(self, config: QuantConfig, theta: float | None = None) -> VAR:
+    def configure(self, config: QuantConfig, theta: float | None = None) -> Transformer:
         """Quantize as `config` says, with shift-and-sum at `theta`; returns the model.
 
         Means of centred inputs are those of the bench's own images. Raises `ConfigError` for a
@@ -196,7 +196,7 @@ class Bench:
             self.labels_B.split(self.batch_size), self.ids_BL.split(self.batch_size), strict=True
         )
         return [
-            [logits for _, logits in teacher_forced_guided(self._pipe, labels_b, ids_bL, self.cfg)]
+            [logits for _, logits in guided_logits(self._pipe, labels_b, ids_bL, self.cfg)]
             for labels_b, ids_bL in batches
         ]
 
@@ -204,6 +204,6 @@ class Bench:
 def _seam_spec(
     config: QuantConfig, name: str, module: nn.Module
 ) -> LinearSpec | AttentionSpec | None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, SeamLinear):
         return config.linear_for(name)
     return config.attention_for(name.rpartition(".")[0])

@@ -22,7 +22,7 @@ from varptq.evaluate.attention import product_errors
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
-from varptq.models.var import Mix
+from varptq.models.seams import Mix
 from varptq.progress import Progress, silent
 from varptq.quant.config import MAX_BITS, MIN_BITS, QuantConfig
 from varptq.settings import Settings

@@ -18,8 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from varptq.analyze.bench import (
     FLOAT,
     Bench,
@@ -34,10 +32,9 @@ from varptq.analyze.sensitivity import Sensitivity, spec_at
 from varptq.artifact.sizes import VAE, sizes, total
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR
 from varptq.progress import Progress, silent
 from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
-from varptq.quant.convert import bops_account, convert
+from varptq.quant.convert import bops_account, convert, float_layout
 
 GAINS, STEPS = "gains", "suggestion"
 KEPT_BITS = 8
@@ -70,8 +67,7 @@ class Prices:
     """What configs of one model cost: transformer bytes as an artifact stores them, and BOPs."""
 
     def __init__(self, pipe: Pipeline) -> None:
-        with torch.device("meta"):
-            meta = VAR(pipe.var.arch).to(pipe.dtype)
+        meta = float_layout(pipe.var).to(pipe.dtype)
         self._pipe = replace(pipe, var=meta)
         self._linears = [site.layer for site in sites(meta) if site.operand == "weight"]
         self._added: dict[tuple[str, LinearSpec], int] = {}

@@ -20,7 +20,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from varptq.models.var import VAR
+from varptq.models.transformer import Transformer
 from varptq.models.vqvae import VQVAE
 from varptq.quant.config import TensorSpec
 from varptq.quant.convert import quant_linears
@@ -52,12 +52,12 @@ class Slot(NamedTuple):
     dtypes: tuple[str, ...]
 
 
-def packed_linears(var: VAR) -> dict[str, QuantLinear]:
+def packed_linears(var: Transformer) -> dict[str, QuantLinear]:
     """The layers whose weight is codes, by name (some have a quantized input only)."""
     return {name: m for name, m in quant_linears(var).items() if m.spec.weight is not None}
 
 
-def slots(var: VAR, vae: VQVAE) -> dict[str, Slot]:
+def slots(var: Transformer, vae: VQVAE) -> dict[str, Slot]:
     """Every tensor of the artifact of this converted model, which may be on the meta device."""
     expected = {name: _plain_slot(tensor) for name, tensor in plain_tensors(var, vae).items()}
     for layer, linear in packed_linears(var).items():
@@ -66,7 +66,7 @@ def slots(var: VAR, vae: VQVAE) -> dict[str, Slot]:
     return expected
 
 
-def plain_tensors(var: VAR, vae: VQVAE) -> dict[str, Tensor]:
+def plain_tensors(var: Transformer, vae: VQVAE) -> dict[str, Tensor]:
     """What is stored as it is: the transformer less its codes and grids, and the whole VQVAE."""
     packed = {f"{layer}.{name}" for layer in packed_linears(var) for name in UNPACKED}
     tensors = {VAR_PREFIX + k: t for k, t in var.state_dict().items() if k not in packed}

@@ -45,6 +45,7 @@ from varptq.artifact.schema import (
 )
 from varptq.errors import ArtifactError, CheckpointError, ConfigError, InputError
 from varptq.models.state_file import file_sha256
+from varptq.models.transformer import Transformer
 from varptq.models.var import VAR
 from varptq.models.vqvae import VQVAE
 from varptq.quant.convert import convert, release_float_weights, set_theta
@@ -53,7 +54,7 @@ from varptq.quant.pipeline import QuantizedPipeline
 DAMAGED = "damaged or altered, copy the artifact again"
 # Of the image encoder, which making images does not need.
 ENCODER = (VAE_PREFIX + "encoder.", VAE_PREFIX + "quant_conv.")
-Adopt = Callable[[VAR, str], None]
+Adopt = Callable[[Transformer, str], None]
 
 
 def load(
@@ -174,7 +175,7 @@ class WithoutInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[VAR, VQVAE]:
+def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[Transformer, VQVAE]:
     """Both networks on the meta device, where tensors have shapes but no memory. Raises
     `ArtifactError`."""
     path = Path(folder) / CONFIG_FILE
@@ -237,7 +238,7 @@ def _check_header(path: Path, file: Any, expected: dict[str, Slot]) -> None:
 
 
 def _fill_plain(
-    var: VAR, vae: VQVAE, tensors: MappedTensors, path: Path, stay: tuple[str, ...]
+    var: Transformer, vae: VQVAE, tensors: MappedTensors, path: Path, stay: tuple[str, ...]
 ) -> None:
     """Check what is stored as it is and give it to the modules; names that begin with one of `stay`
     stay on the mapping."""
@@ -258,7 +259,9 @@ def _fill_plain(
         assert {name.rpartition(".")[2] for name in left.missing_keys} <= set(UNPACKED)
 
 
-def _fill_linears(var: VAR, tensors: MappedTensors, path: Path, adopt: Adopt | None) -> None:
+def _fill_linears(
+    var: Transformer, tensors: MappedTensors, path: Path, adopt: Adopt | None
+) -> None:
     """Check and unpack the codes of one layer after another."""
     layers = packed_linears(var)
     while layers:

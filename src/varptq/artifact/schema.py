@@ -20,7 +20,7 @@ from torch import nn
 from varptq.artifact.format import VAR_PREFIX, WEIGHTS_FILE
 from varptq.errors import InputError
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, VARArch
+from varptq.models.var import VARArch
 from varptq.models.vqvae import NORM_GROUPS, VQVAEArch
 from varptq.quant.config import QuantConfig, TensorSpec
 from varptq.quant.layers import QuantLinear
@@ -186,7 +186,7 @@ def plain(value: Any, what: str) -> Any:
     raise InputError(f"{what}: a {type(value).__name__} cannot be stored, expected plain values")
 
 
-def compressed_tensors_block(var: VAR) -> dict[str, Any]:
+def compressed_tensors_block(var: nn.Module) -> dict[str, Any]:
     """How a converted model's Linear layers are quantized, in the words of compressed-tensors.
 
     Layers that are treated alike form a group. What it has no word for (sign-split inputs,

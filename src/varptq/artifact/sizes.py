@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varptq.artifact.format import (
     PACKED,
@@ -22,9 +21,8 @@ from varptq.artifact.format import (
     plain_tensors,
 )
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR
-from varptq.quant.bops import layer_kind
-from varptq.quant.convert import convert
+from varptq.models.seams import SeamLinear
+from varptq.quant.convert import convert, float_layout
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 
@@ -73,19 +71,21 @@ class KindSize:
 def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
     """Size by kind, for a float or a quantized pipeline, in the order of `KINDS`.
 
-    A Linear's weight counts under the last word of its name, "float parts" are what is left of the
+    A Linear's weight counts under its kind, "float parts" are what is left of the
     transformer (biases, embeddings), "centring" are the means and bias rows that centred inputs
     add, "vae" is the VQVAE. Kinds that are absent are left out.
     """
     pipeline = as_stored(pipeline)
     found: dict[str, KindSize] = {}
+    layout = float_layout(pipeline.var).named_modules()
+    kinds = {name: seam.kind for name, seam in layout if isinstance(seam, SeamLinear)}
     weights: dict[str, str] = {}
-    for name, module in pipeline.var.named_modules():
+    for name, kind in kinds.items():
+        module = pipeline.var.get_submodule(name)
         if isinstance(module, QuantLinear) and module.spec.weight is not None:
-            kind = layer_kind(name)
             found[kind] = found.get(kind, KindSize()) + _packed_size(module)
-        elif isinstance(module, nn.Linear | QuantLinear):
-            weights[f"{VAR_PREFIX}{name}.weight"] = layer_kind(name)
+        else:
+            weights[f"{VAR_PREFIX}{name}.weight"] = kind
     for name, tensor in plain_tensors(pipeline.var, pipeline.vae).items():
         size = _plain_size(tensor)
         kind = VAE if name.startswith(VAE_PREFIX) else weights.get(name, FLOAT_PARTS)
@@ -101,8 +101,7 @@ def as_stored(pipeline: Pipeline) -> Pipeline:
     their codes, so the same layers are made without memory."""
     if not isinstance(pipeline, QuantizedPipeline) or pipeline.runtime == "simulated":
         return pipeline
-    with torch.device("meta"):
-        blank = VAR(pipeline.var.arch).to(pipeline.dtype)
+    blank = float_layout(pipeline.var).to(pipeline.dtype)
     return replace(pipeline, var=convert(blank, pipeline.config))
 
 

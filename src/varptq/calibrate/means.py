@@ -3,36 +3,42 @@
 
 One teacher-forced pass of the float model over the calibration set, conditional and unconditional
 rows alike: m_k is the mean over images and tokens of scale k. AdaLN layers see one vector per
-class; theirs is the mean over all classes.
+condition; theirs is the mean over all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from varptq.calibrate.record import ROWS_PER_BATCH
 from varptq.calibrate.samples import CalibrationSet
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR, Span, TokenLinear
+from varptq.models.reading import listening, read
+from varptq.models.seams import SeamLinear, Span
+from varptq.models.transformer import Transformer
 from varptq.quant.convert import quant_linears
 
 
 @torch.no_grad()
-def center_inputs(pipe: Pipeline, quantized: VAR, samples: CalibrationSet) -> int:
+def center_inputs(pipe: Pipeline, quantized: Transformer, samples: CalibrationSet) -> int:
     """Measure the means and set them in the layers of `quantized` that want them; how many did."""
     layers = {name: m for name, m in quant_linears(quantized).items() if m.centred}
-    tokens = {n: m for n, m in layers.items() if isinstance(pipe.var.get_submodule(n), TokenLinear)}
-    means = token_means(pipe, list(tokens), samples) if tokens else {}
-    classes = F.silu(pipe.var.class_emb.weight.float()).mean(0, keepdim=True)
+    seams = linears(pipe.var)
+    tokens = [name for name in layers if seams[name].reads == "tokens"]
+    means = token_means(pipe, tokens, samples) if tokens else {}
+    vectors = pipe.var.condition_vectors().mean(0, keepdim=True)
     for name, layer in layers.items():
-        layer.set_means(means.get(name, classes))
+        layer.set_means(means.get(name, vectors))
     return len(layers)
+
+
+def linears(transformer: Transformer) -> dict[str, SeamLinear]:
+    """The Linear seams of a float model by name."""
+    return {n: m for n, m in transformer.named_modules() if isinstance(m, SeamLinear)}
 
 
 def token_means(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> dict[str, Tensor]:
@@ -71,26 +77,15 @@ class Moments:
 
 def input_moments(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> dict[str, Moments]:
     """Moments of the inputs of the named layers, from one pass of the float model."""
-    widths = {n: m.in_features for n, m in pipe.var.named_modules() if isinstance(m, nn.Linear)}
-    found = {name: Moments.zeros(pipe.scales.num_scales, widths[name]) for name in names}
+    layers = {name: layer for name, layer in linears(pipe.var).items() if name in set(names)}
+    count = pipe.scales.num_scales
+    found = {name: Moments.zeros(count, layers[name].in_features) for name in names}
 
-    def listener(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, Sequence[Span]]], None]:
-        def add(_: nn.Module, arguments: tuple[Tensor, Sequence[Span]]) -> None:
-            x_BLi, spans = arguments
-            for span in spans:
-                moments.add(span.scale, x_BLi[:, span.queries])
+    def add(name: str, x_BLi: Tensor, spans: Sequence[Span]) -> None:
+        for span in spans:
+            found[name].add(span.scale, x_BLi[:, span.queries])
 
-        return add
-
-    with ExitStack() as stack:
-        for name, moments in found.items():
-            handle = pipe.var.get_submodule(name).register_forward_pre_hook(listener(moments))
-            stack.callback(handle.remove)
-        for ids, labels in zip(
-            samples.ids_NL.split(ROWS_PER_BATCH),
-            samples.labels_N.split(ROWS_PER_BATCH),
-            strict=True,
-        ):
-            rows = pipe.guidance_rows(labels)
-            pipe.var(rows, pipe.vae.teacher_inputs(ids).repeat(2, 1, 1))
+    with listening(layers, add):
+        for labels, ids in samples.batches(ROWS_PER_BATCH):
+            read(pipe, labels, ids)
     return found

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig, Rounding
 from varptq.calibrate.means import center_inputs
@@ -27,16 +26,12 @@ from varptq.calibrate.reconstruct import reconstruct, unit_layers
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.smoothing import smoothed
-from varptq.calibrate.theta import AttentionMass, search_theta
+from varptq.calibrate.theta import measure_attention, search_theta
 from varptq.calibrate.tune import check_tunable, put, tune
 from varptq.errors import ConfigError, InputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import networks_sha256
-from varptq.models.var import VAR, Mix
 from varptq.progress import Progress, silent
-from varptq.quant.affine import wide
-from varptq.quant.attention import QuantMix
-from varptq.quant.bops import FLOAT_BITS
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import (
     bops_account,
@@ -289,54 +284,3 @@ class _Run:
 
 def _unit_piece(name: str) -> str:
     return f"unit-{name}"
-
-
-@torch.no_grad()
-def measure_attention(
-    pipe: Pipeline, quantized: VAR, samples: CalibrationSet, count: int
-) -> list[AttentionMass]:
-    """Attention of the quantized model averaged over queries, per block and scale, on `count`
-    samples.
-
-    Rows are the conditional and unconditional ones; probabilities are taken before their
-    quantization.
-    """
-    rows = pipe.guidance_rows(samples.labels_N[:count])
-    inputs = pipe.vae.teacher_inputs(samples.ids_NL[:count]).repeat(2, 1, 1)
-    masses: list[AttentionMass] = []
-    lengths = pipe.scales.lengths
-
-    def listener(block: int, mix: QuantMix) -> Any:
-        seen = 0
-
-        def record(_: torch.nn.Module, operands: tuple[Tensor, Tensor]) -> None:
-            nonlocal seen
-            masses.append(_mass(block, seen % len(lengths), operands[0], mix, pipe))
-            seen += 1
-
-        return mix.register_forward_pre_hook(record)
-
-    handles = [
-        listener(block, mix)
-        for block, mix in enumerate(m for m in quantized.modules() if isinstance(m, Mix))
-        if isinstance(mix, QuantMix) and mix.spec.value is not None
-    ]
-    try:
-        quantized(rows, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return masses
-
-
-def _mass(block: int, scale: int, p_BHlL: Tensor, mix: QuantMix, pipe: Pipeline) -> AttentionMass:
-    value, probability = mix.spec.value, mix.spec.probability
-    return AttentionMass(
-        block=block,
-        scale=scale,
-        num_queries=p_BHlL.shape[-2],
-        abar_BHl=wide(p_BHlL).mean(dim=-2).cpu(),
-        head_dim=pipe.var.arch.head_width,
-        probability_bits=probability.num_bits if probability else FLOAT_BITS,
-        value_bits=value.num_bits if value else FLOAT_BITS,
-    )

@@ -1,8 +1,8 @@
 """Recording: one streaming pass that gives every unit its float inputs and targets.
 
-Activations entering block i + 1 are computed from those leaving block i, batch by batch, all K
+Activations entering stage i + 1 are computed from those leaving stage i, batch by batch, all K
 scales at once; no image is generated again. What is stored at any time is the residual stream plus
-input and output of one block's two units. Units see float inputs, so they do not depend on each
+inputs and outputs of one stage's units. Units see float inputs, so they do not depend on each
 other (paper: base pipeline; docs/method.md section 5).
 """
 
@@ -15,24 +15,21 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import NonFiniteError, OutputError
+from varptq.models.blocks import Attention
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import Block, Span, spans_of
+from varptq.models.reading import listening
+from varptq.models.seams import SeamLinear, Span, Stage, TokenLinear, spans_of
 
 ROWS_PER_BATCH = 8
-KINDS = ("attn", "ffn")
-RECORDED = ("attn.inputs", "attn.targets", "ffn.inputs", "ffn.targets")
-SHARED_ADALN, HEAD_ADALN = "shared_ada_lin.1", "head_nm.ada_lin.1"
-# A block's record per activation: residual in float32, two inputs and two targets in 4 or 2 bytes.
-FLOAT_BYTES, HALF_BYTES = 4 + 4 * 4, 4 + 4 * 2
+FLOAT_BYTES, HALF_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
@@ -71,17 +68,23 @@ class Storage:
     folder: Path | None
 
     @classmethod
-    def plan(cls, numel: int, config: CalibrationConfig, stack: ExitStack) -> Storage:
-        """float32 in memory if a block's record fits, else bfloat16, else memory-mapped files.
+    def plan(cls, numel: int, units: int, config: CalibrationConfig, stack: ExitStack) -> Storage:
+        """float32 in memory if a stage's record fits, else bfloat16, else memory-mapped files.
+
+        A record is the residual stream of `numel` numbers in float32, and inputs and targets of
+        `units` units as large.
 
         The temporary folder lives as long as `stack`. Raises `OutputError` where it cannot be made.
         """
         limit = config.memory_gb * 2**30
-        if numel * FLOAT_BYTES <= limit:
+        as_float, as_half = (
+            numel * (FLOAT_BYTES + 2 * units * width) for width in (FLOAT_BYTES, HALF_BYTES)
+        )
+        if as_float <= limit:
             return cls(torch.float32, None)
-        if numel * HALF_BYTES <= limit:
+        if as_half <= limit:
             return cls(torch.bfloat16, None)
-        return cls(torch.bfloat16, _spool(numel * HALF_BYTES, config.spool_dir, stack))
+        return cls(torch.bfloat16, _spool(as_half, config.spool_dir, stack))
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
@@ -116,7 +119,7 @@ def scale_weights(spans: list[Span]) -> Tensor:
 
 
 class Recorder:
-    """Walks the float model once and yields its units in model order.
+    """Walks the stages of the float model once and yields its units in model order.
 
     pipe: float pipeline; quantized: the converted transformer, whose modules are what units run.
     """
@@ -133,6 +136,12 @@ class Recorder:
         self.labels = pipe.guidance_rows(samples.labels_N)
         self.samples, self.num_rows = samples, len(self.labels)
         self.scales = pipe.scales
+        # Which units there are does not depend on the condition.
+        self.stages = self._stages(slice(0, 1))
+
+    @torch.no_grad()
+    def _stages(self, rows: slice) -> list[Stage]:
+        return self.var.stages(self.var.condition(self.labels[rows]))
 
     @property
     def num_units(self) -> int:
@@ -142,32 +151,22 @@ class Recorder:
     def costs(self) -> dict[str, float]:
         """Names of all units in model order, with the multiply-adds of the Linears and products of
         one row: what a step costs, up to a factor."""
-        tokens, width = self.scales.num_tokens, self.var.arch.width
-        products = {"attn": float(tokens * tokens * width)}
+        tokens = self.scales.num_tokens
 
-        def cost(name: str, positions: int) -> float:
-            weights = self.var.get_submodule(name).modules()
-            numel = sum(m.weight.numel() for m in weights if isinstance(m, nn.Linear))
-            return numel * positions + products.get(name.rpartition(".")[2], 0.0)
+        def cost(name: str) -> float:
+            modules = list(self.var.get_submodule(name).modules())
+            linears = [m for m in modules if isinstance(m, SeamLinear)]
+            positions = 1 if linears[0].reads == "condition" else tokens
+            products = sum(m.num_heads * m.head_width for m in modules if isinstance(m, Attention))
+            return sum(m.weight.numel() for m in linears) * positions + float(tokens**2 * products)
 
-        vectors = {name: cost(name, 1) for name in self._vector_names()}
-        found = {"word_embed": cost("word_embed", tokens)} if self.scales.num_scales > 1 else {}
-        found |= {name: vectors[name] for name in vectors if name == SHARED_ADALN}
-        for index in range(self.var.arch.depth):
-            block = f"blocks.{index}"
-            found |= {name: vectors[name] for name in vectors if name.startswith(f"{block}.")}
-            found |= {f"{block}.{kind}": cost(f"{block}.{kind}", tokens) for kind in KINDS}
-        return {**found, HEAD_ADALN: vectors[HEAD_ADALN], "head": cost("head", tokens)}
-
-    def _vector_names(self) -> list[str]:
-        """Units that see one vector per class."""
-        if self.var.arch.shared_adaln:
-            return [SHARED_ADALN, HEAD_ADALN]
-        blocks = [f"blocks.{index}.ada_lin.1" for index in range(self.var.arch.depth)]
-        return [*blocks, HEAD_ADALN]
+        names = [*self.var.input_units()]
+        for stage in self.stages:
+            names += [*stage.condition_units, *stage.token_units]
+        return {name: cost(name) for name in names}
 
     def units(self, wanted: Collection[str] | None = None) -> Generator[Unit]:
-        """Units as they become ready, or those named in `wanted` alone; storage of a block is
+        """Units as they become ready, or those named in `wanted` alone; storage of a stage is
         reused for the next, so use each before the next. The pass ends behind the last one."""
         names = list(self.costs())
         left = names if wanted is None else [name for name in names if name in set(wanted)]
@@ -179,44 +178,47 @@ class Recorder:
     def _walk(self, wanted: frozenset[str], reached: frozenset[str]) -> Iterator[Unit]:
         """All units up to the last of `reached`; only those of `wanted` are recorded."""
         with ExitStack() as stack:
-            numel = self.num_rows * self.scales.num_tokens * self.var.arch.width
-            storage = Storage.plan(numel, self.config, stack)
-            yield from self._word_embed()
-            if self.var.arch.shared_adaln:
-                yield self._vector_unit(SHARED_ADALN)
-            if not any(name.startswith(("blocks.", "head")) for name in reached):
+            yield from map(self._input_unit, self.var.input_units())
+            ends = [
+                index
+                for index, stage in enumerate(self.stages)
+                if reached.intersection((*stage.condition_units, *stage.token_units))
+            ]
+            if not ends:
                 return
+            most = max(len(s.token_units) for s in self.stages if s.token_units != (s.name,))
+            tokens = self.num_rows * self.scales.num_tokens
+            storage = Storage.plan(tokens * self.var.width, most, self.config, stack)
             residual = self._first_residual(storage)
-            block_storage = storage.empty("block", (len(RECORDED), *residual.shape))
-            records: dict[str, Tensor] = dict(zip(RECORDED, block_storage, strict=True))
-            for index, block in enumerate(self.var.blocks):
-                if not any(name.startswith((f"blocks.{index}.", "head")) for name in reached):
+            records = storage.empty("stage", (2 * most, *residual.shape))
+            for index in range(ends[-1] + 1):
+                stage = self.stages[index]
+                yield from map(self._vector_unit, stage.condition_units)
+                recorded = [name for name in stage.token_units if name in wanted]
+                if stage.token_units == (stage.name,):
+                    if recorded:
+                        yield self._last_unit(index, residual, records)
                     return
-                if not self.var.arch.shared_adaln:
-                    yield self._vector_unit(f"blocks.{index}.ada_lin.1")
-                kinds = [kind for kind in KINDS if f"blocks.{index}.{kind}" in wanted]
-                self._advance(index, cast(Block, block), residual, records, kinds)
-                for kind in kinds:
-                    yield self._block_unit(index, kind, records)
-            yield self._vector_unit(HEAD_ADALN)
-            if "head" in wanted:
-                yield self._head(residual, block_storage)
+                self._advance(index, residual, records, recorded)
+                for place, name in enumerate(recorded):
+                    inputs, targets = records[2 * place], records[2 * place + 1]
+                    yield self._unit(name, inputs, targets, spans_of(self.scales))
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, self.num_rows, ROWS_PER_BATCH):
             yield slice(start, min(start + ROWS_PER_BATCH, self.num_rows))
 
     @torch.no_grad()
-    def _word_embed(self) -> Iterator[Unit]:
-        if self.scales.num_scales == 1:
-            return
+    def _input_unit(self, name: str) -> Unit:
+        seam = self.var.get_submodule(name)
+        if not isinstance(seam, TokenLinear):
+            return self._vector_unit(name)
         inputs = self.pipe.vae.teacher_inputs(self.samples.ids_NL)
-        yield self._unit("word_embed", inputs.float(), None, spans_of(self.scales, first=1))
+        return self._unit(name, inputs.float(), None, spans_of(self.scales, seam.first_scale))
 
     def _vector_unit(self, name: str) -> Unit:
-        """An AdaLN layer: it sees one vector per class, so all classes are its calibration data."""
-        inputs = F.silu(self.var.class_emb.weight.detach().float())
-        return self._unit(name, inputs, None, None)
+        """An AdaLN layer: it sees one vector per condition, and all there are calibrate it."""
+        return self._unit(name, self.var.condition_vectors(), None, None)
 
     def _unit(
         self, name: str, inputs: Tensor, targets: Tensor | None, spans: list[Span] | None
@@ -233,78 +235,48 @@ class Recorder:
 
     @torch.no_grad()
     def _first_residual(self, storage: Storage) -> Tensor:
-        shape = (self.num_rows, self.scales.num_tokens, self.var.arch.width)
+        shape = (self.num_rows, self.scales.num_tokens, self.var.width)
         residual = storage.empty("residual", shape, torch.float32)
         for rows in self._batches():
             samples = torch.arange(rows.start, rows.stop) % len(self.samples.ids_NL)
             inputs = self.pipe.vae.teacher_inputs(self.samples.ids_NL[samples])
-            residual[rows] = self.var.embed(self.var.class_emb(self.labels[rows]), inputs).float()
+            condition = self.var.condition(self.labels[rows])
+            residual[rows] = self.var.embed(condition, inputs).float()
         return residual
 
     @torch.no_grad()
     def _advance(
-        self,
-        index: int,
-        block: Block,
-        residual: Tensor,
-        records: dict[str, Tensor],
-        kinds: Collection[str],
+        self, index: int, residual: Tensor, records: Tensor, recorded: Collection[str]
     ) -> None:
-        """Run the float block over all rows in place, keeping inputs and outputs of its `kinds`."""
+        """Run a float stage over all rows in place, keeping inputs and outputs of the submodules
+        `recorded`."""
         spans = spans_of(self.scales)
-        name = f"blocks.{index}"
+        modules = {place: self.var.get_submodule(name) for place, name in enumerate(recorded)}
         for rows in self._batches():
-            condition = self.var.block_condition(self.var.class_emb(self.labels[rows]))
-            ada = block.modulation(condition)
-            with ExitStack() as taps:
-                for kind in kinds:
-                    taps.enter_context(_Tap(block.get_submodule(kind), records, kind, rows))
-                x = residual[rows].to(self.pipe.device, self.pipe.dtype)
-                residual[rows] = block(x, ada, spans).float()
-            if not bool(torch.isfinite(residual[rows]).all()):
-                raise NonFiniteError(f"layer {name}: float activations hold NaN or infinity")
+            stage = self._stages(rows)[index]
 
-    def _block_unit(self, index: int, kind: str, records: dict[str, Tensor]) -> Unit:
-        """Attention or FFN of a block: both are called with their tokens and spans."""
-        inputs, targets = records[f"{kind}.inputs"], records[f"{kind}.targets"]
-        return self._unit(f"blocks.{index}.{kind}", inputs, targets, spans_of(self.scales))
+            def keep(place: int, output: Tensor, x: Tensor, *_: Any, rows: slice = rows) -> None:
+                records[2 * place, rows] = x.to("cpu", records.dtype)
+                records[2 * place + 1, rows] = output.to("cpu", records.dtype)
+
+            with listening(modules, keep, output=True):
+                x = residual[rows].to(self.pipe.device, self.pipe.dtype)
+                residual[rows] = stage.run(x, spans, None).float()
+            if not bool(torch.isfinite(residual[rows]).all()):
+                raise NonFiniteError(f"layer {stage.name}: float activations hold NaN or infinity")
 
     @torch.no_grad()
-    def _head(self, residual: Tensor, block_storage: Tensor) -> Unit:
-        """The head's inputs take the place of the residual stream, its outputs that of the block
-        units' records if they fit, as they do up to four entries a channel."""
-        spans, shape = spans_of(self.scales), (*residual.shape[:2], self.var.arch.codebook_size)
-        numel = math.prod(shape)
-        fits = numel <= block_storage.numel()
-        targets = block_storage.flatten()[:numel].view(shape) if fits else None
-        for rows in self._batches():
-            ada = self.var.head_nm.modulation(self.var.class_emb(self.labels[rows]))
-            x = residual[rows].to(self.pipe.device, self.pipe.dtype)
-            normed = self.var.head_nm(x, ada)
-            residual[rows] = normed.float()
-            if targets is not None:
-                targets[rows] = self.var.head(normed, spans).to("cpu", targets.dtype)
-        return self._unit("head", residual, targets, spans)
-
-
-class _Tap:
-    """Forward hook that writes a module's input and output into the record's rows."""
-
-    def __init__(
-        self, module: nn.Module, records: dict[str, Tensor], kind: str, rows: slice
-    ) -> None:
-        self.module, self.records, self.kind, self.rows = module, records, kind, rows
-
-    def __enter__(self) -> None:
-        self.handle = self.module.register_forward_hook(self._store)
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-    def _store(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self.records[f"{self.kind}.inputs"][self.rows] = inputs[0].to(
-            "cpu", self.records[f"{self.kind}.inputs"].dtype
-        )
-        self.records[f"{self.kind}.targets"][self.rows] = output.to(
-            "cpu", self.records[f"{self.kind}.targets"].dtype
-        )
+    def _last_unit(self, index: int, residual: Tensor, records: Tensor) -> Unit:
+        """The residual stream is its input; its outputs take the place of the records if they fit,
+        as they do up to four entries a channel."""
+        spans, targets = spans_of(self.scales), None
+        name = self.stages[index].name
+        linear = self.var.get_submodule(name)
+        assert isinstance(linear, TokenLinear)
+        shape = (*residual.shape[:2], linear.out_features)
+        if math.prod(shape) <= records.numel():
+            targets = records.flatten()[: math.prod(shape)].view(shape)
+            for rows in self._batches():
+                x = residual[rows].to(self.pipe.device, self.pipe.dtype)
+                targets[rows] = linear(x, spans).to("cpu", targets.dtype)
+        return self._unit(name, residual, targets, spans)

@@ -6,7 +6,7 @@ calibration data; docs/method.md section 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -32,6 +32,14 @@ class CalibrationSet:
     ids_NL: Tensor
     resampling: ResampleReport | None = None
     summary: dict[str, Any] | None = None
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labels and tokens of `size` images at a time."""
+        return zip(self.labels_N.split(size), self.ids_NL.split(size), strict=True)
+
+    def first(self, count: int) -> CalibrationSet:
+        """The first images, without what resampling moved."""
+        return CalibrationSet(self.labels_N[:count], self.ids_NL[:count])
 
 
 @dataclass

@@ -22,14 +22,9 @@ from torch import Tensor
 from varptq.calibrate.means import input_moments
 from varptq.calibrate.samples import CalibrationSet
 from varptq.models.pipeline import Pipeline
+from varptq.models.seams import NormFold
 from varptq.quant.config import QuantConfig
-from varptq.quant.folds import (
-    attentions,
-    foldable_inputs,
-    normed_inputs,
-    scale_input,
-    scale_values,
-)
+from varptq.quant.folds import scale_input, scale_values
 
 # Channels further below the average than this carry nothing worth a larger factor.
 FLOOR = 1e-4
@@ -48,22 +43,20 @@ def smoothed(
 ) -> tuple[Pipeline, int]:
     """A float pipeline that computes the same with smoothed inputs, and how many layers have them.
     The pipeline itself where the config asks for none; `samples` is called otherwise."""
-    names = [name for name in foldable_inputs(pipe.var.arch) if wants_smoothing(config, name)]
+    names = [name for name in pipe.var.folds() if wants_smoothing(config, name)]
     if not names:
         return pipe, 0
-    found = samples()
-    part = CalibrationSet(found.labels_N[:SAMPLES], found.ids_NL[:SAMPLES])
-    moments = input_moments(pipe, names, part)
+    moments = input_moments(pipe, names, samples().first(SAMPLES))
     var = copy.deepcopy(pipe.var)
-    places, mixers = normed_inputs(var), attentions(var)
+    places = var.folds()
     for name in names:
         weight = pipe.var.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         d_C = diagonal(weight, moments[name].spread()).to(weight)
-        if name in places:
-            scale_input(places[name], d_C)
+        if isinstance(place := places[name], NormFold):
+            scale_input(place, d_C)
         else:
-            scale_values(mixers[name.removesuffix(".proj")], d_C)
+            scale_values(place, d_C)
     return replace(pipe, var=var), len(names)
 
 

@@ -7,7 +7,7 @@ With E = sum over heads and keys of (N_j - 1), a mean over the batch, a block co
 E(theta) = #[abar > theta] + 2 #[abar > 2 theta] + 4 #[abar > 4 theta], so one sort of abar serves
 every theta.
 
-It does not measure abar; the caller records it with the quantized model.
+abar is measured with the quantized model.
 Source: docs/method.md section 3.
 """
 
@@ -15,13 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import ConfigError, NonFiniteError
+from varptq.models.pipeline import Pipeline
+from varptq.models.reading import listening, read
+from varptq.models.seams import Mix, Span
+from varptq.models.transformer import Transformer
+from varptq.quant.affine import wide
+from varptq.quant.attention import QuantMix
+from varptq.quant.bops import FLOAT_BITS
 from varptq.quant.shift_sum import orders
 
 # Widths the paper's account gives to the bookkeeping of shift-and-sum.
@@ -173,3 +181,41 @@ def copy_stat(entry: AttentionMass, theta: float, max_order: int = 3) -> CopySta
     return CopyStat(
         entry.block, entry.scale, keys, duplicated, float(torch.exp2(order.float()).mean())
     )
+
+
+@torch.no_grad()
+def measure_attention(
+    pipe: Pipeline, quantized: Transformer, samples: CalibrationSet, count: int
+) -> list[AttentionMass]:
+    """Attention of the quantized model averaged over queries, per block and scale, on `count`
+    samples.
+
+    Rows are the conditional and unconditional ones; probabilities are taken before their
+    quantization.
+    """
+    mixes = [m for m in quantized.modules() if isinstance(m, Mix)]
+    wanted = {
+        block: mix
+        for block, mix in enumerate(mixes)
+        if isinstance(mix, QuantMix) and mix.spec.value is not None
+    }
+    masses: list[AttentionMass] = []
+
+    def keep(block: int, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> None:
+        probability, value = wanted[block].spec.probability, wanted[block].spec.value
+        masses.append(
+            AttentionMass(
+                block=block,
+                scale=span.scale,
+                num_queries=p_BHlL.shape[-2],
+                abar_BHl=wide(p_BHlL).mean(dim=-2).cpu(),
+                head_dim=v_BHLc.shape[-1],
+                probability_bits=probability.num_bits if probability else FLOAT_BITS,
+                value_bits=value.num_bits if value else FLOAT_BITS,
+            )
+        )
+
+    part = samples.first(count)
+    with listening(wanted, keep):
+        read(replace(pipe, var=quantized), part.labels_N, part.ids_NL)
+    return masses

@@ -27,9 +27,9 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.reconstruct import unit_generator
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import ConfigError, NonFiniteError
-from varptq.models.generate import teacher_forced_guided
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR
+from varptq.models.reading import guided_logits, kl_divergence
+from varptq.models.transformer import Transformer
 from varptq.quant.convert import quant_linears
 
 # Last parts of the names of what is tuned.
@@ -67,7 +67,7 @@ def check_tunable(pipe: Pipeline, config: CalibrationConfig) -> None:
 
 def tune(
     pipe: Pipeline,
-    quantized: VAR,
+    quantized: Transformer,
     config: CalibrationConfig,
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
@@ -82,7 +82,7 @@ def tune(
         seed=generator.initial_seed(),
         resampled=False,
     )
-    held_out = CalibrationSet(images.labels_N[:HELD_OUT], images.ids_NL[:HELD_OUT])
+    held_out = images.first(HELD_OUT)
     train = CalibrationSet(images.labels_N[HELD_OUT:], images.ids_NL[HELD_OUT:])
     student = replace(pipe, var=quantized)
     before = tuned_tensors(quantized)
@@ -96,7 +96,7 @@ def tune(
     return TuneReport(config.tune_steps, kl_before, kl_after, kept), after
 
 
-def tuned_tensors(quantized: VAR) -> dict[str, Tensor]:
+def tuned_tensors(quantized: Transformer) -> dict[str, Tensor]:
     """Copies of everything that tuning may change, by name."""
     return {
         name: tensor.detach().clone()
@@ -105,7 +105,7 @@ def tuned_tensors(quantized: VAR) -> dict[str, Tensor]:
     }
 
 
-def put(quantized: VAR, tensors: dict[str, Tensor]) -> None:
+def put(quantized: Transformer, tensors: dict[str, Tensor]) -> None:
     """Give the model copies of these tensors. Until then its biases are the float model's own."""
     layers = quant_linears(quantized)
     for name, tensor in tensors.items():
@@ -121,7 +121,7 @@ def put(quantized: VAR, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _learnable(quantized: VAR) -> Iterator[list[tuple[Tensor, float]]]:
+def _learnable(quantized: Transformer) -> Iterator[list[tuple[Tensor, float]]]:
     """What is tuned as leaves that take gradients, with the rate of each; afterwards plain tensors
     of their final values."""
     put(quantized, tuned_tensors(quantized))
@@ -164,9 +164,10 @@ def _descend(
         rows, order = torch.tensor(order[:BATCH]), order[BATCH:]
         labels, ids = train.labels_N[rows], train.ids_NL[rows]
         with torch.no_grad():
-            target = log_probabilities(pipe, labels, ids, config.sampling.cfg)
-        found = log_probabilities(student, labels, ids, config.sampling.cfg)
-        loss = kl_divergence(target, found).mean()
+            target = all_logits(pipe, labels, ids, config.sampling.cfg)
+        found = all_logits(student, labels, ids, config.sampling.cfg)
+        # float32 as the model: gradients in float64 would cost more and say no more.
+        loss = kl_divergence(target, found, torch.float32).mean()
         if not math.isfinite(value := float(loss.detach())):
             raise NonFiniteError(f"tuning step {step}: KL is {value}; set tune_steps to 0")
         optimizer.zero_grad(set_to_none=True)
@@ -183,19 +184,12 @@ def mean_kl(
 ) -> float:
     """Over all tokens of `images`, nats."""
     total = 0.0
-    batches = zip(images.labels_N.split(BATCH), images.ids_NL.split(BATCH), strict=True)
-    for labels, ids in batches:
-        pair = (log_probabilities(p, labels, ids, config.sampling.cfg) for p in (pipe, student))
-        total += float(kl_divergence(*pair).mean(dim=1).sum())
+    for labels, ids in images.batches(BATCH):
+        p, q = (all_logits(which, labels, ids, config.sampling.cfg) for which in (pipe, student))
+        total += float(kl_divergence(p, q, torch.float32).mean(dim=1).sum())
     return total / len(images.labels_N)
 
 
-def log_probabilities(pipe: Pipeline, labels: Tensor, ids_BL: Tensor, cfg: float) -> Tensor:
-    """(B, L, V) float32 of the guided next-token distributions, nothing filtered."""
-    logits = [part.float() for _, part in teacher_forced_guided(pipe, labels, ids_BL, cfg)]
-    return torch.cat(logits, dim=1).log_softmax(dim=-1)
-
-
-def kl_divergence(p_BLV: Tensor, q_BLV: Tensor) -> Tensor:
-    """(B, L) KL(p || q) in nats of log-probabilities."""
-    return (p_BLV.exp() * (p_BLV - q_BLV)).sum(dim=-1)
+def all_logits(pipe: Pipeline, labels: Tensor, ids_BL: Tensor, cfg: float) -> Tensor:
+    """(B, L, V) float32 guided logits of all scales, nothing filtered."""
+    return torch.cat([part.float() for _, part in guided_logits(pipe, labels, ids_BL, cfg)], dim=1)

@@ -19,7 +19,7 @@ from varptq.cli import common
 
 if TYPE_CHECKING:
     from varptq.models.pipeline import Pipeline
-    from varptq.models.var import VAR
+    from varptq.models.transformer import Transformer
     from varptq.quant.bops import LayerShape
     from varptq.quant.config import InputTransform, QuantConfig, TensorSpec
     from varptq.quant.pipeline import QuantizedPipeline
@@ -175,11 +175,9 @@ def duplicated_per_scale(copies: Sequence[dict[str, Any]]) -> list[dict[str, flo
     return rows
 
 
-def bits(var: VAR, config: QuantConfig | None) -> dict[str, dict[str, str]]:
+def bits(var: Transformer, config: QuantConfig | None) -> dict[str, dict[str, str]]:
     """Kind of layer -> operand -> what it is stored as; layers of a kind that differ are joined."""
-    from varptq.quant.bops import layer_kind
-    from varptq.quant.convert import describe_linears, describe_products
-    from varptq.quant.folds import foldable_inputs
+    from varptq.quant.convert import describe_linears, describe_products, float_layout
 
     found: dict[str, dict[str, list[str]]] = {}
 
@@ -188,14 +186,14 @@ def bits(var: VAR, config: QuantConfig | None) -> dict[str, dict[str, str]]:
         if text not in texts:
             texts.append(text)
 
-    foldable = foldable_inputs(var.arch)
+    foldable = float_layout(var).folds()
     for layer in describe_linears(var, config):
         spec = config.linear_for(layer.name) if config else None
         for operand in ("weight", "input"):
             text = stored_as(getattr(spec, operand, None), layer.in_features, layer.name)
             if operand == "input" and spec is not None and spec.input is not None:
                 text += transformed(spec.input_transform, layer, layer.name in foldable)
-            note(layer_kind(layer.name), operand, text)
+            note(layer.kind, operand, text)
     for product in describe_products(var, config):
         spec = config.attention_for(product.name) if config else None
         for operand in ("query", "key", "probability", "value"):

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import Mix
+from varptq.models.reading import listening, read
+from varptq.models.seams import Mix, Span
 
-Product = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[[Tensor, Tensor, Span], Tensor]
 
 
 @torch.no_grad()
@@ -28,26 +29,14 @@ def product_errors(
     labels_B (B,) and ids_BL (B, L) are read teacher-forced by the float pipeline; rows are the
     conditional and the unconditional ones.
     """
-    scales = pipe.scales
-    sums = torch.zeros(len(products), scales.num_scales, 2, dtype=torch.float64)
-    calls = [0] * len(products)
-
-    def listener(block: int) -> Callable[[nn.Module, tuple[Tensor, Tensor], Tensor], None]:
-        def listen(_: nn.Module, operands: tuple[Tensor, Tensor], output: Tensor) -> None:
-            scale = calls[block] % scales.num_scales
-            calls[block] += 1
-            difference = products[block](*operands) - output
-            sums[block, scale, 0] += difference.double().square().sum().cpu()
-            sums[block, scale, 1] += output.double().square().sum().cpu()
-
-        return listen
-
     mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
-    handles = [mix.register_forward_hook(listener(block)) for block, mix in enumerate(mixes)]
-    rows, ids_BL = pipe.guidance_rows(labels_B), ids_BL.to(pipe.device)
-    try:
-        pipe.var(rows, pipe.vae.teacher_inputs(ids_BL).repeat(2, 1, 1))
-    finally:
-        for handle in handles:
-            handle.remove()
+    sums = torch.zeros(len(products), pipe.scales.num_scales, 2, dtype=torch.float64)
+
+    def add(block: int, output: Tensor, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> None:
+        difference = products[block](p_BHlL, v_BHLc, span) - output
+        sums[block, span.scale, 0] += difference.double().square().sum().cpu()
+        sums[block, span.scale, 1] += output.double().square().sum().cpu()
+
+    with listening(dict(enumerate(mixes)), add, output=True):
+        read(pipe, labels_B, ids_BL)
     return sums[..., 0] / sums[..., 1]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from varptq.errors import InputError
-from varptq.models.generate import teacher_forced_guided
 from varptq.models.pipeline import Pipeline
+from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.sampling import SamplingSettings, filter_logits
 from varptq.models.scales import Scales
 
@@ -72,23 +72,10 @@ def token_fidelity(
     _check(float_pipe, quant_pipe, labels_B, ids_BL, batch_size)
     sums_K3 = torch.zeros(float_pipe.scales.num_scales, 3, dtype=torch.float64)
     for labels_b, ids_bL in zip(labels_B.split(batch_size), ids_BL.split(batch_size), strict=True):
-        streams = [
-            teacher_forced_guided(pipe, labels_b.to(pipe.device), ids_bL.to(pipe.device), cfg)
-            for pipe in (float_pipe, quant_pipe)
-        ]
+        streams = [guided_logits(pipe, labels_b, ids_bL, cfg) for pipe in (float_pipe, quant_pipe)]
         for (scale, p_blV), (_, q_blV) in zip(*streams, strict=True):
             sums_K3[scale] += _sums(p_blV, q_blV.to(p_blV.device), top_k, top_p).cpu()
     return _means(sums_K3, len(labels_B), float_pipe.scales)
-
-
-def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(softmax(p) || softmax(q)) over the last axis, (..., V) -> (...) float64.
-
-    Entries that are -inf in p carry no mass and count nothing.
-    """
-    log_p, log_q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
-    terms = log_p.exp() * (log_p - log_q)
-    return terms.masked_fill(log_p == -torch.inf, 0.0).sum(-1)
 
 
 def filtered_kl_divergence(p_logits: Tensor, q_logits: Tensor, top_k: int, top_p: float) -> Tensor:

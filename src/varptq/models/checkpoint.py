@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError
+from varptq.models.blocks import MLP_RATIO
 from varptq.models.scales import Scales
 from varptq.models.state_file import MASK, file_sha256, read_state
-from varptq.models.var import MLP_RATIO, VARArch
+from varptq.models.var import VARArch
 from varptq.models.vqvae import IMAGE_CHANNELS, NORM_GROUPS, VQVAEArch
 
 __all__ = [

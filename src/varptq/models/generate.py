@@ -3,12 +3,12 @@ randomness.
 
 Each image has a generator of its own made from (seed, image index): batch size and order change
 nothing but float summation. AdaLN vectors are computed once per image, keys and values live in a
-preallocated cache. Shapes as in models/var.py.
+preallocated cache. Shapes as in models/seams.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,9 @@ from varptq.models.sampling import (
     ImageRandom,
     SamplingSettings,
     guidance_strength,
-    guided,
     image_randoms,
 )
-from varptq.models.var import spans_of
+from varptq.models.seams import run_stages, spans_of
 from varptq.progress import Progress, silent
 
 DEFAULT_BATCH = 16
@@ -166,30 +165,20 @@ class _Stepper:
         self.pipe, self.cfg = pipe, cfg
         rows = pipe.guidance_rows(labels_B) if cfg > 0 else labels_B
         self.condition = pipe.var.condition(rows)
+        self.stages = pipe.var.stages(self.condition)
         self.cache = pipe.var.new_cache(len(rows))
 
     def logits(self, scale: int, f_hat: Tensor) -> Tensor:
         """(rows, l, V) float32 logits of `scale`, given f_hat of the scales before it."""
-        var, scales = self.pipe.var, self.pipe.scales
+        var, spans = self.pipe.var, spans_of(self.pipe.scales, scale, scale + 1)
         if scale == 0:
-            x_BlC = var.embed_first(self.condition.class_BC)
+            x_BlC = var.embed_first(self.condition)
         else:
-            inputs = self.pipe.vae.quantize.next_input(f_hat, scale - 1)
-            x_BlC = var.embed_inputs(inputs, spans_of(scales, scale, scale + 1))
+            x_BlC = var.embed_inputs(self.pipe.vae.quantize.next_input(f_hat, scale - 1), spans)
             if self.cfg > 0:
                 x_BlC = x_BlC.repeat(2, 1, 1)
-        return var.step(x_BlC, self.condition, scale, self.cache)
+        return run_stages(self.stages, x_BlC, spans, self.cache)
 
     def guidance(self, scale: int) -> float | None:
         """Strength at `scale`, None where all rows are images."""
         return guidance_strength(self.cfg, scale, self.pipe.scales) if self.cfg > 0 else None
-
-
-def teacher_forced_guided(
-    pipe: Pipeline, labels_B: Tensor, ids_BL: Tensor, cfg: float
-) -> Iterator[tuple[int, Tensor]]:
-    """Guided float32 logits (B, l, V) per scale for given tokens, from one block-causal pass."""
-    inputs = pipe.vae.teacher_inputs(ids_BL)
-    logits_2BLV = pipe.var(pipe.guidance_rows(labels_B), inputs.repeat(2, 1, 1))
-    for scale, part in enumerate(pipe.scales.slices()):
-        yield scale, guided(logits_2BLV[:, part], guidance_strength(cfg, scale, pipe.scales))

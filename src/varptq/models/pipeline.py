@@ -17,6 +17,7 @@ from varptq.errors import InputError
 from varptq.models import checkpoint, presets
 from varptq.models.sampling import Sampler
 from varptq.models.scales import Scales
+from varptq.models.transformer import Transformer
 from varptq.models.var import VAR, randomize
 from varptq.models.vqvae import VQVAE
 
@@ -34,7 +35,7 @@ class Pipeline:
     draws ids.
     """
 
-    var: VAR
+    var: Transformer
     vae: VQVAE
     name: str
     class_names: tuple[str, ...] = ()

@@ -144,7 +144,7 @@ def attend(
     scheme: AttentionScheme,
     qkv_BlT: Tensor,
     cache: AttentionCache,
-    spans: Sequence[tuple[slice, int, int]],
+    spans: Sequence[tuple[slice, tuple[int, ...]]],
     *,
     query_bias_C: Tensor,
     value_bias_C: Tensor,
@@ -156,8 +156,9 @@ def attend(
 ) -> Tensor:
     """One attention layer, from mat_qkv's output to proj's input: float32 (B, l, C).
 
-    qkv_BlT (B, l, 3C) without biases; `cache` gains l tokens. spans: `Span`s of models/var.py, that
-    is (queries as a slice of the l tokens, keys counted from the start of the cache, scale).
+    qkv_BlT (B, l, 3C) without biases; `cache` gains l tokens. spans: `Span`s of
+    models/seams.py, that is (queries as a slice of the l tokens, where the scales that they see
+    end in the cache).
     query_factor_H: the temperature exp(min(scale_mul, log 100)) with l2_norm, 0.25 / sqrt(c)
     without. key_mean_Hc is subtracted from keys before their codes. Under policy "segment" the
     tokens must be whole scales. Raises `NonFiniteError` naming `layer` where qkv holds NaN or
@@ -172,7 +173,7 @@ def attend(
     mean = None if key_mean_Hc is None else _float32(key_mean_Hc, heads, width)
     assert cache.data.shape[:2] == (rows, heads), (cache.data.shape, rows, heads)
     ends = torch.tensor(scheme.ends)
-    cuts = torch.tensor([(s[0].start, s[0].stop, s[1]) for s in spans], dtype=torch.int64)
+    cuts = torch.tensor([(s[0].start, s[0].stop, s[1][-1]) for s in spans], dtype=torch.int64)
     out = torch.empty((rows, tokens, heads * width))
     a = AttentionArgs(batch=rows, heads=heads, width=width, tokens=tokens, start=cache.length)
     a.capacity, a.ends, a.segments = scheme.capacity, ends.data_ptr(), len(scheme.ends)

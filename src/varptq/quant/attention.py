@@ -4,7 +4,7 @@
     QuantMix      fake(p) fake(v), v by the policy of its spec, with shift-and-sum
 
 Policies differ in the range of v and in whether the codes of a token ever change (config.py). Like
-every simulated layer they compute in float on the values of codes. Shapes as in models/var.py.
+every simulated layer they compute in float on the values of codes. Shapes as in models/seams.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varptq.models.var import Mix, Scores
+from varptq.models.seams import Mix, Scores, Span
 from varptq.quant.affine import Grid, affine_codes, affine_grid, affine_values, wide
 from varptq.quant.config import AttentionSpec, TensorSpec
 from varptq.quant.shift_sum import copies_of, fixed_codes, orders, shift_sum_fake
@@ -27,34 +27,34 @@ class QuantScores(Scores):
         super().__init__()
         self.spec, self.layer = spec, layer
 
-    def forward(self, q_BHlc: Tensor, k_BHLc: Tensor) -> Tensor:
+    def forward(self, q_BHlc: Tensor, k_BHLc: Tensor, span: Span) -> Tensor:
         query, key = self.spec.query, self.spec.key
         if query is not None:
             q_BHlc = affine_fake(q_BHlc, query.num_bits, -1, query.range_rule)
         if key is not None:
             dim = -2 if key.strategy == "channel" else -1
             k_BHLc = affine_fake(k_BHLc, key.num_bits, dim, key.range_rule)
-        return super().forward(q_BHlc, k_BHLc)
+        return super().forward(q_BHlc, k_BHLc, span)
 
 
 class QuantMix(Mix):
     """p v with p by its probability rule and v by its policy, shift-and-sum where `theta` is set.
 
     The order of each key follows from the float attention averaged over the queries of the call,
-    before p is quantized (paper section on kernel selection; docs/method.md section 2). `ends` are
-    the numbers of tokens after each scale, where policy "segment" cuts.
+    before p is quantized (paper section on kernel selection; docs/method.md section 2). Policy
+    "segment" cuts the values where the scales of the span end.
     """
 
-    def __init__(self, spec: AttentionSpec, layer: str, ends: tuple[int, ...]) -> None:
+    def __init__(self, spec: AttentionSpec, layer: str) -> None:
         super().__init__()
-        self.spec, self.layer, self.ends = spec, layer, ends
+        self.spec, self.layer = spec, layer
         self.theta: float | None = None
 
-    def forward(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
+    def forward(self, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> Tensor:
         if self.spec.policy == "token" and self.spec.value is not None:
-            return self._folded(p_BHlL, v_BHLc)
+            return self._folded(p_BHlL, v_BHLc, span)
         p_hat = self._fake_probability(p_BHlL)
-        out_BHlc = super().forward(p_hat, self.fake_value(p_BHlL, v_BHLc))
+        out_BHlc = super().forward(p_hat, self.fake_value(p_BHlL, v_BHLc, span), span)
         if not self.spec.renormalize:
             return out_BHlc
         return out_BHlc / p_hat.sum(dim=-1, keepdim=True)
@@ -69,23 +69,23 @@ class QuantMix(Mix):
             return torch.zeros_like(p_BHlL[:, :, 0], dtype=torch.int64)
         return orders(wide(p_BHlL.detach()).mean(dim=-2), self.theta, self.spec.max_order)
 
-    def value_grid(self, v_BHLc: Tensor) -> Grid:
+    def value_grid(self, v_BHLc: Tensor, span: Span) -> Grid:
         """Grid of the values: per head over all tokens, per head and scale, or per token."""
         spec = self.spec.value
         assert spec is not None
         if self.spec.policy == "segment":
-            return segment_grid(v_BHLc, spec, self.ends)
+            return segment_grid(v_BHLc, spec, span.ends)
         dims = -1 if self.spec.policy == "token" else (-2, -1)
         return affine_grid(v_BHLc, spec.num_bits, dims, spec.range_rule)
 
-    def fake_value(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
+    def fake_value(self, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> Tensor:
         """v on its grid, N times finer where the attention p says so."""
         spec = self.spec.value
         if spec is None:
             return v_BHLc
         if self.theta is None and self.spec.policy == "release":
             return affine_fake(v_BHLc, spec.num_bits, (-2, -1), spec.range_rule)
-        grid = self.value_grid(v_BHLc)
+        grid = self.value_grid(v_BHLc, span)
         if self.theta is None:
             return affine_values(affine_codes(v_BHLc, grid, spec.num_bits), grid).to(v_BHLc.dtype)
         order = self.orders(p_BHlL)
@@ -94,13 +94,13 @@ class QuantMix(Mix):
         codes = fixed_codes(v_BHLc, grid, order, spec.num_bits, self.spec.max_order)
         return affine_values(codes, grid).to(v_BHLc.dtype)
 
-    def _folded(self, p_BHlL: Tensor, v_BHLc: Tensor) -> Tensor:
+    def _folded(self, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> Tensor:
         """Policy "token": with v_j = step_j u_j, u_j integers and step_j = s_j / N_j, the rule
         quantizes p_ij step_j, and u is multiplied as it is. Rows are renormalised by
         D_i = sum_j (p_ij step_j)^ / step_j."""
         spec = self.spec.value
         assert spec is not None
-        grid, order = self.value_grid(v_BHLc), self.orders(p_BHlL)
+        grid, order = self.value_grid(v_BHLc, span), self.orders(p_BHlL)
         copies = copies_of(order, grid.scale.dtype)
         codes = (
             affine_codes(v_BHLc, grid, spec.num_bits)
@@ -113,18 +113,16 @@ class QuantMix(Mix):
         largest = step_BHL1.amax(dim=-2, keepdim=True)
         relative_BH1L = (step_BHL1 / largest).transpose(-1, -2)
         folded_BHlL = self._fake_probability(wide(p_BHlL) * relative_BH1L)
-        out_BHlc = super().forward(folded_BHlL, u_BHLc) * largest
+        out_BHlc = super().forward(folded_BHlL, u_BHLc, span) * largest
         if self.spec.renormalize:
             out_BHlc = out_BHlc / (folded_BHlL / relative_BH1L).sum(dim=-1, keepdim=True)
         return out_BHlc.to(v_BHLc.dtype)
 
 
 def segment_grid(v_BHLc: Tensor, spec: TensorSpec, ends: tuple[int, ...]) -> Grid:
-    """One range per head and scale: scale and zero_point (B, H, L, 1)."""
-    num_tokens = v_BHLc.shape[-2]
-    lengths = [
-        end - start for start, end in zip((0, *ends), ends, strict=False) if end <= num_tokens
-    ]
+    """One range per head and scale, whose tokens end at `ends`: scale and zero_point (B, H, L,
+    1)."""
+    lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
     grids = [
         affine_grid(part, spec.num_bits, (-2, -1), spec.range_rule)
         for part in v_BHLc.split(lengths, dim=-2)

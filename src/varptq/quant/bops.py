@@ -25,10 +25,11 @@ ROTATION = "rotation"
 
 
 class LayerShape(NamedTuple):
-    """A Linear as the account needs it. Bits None: that side stays in float. `rotation`: block size
-    of an online Hadamard rotation of its input."""
+    """A Linear as the account needs it. kind: what it is in any block, e.g. "fc2". Bits None: that
+    side stays in float. rotation: block size of an online Hadamard rotation of its input."""
 
     name: str
+    kind: str
     out_features: int
     in_features: int
     tokens_per_image: int
@@ -105,31 +106,11 @@ class BopsAccount:
         }
 
 
-def layer_kind(name: str) -> str:
-    """The last word of a layer's name: "blocks.0.ada_lin.1" -> "ada_lin"."""
-    return [part for part in name.split(".") if not part.isdigit()][-1]
-
-
-def tokens_per_image(name: str, scales: Scales) -> int:
-    """How many tokens of one image go through the Linear `name`.
-
-    AdaLN layers: one token at each of the K scales, as the paper counts, although the condition is
-    the same at all of them. word_embed: the tokens of all scales but the first, which starts from
-    the class. Others: all L.
-    """
-    kind = layer_kind(name)
-    if kind in {"ada_lin", "shared_ada_lin"}:
-        return scales.num_scales
-    if kind == "word_embed":
-        return scales.num_tokens - scales.lengths[0]
-    return scales.num_tokens
-
-
 def linear_entry(layer: LayerShape) -> BopsEntry:
     """out * in * tokens at the layer's widths."""
     macs = layer.out_features * layer.in_features * layer.tokens_per_image
     weight_bits, input_bits = layer.weight_bits or FLOAT_BITS, layer.input_bits or FLOAT_BITS
-    return BopsEntry(layer.name, layer_kind(layer.name), macs, weight_bits, input_bits)
+    return BopsEntry(layer.name, layer.kind, macs, weight_bits, input_bits)
 
 
 def rotation_entry(layer: LayerShape, block: int) -> BopsEntry:

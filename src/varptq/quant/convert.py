@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, Mix, Scores, TokenLinear
+from varptq.models.seams import ConditionLinear, Mix, Scores, SeamLinear, TokenLinear
+from varptq.models.transformer import Transformer
 from varptq.quant.attention import QuantMix, QuantScores
 from varptq.quant.bops import (
     BopsAccount,
     LayerShape,
     ProductShape,
     account,
-    tokens_per_image,
 )
 from varptq.quant.config import QuantConfig
 from varptq.quant.layers import QuantLinear
@@ -31,11 +31,11 @@ Factory = Callable[[nn.Module, QuantConfig, str, Scales], nn.Module]
 
 
 def _linear(module: nn.Module, config: QuantConfig, name: str, scales: Scales) -> nn.Module:
-    assert isinstance(module, nn.Linear)
+    assert isinstance(module, SeamLinear)
     spec = config.linear_for(name)
     if spec.weight is None and spec.input is None:
         return module
-    num_scales = scales.num_scales if isinstance(module, TokenLinear) else 1
+    num_scales = scales.num_scales if module.reads == "tokens" else 1
     return QuantLinear(module, spec, name, num_scales)
 
 
@@ -46,18 +46,18 @@ def _scores(module: nn.Module, config: QuantConfig, name: str, scales: Scales) -
 
 def _mix(module: nn.Module, config: QuantConfig, name: str, scales: Scales) -> nn.Module:
     spec = config.attention_for(name.rpartition(".")[0])
-    return module if spec is None else QuantMix(spec, name, scales.ends)
+    return module if spec is None else QuantMix(spec, name)
 
 
 REGISTRY: dict[type[nn.Module], Factory] = {
-    nn.Linear: _linear,
     TokenLinear: _linear,
+    ConditionLinear: _linear,
     Scores: _scores,
     Mix: _mix,
 }
 
 
-def convert(var: VAR, config: QuantConfig) -> VAR:
+def convert(var: Transformer, config: QuantConfig) -> Transformer:
     """A copy of `var` with quantizers in its seams, weights rounded to nearest.
 
     A model on the meta device gives one with empty buffers of the right shapes, to be filled from
@@ -80,7 +80,7 @@ def convert(var: VAR, config: QuantConfig) -> VAR:
     return model
 
 
-def check_finite(var: VAR) -> None:
+def check_finite(var: Transformer) -> None:
     for name, tensor in var.state_dict().items():
         if tensor.is_meta or not tensor.is_floating_point():
             continue
@@ -88,10 +88,10 @@ def check_finite(var: VAR) -> None:
             raise NonFiniteError(f"tensor {name}: holds NaN or infinity; repair the checkpoint")
 
 
-def check_rules(var: VAR, config: QuantConfig) -> None:
+def check_rules(var: Transformer, config: QuantConfig) -> None:
     """Every rule must change at least one layer: a pattern that matches nothing is a spelling
     mistake."""
-    linears = [name for name, m in var.named_modules() if isinstance(m, nn.Linear)]
+    linears = [name for name, m in var.named_modules() if isinstance(m, SeamLinear)]
     attentions = [name.rpartition(".")[0] for name, m in var.named_modules() if isinstance(m, Mix)]
     for rule in config.rules:
         if not any(fnmatchcase(name, rule.targets) for name in (*linears, *attentions)):
@@ -122,34 +122,35 @@ def release_float_weights(model: nn.Module) -> None:
         linear.drop_float_weight()
 
 
-def describe_linears(var: VAR, config: QuantConfig | None) -> Iterator[LayerShape]:
+def float_layout(var: Transformer) -> Transformer:
+    """The float model of this architecture on the meta device, whatever stands in `var` in the
+    places of its modules."""
+    with torch.device("meta"):
+        return type(var)(var.arch)
+
+
+def describe_linears(var: Transformer, config: QuantConfig | None) -> Iterator[LayerShape]:
     """Every Linear with its size, tokens per image and widths; `config` None describes the float
     model."""
-    for name, module in _seams(var):
-        if isinstance(module, nn.Linear):
+    for name, module in float_layout(var).named_modules():
+        if isinstance(module, SeamLinear):
             spec = config.linear_for(name) if config else None
             weight, input_ = (spec.weight, spec.input) if spec else (None, None)
             transform = spec.input_transform if spec and (weight or input_) else None
             yield LayerShape(
                 name,
+                module.kind,
                 module.out_features,
                 module.in_features,
-                tokens_per_image(name, var.scales),
+                module.tokens_per_image(var.scales),
                 weight.num_bits if weight else None,
                 input_.num_bits if input_ else None,
                 transform.block_for(module.in_features, name) if transform else None,
             )
 
 
-def _seams(var: VAR) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the float model of this architecture, whatever stands in `var` in their
-    place."""
-    with torch.device("meta"):
-        return VAR(var.arch).named_modules()
-
-
-def describe_products(var: VAR, config: QuantConfig | None) -> Iterator[ProductShape]:
-    for name, module in _seams(var):
+def describe_products(var: Transformer, config: QuantConfig | None) -> Iterator[ProductShape]:
+    for name, module in float_layout(var).named_modules():
         if isinstance(module, Mix):
             attention = name.rpartition(".")[0]
             spec = config.attention_for(attention) if config else None
@@ -158,7 +159,7 @@ def describe_products(var: VAR, config: QuantConfig | None) -> Iterator[ProductS
             yield ProductShape(attention, var.arch.num_heads, var.arch.head_width, *bits)
 
 
-def bops_account(var: VAR, config: QuantConfig | None) -> BopsAccount:
+def bops_account(var: Transformer, config: QuantConfig | None) -> BopsAccount:
     """Bit operations for one image, no guidance, no shift-and-sum (paper: BOP budget)."""
     return account(
         list(describe_linears(var, config)), list(describe_products(var, config)), var.scales

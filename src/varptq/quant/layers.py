@@ -5,7 +5,7 @@
 
 It computes in float on dequantized codes ("simulated"): the arithmetic of every quantizer is the
 pure function in its own file, and runtimes on integers are held against this layer. The attention
-products are in attention.py. Shapes as in models/var.py; G groups of g input channels.
+products are in attention.py. Shapes as in models/seams.py; G groups of g input channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
-from varptq.models.var import Span
+from varptq.models.seams import Span
 from varptq.quant import adaround
 from varptq.quant.affine import (
     Grid,

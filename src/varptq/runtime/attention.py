@@ -3,25 +3,24 @@
     qkv = mat_qkv(x);   codes of q, of cached k and v;   out = proj(softmax codes x value codes)
 
 The cache holds codes that never change (policies "token" and "segment"). What is computed is
-defined by `quant.attention`. Shapes as in models/var.py.
+defined by `quant.attention`. Shapes as in models/seams.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
-from varptq.models.var import MAX_LOG_SCALE, Attention, Span
+from varptq.models.blocks import Attention
+from varptq.models.scales import Scales
+from varptq.models.seams import Span
 from varptq.quant.attention import QuantMix, QuantScores
 from varptq.runtime.kernels import AttentionRule, Kernels, Pending
 from varptq.runtime.layers import KernelModule
 
-Q_SCALE = 0.25
 TENSORS = ("q_bias", "v_bias", "q_factor")
 
 
@@ -30,20 +29,16 @@ def attention_rule(attention: Attention) -> AttentionRule | None:
     scores, mix = attention.scores, attention.mix
     if not (isinstance(scores, QuantScores) and isinstance(mix, QuantMix)):
         return None
-    factor = torch.full((attention.num_heads,), Q_SCALE / math.sqrt(attention.head_width))
-    if attention.l2_norm and not attention.scale_mul_1H11.is_meta:
-        factor = attention.scale_mul_1H11.detach().float().clamp_max(MAX_LOG_SCALE).exp().flatten()
     return AttentionRule(
         layer=mix.layer.rpartition(".")[0],
         spec=mix.spec,
         theta=mix.theta,
         num_heads=attention.num_heads,
         head_width=attention.head_width,
-        ends=mix.ends,
         l2_norm=attention.l2_norm,
         q_bias=attention.q_bias.detach().float(),
         v_bias=attention.v_bias.detach().float(),
-        q_factor=factor,
+        q_factor=attention.query_factor(),
     )
 
 
@@ -64,12 +59,12 @@ class IntAttention(KernelModule):
         self.rule = replace(self.rule, **{name: self._buffers[name] for name in TENSORS})
         return self
 
-    def new_cache(self, rows: int, num_tokens: int) -> Any:
-        return self.kernels.new_cache(self.rule, rows, num_tokens)
+    def new_cache(self, rows: int, scales: Scales) -> Any:
+        return self.kernels.new_cache(self.rule, rows, scales.ends)
 
     def forward(self, x_BLC: Tensor | Pending, spans: list[Span], cache: Any = None) -> Tensor:
         """(B, L, C) -> (B, L, C) as `Attention`; without a cache the input is the whole prefix."""
         qkv_BlD = self.mat_qkv(x_BLC, spans)
         if cache is None:
-            cache = self.new_cache(qkv_BlD.shape[0], self.rule.ends[-1])
+            cache = self.kernels.new_cache(self.rule, qkv_BlD.shape[0], spans[-1].ends)
         return self.proj(self.kernels.attend(qkv_BlD, self.rule, cache, spans), spans)

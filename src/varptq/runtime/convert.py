@@ -17,8 +17,10 @@ from typing import cast
 from torch import Tensor, nn
 
 from varptq.errors import InputError
+from varptq.models.blocks import Attention
 from varptq.models.pyramid import Phi
-from varptq.models.var import VAR, Attention, Block, FeedForward
+from varptq.models.seams import ModulatedNorm
+from varptq.models.transformer import Transformer
 from varptq.quant.convert import quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
@@ -34,7 +36,7 @@ from varptq.runtime.layers import (
 )
 
 
-def refusal(var: VAR, kernels: Kernels) -> str | None:
+def refusal(var: Transformer, kernels: Kernels) -> str | None:
     """The first layer of a simulated model (it may be on the meta device) that `kernels` cannot
     execute, and why; None where it can execute all."""
     for name, linear in quant_linears(var).items():
@@ -65,33 +67,31 @@ def on_integers(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
     return finish(converted, kernels)
 
 
-def convert_linear(var: VAR, layer: str, kernels: Kernels) -> None:
+def convert_linear(var: Transformer, layer: str, kernels: Kernels) -> None:
     """Put an `IntLinear` in the place of the `QuantLinear` named `layer`, whose codes are there.
 
     A GELU before it becomes part of it."""
     parent_name, _, name = layer.rpartition(".")
     parent = var.get_submodule(parent_name)
     linear = cast(QuantLinear, getattr(parent, name))
-    takes_gelu = isinstance(parent, FeedForward) and name == "fc2"
+    source = var.feeds().get(layer)
+    takes_gelu = source is not None and isinstance(var.get_submodule(source), nn.GELU)
     rule = input_rule(linear, gelu=takes_gelu)
     assert rule is not None, "refused before"
     setattr(parent, name, IntLinear(linear, kernels, rule))
-    if takes_gelu:
-        _replace(parent, "act", nn.Identity())
+    if source is not None and takes_gelu:
+        _replace(var, source, nn.Identity())
 
 
 def finish(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
     """Everything but the Linear layers, in place: attention, norms, float layers, token map and
     sampler."""
     var = pipe.var
-    for block in (cast(Block, block) for block in var.blocks):
-        # Attention in float is split by rows before the Linear, which a deferred norm is not.
-        if isinstance(block.attn.mat_qkv, IntLinear) and attention_rule(block.attn) is not None:
-            block.norm1 = DeferredNorm()
-        if isinstance(block.ffn.fc1, IntLinear):
-            block.norm2 = DeferredNorm()
-    if isinstance(var.head, IntLinear):
-        var.head_nm.norm = DeferredNorm()
+    for linear, source in var.feeds().items():
+        if not isinstance(var.get_submodule(source), ModulatedNorm):
+            continue
+        if isinstance(var.get_submodule(linear), IntLinear) and not _split_by_rows(var, linear):
+            _replace(var, source, DeferredNorm())
     _one_image_at_a_time(var)
     for name, attention in _attentions(var).items():
         rule = attention_rule(attention)
@@ -106,7 +106,7 @@ def finish(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
     return pipe
 
 
-def _one_image_at_a_time(var: VAR) -> None:
+def _one_image_at_a_time(var: Transformer) -> None:
     for name, module in list(var.named_modules()):
         if isinstance(module, nn.Linear):
             _replace(var, name, PerImage(module))
@@ -114,7 +114,13 @@ def _one_image_at_a_time(var: VAR) -> None:
             _replace(var, name, ByRows(module))
 
 
-def _attentions(var: VAR) -> dict[str, Attention]:
+def _split_by_rows(var: Transformer, linear: str) -> bool:
+    """Attention in float is split by rows before its Linears, which a deferred norm is not."""
+    parent = var.get_submodule(linear.rpartition(".")[0])
+    return isinstance(parent, Attention) and attention_rule(parent) is None
+
+
+def _attentions(var: Transformer) -> dict[str, Attention]:
     return {name: m for name, m in var.named_modules() if isinstance(m, Attention)}
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from varptq.models.sampling import ImageRandom, PerImageSampler, Sampler, SamplingSettings
-from varptq.models.var import LAYER_NORM_EPS, Span
+from varptq.models.seams import LAYER_NORM_EPS, Span
 from varptq.native import binding, binding_attention
 from varptq.runtime.kernels import AttentionRule, InputRule, Kernels, Pending, Weight
 
@@ -68,15 +68,15 @@ def refuse_attention(rule: AttentionRule) -> str | None:
     return scheme(rule).lacks(rule.theta)
 
 
-def scheme(rule: AttentionRule) -> binding_attention.AttentionScheme:
-    """The attention of one layer in the words of the native core."""
+def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> binding_attention.AttentionScheme:
+    """The attention of one layer in the words of the native core; a cache needs `ends`."""
     spec = rule.spec
     assert spec.query and spec.key and spec.value and spec.probability
     assert spec.policy != "release"
     return binding_attention.AttentionScheme(
         heads=rule.num_heads,
         head_width=rule.head_width,
-        ends=rule.ends,
+        ends=ends,
         policy=spec.policy,
         query_bits=spec.query.num_bits,
         key_bits=spec.key.num_bits,
@@ -141,8 +141,8 @@ class NativeKernels:
     ) -> Tensor:
         return binding.linear(codes, packed, bias, rows)
 
-    def new_cache(self, rule: AttentionRule, rows: int, num_tokens: int) -> NativeCache:
-        layout = scheme(rule)
+    def new_cache(self, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> NativeCache:
+        layout = scheme(rule, ends)
         return NativeCache(layout, binding_attention.AttentionCache(layout, rows))
 
     def attend(

@@ -7,7 +7,7 @@
 The modules in layers.py and attention.py are the same for every runtime; a runtime is one object
 with these methods, and says by name what it cannot execute. The definitions are those of
 `varptq.quant`, so two runtimes give equal codes and equal integers on equal inputs, and floats that
-differ by rounding. Shapes: M rows, K inputs, N outputs, G groups; the rest as in models/var.py.
+differ by rounding. Shapes: M rows, K inputs, N outputs, G groups; the rest as in models/seams.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from varptq.models.sampling import Sampler
-from varptq.models.var import Span
+from varptq.models.seams import Span
 from varptq.quant.config import AttentionSpec, RangeRule
 
 
@@ -59,7 +59,7 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionRule:
-    """What the attention of one block computes. `ends` are the numbers of tokens after each scale.
+    """What the attention of one block computes.
 
     qkv has no bias yet: q_bias and v_bias (C,) come first. With `l2_norm` q and k become unit
     vectors; then q is multiplied by `q_factor` (H,), the temperature or 0.25 / sqrt(c).
@@ -70,7 +70,6 @@ class AttentionRule:
     theta: float | None
     num_heads: int
     head_width: int
-    ends: tuple[int, ...]
     l2_norm: bool
     q_bias: Tensor
     v_bias: Tensor
@@ -105,7 +104,9 @@ class Kernels(Protocol):
         """float32 (..., N). Of bias (R, N) float32 token i takes the row `rows[i]`."""
         ...
 
-    def new_cache(self, rule: AttentionRule, rows: int, num_tokens: int) -> Any: ...
+    def new_cache(self, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> Any:
+        """Room for the tokens of scales that end at `ends`, for `rows` rows."""
+        ...
 
     def attend(
         self, qkv_BlD: Tensor, rule: AttentionRule, cache: Any, spans: Sequence[Span]
@@ -115,7 +116,7 @@ class Kernels(Protocol):
         ...
 
     def phi(self, phi: nn.Conv2d) -> nn.Module:
-        """`models.pyramid.Phi` computed so that an image does not depend on its batch."""
+        """phi(h) of the token map computed so that an image does not depend on its batch."""
         ...
 
     def sampler(self) -> Sampler:

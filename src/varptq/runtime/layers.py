@@ -6,7 +6,7 @@
                    what the config leaves in float, so that an image does not depend on its batch
 
 Who computes is the `Kernels` object they are given. What is computed is defined by
-`quant.layers.QuantLinear`, whose place `IntLinear` takes. Shapes as in models/var.py.
+`quant.layers.QuantLinear`, whose place `IntLinear` takes. Shapes as in models/seams.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from varptq.models.blocks import Attention
 from varptq.models.sampling import SERIAL_ELEMENTS
-from varptq.models.var import Attention, LayerCache, ModulatedNorm, Span
+from varptq.models.scales import Scales
+from varptq.models.seams import LayerCache, ModulatedNorm, Span
 from varptq.quant.layers import QuantLinear
 from varptq.runtime.kernels import InputRule, Kernels, Pending, Weight
 
@@ -54,8 +56,8 @@ class PerRowAttention(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def new_cache(self, rows: int, num_tokens: int) -> list[LayerCache]:
-        return [self.inner.new_cache(1, num_tokens) for _ in range(rows)]
+    def new_cache(self, rows: int, scales: Scales) -> list[LayerCache]:
+        return [self.inner.new_cache(1, scales) for _ in range(rows)]
 
     def forward(
         self, x_BLC: Tensor, spans: list[Span], caches: list[LayerCache] | None = None

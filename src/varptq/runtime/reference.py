@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from varptq.errors import InputError, NonFiniteError
 from varptq.models.sampling import PerImageSampler, Sampler
-from varptq.models.var import LAYER_NORM_EPS, Span
+from varptq.models.seams import LAYER_NORM_EPS, Span
 from varptq.quant.affine import affine_codes, affine_grid, to_groups
 from varptq.quant.sign_split import sign_split_codes, sign_split_grid
 from varptq.quant.transforms import hadamard
@@ -128,7 +128,7 @@ class ReferenceKernels:
         y = y.view(*codes.shape[:-1], -1)
         return y if bias is None else y + chosen(bias, rows)
 
-    def new_cache(self, rule: AttentionRule, rows: int, num_tokens: int) -> attention.Cache:
+    def new_cache(self, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> attention.Cache:
         return attention.Cache(rows)
 
     def attend(

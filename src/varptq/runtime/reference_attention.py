@@ -6,7 +6,7 @@
 Policies "token" and "segment" cache codes, which never change; "release" (and keys per channel)
 caches floats and quantizes them again whenever the cache grows. A scale along the axis that is
 summed (keys per channel, log2 probabilities) makes the sum one of float64. Rows of the batch are
-computed one by one. Shapes as in models/var.py, without B.
+computed one by one. Shapes as in models/seams.py, without B.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
-from varptq.models.var import Span
+from varptq.models.seams import Span
 from varptq.quant.affine import Grid, affine_codes, affine_grid, wide
 from varptq.quant.config import TensorSpec
 from varptq.quant.probability import (
@@ -198,7 +198,8 @@ def _mix(p_HlL: Tensor, cache: Cache, row: int, rule: AttentionRule, span: Span)
         return _folded(p_HlL, u, scale_HL1 / copies_HL1, rule)
     # On the common grid of the finest order, so that keys of all orders add up as integers.
     u = u << (spec.max_order - order_HL).unsqueeze(-1)
-    return _by_segment(p_HlL, u, scale_HL1 / 2**spec.max_order, rule)
+    ends = span.ends if spec.policy == "segment" else (num_keys,)
+    return _by_segment(p_HlL, u, scale_HL1 / 2**spec.max_order, rule, ends)
 
 
 def _at_order(u: Tensor, order_HL: Tensor, rule: AttentionRule) -> Tensor:
@@ -218,11 +219,11 @@ def _folded(p_HlL: Tensor, u_HLc: Tensor, step_HL1: Tensor, rule: AttentionRule)
     return out / (hat / relative_H1L).sum(dim=-1, keepdim=True) if rule.spec.renormalize else out
 
 
-def _by_segment(p_HlL: Tensor, u_HLc: Tensor, step_HL1: Tensor, rule: AttentionRule) -> Tensor:
+def _by_segment(
+    p_HlL: Tensor, u_HLc: Tensor, step_HL1: Tensor, rule: AttentionRule, ends: tuple[int, ...]
+) -> Tensor:
     """A step per segment (policy "segment") or one for all values ("release")."""
-    ends = rule.ends if rule.spec.policy == "segment" else (u_HLc.shape[1],)
-    starts = [start for start in (0, *ends[:-1]) if start < u_HLc.shape[1]]
-    bounds = [slice(start, end) for start, end in zip(starts, ends, strict=False)]
+    bounds = [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
     parts = [torch.zeros_like(u_HLc) for _ in bounds]
     for part, bound in zip(parts, bounds, strict=True):
         part[:, bound] = u_HLc[:, bound]

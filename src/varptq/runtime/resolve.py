@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from varptq.errors import InputError
-from varptq.models.var import VAR
+from varptq.models.transformer import Transformer
 from varptq.runtime.convert import refusal
 from varptq.runtime.kernels import Kernels
 
@@ -84,7 +84,7 @@ def asked_for(runtime: str = AUTO) -> str:
     return _checked(forced, f"environment variable {ENVIRONMENT}: runtime")
 
 
-def resolve(var: VAR, runtime: str = AUTO, device: str | torch.device = "cpu") -> Choice:
+def resolve(var: Transformer, runtime: str = AUTO, device: str | torch.device = "cpu") -> Choice:
     """Who computes the converted model `var`, which may be on the meta device.
 
     Raises `InputError` for an explicit runtime that does not exist, does not compute on `device`,
@@ -107,7 +107,7 @@ def resolve(var: VAR, runtime: str = AUTO, device: str | torch.device = "cpu") -
     return Choice(fastest, f"the fastest that executes this config on {device.type}", kernels)
 
 
-def survey(var: VAR | None = None) -> dict[str, str]:
+def survey(var: Transformer | None = None) -> dict[str, str]:
     """Why each runtime cannot compute here (the model `var`), on its own kind of device; empty
     where it can."""
     found = {SIMULATED: ""}
@@ -119,7 +119,7 @@ def survey(var: VAR | None = None) -> dict[str, str]:
     return found
 
 
-def _try(name: str, var: VAR | None, device: torch.device) -> tuple[Kernels | None, str]:
+def _try(name: str, var: Transformer | None, device: torch.device) -> tuple[Kernels | None, str]:
     """The kernels of a runtime, or None and why not."""
     entry = INTEGER[name]
     if device.type != entry.device:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from varptq.models.scales import Scales
-from varptq.models.var import spans_of
+from varptq.models.seams import spans_of
 from varptq.quant.attention import QuantMix, QuantScores
 from varptq.quant.config import AttentionSpec, TensorSpec
 from varptq.runtime.cuda.kernels import CudaKernels
@@ -42,7 +42,7 @@ def rule_of(
     q_bias, v_bias = torch.randn(2, HEADS * head, generator=generator).to(device)
     factor = torch.tensor([5.0, 9.0]) if unit else torch.full((HEADS,), 0.25 / math.sqrt(head))
     return AttentionRule(
-        "attn", attention, theta, HEADS, head, ENDS, unit, q_bias, v_bias, factor.to(device)
+        "attn", attention, theta, HEADS, head, unit, q_bias, v_bias, factor.to(device)
     )
 
 
@@ -60,7 +60,7 @@ def test_it_agrees_with_the_simulated_modules(case: tuple, device: str) -> None:
     rule = rule_of(*case, device=device)
     kernels = CudaKernels()
     assert kernels.refuse_attention(rule) is None
-    scores, mix = QuantScores(rule.spec, "scores"), QuantMix(rule.spec, "mix", ENDS)
+    scores, mix = QuantScores(rule.spec, "scores"), QuantMix(rule.spec, "mix")
     mix.theta = rule.theta
     qkv = torch.randn(
         ROWS, ENDS[-1], 3 * HEADS * rule.head_width, generator=torch.Generator().manual_seed(0)
@@ -69,15 +69,15 @@ def test_it_agrees_with_the_simulated_modules(case: tuple, device: str) -> None:
     spans = spans_of(Scales(SIDES))
     expected = torch.cat(
         [
-            mix(scores(q[:, :, s.queries], k[:, :, : s.keys]).softmax(-1), v[:, :, : s.keys])
+            mix(scores(q[:, :, s.queries], k[:, :, : s.keys], s).softmax(-1), v[:, :, : s.keys], s)
             for s in spans
         ],
         dim=2,
     )
     expected = expected.transpose(1, 2).flatten(2)
-    whole = kernels.attend(qkv, rule, kernels.new_cache(rule, ROWS, ENDS[-1]), spans)
+    whole = kernels.attend(qkv, rule, kernels.new_cache(rule, ROWS, ENDS), spans)
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
-    cache = kernels.new_cache(rule, ROWS, ENDS[-1])
+    cache = kernels.new_cache(rule, ROWS, ENDS)
     steps = [
         kernels.attend(qkv[:, span.queries], rule, cache, spans_of(Scales(SIDES), k, k + 1))
         for k, span in enumerate(spans)

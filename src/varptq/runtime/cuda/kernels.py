@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from varptq.errors import NonFiniteError
 from varptq.models.sampling import Sampler
-from varptq.models.var import LAYER_NORM_EPS, Span
+from varptq.models.seams import LAYER_NORM_EPS, Span
 from varptq.quant.shift_sum import orders
 from varptq.quant.transforms import signs
 from varptq.runtime.cuda import attention, gemm
@@ -40,8 +40,7 @@ class Rows:
 
 @dataclass
 class Cache:
-    """Codes of the keys and values of one block: (B H, L, c) int8, and (B H, L) grids; `ends` are
-    those of the scales in it."""
+    """Codes of the keys and values of one block: (B H, L, c) int8, and (B H, L) grids."""
 
     k: Tensor
     k_scale: Tensor
@@ -50,7 +49,6 @@ class Cache:
     v: Tensor
     v_scale: Tensor
     v_extra: Tensor
-    ends: list[int]
     length: int = 0
 
 
@@ -129,8 +127,8 @@ class CudaKernels:
         )
         return y.unflatten(0, codes.shape)
 
-    def new_cache(self, rule: AttentionRule, rows: int, num_tokens: int) -> Cache:
-        device = rule.q_bias.device
+    def new_cache(self, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> Cache:
+        device, num_tokens = rule.q_bias.device, ends[-1]
         pairs = rows * rule.num_heads
 
         def ints() -> Tensor:
@@ -143,7 +141,7 @@ class CudaKernels:
         def scales() -> Tensor:
             return torch.zeros(pairs, num_tokens, device=device)
 
-        return Cache(codes(), scales(), ints(), ints(), codes(), scales(), ints(), [])
+        return Cache(codes(), scales(), ints(), ints(), codes(), scales(), ints())
 
     def attend(
         self, qkv_BlD: Tensor, rule: AttentionRule, cache: Cache, spans: Sequence[Span]
@@ -206,7 +204,6 @@ class _Call:
             attention.append_segment[(self.rows, rule.num_heads)](
                 self.qkv, rule.v_bias, *values, *sizes, first, count, WIDTH=self.width, **value
             )
-        cache.ends += [span.keys for span in spans]
         cache.length += self.new
 
     def attend(self, span: Span) -> None:
@@ -229,7 +226,7 @@ class _Call:
                 *operands, abar, *sizes, **tiles
             )
             order = orders(abar, rule.theta, self.order).int()
-        relative, scales, ends = self._steps(order, keys)
+        relative, scales, ends = self._steps(order, span)
         assert rule.spec.probability is not None
         attention.mix[by_query](
             *operands, cache.v, cache.v_extra, self.order - order, relative, scales, ends,
@@ -237,7 +234,7 @@ class _Call:
             P_TOP=float(2**rule.spec.probability.num_bits - 1), **tiles,
         )  # fmt: skip
 
-    def _steps(self, order: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _steps(self, order: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
         """What p is multiplied with per key (B H, L), the scale of each segment, and their ends.
 
         Policy "token" folds the step of a token into p, relative to the largest; "segment" brings
@@ -245,11 +242,10 @@ class _Call:
         """
         cache = self.cache
         if self.rule.spec.policy == "segment":
-            ends = [end for end in cache.ends if end <= keys]
-            last = torch.tensor(ends, device=order.device) - 1
+            last = torch.tensor(span.ends, device=order.device) - 1
             scales = cache.v_scale[:, last] / 2**self.order
             return torch.ones_like(cache.v_scale), scales.contiguous(), last.int() + 1
         step = cache.v_scale / torch.exp2(order.float())
-        largest = step[:, :keys].amax(dim=1, keepdim=True)
-        ends_1 = torch.tensor([keys], dtype=torch.int32, device=order.device)
+        largest = step[:, : span.keys].amax(dim=1, keepdim=True)
+        ends_1 = torch.tensor([span.keys], dtype=torch.int32, device=order.device)
         return step / largest, largest.contiguous(), ends_1
