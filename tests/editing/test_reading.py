@@ -16,8 +16,8 @@ from PIL import Image
 
 from picture_files import png_header
 from varptq.editing import MAX_PIXELS, read_image
-from varptq.editing.reading import FORMATS, flattened
 from varptq.errors import InputError
+from varptq.reading import FORMATS, flattened
 
 ORIENTATION = 0x0112
 

@@ -20,11 +20,11 @@ import varptq
 from robustness.mutations import in_time, mutated
 from varptq import artifact
 from varptq.calibrate.config import CalibrationConfig
-from varptq.editing.reading import read_image
 from varptq.errors import VarptqError
 from varptq.evaluate.image_files import ImageFiles
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.quant.config import QuantConfig
+from varptq.reading import read_image
 
 Load = Callable[[Path], Any]
 FUZZ = settings(

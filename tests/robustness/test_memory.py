@@ -21,7 +21,7 @@ import re, resource, sys
 from pathlib import Path
 import varptq
 from varptq import artifact
-from varptq.editing.reading import read_image
+from varptq.reading import read_image
 from varptq.evaluate.image_files import ImageFiles
 from varptq.models.pipeline import load_model
 from varptq.quant.config import QuantConfig

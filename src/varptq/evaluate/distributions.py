@@ -9,7 +9,7 @@ share, and their sums are added in order. The formulas are in the files named.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from varptq.evaluate.features import FeatureNetwork, Features, part_of
+from varptq.evaluate import statistics
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.prdc import precision_recall
@@ -109,6 +110,19 @@ def collect(
     for piece in work.each([f"{prefix}-{index}" for index in range(len(parts))], make):
         whole.merge(piece)
     return whole
+
+
+def of_statistics(
+    reference: ImageFiles, wanted: Collection[str], widths: Mapping[str, int | None]
+) -> dict[str, str]:
+    """The distances in `wanted` that go by statistics of the file, and the part of the features
+    that each compares. widths: of the network's parts; statistics of others are of no use."""
+    return {
+        name: part
+        for name, part in statistics.DISTANCES.items()
+        if name in wanted and part in reference.moments
+        and reference.moments[part] == widths.get(part)
+    }
 
 
 def cut(count: int, most: int = MOST_PARTS) -> list[range]:
