@@ -86,11 +86,11 @@ def edit(
     (neither takes a label) or "class" (regenerates towards `label`, an id or name, with guidance
     `cfg`, 1.5 if None). mask: picture or array (H, W) of the image's size, white or True is
     regenerated. box: instead of a mask, (x0, y0, x1, y1) relative to the image; its inside is
-    regenerated, with "outpaint" what lies around it. With neither, transparent pixels are. fit: "crop" shows the model the centred
-    square, "pad" the whole image. feather: pixels around the mask over which old and new are mixed,
-    None is half a token. raw: the model's own picture, nothing pasted. Candidate i draws from
-    (seed, first_index + i) alone. Raises `InputError` for what cannot be used and `ConfigError`
-    for settings.
+    regenerated, with "outpaint" what lies around it. With neither, transparent pixels are. fit:
+    "crop" shows the model the centred square, "pad" the whole image. feather: pixels around the
+    mask over which old and new are mixed, None is half a token. raw: the model's own picture,
+    nothing pasted. Candidate i draws from (seed, first_index + i) alone. Raises `InputError` for
+    what cannot be used and `ConfigError` for settings.
     """
     label, cfg = _guidance(task, label, cfg)
     _check_counts(candidates, feather)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from varptq.evaluate.features import FeatureNetwork, Features, part_of
-from varptq.evaluate import statistics
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.prdc import precision_recall
@@ -28,8 +27,7 @@ from varptq.progress import Progress
 from varptq.work import Piece, Work, pack, unpack
 
 NEIGHBOURS = 3
-# Metrics of one set of samples, and the ones that need all features of two sets.
-AGAINST_REAL = ("fid", "sfid", "precision", "recall")
+# Metrics that need all features of two sets.
 KEEP_ALL = {"precision", "recall"}
 # Of a set of images: as many processes can share it, and a part of 2048 features takes 32 MiB.
 MOST_PARTS = 64
@@ -56,6 +54,11 @@ class FeatureSums:
             self.probabilities.append(part_of(features, "probabilities", self.network).cpu())
         if KEEP_ALL & set(self.wanted):
             self.kept.append(features.pooled.cpu())
+
+    def replace(self, moments: Mapping[str, Gaussian]) -> None:
+        """Take published statistics for the parts in `moments` in place of what was seen."""
+        self.pooled = moments.get("pooled", self.pooled)
+        self.spatial = moments.get("spatial", self.spatial)
 
     def pack(self) -> Piece:
         """All it holds of a part of the images."""
@@ -110,19 +113,6 @@ def collect(
     for piece in work.each([f"{prefix}-{index}" for index in range(len(parts))], make):
         whole.merge(piece)
     return whole
-
-
-def of_statistics(
-    reference: ImageFiles, wanted: Collection[str], widths: Mapping[str, int | None]
-) -> dict[str, str]:
-    """The distances in `wanted` that go by statistics of the file, and the part of the features
-    that each compares. widths: of the network's parts; statistics of others are of no use."""
-    return {
-        name: part
-        for name, part in statistics.DISTANCES.items()
-        if name in wanted and part in reference.moments
-        and reference.moments[part] == widths.get(part)
-    }
 
 
 def cut(count: int, most: int = MOST_PARTS) -> list[range]:

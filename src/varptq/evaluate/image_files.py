@@ -1,4 +1,4 @@
-"""Images on disk as other tools of the field keep them: an npz with `arr_0`, or a folder of pictures.
+"""Images on disk as other tools keep them: an npz with `arr_0`, or a folder of pictures.
 
 The npz is what the ADM evaluator reads: `arr_0` (N, H, W, 3) uint8, labels (if any) as `arr_1`; the
 names `images` and `labels` are read too. Statistics of images may lie beside them or in place of

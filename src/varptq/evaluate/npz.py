@@ -50,9 +50,7 @@ def opened(path: Path, expected: str) -> Iterator[zipfile.ZipFile]:
         raise
     except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
-        raise InputError(
-            f"images {path}: cannot be read ({reason}); expected {expected}"
-        ) from None
+        raise InputError(f"images {path}: cannot be read ({reason}); expected {expected}") from None
 
 
 def names(archive: zipfile.ZipFile) -> list[str]:
