@@ -8,7 +8,6 @@ colours, and masks that lie in the alpha channel alone.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ WHITE_FROM = 128
 ARRAY_SUFFIX = ".npy"
 # How far the channels of a grey may lie apart: JPEG moves them by a few steps.
 COLOURED = 64
-# Shades of a drawn edge are many or evenly spread; labels are some and begin at 1.
-FEWEST, FEW = 3, 32
+# Labels are few, and a region of one is nearly black; soft edges have regions of no such shade.
+FEWEST, FEW, NEARLY_BLACK = 3, 32, 64
+# JPEG leaves these beside white, and their like beside black.
+ALMOST_WHITE = set(range(248, 255))
 REMEDY = "make the part to regenerate 255 and the rest 0"
 
 
@@ -44,8 +45,11 @@ def read_mask(source: MaskLike) -> Image.Image:
         return _of_array(_array(Path(source), what), what)
     with opened(source, what="mask") as (image, _):
         image.load()
-        if image.mode.startswith("I") and (grey := _two_valued(np.asarray(image))) is not None:
-            return turned(grey, image)
+        if image.mode.startswith("I"):
+            values = np.asarray(image)
+            if (grey := _two_valued(values)) is not None:
+                return turned(grey, image)
+            _check_white(int(values.max()), WHITE_FROM << 8, what)
     return _of_picture(read_image(source, what="mask"), what)
 
 
@@ -77,23 +81,29 @@ def _of_grey(grey: Image.Image, what: str) -> Image.Image:
     values = {value for value, count in enumerate(grey.histogram()) if count}
     if values <= {0, 1}:
         return at_least(grey, 1)
-    if max(values) < WHITE_FROM:
-        raise InputError(
-            f"{what}: values up to {max(values)}, none is white ({WHITE_FROM} and above); {REMEDY}"
-        )
-    if _are_labels(values):
+    _check_white(max(values), WHITE_FROM, what)
+    few = FEWEST <= len(values) <= FEW and not values & ALMOST_WHITE
+    if few and _has_dark_region(np.asarray(grey)):
         first = ", ".join(map(str, sorted(values)[:8]))
         raise InputError(f"{what}: the values {first} look like labels; {REMEDY}")
     return at_least(grey, WHITE_FROM)
 
 
-def _are_labels(values: Set[int]) -> bool:
-    """Whether the values of a mask number things, instead of saying how white it is."""
-    few, almost_black = FEWEST <= len(values) <= FEW, values & set(range(1, FEW))
-    # JPEG leaves both near black and near white what was black and white.
-    lossy = values & set(range(248, 255))
-    shades = values & set(range(64, 192))
-    return bool(few and almost_black and not lossy and (min(almost_black) < 8 or not shades))
+def _check_white(highest: int, white_from: int, what: str) -> None:
+    if highest < white_from:
+        raise InputError(
+            f"{what}: values up to {highest}, none is white ({white_from} and above); {REMEDY}"
+        )
+
+
+def _has_dark_region(values_HW: NDArray[np.uint8]) -> bool:
+    """Whether 3 x 3 neighbours somewhere share one value that is nearly black but not black."""
+    middle = values_HW[1:-1, 1:-1]
+    flat = (middle > 0) & (middle < NEARLY_BLACK)
+    height, width = flat.shape
+    for down, across in np.ndindex(3, 3):
+        flat &= values_HW[down : down + height, across : across + width] == middle
+    return bool(flat.any())
 
 
 def _two_valued(values: NDArray[Any]) -> Image.Image | None:
