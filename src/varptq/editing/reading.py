@@ -9,7 +9,9 @@ colours, and masks that lie in the alpha channel alone.
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,8 +120,8 @@ def _array(path: Path, what: str) -> NDArray[Any]:
     """The array of a .npy file, not read yet. Raises `InputError`; no pickle is opened."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, ValueError, EOFError, TokenError, SyntaxError, BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(
             f"{what}: cannot be read ({reason}); give a picture, or an array of booleans"
         ) from None

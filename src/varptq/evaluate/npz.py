@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from varptq.errors import InputError
 
-# What a zip file that is damaged, encrypted or of a kind we cannot unpack raises.
+# What a zip file that is damaged, encrypted or of a kind we cannot unpack raises, and NumPy for
+# the header of an array.
 READ_ERRORS = (
     *(OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(zipfile.BadZipFile, zlib.error, TokenError, SyntaxError),
 )
 _MEMBER = ".npy"
 

@@ -221,7 +221,7 @@ def _damage_named(what: str, source: ImageLike, max_pixels: int) -> Iterator[Non
             f"{what}: is no JPEG, PNG or WebP image{_kind(source)}; convert it"
         ) from None
     except _DAMAGE as error:
-        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(
             f"{what}: cannot be read ({reason}); is it whole? save it as PNG again"
         ) from None
