@@ -100,8 +100,7 @@ def command(
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
     # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
     plan(models.pipe, models.float_pipe, tools, names, count)
-    said = [tools.reference.warning] if tools.reference and tools.reference.warning else []
-    warn(said if ranks.first else [])
+    said = warn_of_reference(tools, ranks)
     with RichProgress() as progress:
         drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
         sampler = Sampler(*drawn, force, progress if ranks.first else silent, ranks)
@@ -113,7 +112,7 @@ def command(
         return
     document["warnings"][:0] = [models.warning] if models.warning else []
     write(document, subject, beside, out, export)
-    warn([warning for warning in document["warnings"] if warning not in said])
+    warn(warning for warning in document["warnings"] if warning != said)
     if json:
         common.print_json(document)
     else:
@@ -124,6 +123,13 @@ def command(
 def warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
+
+
+def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:
+    """What a user should know of the real images while nothing is sampled yet; also returned."""
+    said = tools.reference.warning if tools.reference else None
+    warn([said] if said and ranks.first else [])
+    return said
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def common_size(folder: Path, files: Sequence[Path]) -> tuple[tuple[int, int], l
             f"{len(transparent)} with transparency ({name}), where they take the mean colour of "
             "what is opaque"
         )
-    return first.size[::-1], notes
+    width, height = first.size
+    return (height, width), notes
 
 
 def _walk(folder: Path, above: set[str]) -> Iterator[Path]:

@@ -57,9 +57,9 @@ def plan(
         asked = METRICS if metrics is None else metrics
         check_statistics(reference, instruments.network.name, asked, widths)
     chosen, left_out = choose(metrics, _have(pipe, float_pipe, instruments, count, widths))
-    sized = reference is not None and reference.size is not None
-    if sized and reference.size != (side, side) and set(AGAINST_REAL) & set(chosen):
-        height, width = reference.size
+    size = reference.size if reference else None
+    if reference and size and size != (side, side) and set(AGAINST_REAL) & set(chosen):
+        height, width = size
         raise InputError(
             f"images {reference.path}: {height} x {width}, expected {side} x {side} like the "
             f"samples of {pipe.name!r}; resize them first"
