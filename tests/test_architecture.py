@@ -37,8 +37,9 @@ MAY_IMPORT = {
     "native": {"errors"},
     "runtime": BASE | {"models", "quant", "artifact", "native"},
     "pictures": BASE,
-    "editing": BASE | {"models", "pictures"},
-    "evaluate": BASE | {"models", "quant", "pictures", "distributed", "work"},
+    "reading": {"errors"},
+    "editing": BASE | {"models", "pictures", "reading"},
+    "evaluate": BASE | {"models", "quant", "pictures", "reading", "distributed", "work"},
     "analyze": BASE | {"models", "quant", "calibrate", "artifact", "evaluate"},
 }
 # The ways in for people, and who may import them.

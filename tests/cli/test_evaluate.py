@@ -133,7 +133,8 @@ def test_features_of_a_float_model_by_itself(tmp_path: Path) -> None:
 
     torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
     real = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    np.savez(tmp_path / "real.npz", arr_0=real, arr_1=np.arange(5))
+    moments = {"mu": np.full(3, 0.5), "sigma": np.eye(3)}
+    np.savez(tmp_path / "real.npz", arr_0=real, arr_1=np.arange(5), **moments)
     tools = ("--network", f"module:{tmp_path}/means.pt", "--reference", tmp_path / "real.npz")
     words = ("evaluate", "demo", *tools, "--count", 5, "--out", tmp_path / "out")
     ran = succeed(*words, "--json")
@@ -144,7 +145,10 @@ def test_features_of_a_float_model_by_itself(tmp_path: Path) -> None:
     for name, file in (("feature network", "means.pt"), ("real images", "real.npz")):
         content = (tmp_path / file).read_bytes()
         assert document["checksums"][name] == hashlib.sha256(content).hexdigest()
-    assert "FID (means)" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "FID (means)" in page and "FID: 5 samples against mu and sigma of real.npz" in page
+    assert "Recall: 5 samples against 5 images of real.npz" in page
+    assert "taken of" in succeed(*words).out
     assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["float"]
 
 

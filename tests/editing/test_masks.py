@@ -271,14 +271,16 @@ def test_the_feather_width_is_half_a_token() -> None:
         ((255, 255, 255, 255), "RGBA", True),
         ((255, 255, 255, 0), "RGBA", False),  # not painted
         ((0, 0, 0, 255), "RGBA", False),
-        ((255, 255, 255), "RGB", True), ((255, 0, 0), "RGB", False),
+        ((255, 255, 255), "RGB", True), ((60, 0, 0), "RGB", False),
     ],
 )  # fmt: skip
 def test_white_is_regenerated(pixel: Any, mode: str, white: bool) -> None:
     frame = Frame.of((SIDE, SIDE), SIDE, "crop")
-    mask = picture_mask(Image.new(mode, (SIDE, SIDE), pixel), frame, P)
-    assert mask.cells_PP.all() == mask.cells_PP.any() == white
-    assert mask.pixels.getextrema() == ((255, 255) if white else (0, 0))
+    image = Image.new(mode, (SIDE, SIDE), pixel)
+    image.paste("white", (0, 0, P, P))  # without any white it would be refused
+    mask = picture_mask(image, frame, P)
+    assert mask.cells_PP[0, 0] and mask.cells_PP.sum() == (P * P if white else 1)
+    assert mask.pixels.getextrema() == ((255, 255) if white else (0, 255))
 
 
 def test_transparent_pixels_are_regenerated() -> None:

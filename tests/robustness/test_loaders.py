@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import varptq
+from picture_files import chunk, png_of
 from robustness.mutations import in_time, mutated
 from varptq import artifact
 from varptq.calibrate.config import CalibrationConfig
-from varptq.editing.reading import read_image
+from varptq.editing.reading import read_mask
 from varptq.errors import VarptqError
+from varptq.evaluate import statistics
 from varptq.evaluate.image_files import ImageFiles
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.quant.config import QuantConfig
+from varptq.reading import read_image
 
 Load = Callable[[Path], Any]
 FUZZ = settings(
@@ -54,6 +58,33 @@ def picture(kind: str, mode: str = "RGB") -> bytes:
     return file.getvalue()
 
 
+def crowded_png() -> bytes:
+    """With a profile, an orientation, texts and a transparent colour."""
+    profile = chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(99)))
+    texts = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\na\n4\n4578"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    more = profile + texts + chunk(b"eXIf", exif.tobytes()[6:]) + chunk(b"tRNS", bytes(6))
+    return png_of(3, 2, 8, 2, bytes(20), more)
+
+
+def statistics_npz() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(2), sigma_s=np.eye(2))
+    return file.getvalue()
+
+
+def load_statistics(path: Path) -> None:
+    for part in ImageFiles.open(path).moments:
+        statistics.load(path, part)
+
+
+def mask_npy() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.eye(5, dtype=bool))
+    return file.getvalue()
+
+
 def read_all(path: Path) -> None:
     for _ in ImageFiles.open(path).batches(2):
         pass
@@ -63,6 +94,9 @@ FILES: dict[str, tuple[Callable[[], bytes], Load]] = {
     "settings.json": (quant_json, QuantConfig.from_file),
     "settings.yaml": (calibration_yaml, CalibrationConfig.from_file),
     "images.npz": (images_npz, read_all),
+    "statistics.npz": (statistics_npz, load_statistics),
+    "mask.npy": (mask_npy, read_mask),
+    "crowded.png": (crowded_png, read_image),
     "image.png": (lambda: picture("PNG", "RGBA"), read_image),
     "image.jpg": (lambda: picture("JPEG", "CMYK"), read_image),
     "image.webp": (lambda: picture("WEBP"), read_image),

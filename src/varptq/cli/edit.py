@@ -44,7 +44,7 @@ def command(
     vae: common.VaeFile = None,
     random: common.RandomModel = None,
     task: Annotated[str, typer.Option(help="inpaint, outpaint or class.")] = "inpaint",
-    mask: Annotated[Path | None, typer.Option(help="Picture; white is regenerated.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Picture or .npy; white is redrawn.")] = None,
     box: Annotated[
         str | None,
         typer.Option(help="x0,y0,x1,y1 from 0 to 1: regenerated, with outpaint kept."),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -50,7 +50,10 @@ Network = Annotated[
     str | None, typer.Option(help="Feature network, e.g. inception:FILE or resnet56:FILE.")
 ]
 Reference = Annotated[
-    Path | None, typer.Option(help="Real images: npz with arr_0, or a folder of PNGs.")
+    Path | None,
+    typer.Option(
+        help="Real images: npz with arr_0, or a folder of pictures; or an npz with mu and sigma."
+    ),
 ]
 Clip = Annotated[str | None, typer.Option(metavar="MODEL", help="CLIP: folder or name on the hub.")]
 
@@ -97,6 +100,7 @@ def command(
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
     # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
     plan(models.pipe, models.float_pipe, tools, names, count)
+    said = warn_of_reference(tools, ranks)
     with RichProgress() as progress:
         drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
         sampler = Sampler(*drawn, force, progress if ranks.first else silent, ranks)
@@ -108,13 +112,24 @@ def command(
         return
     document["warnings"][:0] = [models.warning] if models.warning else []
     write(document, subject, beside, out, export)
-    for warning in document["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
+    warn(warning for warning in document["warnings"] if warning != said)
     if json:
         common.print_json(document)
     else:
         rows = summary(document, out, time.monotonic() - started)
         common.print_rows("varptq evaluate", rows)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:
+    """What a user should know of the real images while nothing is sampled yet; also returned."""
+    said = tools.reference.warning if tools.reference else None
+    warn([said] if said and ranks.first else [])
+    return said
 
 
 @dataclass(frozen=True)
@@ -343,7 +358,7 @@ def describe(pipe: Pipeline) -> dict[str, Any]:
 
 def summary(document: dict[str, Any], out: Path, duration: float) -> list[tuple[str, str]]:
     """The table for people."""
-    from varptq.evaluate.catalogue import METRICS, titled
+    from varptq.evaluate.catalogue import METRICS, sources, titled
     from varptq.evaluate.report.numbers import measured
 
     of_float = document["float_metrics"]
@@ -358,5 +373,7 @@ def summary(document: dict[str, Any], out: Path, duration: float) -> list[tuple[
             if name in of_float:
                 text += f", float {measured(of_float[name], METRICS[name].style)}"
             rows.append((titled(name, document["settings"]["network"]), text))
+    if text := sources(document):
+        rows.append(("taken of", text))
     written = f"{out}/{REPORT_NAME}, {out}/{METRICS_NAME}, {out}/{SAMPLES_NAME}/"
     return [*rows, ("time", common.seconds(duration)), ("written", written)]

@@ -2,6 +2,6 @@
 (docs/editing.md)."""
 
 from varptq.editing.call import EditResult, edit
-from varptq.editing.reading import MAX_PIXELS, read_image
+from varptq.reading import MAX_PIXELS, read_image
 
 __all__ = ["MAX_PIXELS", "EditResult", "edit", "read_image"]

@@ -28,13 +28,14 @@ from varptq.editing.masks import (
     keep_mask,
     picture_mask,
 )
-from varptq.editing.reading import ImageLike, flattened, read_image
+from varptq.editing.reading import MaskLike
 from varptq.errors import InputError
 from varptq.models.generate import DEFAULT_BATCH, generate
 from varptq.models.pipeline import UNCONDITIONAL, Pipeline
 from varptq.models.sampling import SamplingSettings
 from varptq.pictures import to_pixels
 from varptq.progress import Progress, silent
+from varptq.reading import ImageLike, flattened, read_image
 
 Task = Literal["inpaint", "outpaint", "class"]
 TASKS: tuple[Task, ...] = ("inpaint", "outpaint", "class")
@@ -64,7 +65,7 @@ def edit(
     image: ImageLike,
     *,
     task: str = "inpaint",
-    mask: ImageLike | None = None,
+    mask: MaskLike | None = None,
     box: Sequence[float] | None = None,
     label: int | str | None = None,
     fit: str = "crop",
@@ -83,13 +84,13 @@ def edit(
 
     image: path, bytes of a file or Pillow image, of any size and mode. task: "inpaint", "outpaint"
     (neither takes a label) or "class" (regenerates towards `label`, an id or name, with guidance
-    `cfg`, 1.5 if None). mask: picture of the image's size, white is regenerated. box: instead of a
-    mask, (x0, y0, x1, y1) relative to the image; its inside is regenerated, with "outpaint" what
-    lies around it. With neither, transparent pixels are. fit: "crop" shows the model the centred
-    square, "pad" the whole image. feather: pixels around the mask over which old and new are mixed,
-    None is half a token. raw: the model's own picture, nothing pasted. Candidate i draws from
-    (seed, first_index + i) alone. Raises `InputError` for what cannot be used and `ConfigError`
-    for settings.
+    `cfg`, 1.5 if None). mask: picture or array (H, W) of the image's size, white or True is
+    regenerated. box: instead of a mask, (x0, y0, x1, y1) relative to the image; its inside is
+    regenerated, with "outpaint" what lies around it. With neither, transparent pixels are. fit:
+    "crop" shows the model the centred square, "pad" the whole image. feather: pixels around the
+    mask over which old and new are mixed, None is half a token. raw: the model's own picture,
+    nothing pasted. Candidate i draws from (seed, first_index + i) alone. Raises `InputError` for
+    what cannot be used and `ConfigError` for settings.
     """
     label, cfg = _guidance(task, label, cfg)
     _check_counts(candidates, feather)
@@ -157,7 +158,7 @@ def _mask(
     frame: Frame,
     side: int,
     task: str,
-    mask: ImageLike | None,
+    mask: MaskLike | None,
     box: Sequence[float] | None,
 ) -> Mask:
     """The mask meant, with something to regenerate and, unless a class says what, to go by."""

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varptq.editing.frame import Frame, extent
-from varptq.editing.reading import ImageLike, at_least, is_opaque, read_image
+from varptq.editing.reading import MaskLike, read_mask
 from varptq.errors import InputError
 from varptq.models.scales import Scales
+from varptq.reading import is_opaque
 
-WHITE_FROM = 128
 # Scales of so few tokens are always given: they hold the picture as a whole.
 ALWAYS_GIVEN = 3
 
@@ -41,22 +41,18 @@ class Mask:
     cells_PP: NDArray[np.bool_]
 
 
-def picture_mask(source: ImageLike, frame: Frame, side: int) -> Mask:
+def picture_mask(source: MaskLike, frame: Frame, side: int) -> Mask:
     """From a picture of the image's size: white, or at least light grey, is regenerated.
 
-    side: P. Raises `InputError` for another size, or as `read_image` does.
+    side: P. Raises `InputError` for another size, or as `read_mask` does.
     """
-    picture = read_image(source, what="mask")
+    picture = read_mask(source)
     if picture.size != frame.size:
         found, expected = (f"{w} x {h}" for w, h in (picture.size, frame.size))
         raise InputError(
             f"mask: {found} pixels, the image has {expected} (upright); make them equal"
         )
-    if picture.mode == "RGBA":
-        # A stroke on a transparent layer: what is not painted is black.
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(black, picture)
-    return _from_pixels(at_least(picture.convert("L"), WHITE_FROM), frame, side)
+    return _from_pixels(picture, frame, side)
 
 
 def alpha_mask(image: Image.Image, frame: Frame, side: int) -> Mask:

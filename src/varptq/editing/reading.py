@@ -1,135 +1,150 @@
-"""Pictures of any kind as upright 8-bit RGB or RGBA, and refusing those that cannot be trusted.
+"""Masks as programs of drawing and segmentation write them, as black and white of 8 bits.
 
-JPEG, PNG and WebP; EXIF orientation is applied; grey, palette, CMYK and 16-bit grey become RGB, an
-alpha channel is kept. The number of pixels is read off the header and refused before anything is
-decoded. A colour profile of RGB goes along and is not applied; EXIF, with the place of a photo, is
-dropped. Of an animation the first frame counts.
+    white, 128 and above, is regenerated; 0 and 1, and in 16 bits 0 and 255, are black and white
+    an array is read by the same rule, True is white; transparent is black
+What would be misread by that rule is refused with the value that stands in it: maps of labels,
+colours, and masks that lie in the alpha channel alone.
 """
 
 from __future__ import annotations
 
-import io
-import struct
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image
 
 from varptq.errors import InputError
+from varptq.reading import MAX_PIXELS, ImageLike, at_least, opened, read_image, turned
 
-# Decoders for other formats are old and many; each is a way in for a hostile file.
-FORMATS = ("JPEG", "PNG", "WEBP")
-# Above what phones take (50 megapixels); an edit holds a few copies of 4 bytes per pixel.
-MAX_PIXELS = 64_000_000
-OPAQUE_FROM = 128
+MaskLike = ImageLike | NDArray[Any]
 
-ImageLike = str | Path | bytes | Image.Image
-
-PROFILE = "icc_profile"
-
-# What Pillow raises on damaged files, by format and kind of damage.
-_DAMAGE = (
-    *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error),
-    *(zlib.error, OverflowError, MemoryError, Image.DecompressionBombError),
-)
+WHITE_FROM = 128
+ARRAY_SUFFIX = ".npy"
+# How far the channels of a grey may lie apart: JPEG moves them by a few steps.
+COLOURED = 64
+# Labels are few, and a region of one is nearly black; soft edges have regions of no such shade.
+FEWEST, FEW, NEARLY_BLACK = 3, 32, 64
+# JPEG leaves these beside white, and their like beside black.
+ALMOST_WHITE = set(range(248, 255))
+REMEDY = "make the part to regenerate 255 and the rest 0"
 
 
-def read_image(
-    source: ImageLike, *, what: str = "image", max_pixels: int = MAX_PIXELS
-) -> Image.Image:
-    """The picture, upright, loaded, in mode "RGB", or "RGBA" if it has transparency.
+def read_mask(source: MaskLike) -> Image.Image:
+    """ "L", 255 where the image is regenerated and 0 elsewhere, upright.
 
-    source: a path, the bytes of a file, or a Pillow image, which is left as it is. what: its name
-    in messages. Raises `InputError` for what is no picture, damaged, or above `max_pixels`.
+    source: as `read_image` takes it, the path of a .npy file, or an array (H, W) of booleans or
+    integers. Raises `InputError` as `read_image` does, and for a mask that has no white but other
+    values, holds labels or colours, or is an array of another kind.
     """
-    if isinstance(source, str | Path):
-        what = f"{what} {source}"
-    elif not isinstance(source, bytes | Image.Image):
-        kind = type(source).__name__
-        raise InputError(f"{what}: {kind}, expected a path, bytes or a Pillow image")
-    with _damage_named(what, max_pixels), _opened(source) as image:
-        width, height = image.size
-        if width * height > max_pixels:
+    what = f"mask {source}" if isinstance(source, str | Path) else "mask"
+    if isinstance(source, np.ndarray):
+        return _of_array(source, what)
+    if isinstance(source, str | Path) and Path(source).suffix.lower() == ARRAY_SUFFIX:
+        return _of_array(_array(Path(source), what), what)
+    with opened(source, what="mask") as (image, _):
+        image.load()
+        if image.mode.startswith("I"):
+            values = np.asarray(image)
+            if (grey := _two_valued(values)) is not None:
+                return turned(grey, image)
+            _check_white(int(values.max()), WHITE_FROM << 8, what)
+    return _of_picture(read_image(source, what="mask"), what)
+
+
+def _of_picture(picture: Image.Image, what: str) -> Image.Image:
+    if picture.mode == "RGBA":
+        # A stroke on a transparent layer: what is not painted is black.
+        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+        painted = Image.alpha_composite(black, picture)
+        alpha = picture.getchannel("A").getextrema()
+        if not painted.convert("RGB").getbbox() and alpha[0] != alpha[1]:
             raise InputError(
-                f"{what}: {width} x {height} pixels, expected at most {max_pixels / 1e6:g} "
-                "megapixels; make it smaller"
+                f"{what}: black all over, only its alpha channel differs; give that channel as a "
+                "picture of its own, white where it is to be regenerated"
             )
-        if not width * height:
-            raise InputError(f"{what}: {width} x {height} pixels, expected at least one")
-        return _eight_bit(ImageOps.exif_transpose(image))
+        picture = painted
+    pixels = np.asarray(picture.convert("RGB"))
+    apart = pixels.max(2) - pixels.min(2)
+    if apart.max() > COLOURED:
+        colour = tuple(pixels[np.unravel_index(apart.argmax(), apart.shape)].tolist())
+        raise InputError(
+            f"{what}: holds colours, such as {colour}, expected black (kept) and white "
+            "(regenerated); paint the part to regenerate white"
+        )
+    return _of_grey(picture.convert("L"), what)
 
 
-def is_opaque(image: Image.Image) -> Image.Image:
-    """Of an RGBA image: "L", 255 where alpha is at least one half, else 0."""
-    return at_least(image.getchannel("A"), OPAQUE_FROM)
+def _of_grey(grey: Image.Image, what: str) -> Image.Image:
+    """Black and white of "L"; 0 and 1 are what they say."""
+    values = {value for value, count in enumerate(grey.histogram()) if count}
+    if values <= {0, 1}:
+        return at_least(grey, 1)
+    _check_white(max(values), WHITE_FROM, what)
+    few = FEWEST <= len(values) <= FEW and not values & ALMOST_WHITE
+    if few and _has_dark_region(np.asarray(grey)):
+        first = ", ".join(map(str, sorted(values)[:8]))
+        raise InputError(f"{what}: the values {first} look like labels; {REMEDY}")
+    return at_least(grey, WHITE_FROM)
 
 
-def at_least(grey: Image.Image, threshold: int) -> Image.Image:
-    """ "L" -> "L": 255 where the value is at least `threshold`, else 0."""
-    return grey.point([255 * (value >= threshold) for value in range(256)])
+def _check_white(highest: int, white_from: int, what: str) -> None:
+    if highest < white_from:
+        raise InputError(
+            f"{what}: values up to {highest}, none is white ({white_from} and above); {REMEDY}"
+        )
 
 
-def flattened(image: Image.Image) -> Image.Image:
-    """RGB of an RGB or RGBA image; behind transparency lies the mean colour of what is opaque, so
-    that the coarse tokens of the picture do not take whatever colour hides there."""
-    if image.mode == "RGB":
-        return image
-    opaque = is_opaque(image)
-    seen = ImageStat.Stat(image.convert("RGB"), opaque)
-    mean = [round(value) for value in seen.mean] if any(seen.count) else [127] * 3
-    background = Image.new("RGB", image.size, tuple(mean))
-    background.paste(image.convert("RGB"), mask=image.getchannel("A"))
-    return background
+def _has_dark_region(values_HW: NDArray[np.uint8]) -> bool:
+    """Whether 3 x 3 neighbours somewhere share one value that is nearly black but not black."""
+    middle = values_HW[1:-1, 1:-1]
+    flat = (middle > 0) & (middle < NEARLY_BLACK)
+    height, width = flat.shape
+    for down, across in np.ndindex(3, 3):
+        flat &= values_HW[down : down + height, across : across + width] == middle
+    return bool(flat.any())
 
 
-@contextmanager
-def _opened(source: ImageLike) -> Iterator[Image.Image]:
-    """The image with its header read; what was opened here is closed again."""
-    if isinstance(source, Image.Image):
-        yield source
-        return
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with warnings.catch_warnings():
-        # Pillow only warns of images up to twice its own limit, which is above ours.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(file, formats=FORMATS) as image:
-            yield image
+def _two_valued(values: NDArray[Any]) -> Image.Image | None:
+    """ "L" of an array of 0 and 1, or of 0 and 255; None for other values."""
+    highest = int(values.max()) if values.size else 0
+    if highest not in (0, 1, 255) or not np.isin(values, (0, highest)).all():
+        return None
+    return Image.fromarray((values != 0).astype(np.uint8) * 255)
 
 
-@contextmanager
-def _damage_named(what: str, max_pixels: int) -> Iterator[None]:
+def _array(path: Path, what: str) -> NDArray[Any]:
+    """The array of a .npy file, not read yet. Raises `InputError`; no pickle is opened."""
     try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{what}: no such file; give a JPEG, PNG or WebP") from None
-    except Image.DecompressionBombError:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, TokenError, SyntaxError, BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(
-            f"{what}: its header claims far more than {max_pixels / 1e6:g} megapixels; "
-            "make it smaller"
+            f"{what}: cannot be read ({reason}); give a picture, or an array of booleans"
         ) from None
-    except UnidentifiedImageError:
-        raise InputError(f"{what}: is no JPEG, PNG or WebP image; convert it") from None
-    except _DAMAGE as error:
-        reason = getattr(error, "strerror", None) or error or type(error).__name__
-        raise InputError(
-            f"{what}: cannot be read ({reason}); is it whole? save it as PNG again"
-        ) from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{what}: several arrays, expected one; save the mask alone as .npy")
+    return array
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """A new image in RGB or RGBA, with nothing attached but a profile of such values."""
-    if image.mode.startswith("I"):
-        # Pillow would clip the 16 bits at 255.
-        found = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    else:
-        found = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    found.info = {}
-    if image.mode in ("RGB", "RGBA", "P") and PROFILE in image.info:
-        found.info[PROFILE] = image.info[PROFILE]
-    return found
+def _of_array(array: NDArray[Any], what: str) -> Image.Image:
+    values = array
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):  # as models give it
+        values = array[0] if array.shape[0] == 1 else array[..., 0]
+    if values.dtype.kind not in "bui" or values.ndim != 2 or not 0 < values.size <= MAX_PIXELS:
+        raise InputError(
+            f"{what}: an array of {array.dtype} {array.shape}, expected booleans (height, width); "
+            "compare it with the label or the threshold that is meant"
+        )
+    if (grey := _two_valued(values)) is not None:
+        return grey
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 255:
+        raise InputError(
+            f"{what}: an array with values from {low} to {high}, expected booleans, or 0 and 255; "
+            "compare it with the label that is meant"
+        )
+    return _of_grey(Image.fromarray(values.astype(np.uint8)), what)

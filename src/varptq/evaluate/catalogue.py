@@ -5,9 +5,9 @@ One table for the computation (metrics.py), the command line and the report. No 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from varptq.errors import InputError
 
@@ -30,7 +30,12 @@ NEEDS = {
     "network": "a feature network (--network, e.g. inception:/path/to/file.pt)",
     "spatial": "a feature network with spatial features, as the FID Inception has",
     "probabilities": "a feature network with class probabilities, as the full FID Inception has",
-    "reference": "real images (--reference, an npz with arr_0 or a folder of PNGs)",
+    "reference": "real images (--reference, an npz with arr_0 or a folder of pictures; statistics "
+    "of images alone will not do)",
+    "moments": "real images or their statistics (--reference: a folder of pictures, or an npz with "
+    "arr_0, or with mu and sigma)",
+    "spatial moments": "real images or their spatial statistics (--reference: a folder of "
+    "pictures, or an npz with arr_0, or with mu_s and sigma_s)",
     "lpips": "the LPIPS weights (--lpips FILE)",
     "side11": "images of at least 11 x 11 pixels",
     "side31": "images of at least 31 x 31 pixels",
@@ -106,14 +111,14 @@ METRICS: dict[str, Metric] = {
         "Distance between the feature distributions of samples and real images.",
         "lower",
         "distance",
-        ("network", "reference", "two"),
+        ("network", "moments", "two"),
     ),
     "sfid": Metric(
         "sFID",
         "The same on spatial features, which see where things stand.",
         "lower",
         "distance",
-        ("network", "spatial", "reference", "two"),
+        ("network", "spatial", "spatial moments", "two"),
     ),
     "is": Metric(
         "Inception Score",
@@ -151,6 +156,15 @@ def titled(name: str, network: str | None) -> str:
     metric = METRICS[name]
     foreign = "network" in metric.needs and network not in (None, "inception")
     return f"{metric.title} ({network})" if foreign else metric.title
+
+
+def sources(document: Mapping[str, Any]) -> str:
+    """Which images, or statistics of images, the metrics of a document were taken of: "FID, sFID:
+    mu and sigma of x.npz; ..."; "" where it does not say."""
+    by_source: dict[str, list[str]] = {}
+    for name, source in document.get("taken_from", {}).items():
+        by_source.setdefault(source, []).append(METRICS[name].title)
+    return "; ".join(f"{', '.join(names)}: {source}" for source, names in by_source.items())
 
 
 def choose(

@@ -9,7 +9,7 @@ share, and their sums are added in order. The formulas are in the files named.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -27,8 +27,7 @@ from varptq.progress import Progress
 from varptq.work import Piece, Work, pack, unpack
 
 NEIGHBOURS = 3
-# Metrics of one set of samples, and the ones that need all features of two sets.
-AGAINST_REAL = ("fid", "sfid", "precision", "recall")
+# Metrics that need all features of two sets.
 KEEP_ALL = {"precision", "recall"}
 # Of a set of images: as many processes can share it, and a part of 2048 features takes 32 MiB.
 MOST_PARTS = 64
@@ -55,6 +54,11 @@ class FeatureSums:
             self.probabilities.append(part_of(features, "probabilities", self.network).cpu())
         if KEEP_ALL & set(self.wanted):
             self.kept.append(features.pooled.cpu())
+
+    def replace(self, moments: Mapping[str, Gaussian]) -> None:
+        """Take published statistics for the parts in `moments` in place of what was seen."""
+        self.pooled = moments.get("pooled", self.pooled)
+        self.spatial = moments.get("spatial", self.spatial)
 
     def pack(self) -> Piece:
         """All it holds of a part of the images."""

@@ -136,13 +136,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, float(apart + first.trace() + second.trace() - 2 * shared))
 
 
-def bias_of_means(a: Gaussian, b: Gaussian) -> float:
+def bias_of_means(*sets: Gaussian) -> float:
     """tr S1 / n1 + tr S2 / n2: what finite sets add to the distance through their means alone.
 
     Two sets drawn from one distribution are apart by |m1 - m2|^2 of this expectation; the
     covariances add more, without a closed form.
     """
-    return float(a.covariance.trace() / a.count + b.covariance.trace() / b.count)
+    return sum(float(one.covariance.trace() / one.count) for one in sets)
 
 
 def _root(covariance: Tensor) -> Tensor:

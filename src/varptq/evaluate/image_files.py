@@ -1,7 +1,8 @@
-"""Images on disk as other tools of the field keep them: an npz with `arr_0`, or a folder of PNGs.
+"""Images on disk as other tools keep them: an npz with `arr_0`, or a folder of pictures.
 
 The npz is what the ADM evaluator reads: `arr_0` (N, H, W, 3) uint8, labels (if any) as `arr_1`; the
-names `images` and `labels` are read too.
+names `images` and `labels` are read too. Statistics of images may lie beside them or in place of
+them (statistics.py).
 Both ways go in pieces, so the size of a set is bounded by the disk. Sets we sample ourselves are in
 sampling.py.
 """
@@ -11,28 +12,27 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from varptq.errors import InputError
+from varptq.evaluate import folders, npz, statistics
 from varptq.files import write_atomic
 from varptq.pictures import Pixels
+from varptq.reading import flattened, read_image
 
 IMAGES, LABELS = "arr_0", "arr_1"
 # Other writers call them so; the first name found counts.
 IMAGE_NAMES, LABEL_NAMES = (IMAGES, "images"), (LABELS, "labels")
-# What a zip file that is damaged, encrypted or of a kind we cannot unpack raises.
-READ_ERRORS = (
-    *(OSError, ValueError, LookupError, EOFError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
+EXPECTED = (
+    f"a folder of pictures, or an npz with {IMAGES} (N, H, W, 3) uint8 or {statistics.EXPECTED}"
 )
 
 Part = tuple[NDArray[np.int64], Pixels, NDArray[np.int64]]
@@ -79,111 +79,103 @@ def _scatter(path: Path, count: int, parts: Iterable[Part]) -> NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images of an npz or of a folder of PNGs, to be read in batches.
+    """The images of an npz or of a folder of pictures, to be read in batches, and their statistics.
 
-    size: (height, width) of the images, of the first one in a folder. warning: what a user should
-    know about this set, None if nothing.
+    count: 0 for a file of statistics alone. size: (height, width) of all images, None without any.
+    warning: what a user should know about this set, None if nothing. files: of a folder.
+    moments: of which features the file has mean and covariance, and how many; keys as in
+    `statistics.NAMES`.
     """
 
     path: Path
     count: int
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     warning: str | None = None
+    files: tuple[Path, ...] = ()
+    moments: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> ImageFiles:
-        """Look at `path` without reading all images. Raises `InputError` if it holds none."""
+        """Look at `path` without decoding all images. Raises `InputError` if it holds none, and for
+        a picture in a folder that cannot be read or is of another size."""
         path = Path(path)
         if path.is_dir():
-            files = _png_files(path)
-            if not files:
-                raise InputError(f"images {path}: no .png in this folder; give one with images")
-            height, width, _ = _read_png(files[0]).shape
-            return cls(path, len(files), (height, width))
-        with _npz(path) as archive, _images(archive) as (_, shape):
-            count, height, width, _ = shape
-            labels_N = _labels(archive)
-        warning = None
-        if labels_N is not None and _is_sorted(labels_N):
-            warning = (
-                f"images {path}: sorted by label; the Inception Score of such a file is wrong, "
-                "shuffle it"
-            )
-        return cls(path, count, (height, width), warning)
+            files, notes = folders.find_pictures(path)
+            size, more = folders.common_size(path, files)
+            return cls(path, len(files), size, _warning(path, notes + more), tuple(files))
+        with npz.opened(path, EXPECTED) as archive:
+            moments = statistics.widths(archive)
+            names = npz.names(archive)
+            if moments and not any(name in names for name in IMAGE_NAMES):
+                return cls(path, 0, None, moments=moments)
+            with _images(archive) as (_, header):
+                count, *size, _ = header.shape
+            notes = _about_labels(archive, header)
+        return cls(path, count, (size[0], size[1]), _warning(path, notes), moments=moments)
 
     def batches(self, size: int) -> Iterator[Pixels]:
         """(b, H, W, 3) uint8 in the order of the file, or of the names. Raises `InputError`."""
-        return self._png_batches(size) if self.path.is_dir() else self._npz_batches(size)
+        return self._picture_batches(size) if self.files else self._npz_batches(size)
 
-    def _png_batches(self, size: int) -> Iterator[Pixels]:
-        files = _png_files(self.path)
-        for start in range(0, len(files), size):
-            images = [_read_png(file) for file in files[start : start + size]]
+    def _picture_batches(self, size: int) -> Iterator[Pixels]:
+        for start in range(0, len(self.files), size):
+            images = [
+                np.asarray(flattened(read_image(file))) for file in self.files[start : start + size]
+            ]
             shapes = {image.shape for image in images}
             if len(shapes) > 1:
                 raise InputError(f"images {self.path}: of sizes {sorted(shapes)}, expected one")
             yield np.stack(images)
 
     def _npz_batches(self, size: int) -> Iterator[Pixels]:
-        with _npz(self.path) as archive, _images(archive) as (file, shape):
-            bytes_each = int(np.prod(shape[1:]))
+        with npz.opened(self.path, EXPECTED) as archive, _images(archive) as (file, header):
+            shape = header.shape[1:]
+            bytes_each = int(np.prod(shape))
             for start in range(0, self.count, size):
                 length = min(size, self.count - start)
                 content = file.read(length * bytes_each)
                 if len(content) < length * bytes_each:
                     raise ValueError("ends too early")
-                yield np.frombuffer(content, np.uint8).reshape(length, *shape[1:])
+                yield np.frombuffer(content, np.uint8).reshape(length, *shape)
 
 
-def _png_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png")
-
-
-def _read_png(path: Path) -> Pixels:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"image {path}: cannot be read ({error})") from None
+def _warning(path: Path, notes: list[str]) -> str | None:
+    return f"images {path}: {'; '.join(notes)}" if notes else None
 
 
 @contextmanager
-def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The open archive; whatever is wrong with it becomes an `InputError` naming the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except READ_ERRORS as error:
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
-        raise InputError(
-            f"images {path}: cannot be read ({reason}); expected a folder of PNGs or an npz with "
-            f"{IMAGES} (N, H, W, 3) uint8"
-        ) from None
+def _images(archive: zipfile.ZipFile) -> Iterator[tuple[IO[bytes], npz.ArrayHeader]]:
+    """The values of the image array as a stream, and its header."""
+    there = npz.names(archive)
+    name = next((name for name in IMAGE_NAMES if name in there), None)
+    if name is None:
+        raise ValueError(f"holds {', '.join(there[:8]) or 'no array'}")
+    with npz.stream(archive, name) as (file, header):
+        shape = header.shape
+        if header.fortran or header.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+            remedy = "; save it with numpy.ascontiguousarray" if header.fortran else ""
+            raise ValueError(f"{header}{remedy}")
+        if not shape[0]:
+            raise ValueError(f"{header}, no image")
+        yield file, header
 
 
-@contextmanager
-def _images(archive: zipfile.ZipFile) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """The values of the image array as a stream, and its shape."""
-    name = next((name for name in IMAGE_NAMES if f"{name}.npy" in archive.namelist()), IMAGES)
-    with archive.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0]:
-            raise ValueError(f"{name} is {dtype} {shape}")
-        yield file, shape
-
-
-def _labels(archive: zipfile.ZipFile) -> NDArray[Any] | None:
-    for name in LABEL_NAMES:
-        if f"{name}.npy" in archive.namelist():
-            with archive.open(f"{name}.npy") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-    return None
+def _about_labels(archive: zipfile.ZipFile, images: npz.ArrayHeader) -> list[str]:
+    """Sentences about the order of the images, and about arrays that nothing reads."""
+    there, notes = npz.names(archive), []
+    known = {images.name, *chain(*statistics.NAMES.values())}
+    name = next((name for name in LABEL_NAMES if name in there), None)
+    if name is not None:
+        header, count = npz.header(archive, name), images.shape[0]
+        if header.dtype.kind in "biuf" and header.shape in {(count,), (count, 1)}:
+            known.add(name)
+            if _is_sorted(npz.array(archive, name)):
+                notes.append(
+                    "sorted by label; the Inception Score of such a file is wrong, shuffle it"
+                )
+    if unread := [name for name in there if name not in known]:
+        notes.append(f"left out {', '.join(unread[:8])}, only {images.name} is read")
+    return notes
 
 
 def _is_sorted(labels_N: NDArray[Any]) -> bool:

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 from varptq.errors import InputError
+from varptq.evaluate import statistics
 from varptq.evaluate.catalogue import METRICS
 from varptq.evaluate.clip import class_prompts
-from varptq.evaluate.distributions import AGAINST_REAL, collect, cut, measure
+from varptq.evaluate.distributions import FeatureSums, collect, cut, measure
 from varptq.evaluate.frechet import Gaussian, bias_of_means, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.pairs import PairSums, Tally, codebook_use
 from varptq.evaluate.preflight import Instruments, plan
+from varptq.evaluate.references import AGAINST_REAL, about_reference, of_statistics, sources_of
 from varptq.evaluate.sampling import SampleSet, title
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
@@ -83,6 +85,7 @@ def evaluate(
         "compared_with": title(against.pipe) if against else None,
         "metrics": in_order(run.found),
         "float_metrics": in_order(run.of_float),
+        "taken_from": run.taken_from,
         "left_out": left_out,
         "warnings": run.warnings,
         "per_scale": run.per_scale,
@@ -93,7 +96,7 @@ def evaluate(
             "metrics": list(chosen),
             "token_images": min(token_images, len(subject.samples)),
             "network": tools.network.name if tools.network else None,
-            "reference_images": tools.reference.count if tools.reference else None,
+            "reference_images": (tools.reference.count or None) if tools.reference else None,
         },
         "checksums": run.checksums(),
         "versions": versions(),
@@ -115,6 +118,7 @@ class _Run:
     of_float: dict[str, Any] = field(default_factory=dict)
     per_scale: dict[str, Any] = field(default_factory=dict)
     codebook: dict[str, Any] = field(default_factory=dict)
+    taken_from: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -209,26 +213,39 @@ class _Run:
             stage = f"{network.name} features of {what}"
             return collect(network, images, needed, FEATURE_BATCH, stage, self.progress, self.work)
 
-        of_real = [name for name in AGAINST_REAL if name in wanted]
-        real = sums_of(reference, "real images", of_real) if reference and of_real else None
-        if reference and reference.warning:
-            self.warnings.append(reference.warning)
         ours = sums_of(self.subject.samples, "the samples", wanted)
+        of_real = [name for name in AGAINST_REAL if name in wanted]
+        widths = {"pooled": ours.pooled.dim, "spatial": ours.spatial.dim}
+        published = of_statistics(reference, of_real, widths)
+        real = None
+        if reference and of_real:
+            of_images = [name for name in of_real if name not in published]
+            real = FeatureSums(network.name, of_images)
+            if of_images:
+                real = sums_of(reference, "real images", of_images)
+            parts = published.values()
+            real.replace({part: statistics.load(reference.path, part) for part in parts})
+        if reference:
+            self.warnings += about_reference(reference, network.name, of_real, widths)
+        self.taken_from = sources_of(wanted, ours.pooled.count, reference, widths)
         self.found |= measure(ours, real, wanted)
         if self.against is not None:
             floats = sums_of(self.against.samples, "the float samples", wanted)
             self.of_float |= measure(floats, real, wanted)
             if "fid2fp" in wanted:
                 self.found["fid2fp"] = frechet_distance(ours.pooled, floats.pooled)
-        self._warn_of_few(ours.pooled, real.pooled if real else ours.pooled)
+        # Nobody knows of how many images published statistics are.
+        others = [] if "fid" in published else [real.pooled if real else ours.pooled]
+        self._warn_of_few(ours.pooled, *others)
 
-    def _warn_of_few(self, ours: Gaussian, theirs: Gaussian) -> None:
-        fewest = min(ours.count, theirs.count)
+    def _warn_of_few(self, ours: Gaussian, *others: Gaussian) -> None:
+        fewest = min(one.count for one in (ours, *others))
         if 2 <= fewest <= ours.dim:
+            bias = bias_of_means(ours, *others)
             self.warnings.append(
                 f"Fréchet distances: of {fewest} images with {ours.dim} features each, so they "
-                f"come out too large, by about {bias_of_means(ours, theirs):.2g} through the means "
-                "alone; values worth quoting need more images than features"
+                f"come out too large, by about {bias:.2g} through the means alone; values "
+                "worth quoting need more images than features"
             )
 
     def checksums(self) -> dict[str, str]:

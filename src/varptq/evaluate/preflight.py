@@ -12,13 +12,19 @@ from dataclasses import dataclass
 import torch
 
 from varptq.errors import InputError
-from varptq.evaluate.catalogue import choose
+from varptq.evaluate.catalogue import METRICS, choose
 from varptq.evaluate.clip import ClipEncoder
-from varptq.evaluate.distributions import AGAINST_REAL, NEIGHBOURS
+from varptq.evaluate.distributions import NEIGHBOURS
 from varptq.evaluate.features import FeatureNetwork
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.lpips import MIN_SIDE, Lpips
 from varptq.evaluate.paired import SSIM_WINDOW
+from varptq.evaluate.references import (
+    AGAINST_REAL,
+    Widths,
+    check_statistics,
+    of_statistics,
+)
 from varptq.models.pipeline import Pipeline
 
 
@@ -42,13 +48,18 @@ def plan(
     """The metrics that `evaluate` computes of `count` images, and for the others what is missing.
 
     metrics: names of `catalogue.METRICS`; None is everything that can be had. Raises `InputError`
-    for a metric asked for that cannot be had, and for real images of another size than the
-    samples: resizing either changes every distance.
+    for a metric asked for that cannot be had, for statistics of another network or that are none,
+    and for real images of another size than the samples: resizing either changes every distance.
     """
-    chosen, left_out = choose(metrics, _have(pipe, float_pipe, instruments, count))
     reference, side = instruments.reference, pipe.vae.image_size
-    if reference and reference.size != (side, side) and set(AGAINST_REAL) & set(chosen):
-        height, width = reference.size
+    widths = _widths(instruments.network, side)
+    if reference and instruments.network:
+        asked = METRICS if metrics is None else metrics
+        check_statistics(reference, instruments.network.name, asked, widths)
+    chosen, left_out = choose(metrics, _have(pipe, float_pipe, instruments, count, widths))
+    size = reference.size if reference else None
+    if reference and size and size != (side, side) and set(AGAINST_REAL) & set(chosen):
+        height, width = size
         raise InputError(
             f"images {reference.path}: {height} x {width}, expected {side} x {side} like the "
             f"samples of {pipe.name!r}; resize them first"
@@ -56,24 +67,36 @@ def plan(
     return chosen, left_out
 
 
-def _have(pipe: Pipeline, float_pipe: Pipeline | None, tools: Instruments, count: int) -> set[str]:
+def _widths(network: FeatureNetwork | None, side: int) -> Widths:
+    """How many features of each part the network gives; that is known once it has seen an image."""
+    if network is None:
+        return {}
+    features = network(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+    parts = features._asdict().items()
+    return {part: values.shape[1] for part, values in parts if values is not None}
+
+
+def _have(
+    pipe: Pipeline, float_pipe: Pipeline | None, tools: Instruments, count: int, widths: Widths
+) -> set[str]:
     """Keys of `catalogue.NEEDS` that are there."""
-    side = pipe.vae.image_size
-    fewest = min(count, tools.reference.count) if tools.reference else count
+    side, reference = pipe.vae.image_size, tools.reference
+    real = reference.count if reference else 0
+    published = of_statistics(reference, METRICS, widths)
+    fewest = min(count, real) if real and "fid" not in published else count
     have = {
         "pair": float_pipe is not None,
-        "reference": tools.reference is not None,
+        "reference": real > 0,
+        "moments": real > 0 or "fid" in published,
+        "spatial moments": real > 0 or "sfid" in published,
         "lpips": tools.lpips is not None,
         "clip": tools.clip is not None and bool(pipe.class_names),
         "side11": side >= SSIM_WINDOW,
         "side31": side >= MIN_SIDE,
         "network": tools.network is not None,
         "two": fewest >= 2,
-        "four": fewest > NEIGHBOURS,
+        "four": min(count, real) > NEIGHBOURS,
+        "spatial": "spatial" in widths,
+        "probabilities": "probabilities" in widths,
     }
-    if tools.network is not None:
-        # What a network gives is known once it has seen an image.
-        features = tools.network(torch.zeros(1, side, side, 3, dtype=torch.uint8))
-        have["spatial"] = features.spatial is not None
-        have["probabilities"] = features.probabilities is not None
     return {name for name, there in have.items() if there}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from varptq.evaluate.catalogue import METRICS, titled
+from varptq.evaluate.catalogue import METRICS, sources, titled
 from varptq.evaluate.report import numbers
 from varptq.evaluate.report.charts import Axis, Series, cloud, curves
 from varptq.evaluate.report.gallery import Pair, gallery
@@ -52,7 +52,8 @@ def quality(document: Document) -> Markup:
     )
     arrows = note("↓ lower is better, ↑ higher is better.", _left_out(document["left_out"]))
     warnings = [element("p", text, class_="warning") for text in document["warnings"]]
-    return section("quality", "Quality", *warnings, table, arrows)
+    taken_from = note(f"{text}.") if (text := sources(document)) else None
+    return section("quality", "Quality", *warnings, table, arrows, taken_from)
 
 
 def _metric_row(name: str, network: str | None, found: Document, of_float: Document) -> Markup:

@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from picture_files import png_header
-from varptq.editing import MAX_PIXELS, read_image
-from varptq.editing.reading import FORMATS, flattened
+from picture_files import file_of, png_header
 from varptq.errors import InputError
+from varptq.reading import FORMATS, MAX_PIXELS, flattened, read_image
 
 ORIENTATION = 0x0112
 
@@ -25,12 +24,6 @@ ORIENTATION = 0x0112
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     shape = (height, width, channels)[: 2 + (channels > 1)]
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-
-
-def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def jpeg_header(width: int, height: int) -> bytes:
