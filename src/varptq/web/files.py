@@ -20,6 +20,7 @@ from PIL import Image
 
 from varptq.editing import read_image
 from varptq.errors import InputError
+from varptq.pictures import slug
 from varptq.web.studio import toasts
 
 MAX_BYTES = 25_000_000
@@ -98,6 +99,11 @@ def offer(component: Component, path: Path) -> str:
             if file.is_file():
                 out.write(file, f"{path.name}/{file.name}")
     return str(archive)
+
+
+def stem(word: str, seed: int) -> str:
+    """How pictures drawn from a seed are called; the number of each and ".png" follow."""
+    return f"{slug(word)}-seed{seed}"
 
 
 def offer_picture(component: Component, image: Image.Image, name: str) -> str:
