@@ -6,7 +6,6 @@ its column shows every scale, coarse to fine; the time of decoding these picture
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import AsyncIterator
@@ -47,7 +46,6 @@ NOTHING = "nothing"
 HINT = "Choose a class and generate. Two models draw beside each other, from the same seeds."
 DEFAULTS = SamplingSettings()
 MISSING = "No quantized model is here yet. Make one in the tab Quantize, or in a shell: "
-EXAMPLE = "demo-w4a4"
 
 
 @dataclass(frozen=True)
@@ -220,11 +218,21 @@ class Panel:
         return gr.update(value=file, label=f"Download {Path(file).name}", visible=True)
 
 
+def example(out: Path) -> str:
+    """The command that puts a quantized model into the folder of the studio."""
+    folder, here = out / "demo-w4a4", Path.cwd()
+    if folder.is_relative_to(here):
+        folder = folder.relative_to(here)
+    words = ["varptq", "quantize", "demo", "--config", "w4a4", "--effort", "fast"]
+    return shlex.join([*words, "--out", str(folder)])
+
+
 class GenerateTab:
     """Builds the tab where it is made, with its events."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
+        self.example = example(studio.out)
         with gr.Row(elem_classes="tab"):
             with gr.Column(scale=1, min_width=300, elem_classes="controls"):
                 inputs = self._controls()
@@ -298,12 +306,7 @@ class GenerateTab:
 
     def _missing(self) -> str:
         """How to make a quantized model, where there is none to put beside a float one."""
-        if self.studio.keys(Kind.artifact):
-            return ""
-        out = shlex.quote(os.path.relpath(self.studio.out / EXAMPLE))
-        return parts.command(
-            MISSING, f"varptq quantize demo --config w4a4 --effort fast --out {out}"
-        )
+        return "" if self.studio.keys(Kind.artifact) else parts.command(MISSING, self.example)
 
     async def run(
         self,
