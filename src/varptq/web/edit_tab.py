@@ -113,14 +113,14 @@ def compute(studio: Studio, entry: Entry, asked: Request, job: Job) -> None:
     job.emit(Edited(result, stem(name, result.seed)))
 
 
-def on_canvas(image: Image.Image) -> dict[str, Any]:
-    """The value of an editor that shows `image`, small ones with their pixels kept."""
+def on_canvas(image: Image.Image) -> Image.Image:
+    """`image` as an editor shows it, small ones with their pixels kept."""
     longest = max(image.size)
     goal = min(max(longest, CANVAS[0]), CANVAS[1])
     size = tuple(max(1, round(side * goal / longest)) for side in image.size)
     small = longest < VISIBLE_SIDE
     way = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return {"background": image.resize((size[0], size[1]), way), "layers": [], "composite": None}
+    return image.resize((size[0], size[1]), way)
 
 
 class EditTab:
@@ -254,9 +254,10 @@ class EditTab:
 
     def show_upload(self, path: str | None) -> Updates:
         with toasts():
-            canvas = on_canvas(picture(path))
+            canvas = offer_picture(self.editor, on_canvas(picture(path)), "canvas.png")
         hidden = gr.update(visible=False)
-        return {self.editor: canvas, self.outcome: hidden, self.download: hidden}
+        shown = {"background": canvas, "layers": [], "composite": None}
+        return {self.editor: shown, self.outcome: hidden, self.download: hidden}
 
     def explain(self, task: str) -> Updates:
         """The hint of a task; a class is asked for only where there is one."""
