@@ -9,6 +9,7 @@ of quality are not here.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ Pixels = NDArray[np.uint8]
 
 # Images smaller than this are enlarged until they reach it: 32 x 32 pixels become 128 x 128.
 VISIBLE_SIDE = 128
+# Characters of a class name in a file name: file systems take 255 bytes.
+MAX_SLUG = 60
 MARGIN, GAP, BLOCK_GAP = 16, 4, 20
 TITLE_SIZE, LABEL_SIZE = 16, 12
 BACKGROUND, TITLE_COLOR, LABEL_COLOR = (255, 255, 255), (20, 20, 20), (110, 110, 110)
@@ -50,6 +53,14 @@ def to_pixels(images_B3HW: Tensor) -> Pixels:
     """(B, 3, H, W) float in [0, 1] -> (B, H, W, 3) uint8, rounded to nearest, clipped."""
     scaled = images_B3HW.detach().float().clamp(0, 1).mul(255).round()
     return scaled.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+
+
+def slug(title: str) -> str:
+    """The name of a class as a part of a file name: "Great auk, male" -> "great-auk-male".
+
+    Never empty, never longer than `MAX_SLUG`; letters of all alphabets stay.
+    """
+    return re.sub(r"\W+", "-", title.lower())[:MAX_SLUG].strip("-") or "image"
 
 
 def write_png(path: str | Path, picture: Pixels | Image.Image) -> None:

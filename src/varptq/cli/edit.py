@@ -17,6 +17,7 @@ import typer
 from varptq.cli import common
 from varptq.cli.generate import GRID_NAME, TOKENS_NAME
 from varptq.errors import InputError
+from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,9 +54,9 @@ def command(
     fit: Annotated[str, typer.Option(help="crop (the centred square) or pad.")] = "crop",
     candidates: Annotated[int, typer.Option(min=1, help="Answers to choose from.")] = 1,
     seed: common.Seed = 0,
-    cfg: Annotated[float | None, typer.Option(help="Guidance of class; 1.5.")] = None,
-    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = 900,
-    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = 0.96,
+    cfg: Annotated[float | None, typer.Option(help=f"Guidance of class; {CFG:g}.")] = None,
+    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = TOP_K,
+    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = TOP_P,
     feather: Annotated[
         int | None, typer.Option(min=0, help="Pixels that mix old and new; half a token.")
     ] = None,

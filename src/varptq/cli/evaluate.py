@@ -19,6 +19,7 @@ import typer
 
 from varptq.cli import common, info
 from varptq.errors import CheckpointError, InputError
+from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 
 if TYPE_CHECKING:
     from varptq.distributed import Ranks
@@ -67,9 +68,9 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/evaluate"),
     count: Annotated[int, typer.Option(min=1, help="Images of each model.")] = 100,
     seed: common.Seed = 0,
-    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = 1.5,
-    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = 900,
-    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = 0.96,
+    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = CFG,
+    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = TOP_K,
+    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = TOP_P,
     metrics: Metrics = None,
     network: Network = None,
     reference: Reference = None,

@@ -8,7 +8,6 @@ models asked for the same classes with the same seed answer the same question.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import typer
 
 from varptq.cli import common
 from varptq.errors import OutputError
+from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 
 if TYPE_CHECKING:
     from varptq.models.generate import Output
@@ -35,9 +35,9 @@ def command(
     random: common.RandomModel = None,
     count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
     seed: common.Seed = 0,
-    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = 1.5,
-    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = 900,
-    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = 0.96,
+    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = CFG,
+    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = TOP_K,
+    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = TOP_P,
     temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
     more_smooth: Annotated[bool, typer.Option("--more-smooth", help="Mix embeddings.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
@@ -97,9 +97,10 @@ class Files:
     def plan(cls, out: Path, titles: Sequence[str]) -> Files:
         if out.suffix.lower() == ".png":
             return cls(out)
+        from varptq.pictures import slug
+
         width = max(4, len(str(len(titles) - 1)))
-        slugs = [re.sub(r"\W+", "-", title.lower()).strip("-") for title in titles]
-        images = tuple(out / f"{i:0{width}}-{slug}.png" for i, slug in enumerate(slugs))
+        images = tuple(out / f"{i:0{width}}-{slug(title)}.png" for i, title in enumerate(titles))
         return cls(out / GRID_NAME, images, out / TOKENS_NAME)
 
     def prepare(self, force: bool) -> None:

@@ -34,7 +34,10 @@ def command(
     """Open the studio in the browser: generate, edit, quantize, read reports."""
     if find_spec("gradio") is None:
         raise InputError("serve: gradio is not here; install it with pip install 'varptq[web]'")
-    from varptq.web.server import Options, make_studio, parse_auth, serve
+    from varptq.web.surroundings import without_proxies
+
+    with without_proxies():
+        from varptq.web.server import Options, make_studio, parse_auth, serve
 
     placed = str(common.parse_device(device))
     common.parse_dtype(dtype)

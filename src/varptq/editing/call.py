@@ -32,7 +32,7 @@ from varptq.editing.reading import MaskLike
 from varptq.errors import InputError
 from varptq.models.generate import DEFAULT_BATCH, generate
 from varptq.models.pipeline import UNCONDITIONAL, Pipeline
-from varptq.models.sampling import SamplingSettings
+from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.pictures import to_pixels
 from varptq.progress import Progress, silent
 from varptq.reading import ImageLike, flattened, read_image
@@ -73,8 +73,8 @@ def edit(
     seed: int = 0,
     first_index: int = 0,
     cfg: float | None = None,
-    top_k: int = 900,
-    top_p: float = 0.96,
+    top_k: int = TOP_K,
+    top_p: float = TOP_P,
     feather: int | None = None,
     raw: bool = False,
     batch_size: int = DEFAULT_BATCH,
@@ -143,7 +143,7 @@ def _guidance(task: str, label: int | str | None, cfg: float | None) -> tuple[in
     if task == CLASS_TASK:
         if label is None:
             raise InputError("task class: has no label; give the class to change to, name or id")
-        return label, SamplingSettings().cfg if cfg is None else cfg
+        return label, CFG if cfg is None else cfg
     if label is not None:
         raise InputError(f"label {label!r}: {task} takes none; leave it out or use task class")
     if cfg:

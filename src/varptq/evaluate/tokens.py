@@ -23,6 +23,7 @@ from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.sampling import SamplingSettings, filter_logits
+from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.models.scales import Scales
 
 DEFAULT_BATCH = 8
@@ -56,9 +57,9 @@ def token_fidelity(
     quant_pipe: Pipeline,
     labels_B: Tensor | Sequence[int | str],
     ids_BL: Tensor,
-    cfg: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
+    cfg: float = CFG,
+    top_k: int = TOP_K,
+    top_p: float = TOP_P,
     batch_size: int = DEFAULT_BATCH,
 ) -> TokenFidelity:
     """Compare two pipelines on given tokens.

@@ -22,6 +22,7 @@ from varptq.models.sampling import (
     guidance_strength,
     image_randoms,
 )
+from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.models.seams import run_stages, spans_of
 from varptq.progress import Progress, silent
 
@@ -54,9 +55,9 @@ def generate(
     labels: Sequence[int | str] | Tensor,
     *,
     seed: int = 0,
-    cfg: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
+    cfg: float = CFG,
+    top_k: int = TOP_K,
+    top_p: float = TOP_P,
     temperature: float = 1.0,
     more_smooth: bool = False,
     forced: Tensor | None = None,

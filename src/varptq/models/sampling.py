@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from varptq.errors import NonFiniteError
+from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.models.scales import Scales
 from varptq.settings import Settings
 
@@ -35,7 +36,7 @@ MIX = 0x9E3779B1
 
 
 class SamplingSettings(Settings):
-    """How an image is drawn; defaults are the VAR paper's evaluation (docs/method.md section 1).
+    """How an image is drawn.
 
     cfg: guidance, reached at the last scale; 0 is unguided.
     top_k: candidates per token; 0, or V and above, is off.
@@ -44,9 +45,9 @@ class SamplingSettings(Settings):
     more_smooth: feed mixtures of embeddings to the next scale instead of single codebook entries.
     """
 
-    cfg: float = Field(default=1.5, ge=0)
-    top_k: int = Field(default=900, ge=0)
-    top_p: float = Field(default=0.96, ge=0, le=1)
+    cfg: float = Field(default=CFG, ge=0)
+    top_k: int = Field(default=TOP_K, ge=0)
+    top_p: float = Field(default=TOP_P, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0, le=100)
     more_smooth: bool = False
 

@@ -39,13 +39,13 @@ def build(studio: Studio) -> gr.Blocks:
                 results = ResultsTab(studio)
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         # Folders change while pages are open: the pickers are filled when their tab is opened.
-        for tab, pickers, chosen in (
-            (first, generate.pickers, [generate.model, generate.beside]),
-            (second, edit.pickers, [edit.model]),
-            (third, quantize.pickers, [quantize.model]),
+        for tab, pickers, chosen, besides in (
+            (first, generate.pickers, [generate.model, generate.beside], [generate.missing]),
+            (second, edit.pickers, [edit.model], []),
+            (third, quantize.pickers, [quantize.model], []),
         ):
             for event in (blocks.load, tab.select):
-                event(pickers, chosen, chosen, **private)
+                event(pickers, chosen, [*chosen, *besides], **private)
         chosen = [results.report, results.model]
         fourth.select(results.pickers, chosen, [*results.shown, results.model], **private)
         blocks.load(quantize.resume, None, quantize.outputs, concurrency_limit=None, **private)

@@ -17,19 +17,32 @@ from PIL import Image, ImageChops
 
 from varptq.editing import EditResult, edit
 from varptq.errors import InputError
+from varptq.models.sampling_defaults import CFG
 from varptq.pictures import VISIBLE_SIDE
 from varptq.web import parts
 from varptq.web.catalogue import Entry
-from varptq.web.files import offer_picture, only_layers, painted, picture
+from varptq.web.files import offer_picture, only_layers, painted, picture, stem
 from varptq.web.jobs import Job
-from varptq.web.loaded import class_choices
+from varptq.web.loaded import about, class_choices
 from varptq.web.runbar import RunBar, Updates
-from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, refilled, toasts, whole
+from varptq.web.studio import (
+    MAX_SEED,
+    MODELS,
+    Studio,
+    checked_here,
+    class_picker,
+    refilled,
+    says,
+    toasts,
+    whole,
+)
 
 MAX_CANDIDATES, AT_A_TIME = 8, 4
 # Longer sides are shown smaller for painting, shorter ones larger.
 CANVAS = (512, 768)
 UPLOAD = "Upload an image."
+# What candidates of no class are called.
+EDIT = "edit"
 TASKS = {
     "In-paint": ("inpaint", "Paint what is to be drawn anew."),
     "Out-paint": ("outpaint", "Paint what is to be kept; all around it is drawn anew."),
@@ -81,21 +94,33 @@ def request(
     return Request(image, arguments)
 
 
+@dataclass(frozen=True)
+class Edited:
+    """A result, whose candidates are saved as `stem`-0.png and so on."""
+
+    result: EditResult
+    stem: str
+
+
 def compute(studio: Studio, entry: Entry, asked: Request, job: Job) -> None:
-    """Emit the `EditResult`."""
+    """Emit an `Edited`."""
     pipe = studio.models.get(entry)
     arguments = asked.arguments
-    job.emit(edit(pipe, asked.image, batch_size=AT_A_TIME, progress=job.progress, **arguments))
+    result = edit(pipe, asked.image, batch_size=AT_A_TIME, progress=job.progress, **arguments)
+    name = EDIT
+    if "label" in arguments:
+        name = pipe.title(int(pipe.labels([arguments["label"]])[0]))
+    job.emit(Edited(result, stem(name, result.seed)))
 
 
-def on_canvas(image: Image.Image) -> dict[str, Any]:
-    """The value of an editor that shows `image`, small ones with their pixels kept."""
+def on_canvas(image: Image.Image) -> Image.Image:
+    """`image` as an editor shows it, small ones with their pixels kept."""
     longest = max(image.size)
     goal = min(max(longest, CANVAS[0]), CANVAS[1])
     size = tuple(max(1, round(side * goal / longest)) for side in image.size)
     small = longest < VISIBLE_SIDE
     way = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return {"background": image.resize((size[0], size[1]), way), "layers": [], "composite": None}
+    return image.resize((size[0], size[1]), way)
 
 
 class EditTab:
@@ -115,7 +140,9 @@ class EditTab:
 
     def _controls(self) -> list[Any]:
         keys = self.studio.keys(*MODELS)
+        known = about(self.studio.model(keys[0]))
         self.model = checked_here(gr.Dropdown(keys, label="Model", elem_id="edit-model"))
+        self.about = gr.HTML(says(keys[0], known), elem_id="edit-about")
         self.upload = gr.File(
             label="Image (JPEG, PNG, WebP)",
             file_types=[".jpg", ".jpeg", ".png", ".webp"],
@@ -124,13 +151,13 @@ class EditTab:
         )
         self.task = gr.Radio(list(TASKS), value="In-paint", label="Task", elem_id="edit-task")
         self.name = gr.Dropdown(
-            class_choices(self.studio.model(keys[0])),
+            class_choices(known),
             label="Class",
             allow_custom_value=True,
             visible=False,
             elem_id="edit-class",
         )
-        self.cfg = gr.Slider(0, 10, value=4, step=0.1, label="Guidance (cfg)", visible=False)
+        self.cfg = gr.Slider(0, 10, value=CFG, step=0.1, label="Guidance (cfg)", visible=False)
         with gr.Row():
             candidates = gr.Slider(
                 1, MAX_CANDIDATES, value=4, step=1, label="Candidates", min_width=120
@@ -188,7 +215,11 @@ class EditTab:
                 buttons=["fullscreen"],
                 elem_id="edit-slider",
             )
-            self.download = gr.DownloadButton("Download this candidate", elem_id="edit-download")
+            # Shown with its file in one step: a button that is seen already may miss the file that
+            # comes with its column, and then does nothing.
+            self.download = gr.DownloadButton(
+                "Download this candidate", visible=False, elem_id="edit-download"
+            )
 
     def _events(self, inputs: list[Any]) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -201,10 +232,12 @@ class EditTab:
             concurrency_limit=None,
             show_progress="hidden",
         )
-        self.upload.upload(self.show_upload, self.upload, [self.editor, self.outcome], **private)
+        self.upload.upload(
+            self.show_upload, self.upload, [self.editor, self.outcome, self.download], **private
+        )
         self.upload.clear(lambda: None, None, self.editor, **private)
         self.task.change(self.explain, self.task, [self.hint, self.name, self.cfg], **private)
-        self.model.change(self.classes, self.model, self.name, **private)
+        self.model.change(self.classes, self.model, [self.name, self.about], **private)
         self.results.select(
             self.choose, [self.results, self.slider], [self.slider, self.download], **private
         )
@@ -214,15 +247,17 @@ class EditTab:
         keys = self.studio.keys(*MODELS)
         return {self.model: refilled(keys, model, keys[0])}
 
-    def classes(self, model: str) -> Any:
+    def classes(self, model: str) -> Updates:
         with toasts():
-            names = class_choices(self.studio.model(model))
-        return gr.update(choices=names, value=names[0] if names else "0")
+            known = about(self.studio.model(model))
+        return {self.name: class_picker(known), self.about: says(model, known)}
 
     def show_upload(self, path: str | None) -> Updates:
         with toasts():
-            canvas = on_canvas(picture(path))
-        return {self.editor: canvas, self.outcome: gr.update(visible=False)}
+            canvas = offer_picture(self.editor, on_canvas(picture(path)), "canvas.png")
+        hidden = gr.update(visible=False)
+        shown = {"background": canvas, "layers": [], "composite": None}
+        return {self.editor: shown, self.outcome: hidden, self.download: hidden}
 
     def explain(self, task: str) -> Updates:
         """The hint of a task; a class is asked for only where there is one."""
@@ -252,10 +287,11 @@ class EditTab:
             async for updates in self.bar.follow(job, self._show):
                 yield updates
 
-    def _show(self, result: EditResult) -> Updates:
+    def _show(self, edited: Edited) -> Updates:
+        result = edited.result
         before = offer_picture(self.slider, result.before, "before.png")
         images = [
-            offer_picture(self.results, image, f"edit-{result.seed}-{result.first_index + i}.png")
+            offer_picture(self.results, image, f"{edited.stem}-{result.first_index + i}.png")
             for i, image in enumerate(result.images)
         ]
         style = ["pixels"] if max(result.before.size) < VISIBLE_SIDE else []
@@ -263,5 +299,5 @@ class EditTab:
             self.outcome: gr.update(visible=True, elem_classes=style),
             self.results: images,
             self.slider: (before, images[0]),
-            self.download: images[0],
+            self.download: gr.update(value=images[0], visible=True),
         }

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from gradio.components.image_editor import EditorData, EditorValue
 from PIL import Image
 
 from varptq.editing import read_image
-from varptq.errors import InputError
+from varptq.errors import InputError, OutputError
+from varptq.pictures import slug
 from varptq.web.studio import toasts
+from varptq.web.surroundings import CACHE
 
 MAX_BYTES = 25_000_000
 # Below the library's own limit: 20 people may upload at the same time.
@@ -86,30 +91,46 @@ def painted(editor: EditorValue | None, size: tuple[int, int]) -> Image.Image | 
 
 
 def offer(component: Component, path: Path) -> str:
-    """A copy of a file, or a zip of a folder, for a page to download."""
+    """A copy of a file, or a zip of a folder, for a page to download. Raises `OutputError`."""
     if path.is_file():
-        copy = _place(component, path.name)
-        copy.write_bytes(path.read_bytes())
+        with _placed(component, path.name) as copy:
+            copy.write_bytes(path.read_bytes())
         return str(copy)
-    archive = _place(component, f"{path.name}.zip")
-    # Packed codes do not get smaller.
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:
+    # Stored: packed codes do not get smaller.
+    with (
+        _placed(component, f"{path.name}.zip") as archive,
+        zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out,
+    ):
         for file in sorted(path.iterdir()):
             if file.is_file():
                 out.write(file, f"{path.name}/{file.name}")
     return str(archive)
 
 
+def stem(word: str, seed: int) -> str:
+    """How pictures drawn from a seed are called; the number of each and ".png" follow."""
+    return f"{slug(word)}-seed{seed}"
+
+
 def offer_picture(component: Component, image: Image.Image, name: str) -> str:
-    """A PNG file of that name for a page to show and download."""
-    path = _place(component, name)
-    image.save(path, format="PNG", compress_level=3)
+    """A PNG file of that name for a page to show and download. Raises `OutputError`."""
+    with _placed(component, name) as path:
+        image.save(path, format="PNG", compress_level=3)
     return str(path)
 
 
-def _place(component: Component, name: str) -> Path:
+@contextmanager
+def _placed(component: Component, name: str) -> Iterator[Path]:
+    """Where to write a file for pages; one that cannot be written whole goes again."""
     folder = Path(component.GRADIO_CACHE) / secrets.token_hex(16)
-    folder.mkdir(parents=True)
     path = folder / name
+    try:
+        folder.mkdir(parents=True)
+        yield path
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OutputError(
+            f"{name}: cannot be kept for the page ({error.strerror}); free some space or set "
+            f"{CACHE} to another folder"
+        ) from None
     component.temp_files.add(str(path))  # what the app removes after a day
-    return path

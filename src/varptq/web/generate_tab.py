@@ -6,14 +6,17 @@ its column shows every scale, coarse to fine; the time of decoding these picture
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
+from PIL import Image
 
 from varptq.artifact.sizes import VAE, quantized_size, sizes, total
 from varptq.models.generate import ScaleEvent, generate
@@ -22,14 +25,27 @@ from varptq.models.sampling import SamplingSettings
 from varptq.pictures import VISIBLE_SIDE, Pixels, to_pixels
 from varptq.web import parts
 from varptq.web.catalogue import Entry, Kind
+from varptq.web.files import offer_picture, stem
 from varptq.web.jobs import Job
-from varptq.web.loaded import class_choices
+from varptq.web.loaded import about, class_choices
 from varptq.web.runbar import RunBar, Updates
-from varptq.web.studio import MAX_SEED, MODELS, Studio, checked_here, refilled, toasts, whole
+from varptq.web.studio import (
+    MAX_SEED,
+    MODELS,
+    Studio,
+    checked_here,
+    class_picker,
+    refilled,
+    says,
+    toasts,
+    whole,
+)
 
 MAX_COUNT, MAX_TOP_K = 16, 4096
 NOTHING = "nothing"
 HINT = "Choose a class and generate. Two models draw beside each other, from the same seeds."
+DEFAULTS = SamplingSettings()
+MISSING = "No quantized model is here yet. Make one in the tab Quantize, or in a shell: "
 
 
 @dataclass(frozen=True)
@@ -57,9 +73,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Images (B, H, W, 3) uint8 after scale `scale` of `num_scales`; `facts` at the end only."""
+    """Images (B, H, W, 3) uint8 after scale `scale` of `num_scales`, to be saved as `stem`-0.png
+    and so on; `facts` at the end only."""
 
     images: Pixels
+    stem: str
     scale: int
     num_scales: int
     facts: tuple[tuple[str, str], ...] = ()
@@ -69,24 +87,31 @@ def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
     """Emit a `Drawing` per scale and one with the facts."""
     pipe = studio.models.get(entry)
     shown = 0.0
+    label = int(pipe.labels([request.name])[0])
+    name = stem(pipe.title(label), request.seed)
 
     def on_scale(event: ScaleEvent) -> None:
         nonlocal shown
         job.progress("drawing", event.scale + 1, len(pipe.scales.sides))
         started = time.monotonic()
-        job.emit(Drawing(decoded(pipe, event.f_hat), event.scale, len(pipe.scales.sides)))
+        job.emit(Drawing(decoded(pipe, event.f_hat), name, event.scale, len(pipe.scales.sides)))
         shown += time.monotonic() - started
 
-    labels = [request.name] * request.count
     sampling = request.settings.to_dict()
     started = time.monotonic()
     output = generate(
-        pipe, labels, seed=request.seed, batch_size=MAX_COUNT, on_scale=on_scale, **sampling
+        pipe,
+        [label] * request.count,
+        seed=request.seed,
+        batch_size=MAX_COUNT,
+        on_scale=on_scale,
+        **sampling,
     )
     spent = time.monotonic() - started - shown
     assert output.images is not None
     last = len(pipe.scales.sides)
-    job.emit(Drawing(to_pixels(output.images), last, last, facts_of(pipe, request.count, spent)))
+    facts = facts_of(pipe, request.count, spent)
+    job.emit(Drawing(to_pixels(output.images), name, last, last, facts))
 
 
 @torch.inference_mode()
@@ -133,34 +158,73 @@ class Panel:
                 elem_id=f"generate-{name}",
                 interactive=False,
             )
+            # Hidden until there is a picture: see `EditTab._results`.
+            self.download = gr.DownloadButton(
+                "Download",
+                size="md",
+                visible=False,
+                elem_id=f"generate-{name}-download",
+                elem_classes="download",
+            )
+            self.files = gr.State([])
             self.scales = gr.HTML(elem_id=f"generate-{name}-scales")
             self.facts = gr.HTML(elem_id=f"generate-{name}-facts")
+        self.images.select(
+            self.choose,
+            self.files,
+            self.download,
+            api_visibility="private",
+            show_progress="hidden",
+        )
 
     @property
     def outputs(self) -> list[Any]:
-        return [self.column, self.title, self.images, self.scales, self.facts]
+        shown = [self.column, self.title, self.images, self.scales, self.facts]
+        return [*shown, self.download, self.files]
 
     def clear(self, entry: Entry | None) -> Updates:
         """Empty, headed by the model that is about to draw; hidden if none is."""
         tone = "" if entry is None else "float" if entry.kind is Kind.float else "quantized"
         title = parts.heading(entry.key if entry else "", tone)
         shown = gr.update(visible=entry is not None)
-        empty = {self.images: [], self.scales: "", self.facts: ""}
-        return {self.column: shown, self.title: title, **empty}
+        empty = {self.images: [], self.scales: "", self.facts: "", self.files: []}
+        hidden = {self.download: gr.update(visible=False)}
+        return {self.column: shown, self.title: title, **empty, **hidden}
 
     def show(self, steps: list[Pixels], drawing: Drawing) -> Updates:
         """What a part of the result changes; `steps` collects the scales of one run."""
         small = max(drawing.images.shape[1:3]) < VISIBLE_SIDE
         style = ["pixels"] if small else []
-        updates: Updates = {
-            self.images: gr.update(value=list(drawing.images), elem_classes=style),
-        }
+        files = [
+            offer_picture(self.images, Image.fromarray(image), f"{drawing.stem}-{i}.png")
+            for i, image in enumerate(drawing.images)
+        ]
+        updates: Updates = {self.images: gr.update(value=files, elem_classes=style)}
         if drawing.facts:
             updates[self.facts] = parts.facts(drawing.facts)
+            updates |= {self.files: files, self.download: self._offered(files[0])}
         else:
             steps.append(drawing.images[0])
             updates[self.scales] = parts.strip(steps, "First image, coarse to fine")
         return updates
+
+    def choose(self, files: list[str], event: gr.SelectData) -> Any:
+        """Offer the picture that was clicked; while they are drawn none is complete."""
+        if not files or not isinstance(event.index, int):
+            return gr.skip()
+        return self._offered(files[min(event.index, len(files) - 1)])
+
+    def _offered(self, file: str) -> Any:
+        return gr.update(value=file, label=f"Download {Path(file).name}", visible=True)
+
+
+def example(out: Path) -> str:
+    """The command that puts a quantized model into the folder of the studio."""
+    folder, here = out / "demo-w4a4", Path.cwd()
+    if folder.is_relative_to(here):
+        folder = folder.relative_to(here)
+    words = ["varptq", "quantize", "demo", "--config", "w4a4", "--effort", "fast"]
+    return shlex.join([*words, "--out", str(folder)])
 
 
 class GenerateTab:
@@ -168,12 +232,14 @@ class GenerateTab:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
+        self.example = example(studio.out)
         with gr.Row(elem_classes="tab"):
             with gr.Column(scale=1, min_width=300, elem_classes="controls"):
                 inputs = self._controls()
                 self.bar = RunBar(studio, "Generate", "generate")
             with gr.Column(scale=3, min_width=300):
                 self.hint = gr.HTML(parts.note(HINT))
+                self.missing = gr.HTML(self._missing(), elem_id="generate-missing")
                 with gr.Row(elem_classes="panels"):
                     self.panels = (Panel("first"), Panel("second"))
         results = [output for panel in self.panels for output in panel.outputs]
@@ -187,7 +253,11 @@ class GenerateTab:
             show_progress="hidden",
         )
         self.model.change(
-            self.classes, self.model, self.name, api_visibility="private", show_progress="hidden"
+            self.classes,
+            self.model,
+            [self.name, self.about],
+            api_visibility="private",
+            show_progress="hidden",
         )
 
     def _controls(self) -> list[Any]:
@@ -201,20 +271,22 @@ class GenerateTab:
                 elem_id="generate-beside",
             )
         )
+        known = about(self.studio.model(keys[0]))
         self.name = gr.Dropdown(
-            class_choices(self.studio.model(keys[0])),
+            class_choices(known),
             label="Class",
             info="Type to search; a name or an id",
             allow_custom_value=True,
             elem_id="generate-class",
         )
+        self.about = gr.HTML(says(keys[0], known), elem_id="generate-about")
         with gr.Row():
             count = gr.Slider(1, MAX_COUNT, value=4, step=1, label="Images", min_width=120)
             seed = gr.Number(0, precision=0, label="Seed", min_width=120)
         with gr.Accordion("Sampling", open=False):
-            cfg = gr.Slider(0, 10, value=4, step=0.1, label="Guidance (cfg)")
-            top_k = gr.Slider(0, MAX_TOP_K, value=100, step=1, label="Top-k, 0 for all")
-            top_p = gr.Slider(0, 1, value=0.96, step=0.01, label="Top-p, 1 for all")
+            cfg = gr.Slider(0, 10, value=DEFAULTS.cfg, step=0.1, label="Guidance (cfg)")
+            top_k = gr.Slider(0, MAX_TOP_K, value=DEFAULTS.top_k, step=1, label="Top-k, 0 for all")
+            top_p = gr.Slider(0, 1, value=DEFAULTS.top_p, step=0.01, label="Top-p, 1 for all")
         return [self.model, self.beside, self.name, count, seed, cfg, top_k, top_p]
 
     def pickers(self, model: str | None, beside: str | None) -> Updates:
@@ -224,12 +296,17 @@ class GenerateTab:
         return {
             self.model: refilled(keys, model, keys[0]),
             self.beside: refilled([NOTHING, *keys], beside, first),
+            self.missing: self._missing(),
         }
 
-    def classes(self, model: str) -> Any:
+    def classes(self, model: str) -> Updates:
         with toasts():
-            names = class_choices(self.studio.model(model))
-        return gr.update(choices=names, value=names[0] if names else "0")
+            known = about(self.studio.model(model))
+        return {self.name: class_picker(known), self.about: says(model, known)}
+
+    def _missing(self) -> str:
+        """How to make a quantized model, where there is none to put beside a float one."""
+        return "" if self.studio.keys(Kind.artifact) else parts.command(MISSING, self.example)
 
     async def run(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,17 +69,35 @@ class LoadedModels:
         return load_model(entry.key, **self.placement)
 
 
-def class_choices(entry: Entry) -> list[str]:
-    """Names of the classes, or ids for a model without names; empty where only loading tells.
+@dataclass(frozen=True)
+class About:
+    """What is known of a model before it is loaded. side: of its pictures, in pixels."""
+
+    names: tuple[str, ...]
+    classes: int
+    side: int
+
+
+def about(entry: Entry) -> About | None:
+    """None for a float model of files, of which only loading tells.
 
     Raises `ArtifactError` for an artifact that cannot be read.
     """
     if entry.kind is Kind.artifact:
         document, _ = read_config(entry.files[0])
-        names, count = document.class_names, document.architecture.var.num_classes
+        names, architecture = document.class_names, document.architecture
+        var, vae = architecture.var.arch(), architecture.vae.arch()
     elif entry.files:
-        return []
+        return None
     else:
         preset = PRESETS[entry.key]
-        names, count = preset.class_names or (), preset.var_arch.num_classes
-    return list(names) or [str(label) for label in range(count)]
+        names, var, vae = preset.class_names, preset.var_arch, preset.vae_arch
+    side = var.scales.last_side * vae.downsampling
+    return About(tuple(names or ()), var.num_classes, side)
+
+
+def class_choices(known: About | None) -> list[str]:
+    """Names of the classes, or ids for a model without names; empty where only loading tells."""
+    if known is None:
+        return []
+    return list(known.names) or [str(label) for label in range(known.classes)]

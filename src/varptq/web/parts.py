@@ -71,6 +71,11 @@ def note(text: str) -> Markup:
     return element("p", text, class_="note")
 
 
+def command(says: str, line: str) -> Markup:
+    """A note that ends in a line for the shell."""
+    return element("p", says, element("code", line), class_="note")
+
+
 def heading(text: str, tone: str = "") -> Markup:
     """Title of a column; tone "float" or "quantized" colours it as the report does."""
     return element("h3", text, class_=f"column {tone}".strip())

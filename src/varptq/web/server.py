@@ -7,6 +7,7 @@ browser from asking anyone else.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import secrets
@@ -18,10 +19,8 @@ from pathlib import Path
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from varptq.errors import InputError, OutputError
 from varptq.runtime.resolve import AUTO, asked_for
@@ -29,18 +28,13 @@ from varptq.web import app, theme
 from varptq.web.catalogue import Catalogue
 from varptq.web.files import MAX_BYTES
 from varptq.web.jobs import Jobs
+from varptq.web.limits import KeptUploads, OwnFilesOnly, PolicyHeaders
 from varptq.web.loaded import LoadedModels
 from varptq.web.studio import Studio
+from varptq.web.surroundings import claim_cache
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 MIN_PASSWORD = 8
-# The app's own scripts are partly inline, and its pictures partly made in the page (blob:, data:).
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "connect-src 'self' data: blob:; worker-src 'self' blob:; frame-src 'self'; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
-)
 
 
 @dataclass(frozen=True)
@@ -102,11 +96,15 @@ def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
 
 
 def web_app(studio: Studio, options: Options) -> FastAPI:
-    """The studio with its limits and its head lines, ready for any ASGI server."""
-    outer = FastAPI(
-        docs_url=None, redoc_url=None, openapi_url=None, middleware=_middleware(options)
-    )
+    """The studio with its limits and its head lines, ready for any ASGI server.
+
+    Raises `OutputError` where uploads cannot be kept.
+    """
+    limits = _middleware(options, claim_cache())
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=limits)
     blocks = app.build(studio)
+    # A page that writes programs, which a variable of the app's own would switch on.
+    blocks.vibe_mode = False
     # Only so does the app check which files a page may name; its `launch` would do the same.
     blocks.has_launched = blocks.is_running = True
     return gr.mount_gradio_app(
@@ -131,7 +129,8 @@ def web_app(studio: Studio, options: Options) -> FastAPI:
 def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -> None:
     """Answer until Ctrl-C. `announce` gets the address once it is open.
 
-    Raises `InputError` for an address that may not or cannot be used.
+    Raises `InputError` for an address that may not or cannot be used, `OutputError` where uploads
+    cannot be kept.
     """
     options.check()
     listening = _listen(options.host, options.port)
@@ -147,13 +146,19 @@ def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:  # ValueError: no name at all, as "a..b"
+        why = getattr(error, "strerror", None) or "no name of a machine"
+        raise InputError(f"host {host!r}: cannot be found ({why}); choose another --host") from None
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen()
     except OSError as error:
+        listening.close()
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
         raise InputError(
-            f"host {host}, port {port}: cannot be used ({error.strerror}); choose another --port"
+            f"host {host}, port {port}: cannot be used ({error.strerror}); choose another {other}"
         ) from None
     return listening
 
@@ -168,28 +173,14 @@ def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
     return check
 
 
-def _middleware(options: Options) -> list[Middleware]:
+def _middleware(options: Options, uploads: Path) -> list[Middleware]:
     """The policy on every answer; and where only this machine may ask, no other name in `Host`, so
     that a foreign page cannot reach the studio by a name that it points here."""
-    used = [Middleware(PolicyHeaders)]
+    used = [
+        Middleware(PolicyHeaders),
+        Middleware(OwnFilesOnly),
+        Middleware(KeptUploads, folder=uploads),
+    ]
     if is_local(options.host):
         used.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, options.host]))
     return used
-
-
-class PolicyHeaders:
-    """Adds the security head lines to every answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = POLICY
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)

@@ -15,9 +15,10 @@ from typing import Any
 import gradio as gr
 
 from varptq.errors import InputError, VarptqError
+from varptq.web import parts
 from varptq.web.catalogue import Catalogue, Entry, Kind
 from varptq.web.jobs import Jobs
-from varptq.web.loaded import LoadedModels
+from varptq.web.loaded import About, LoadedModels, class_choices
 
 # The page of Gradio 6.31 reads a title from a field that it never fills and shows "Error".
 TITLE, TOAST_SECONDS = "That did not work", 12.0
@@ -59,6 +60,19 @@ def refilled(keys: list[str], value: str | None, otherwise: str) -> Any:
     if value in keys:
         return gr.update(choices=keys)
     return gr.update(choices=keys, value=otherwise)
+
+
+def class_picker(known: About | None) -> Any:
+    """The update that fills a picker with the classes of a model."""
+    names = class_choices(known)
+    return gr.update(choices=names, value=names[0] if names else "0")
+
+
+def says(key: str, known: About | None) -> str:
+    """One line about what a model can draw, for under its picker."""
+    if known is None:
+        return ""
+    return parts.note(f"{key}: {known.classes} classes, {known.side} x {known.side} pixels.")
 
 
 @contextmanager

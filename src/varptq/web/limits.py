@@ -1,0 +1,109 @@
+"""What every request and answer goes through: the security head lines, no addresses in place of
+files, and uploads that cannot be kept. Knows no page; `server.py` puts it around the app."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from varptq.web.surroundings import CACHE
+
+# The app's own scripts are partly inline, and its pictures partly made in the page (blob:, data:).
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self' data: blob:; worker-src 'self' blob:; frame-src 'self'; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+API = "/gradio_api"
+UPLOAD = f"{API}/upload"
+# The app would fetch what these name from anywhere, or take a film of any size.
+REFUSED = (
+    *(f"{API}/{place}{scheme}" for place in ("file=", "file/") for scheme in ("http:", "https:")),
+    *(f"{API}/proxy=", f"{API}/process_recording"),
+)
+
+
+class PolicyHeaders:
+    """Adds the security head lines to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+class OwnFilesOnly:
+    """Refuses routes of the app that reach beyond this machine or its limits."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(REFUSED):
+            refused = PlainTextResponse("not in this studio", status_code=403)
+            await refused(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+class KeptUploads:
+    """Says in one line why an upload cannot be kept, where the app would end in a traceback, and
+    removes what is left in `folder` of uploads that did not come to their end."""
+
+    def __init__(self, app: ASGIApp, folder: Path) -> None:
+        self.app, self.folder = app, folder
+        self._going_on = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != UPLOAD:
+            await self.app(scope, receive, send)
+            return
+        held: list[Message] = []
+        answer: PlainTextResponse | None = None
+
+        async def hold(message: Message) -> None:
+            held.append(message)
+
+        self._going_on += 1
+        try:
+            await self.app(scope, receive, hold)
+        except OSError as error:
+            says = (
+                f"upload: cannot be kept ({error.strerror}); free some space or set {CACHE} to "
+                "another folder"
+            )
+            # They hold the part that was written open, and with it the space that it takes.
+            traceback.clear_frames(error.__traceback__)
+            answer = PlainTextResponse(says, status_code=507)
+        finally:
+            self._going_on -= 1
+            self._tidy()
+        if answer is not None:
+            await answer(scope, receive, send)
+        for message in held if answer is None else []:
+            await send(message)
+
+    def _tidy(self) -> None:
+        """A finished upload lies in a folder of its own; a file beside those is a part of one."""
+        if self._going_on:
+            return
+        with suppress(OSError):
+            for entry in os.scandir(self.folder):
+                if entry.is_file(follow_symlinks=False):
+                    os.unlink(entry)
