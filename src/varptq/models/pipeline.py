@@ -3,7 +3,8 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from numbers import Integral
@@ -13,10 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from varptq.errors import InputError
+from varptq.errors import CheckpointError, InputError
 from varptq.models import checkpoint, presets
 from varptq.models.sampling import Sampler
 from varptq.models.scales import Scales
+from varptq.models.shards import INDEX_SUFFIX
 from varptq.models.var import VAR, randomize
 from varptq.models.vqvae import VQVAE
 
@@ -144,29 +146,43 @@ def load_model(
         if var is None or vae is None:
             raise InputError("model: give a preset name, or both files var= and vae=")
         var_path, vae_path, class_names = Path(var), Path(vae), ()
-        name = var_path.stem
+        name = Path(var_path.name.removesuffix(INDEX_SUFFIX)).stem
     transformer = _load_var(var_path)
     autoencoder = _load_vae(vae_path, transformer.scales)
     checkpoint.check_pair(transformer.arch, autoencoder.arch)
-    sources = {"var": checkpoint.file_sha256(var_path), "vae": checkpoint.file_sha256(vae_path)}
+    sources = {"var": checkpoint.source_sha256(var_path), "vae": checkpoint.source_sha256(vae_path)}
     pipeline = Pipeline(transformer, autoencoder, name, class_names, sources)
     return _frozen(pipeline.to(device=device, dtype=dtype))
 
 
 def _load_var(path: Path) -> VAR:
     state = checkpoint.read_state(path, part="var")
+    with _naming(path):
+        state = checkpoint.completed(state)
+        arch = checkpoint.infer_var(state)
     with torch.device("meta"):
-        model = VAR(checkpoint.infer_var(state))
+        model = VAR(arch)
     checkpoint.load_strict(model, state, str(path))
     return model
 
 
 def _load_vae(path: Path, scales: Scales) -> VQVAE:
     state = checkpoint.read_state(path, part="vae")
+    with _naming(path):
+        arch = checkpoint.infer_vqvae(state)
     with torch.device("meta"):
-        model = VQVAE(checkpoint.infer_vqvae(state), scales)
+        model = VQVAE(arch, scales)
     checkpoint.load_strict(model, state, str(path))
     return model
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file before what is wrong with its tensors."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def build_model(
