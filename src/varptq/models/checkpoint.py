@@ -49,11 +49,11 @@ def completed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         mask = state.get(MASK)
         if mask is None or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2]:
             raise CheckpointError(
-                f"VAR: tensor {LEVELS!r} is missing, and without {MASK!r} nothing says which scale a "
-                f"token is of: add {LEVELS!r} (1, L) to the file, the number of its scale for each "
-                "token, 0 1 1 1 1 2 ..."
+                f"VAR: tensor {LEVELS!r} is missing, and without {MASK!r} nothing says which scale "
+                f"a token is of: add {LEVELS!r} (1, L) to the file, for each token the number of "
+                "its scale, 0 1 1 1 1 2 ..."
             )
-        # A token sees the keys of its own scale and of coarser ones: their number tells scales apart.
+        # A token sees the keys of its own and of coarser scales: their number tells scales apart.
         num_seen_L = (mask[0, 0] == 0).sum(-1)
         state[LEVELS] = torch.unique(num_seen_L, return_inverse=True)[1].view(1, -1)
     for name, bias in list(state.items()):
@@ -210,6 +210,10 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str) -> No
 
 def _check_mask(mask_11LL: Tensor, lvl_1L: Tensor, what: str) -> None:
     """(1, 1, L, L), 0 where scale(query) >= scale(key) and -inf elsewhere."""
+    if not mask_11LL.is_floating_point():
+        raise CheckpointError(
+            f"{what}: tensor {MASK!r} is {mask_11LL.dtype}, expected floating point"
+        )
     levels = lvl_1L.flatten()
     sees_LL = levels.unsqueeze(1) >= levels.unsqueeze(0)
     expected_LL = mask_11LL.new_zeros(sees_LL.shape).masked_fill(~sees_LL, -torch.inf)

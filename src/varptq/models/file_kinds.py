@@ -23,7 +23,8 @@ TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
 AGAIN = "copy or download it again"
 SAVE_STATE = "save its state dict alone with torch.save(model.state_dict(), ...)"
-ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+# Archives, the second empty; any protocol of pickle.
+ZIP, PICKLE = (b"PK\x03\x04", b"PK\x05\x06"), b"\x80"
 HEAD_BYTES = 1024
 MAX_TEXT = 60
 
@@ -56,7 +57,7 @@ def read_content(path: Path) -> Any:
     _refuse_foreign(path, head)
     if _is_safetensors(head):
         return _read_safetensors(path)
-    if head.startswith((ZIP, PICKLE)):
+    if head.startswith((*ZIP, PICKLE)):
         return _read_torch(path)
     if path.suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
@@ -104,7 +105,7 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
 
 def _is_safetensors(head: bytes) -> bool:
     """Eight bytes of length, then JSON."""
-    return head[8:9] == b"{" and not head.startswith((ZIP, PICKLE))
+    return head[8:9] == b"{" and not head.startswith((*ZIP, PICKLE))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -126,7 +127,10 @@ def _read_torch(path: Path) -> Any:
         with warnings.catch_warnings():
             # Old pickle protocols make torch warn; what it then cannot read raises anyway.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            if path.suffix != SAFETENSORS_SUFFIX:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            with path.open("rb") as file:  # torch goes by the name of a path
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # A foreign file fails anywhere in the unpickler: KeyError, EOFError, RuntimeError...
         blocked = re.search(r"[Uu]nsupported (?:class|global:? GLOBAL|GLOBAL) ([\w.]+)", str(error))
@@ -136,7 +140,8 @@ def _read_torch(path: Path) -> Any:
                 "only, save the state dict alone"
             ) from None
         raise CheckpointError(
-            f"{path}: damaged, truncated or not a torch checkpoint ({type(error).__name__}): {AGAIN}"
+            f"{path}: damaged, truncated or not a torch checkpoint ({type(error).__name__}): "
+            f"{AGAIN}"
         ) from None
 
 
@@ -154,9 +159,7 @@ def _check_zip(path: Path) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: damaged archive ({reason}): {AGAIN}") from None
     if damaged is not None:
-        raise CheckpointError(
-            f"{path}: damaged, record {damaged!r} fails its checksum: {AGAIN}"
-        )
+        raise CheckpointError(f"{path}: damaged, record {damaged!r} fails its checksum: {AGAIN}")
 
 
 def _check_records(path: Path, records: list[zipfile.ZipInfo]) -> None:
@@ -170,8 +173,8 @@ def _check_records(path: Path, records: list[zipfile.ZipInfo]) -> None:
     if "data.pkl" not in bare:
         shown = ", ".join(repr(name) for name in names[:3])
         raise CheckpointError(
-            f"{path}: is a zip archive of {shown or 'nothing'}, not a checkpoint of torch: unpack it "
-            "and give the file in it"
+            f"{path}: is a zip archive of {shown or 'nothing'}, not a checkpoint of torch: unpack "
+            "it and give the file in it"
         )
     if "constants.pkl" in bare:
         raise CheckpointError(f"{path}: is a TorchScript program, expected tensors: {SAVE_STATE}")

@@ -30,15 +30,15 @@ def located(path: str | Path) -> Path:
     """
     path = Path(path)
     try:
-        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else None
+        names = sorted(e.name for e in path.iterdir()) if path.is_dir() else None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     if names is None:
         return path
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         raise CheckpointError(
-            f"{path}: is a distributed checkpoint of torch, expected one file: merge it with python "
-            "-m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth"
+            f"{path}: is a distributed checkpoint of torch, expected one file: merge it with "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth"
         )
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     kinds = (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
@@ -73,8 +73,8 @@ def read_all(path: str | Path) -> Any:
     shard = SHARD.fullmatch(path.name)
     if shard and int(shard[3]) > 1 and path.is_file():
         raise CheckpointError(
-            f"{path}: is shard {int(shard[2])} of {int(shard[3])}, expected all of them: give their "
-            f"index, {shard[1]}{path.suffix}{INDEX_SUFFIX}, or the folder"
+            f"{path}: is shard {int(shard[2])} of {int(shard[3])}, expected all of them: give "
+            f"their index, {shard[1]}{path.suffix}{INDEX_SUFFIX}, or the folder"
         )
     return read_content(path)
 

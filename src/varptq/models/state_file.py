@@ -25,6 +25,8 @@ from varptq.models.wrappers import Part, select
 State = dict[str, Tensor]
 
 MASK = "attn_bias_for_masking"
+# How a quantized weight is called in an artifact.
+PACKED = ".weight_packed"
 
 
 def file_sha256(path: str | Path) -> str:
@@ -53,7 +55,9 @@ def source_sha256(path: str | Path) -> str:
     Raises `CheckpointError`.
     """
     digests = [file_sha256(file) for file in files_of(path)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
 
 def read_state(
@@ -66,8 +70,8 @@ def read_state(
     is meant in a file that holds more, and takes what wrappers added off the names (wrappers.py);
     None is another network, whose names stay as they are.
 
-    Raises `CheckpointError` (missing, empty, truncated, damaged, foreign, not only tensors, not to
-    be told which) and `NonFiniteError` (NaN or infinity; the -inf of the attention mask is allowed).
+    Raises `CheckpointError` (missing, empty, truncated, damaged, foreign, not only tensors, two of
+    a kind) and `NonFiniteError` (NaN or infinity; the -inf of the attention mask is allowed).
     """
     path = Path(path)
     state = _check_tensors(select(read_all(path), part, path), path)
@@ -83,6 +87,11 @@ def _check_tensors(content: Any, path: Path) -> State:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path}: entry {name!r} is a {type(value).__name__}, expected only tensors by name"
+            )
+        if name.endswith(PACKED):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is codes, this is an artifact: load its folder with "
+                "varptq.load"
             )
         if value.is_meta:
             raise CheckpointError(

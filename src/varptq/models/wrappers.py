@@ -114,10 +114,11 @@ def _places(content: Mapping[Any, Any], anchor: str) -> Iterator[Place]:
                 prefix = _prefix(name, anchor)
                 if prefix is not None:
                     yield Place(keys, prefix, content)
-            elif isinstance(value, Mapping) and len(keys) < MAX_DEPTH:
-                # Moments of an optimizer bear the names of the tensors they belong to.
-                if not OPTIMIZER.search(name):
-                    yield from walk(value, (*keys, name))
+            # Moments of an optimizer bear the names of the tensors they belong to.
+            elif (
+                isinstance(value, Mapping) and not OPTIMIZER.search(name) and len(keys) < MAX_DEPTH
+            ):
+                yield from walk(value, (*keys, name))
 
     return walk(content, ())
 
