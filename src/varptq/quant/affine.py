@@ -24,8 +24,8 @@ from varptq.quant.config import RangeRule
 
 # Of the released code's rules, and of quantizers whose input has units of its own.
 SCALE_FLOOR = 1e-6
-# The smallest normal float32; and a step for slices with less to represent, which is far below every
-# other and still gives normal numbers when multiplied by one.
+# The smallest normal float32; and a step for slices with less to represent, which is far below
+# every other and still gives normal numbers when multiplied by one.
 LEAST_SCALE, EMPTY_SCALE = 2.0**-126, 2.0**-64
 Dims = int | tuple[int, ...]
 
@@ -71,8 +71,8 @@ def affine_grid(
     """One scale and zero point per slice of x over `dims`, which stay as dimensions of size 1.
 
     The scale is positive and a normal float32. Zero points lie in [0, 2^b - 1] except under
-    "min_max", where a slice of one sign puts it outside; constants come back to about 1e-6 there, up
-    to 3e32; above, where the reference code gives NaN, the value saturates.
+    "min_max", where a slice of one sign puts it outside; constants come back to about 1e-6 there,
+    up to 3e32; above, where the reference code gives NaN, the value saturates.
     """
     low, high = wide(x.amin(dims, keepdim=True)), wide(x.amax(dims, keepdim=True))
     if range_rule == "with_zero":

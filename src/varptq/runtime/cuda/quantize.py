@@ -26,8 +26,8 @@ from torch import Tensor
 NO_PROLOGUE, NORM, GELU = 0, 1, 2
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 half to even, on any device.
 ROUNDER = tl.constexpr(12582912.0)
-# As in quant/affine.py: a step that is no normal float is replaced; GELU and probabilities have units
-# of their own, and a floor.
+# As in quant/affine.py: a step that is no normal float is replaced; GELU and probabilities have
+# units of their own, and a floor.
 LEAST_SCALE, EMPTY_SCALE = tl.constexpr(2.0**-126), tl.constexpr(2.0**-64)
 SCALE_FLOOR = tl.constexpr(1e-6)
 GELU_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
