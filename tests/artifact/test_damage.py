@@ -22,7 +22,7 @@ from torch import Tensor
 
 import varptq
 from varptq.artifact import load, save
-from varptq.errors import ArtifactError, InputError
+from varptq.errors import ArtifactError, ConfigError, InputError
 from varptq.quant.pipeline import QuantizedPipeline
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -360,7 +360,7 @@ def test_the_largest_model_a_config_can_ask_for_is_refused_soon(forge: Forge) ->
 def test_a_bad_argument_is_found_before_anything_is_read(pristine: Path) -> None:
     with pytest.raises(InputError, match="runtime 'gpu': unknown"):
         varptq.load(pristine.parent / "nowhere", runtime="gpu")
-    with pytest.raises(InputError, match="expected a floating dtype"):
+    with pytest.raises(ConfigError, match="expected a floating dtype"):
         load(pristine, dtype=torch.int32)
 
 

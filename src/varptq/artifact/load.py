@@ -43,7 +43,8 @@ from varptq.artifact.schema import (
     compressed_tensors_block,
     digest,
 )
-from varptq.errors import ArtifactError, CheckpointError, ConfigError, InputError
+from varptq.errors import ArtifactError, CheckpointError, ConfigError
+from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.state_file import file_sha256
 from varptq.models.transformer import Transformer
 from varptq.models.var import VAR
@@ -61,7 +62,7 @@ def load(
     folder: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     adopt: Adopt | None = None,
 ) -> QuantizedPipeline:
     """The quantized pipeline stored in `folder`, with the codes and scales it was saved with.
@@ -70,11 +71,10 @@ def load(
     `varptq.runtime.load` chooses another runtime. adopt: called with the transformer and the name
     of each quantized layer once the layer is complete, and may put another module in its place, so
     that one layer is unpacked at a time; the image encoder is then left on the mapped file.
-    Raises `InputError` for a dtype that is not floating, `ArtifactError` naming the file and what
-    is wrong with it.
+    Raises `ConfigError` for a device that is not here or a dtype no model computes in,
+    `ArtifactError` naming the file and what is wrong with it.
     """
-    if not dtype.is_floating_point:
-        raise InputError(f"dtype {dtype}: expected a floating dtype, e.g. torch.bfloat16")
+    device, dtype = checked_device(device), checked_dtype(dtype)
     folder = Path(folder)
     document, seal = read_config(folder)
     var, vae = empty_modules(folder, document)

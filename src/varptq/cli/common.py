@@ -20,8 +20,6 @@ from rich.table import Table
 from varptq.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from varptq.models.pipeline import Pipeline
     from varptq.quant.pipeline import QuantizedPipeline
 
@@ -47,7 +45,7 @@ RandomModel = Annotated[
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a model that is not here yet.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random in the run.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace results that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -105,7 +103,9 @@ class ModelChoice:
         )
 
     def _placement(self) -> dict[str, Any]:
-        return {"device": parse_device(self.device), "dtype": parse_dtype(self.dtype)}
+        from varptq.models.placement import checked_device, checked_dtype
+
+        return {"device": checked_device(self.device), "dtype": checked_dtype(self.dtype)}
 
 
 def usable_cores() -> int:
@@ -120,27 +120,6 @@ def use_threads(asked: int) -> None:
     import torch
 
     torch.set_num_threads(min(asked, usable_cores()))
-
-
-def parse_device(text: str) -> torch.device:
-    """Raises `InputError` for a device that is not here."""
-    import torch
-
-    kind, _, index = text.partition(":")
-    if kind not in {"cpu", "cuda"} or (index and not index.isdigit()):
-        raise InputError(f"device {text!r}: expected cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if int(index or 0) >= count:
-        raise InputError(f"device {text!r}: not here, {count} CUDA devices found; use cpu")
-    return torch.device(text)
-
-
-def parse_dtype(text: str) -> torch.dtype:
-    from varptq.models.pipeline import DTYPES
-
-    if text not in DTYPES:
-        raise InputError(f"dtype {text!r}: expected {' or '.join(DTYPES)}")
-    return DTYPES[text]
 
 
 def parse_classes(text: str) -> list[str]:

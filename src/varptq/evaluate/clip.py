@@ -18,6 +18,7 @@ from torch import Tensor
 
 from varptq.errors import CheckpointError, InputError, NonFiniteError
 from varptq.evaluate.features import planes
+from varptq.models.placement import checked_device
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPLATE = "a photo of a {}"
@@ -59,9 +60,9 @@ class TransformersClip:
     """transformers' CLIP as an encoder."""
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device | str = "cpu") -> None:
-        self.model = model.to(device).eval()
+        self.device = checked_device(device)
+        self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
-        self.device = torch.device(device)
         self._side = int(model.config.vision_config.image_size)
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, InputError
 from varptq.evaluate import inception, resnet, weights
+from varptq.models.placement import checked_device
 
 DOWNLOAD = "download"
 Part = Literal["spatial", "probabilities"]
@@ -74,8 +75,8 @@ class InceptionFeatures:
         legacy_resize: bool = False,
     ) -> None:
         self.name = "inception-adm" if legacy_resize else "inception"
-        self.network = network.to(device)
-        self.device = torch.device(device)
+        self.device = checked_device(device)
+        self.network = network.to(self.device)
         self._legacy_resize = legacy_resize
 
     @torch.no_grad()
@@ -112,8 +113,8 @@ class ResNet56Features:
     name = "resnet56"
 
     def __init__(self, network: resnet.ResNet56, device: torch.device | str = "cpu") -> None:
-        self.network = network.to(device)
-        self.device = torch.device(device)
+        self.device = checked_device(device)
+        self.network = network.to(self.device)
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(3, 1, 1)
             for values in (resnet.MEAN, resnet.STD)
@@ -135,9 +136,9 @@ class ModuleFeatures:
     """
 
     def __init__(self, module: nn.Module, name: str, device: torch.device | str = "cpu") -> None:
-        self.module = module.to(device).eval()
+        self.device = checked_device(device)
+        self.module = module.to(self.device).eval()
         self.name = name
-        self.device = torch.device(device)
 
     @torch.no_grad()
     def __call__(self, pixels_BHW3: Tensor) -> Features:

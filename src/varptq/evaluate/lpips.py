@@ -19,6 +19,7 @@ from torch import Tensor
 from varptq.errors import InputError
 from varptq.evaluate.features import planes
 from varptq.evaluate.weights import check_shapes, read_tensors
+from varptq.models.placement import checked_device
 
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 # The second pool needs a 3 x 3 map.
@@ -53,7 +54,7 @@ class Lpips:
     def __init__(self, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """state: the tensors named in the file's docstring. Raises `CheckpointError`."""
         check_shapes(state, _shapes(), "LPIPS")
-        self.device = torch.device(device)
+        self.device = checked_device(device)
         self._state = {name: tensor.float().to(self.device) for name, tensor in state.items()}
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD)

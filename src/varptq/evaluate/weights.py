@@ -40,7 +40,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path}: expected plain tensors in a .safetensors file; docs/metrics.md shows how to "
             "convert others"
         )
-    return read_state(path, "vae")  # the part only matters in files of VAR's trainer
+    return read_state(path)
 
 
 def read_script(path: str | Path) -> torch.jit.ScriptModule:

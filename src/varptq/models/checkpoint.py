@@ -18,20 +18,50 @@ from torch import Tensor, nn
 from varptq.errors import CheckpointError
 from varptq.models.blocks import MLP_RATIO
 from varptq.models.scales import Scales
-from varptq.models.state_file import MASK, file_sha256, read_state
+from varptq.models.state_file import MASK, file_sha256, read_state, source_sha256
 from varptq.models.var import VARArch
 from varptq.models.vqvae import IMAGE_CHANNELS, NORM_GROUPS, VQVAEArch
 
 __all__ = [
     "check_pair",
+    "completed",
     "file_sha256",
     "infer_var",
     "infer_vqvae",
     "load_strict",
     "read_state",
+    "source_sha256",
 ]
 
 DEFAULT_HEAD_WIDTH = 64
+
+
+LEVELS, KEY_BIAS = "lvl_1L", "attn.zero_k_bias"
+
+
+def completed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's tensors with the buffers that follow from the others, where a file leaves
+    them out: `lvl_1L` from the attention mask, and the zeros that stand for the bias of keys.
+
+    Raises `CheckpointError` where nothing says how tokens are dealt to scales.
+    """
+    state = dict(state)
+    if LEVELS not in state and "pos_1LC" in state:
+        mask = state.get(MASK)
+        if mask is None or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2]:
+            raise CheckpointError(
+                f"VAR: tensor {LEVELS!r} is missing, and without {MASK!r} nothing says which scale "
+                f"a token is of: add {LEVELS!r} (1, L) to the file, for each token the number of "
+                "its scale, 0 1 1 1 1 2 ..."
+            )
+        # A token sees the keys of its own and of coarser scales: their number tells scales apart.
+        num_seen_L = (mask[0, 0] == 0).sum(-1)
+        state[LEVELS] = torch.unique(num_seen_L, return_inverse=True)[1].view(1, -1)
+    for name, bias in list(state.items()):
+        zeros = name.removesuffix("attn.v_bias") + KEY_BIAS
+        if name.endswith("attn.v_bias") and zeros not in state:
+            state[zeros] = torch.zeros_like(bias)
+    return state
 
 
 def infer_vqvae(state: Mapping[str, Tensor]) -> VQVAEArch:
@@ -181,6 +211,10 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str) -> No
 
 def _check_mask(mask_11LL: Tensor, lvl_1L: Tensor, what: str) -> None:
     """(1, 1, L, L), 0 where scale(query) >= scale(key) and -inf elsewhere."""
+    if not mask_11LL.is_floating_point():
+        raise CheckpointError(
+            f"{what}: tensor {MASK!r} is {mask_11LL.dtype}, expected floating point"
+        )
     levels = lvl_1L.flatten()
     sees_LL = levels.unsqueeze(1) >= levels.unsqueeze(0)
     expected_LL = mask_11LL.new_zeros(sees_LL.shape).masked_fill(~sees_LL, -torch.inf)

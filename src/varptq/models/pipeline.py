@@ -3,7 +3,8 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from numbers import Integral
@@ -13,15 +14,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from varptq.errors import InputError
+from varptq.errors import CheckpointError, InputError, NonFiniteError
 from varptq.models import checkpoint, presets
+from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.sampling import Sampler
 from varptq.models.scales import Scales
+from varptq.models.shards import INDEX_SUFFIX
 from varptq.models.transformer import Transformer
 from varptq.models.var import VAR, randomize
 from varptq.models.vqvae import VQVAE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The name of the row of class embeddings that stands for no class.
 UNCONDITIONAL = "unconditional"
 
@@ -59,13 +61,34 @@ class Pipeline:
         return self.var.dtype
 
     def to(
-        self, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> Self:
         """Move and/or cast both networks in place; codes and index buffers keep their integer
-        types."""
+        types.
+
+        Raises `ConfigError` for a device that is not here or a dtype no model computes in, and
+        `NonFiniteError` for a weight beyond the range of the dtype, before anything has changed.
+        """
+        device = None if device is None else checked_device(device)
+        dtype = None if dtype is None else checked_dtype(dtype)
+        if dtype == torch.float16:
+            self._check_range(dtype)
         self.var.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=dtype)
         return self
+
+    def _check_range(self, dtype: torch.dtype) -> None:
+        largest = torch.finfo(dtype).max
+        for part in (self.var, self.vae):
+            for name, tensor in part.named_parameters():
+                if not tensor.is_meta and float(tensor.detach().abs().max()) > largest:
+                    raise NonFiniteError(
+                        f"model {self.name!r}: tensor {name!r} holds numbers above {largest:g}, "
+                        f"the largest of {dtype}: use bfloat16 or float32"
+                    )
 
     def labels(self, classes: Sequence[int | str] | Tensor) -> Tensor:
         """(B,) int64 from class ids and names, "unconditional" being one of every model. Raises
@@ -124,17 +147,20 @@ def load_model(
     var: str | Path | None = None,
     vae: str | Path | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     download: bool = False,
     cache_dir: str | Path | None = None,
 ) -> Pipeline:
     """A float model by preset name ("demo", "var-d16" .. "var-d36") or from two checkpoint files.
 
-    The architecture is read off the tensors. Files are `.pth` (weights only) or `.safetensors`.
+    The architecture is read off the tensors. Files are `.pth` (weights only) or `.safetensors`, or
+    the index of one in shards, or the folder of one; `checkpoint.read_state` says what else is
+    taken out of them.
     Presets other than "demo" come from the local hub cache, or from the hub with `download=True`.
-    Raises `InputError` for contradicting arguments, `CheckpointError` for files that cannot be
-    used.
+    Raises `InputError` for contradicting arguments, `ConfigError` for a device that is not here or
+    a dtype no model computes in, `CheckpointError` for files that cannot be used.
     """
+    device, dtype = checked_device(device), checked_dtype(dtype)
     if name is not None:
         if var is not None or vae is not None:
             raise InputError(f"model {name!r}: give either a name or the two files var= and vae=")
@@ -145,29 +171,43 @@ def load_model(
         if var is None or vae is None:
             raise InputError("model: give a preset name, or both files var= and vae=")
         var_path, vae_path, class_names = Path(var), Path(vae), ()
-        name = var_path.stem
+        name = Path(var_path.name.removesuffix(INDEX_SUFFIX)).stem
     transformer = _load_var(var_path)
     autoencoder = _load_vae(vae_path, transformer.scales)
     checkpoint.check_pair(transformer.arch, autoencoder.arch)
-    sources = {"var": checkpoint.file_sha256(var_path), "vae": checkpoint.file_sha256(vae_path)}
+    sources = {"var": checkpoint.source_sha256(var_path), "vae": checkpoint.source_sha256(vae_path)}
     pipeline = Pipeline(transformer, autoencoder, name, class_names, sources)
     return _frozen(pipeline.to(device=device, dtype=dtype))
 
 
 def _load_var(path: Path) -> VAR:
     state = checkpoint.read_state(path, part="var")
+    with _naming(path):
+        state = checkpoint.completed(state)
+        arch = checkpoint.infer_var(state)
     with torch.device("meta"):
-        model = VAR(checkpoint.infer_var(state))
+        model = VAR(arch)
     checkpoint.load_strict(model, state, str(path))
     return model
 
 
 def _load_vae(path: Path, scales: Scales) -> VQVAE:
     state = checkpoint.read_state(path, part="vae")
+    with _naming(path):
+        arch = checkpoint.infer_vqvae(state)
     with torch.device("meta"):
-        model = VQVAE(checkpoint.infer_vqvae(state), scales)
+        model = VQVAE(arch, scales)
     checkpoint.load_strict(model, state, str(path))
     return model
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file before what is wrong with its tensors."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def build_model(
@@ -175,9 +215,11 @@ def build_model(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
 ) -> Pipeline:
-    """A preset's architecture with random weights, for trials without a checkpoint."""
+    """A preset's architecture with random weights, for trials without a checkpoint. Raises as
+    `load_model`."""
+    device, dtype = checked_device(device), checked_dtype(dtype)
     preset = presets.preset(name)
     generator = torch.Generator().manual_seed(seed)
     # torch's constructors draw from the global state, which is the caller's.

@@ -1,33 +1,32 @@
 """Checkpoint files: bytes on disk to a dict of finite tensors, and to a SHA-256.
 
-Reads `.pth`, `.pt`, `.ckpt` (never running pickled code) and `.safetensors`, plain or as upstream's
-trainer wraps them. Every failure is one line naming file and tensor. What the tensors mean is
-`checkpoint.py`; nothing is written or downloaded here.
+    shards.py      file, index or folder -> content; file_kinds.py reads one file
+    wrappers.py    content -> the state dict that is meant, under plain names
+    here           -> finite tensors of one dtype in memory of their own
+
+Every failure is one line naming file and tensor. What the tensors mean is `checkpoint.py`; nothing
+is written or downloaded here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, NonFiniteError
+from varptq.models.shards import files_of, read_all
+from varptq.models.wrappers import Part, select
 
-Part = Literal["var", "vae"]
 State = dict[str, Tensor]
 
-TORCH_SUFFIXES = (".pth", ".pt", ".ckpt")
-SAFETENSORS_SUFFIX = ".safetensors"
-TRAINER_PARTS: dict[Part, str] = {"var": "var_wo_ddp", "vae": "vae_local"}
 MASK = "attn_bias_for_masking"
+# How a quantized weight is called in an artifact.
+PACKED = ".weight_packed"
 
 
 def file_sha256(path: str | Path) -> str:
@@ -50,100 +49,33 @@ def networks_sha256(*networks: nn.Module, more: bytes = b"") -> str:
     return state.hexdigest()
 
 
-def read_state(path: str | Path, part: Part, dtype: torch.dtype = torch.float32) -> State:
-    """The tensors of one model from a checkpoint file: CPU, own memory, floating ones as `dtype`.
+def source_sha256(path: str | Path) -> str:
+    """SHA-256 of a checkpoint: of its file, or of the digests of its index and shards.
 
-    `part` chooses the model inside a file of upstream's trainer, which holds both; files of one
-    model are read as they are, with or without a `{"state_dict": ...}` around them.
+    Raises `CheckpointError`.
+    """
+    digests = [file_sha256(file) for file in files_of(path)]
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
-    Raises `CheckpointError` (missing, empty, truncated, damaged, foreign, not only tensors) and
-    `NonFiniteError` (NaN or infinity; the -inf of the attention mask is allowed).
+
+def read_state(
+    path: str | Path, part: Part | None = None, dtype: torch.dtype = torch.float32
+) -> State:
+    """The tensors of one model from a checkpoint: CPU, own contiguous memory, floating ones as
+    `dtype`.
+
+    path: a file, an index of shards, or a folder with one of these in it. `part` says which model
+    is meant in a file that holds more, and takes what wrappers added off the names (wrappers.py);
+    None is another network, whose names stay as they are.
+
+    Raises `CheckpointError` (missing, empty, truncated, damaged, foreign, not only tensors, two of
+    a kind) and `NonFiniteError` (NaN or infinity; the -inf of the attention mask is allowed).
     """
     path = Path(path)
-    _check_readable(path)
-    if path.suffix == SAFETENSORS_SUFFIX:
-        content: Any = _read_safetensors(path)
-    elif path.suffix in TORCH_SUFFIXES:
-        content = _read_torch(path)
-    else:
-        known = ", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
-        raise CheckpointError(f"{path}: unknown kind of checkpoint, expected one of {known}")
-    state = _check_tensors(_unwrap(content, part, path), path)
+    state = _check_tensors(select(read_all(path), part, path), path)
     return {name: _converted(name, tensor, dtype, path) for name, tensor in state.items()}
-
-
-def _check_readable(path: Path) -> None:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is not a file, expected a checkpoint file")
-    try:
-        with path.open("rb") as file:
-            is_empty = not file.read(1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    if is_empty:
-        raise CheckpointError(f"{path}: is empty, copy or download it again")
-
-
-def _read_safetensors(path: Path) -> State:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({reason})") from None
-
-
-def _read_torch(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        _check_zip(path)
-    try:
-        with warnings.catch_warnings():
-            # Old pickle protocols make torch warn; what it then cannot read raises anyway.
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:
-        # A foreign file fails anywhere in the unpickler: KeyError, EOFError, RuntimeError...
-        blocked = re.search(r"[Uu]nsupported (?:class|global:? GLOBAL|GLOBAL) ([\w.]+)", str(error))
-        if blocked:
-            raise CheckpointError(
-                f"{path}: refused, it asks for the Python object {blocked[1]!r}: expected tensors "
-                "only, save the state dict alone"
-            ) from None
-        raise CheckpointError(
-            f"{path}: damaged, truncated or not a torch checkpoint ({type(error).__name__})"
-        ) from None
-
-
-def _check_zip(path: Path) -> None:
-    """Compare every record with its CRC: torch itself does not, and would return flipped bits."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:
-        # Besides BadZipFile: zlib's error, EOFError, NotImplementedError for unknown compression.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: damaged archive ({reason})") from None
-    if damaged is not None:
-        raise CheckpointError(
-            f"{path}: damaged, record {damaged!r} fails its checksum: copy or download it again"
-        )
-
-
-def _unwrap(content: Any, part: Part, path: Path) -> Any:
-    """The state dict inside upstream's trainer file or a `{"state_dict": ...}`."""
-    if isinstance(content, Mapping) and isinstance(content.get("trainer"), Mapping):
-        trainer, name = content["trainer"], TRAINER_PARTS[part]
-        if name not in trainer:
-            raise CheckpointError(
-                f"{path}: trainer checkpoint without {name!r}, found {list(trainer)}"
-            )
-        content = trainer[name]
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    return content
 
 
 def _check_tensors(content: Any, path: Path) -> State:
@@ -156,6 +88,15 @@ def _check_tensors(content: Any, path: Path) -> State:
             raise CheckpointError(
                 f"{path}: entry {name!r} is a {type(value).__name__}, expected only tensors by name"
             )
+        if name.endswith(PACKED):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is codes, this is an artifact: load its folder with "
+                "varptq.load"
+            )
+        if value.is_meta:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has no values (device meta): save it from a device"
+            )
         # A view that repeats its storage could claim terabytes in a small file.
         dense = value.layout == torch.strided and value.device.type == "cpu"
         odd = value.is_complex() or value.is_quantized or not dense
@@ -166,9 +107,10 @@ def _check_tensors(content: Any, path: Path) -> State:
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
     # A copy, because a mapped file that changes or shrinks would take the model with it.
+    # Contiguous, so that two files with the same numbers take the same way through the kernels.
     if not tensor.is_floating_point():
-        return tensor.clone()
-    converted = tensor.to(dtype, copy=True)
+        return tensor.clone(memory_format=torch.contiguous_format)
+    converted = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     finite = converted.isfinite()
     if name.split(".")[-1] == MASK:
         finite |= converted == -torch.inf

@@ -1,7 +1,11 @@
 """The uniform asymmetric quantizer: weights, Linear inputs, q, k and v (method: section 2).
 
-    s = max((max - min) / (2^b - 1), 1e-6)      z = -round(min / s)
+    s = (max - min) / (2^b - 1)                 z = -round(min / s)
     q = clamp(round(x / s) + z, 0, 2^b - 1)     x^ = (q - z) s          round half to even
+
+Under "with_zero" s has no floor: 2^k x gives the codes of x, whatever the units of a tensor are.
+Only where s is no normal float, so for a slice of zeros, 2^-64 stands in. The rules of the released
+code keep its floor, s >= 1e-6.
 
 Pure functions on tensors; the extent of one scale is the set of dimensions the range is taken
 over. Gradients flow through everything, rounding passes them straight: a caller who wants a fixed
@@ -18,7 +22,11 @@ from torch import Tensor
 
 from varptq.quant.config import RangeRule
 
+# Of the released code's rules, and of quantizers whose input has units of its own.
 SCALE_FLOOR = 1e-6
+# The smallest normal float32; and a step for slices with less to represent, which is far below
+# every other and still gives normal numbers when multiplied by one.
+LEAST_SCALE, EMPTY_SCALE = 2.0**-126, 2.0**-64
 Dims = int | tuple[int, ...]
 
 
@@ -62,9 +70,9 @@ def affine_grid(
 ) -> Grid:
     """One scale and zero point per slice of x over `dims`, which stay as dimensions of size 1.
 
-    The scale is at least 1e-6. Zero points lie in [0, 2^b - 1] except under "min_max", where a
-    slice of one sign puts it outside. Constants under "min_max" come back to about 1e-6 up to
-    3e32; above, where the reference code gives NaN, the value saturates.
+    The scale is positive and a normal float32. Zero points lie in [0, 2^b - 1] except under
+    "min_max", where a slice of one sign puts it outside; constants come back to about 1e-6 there,
+    up to 3e32; above, where the reference code gives NaN, the value saturates.
     """
     low, high = wide(x.amin(dims, keepdim=True)), wide(x.amax(dims, keepdim=True))
     if range_rule == "with_zero":
@@ -72,7 +80,10 @@ def affine_grid(
     top = 2**num_bits - 1
     # Halves of both sides give the same float, and do not overflow where max - min would.
     scale = (0.5 * high - 0.5 * low) / (0.5 * top)
-    scale = scale.clamp(min=SCALE_FLOOR)
+    if range_rule == "with_zero":
+        scale = torch.where(scale >= LEAST_SCALE, scale, EMPTY_SCALE)
+    else:
+        scale = scale.clamp(min=SCALE_FLOOR)
     limit = torch.finfo(scale.dtype).max
     bounds = (-limit, limit) if range_rule == "min_max" else (0, top)
     return Grid(scale, (-(low / scale).round()).clamp(*bounds))

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from varptq.models.seams import Mix, Scores, Span
-from varptq.quant.affine import Grid, affine_codes, affine_grid, affine_values, wide
+from varptq.quant.affine import (
+    LEAST_SCALE,
+    Grid,
+    affine_codes,
+    affine_grid,
+    affine_values,
+    wide,
+)
 from varptq.quant.config import AttentionSpec, TensorSpec
 from varptq.quant.shift_sum import copies_of, fixed_codes, orders, shift_sum_fake
 from varptq.quant.straight_through import affine_fake, probability_fake
@@ -115,7 +122,9 @@ class QuantMix(Mix):
         folded_BHlL = self._fake_probability(wide(p_BHlL) * relative_BH1L)
         out_BHlc = super().forward(folded_BHlL, u_BHLc, span) * largest
         if self.spec.renormalize:
-            out_BHlc = out_BHlc / (folded_BHlL / relative_BH1L).sum(dim=-1, keepdim=True)
+            # A step may be too small to be told from 0 beside the largest; its code then is 0.
+            p_hat = folded_BHlL / relative_BH1L.clamp(min=LEAST_SCALE)
+            out_BHlc = out_BHlc / p_hat.sum(dim=-1, keepdim=True)
         return out_BHlc.to(v_BHLc.dtype)
 
 

@@ -4,9 +4,10 @@
     q  = clamp(round(x / s-), -L, 0) for x < 0, clamp(round(x / s+), 0, L) otherwise
     x^ = q s- or q s+
 
-Scales are at least 1e-6. Zero is a code, so there is no zero point; 2^b - 1 of the 2^b codes are
-used. Codes are always clamped (the released group variant does not, which shows only through
-float rounding). Gradients as in affine.py.
+Scales are at least 1e-6, as in the released code: the input is what GELU makes, whose units no
+rewriting of the model can change, so nothing that matters lies below. Zero is a code, so there is
+no zero point; 2^b - 1 of the 2^b codes are used. Codes are always clamped (the released group
+variant does not, which shows only through float rounding). Gradients as in affine.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from varptq.quant import adaround, affine, probability, sign_split
-from varptq.quant.affine import SCALE_FLOOR, Dims, Grid, RangeRule, affine_values, wide
+from varptq.quant.affine import (
+    LEAST_SCALE,
+    SCALE_FLOOR,
+    Dims,
+    Grid,
+    RangeRule,
+    affine_values,
+    wide,
+)
 from varptq.quant.config import TensorSpec
 
 
@@ -92,7 +100,8 @@ class _Affine(torch.autograd.Function):
         else:
             error = (wide(out) - x).mul_(dx)
         step = high.clamp(min=0) - low.clamp(max=0) if with_zero else high - low
-        dscale = error.sum(dims, keepdim=True) / scale / top * (step / top >= SCALE_FLOOR)
+        least = LEAST_SCALE if with_zero else SCALE_FLOOR
+        dscale = error.sum(dims, keepdim=True) / scale / top * (step / top >= least)
         for extreme, sign, passes in ((low, -1, low <= 0), (high, 1, high >= 0)):
             gradient = sign * dscale * passes if with_zero else sign * dscale
             _add_to_extreme(dx, x, extreme, gradient, dims)

@@ -10,7 +10,7 @@ import torch
 from varptq.artifact.load import empty_modules, read_config
 from varptq.artifact.load import load as load_artifact
 from varptq.artifact.mapped import return_free_memory
-from varptq.errors import InputError
+from varptq.models.placement import checked_device, checked_dtype
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.convert import convert_linear, finish
 from varptq.runtime.decoder import decode_in
@@ -22,18 +22,17 @@ def load(
     *,
     runtime: str = AUTO,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
 ) -> QuantizedPipeline:
     """The quantized pipeline stored in `folder`, ready to compute on `runtime`.
 
     runtime: "auto" or a name of `varptq.runtime.RUNTIMES`; the choice is in the result's `runtime`.
     dtype: of the float parts and of the arithmetic; on an integer runtime, of the image decoder
     alone, the rest being integers and float32. Raises `InputError` for a runtime that is not there
-    or does not execute the config, by layer, and for a dtype that is not floating; `ArtifactError`
-    naming the file and what is wrong.
+    or does not execute the config, by layer; `ConfigError` for a device that is not here or a dtype
+    no model computes in; `ArtifactError` naming the file and what is wrong.
     """
-    if not dtype.is_floating_point:
-        raise InputError(f"dtype {dtype}: expected a floating dtype, e.g. torch.bfloat16")
+    device, dtype = checked_device(device), checked_dtype(dtype)
     choice = choose(folder, runtime=runtime, device=device)
     if choice.kernels is None:
         return load_artifact(folder, device=device, dtype=dtype)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
 from varptq.models.seams import Span
-from varptq.quant.affine import Grid, affine_codes, affine_grid, wide
+from varptq.quant.affine import LEAST_SCALE, Grid, affine_codes, affine_grid, wide
 from varptq.quant.config import TensorSpec
 from varptq.quant.probability import (
     log2_codes,
@@ -216,7 +216,9 @@ def _folded(p_HlL: Tensor, u_HLc: Tensor, step_HL1: Tensor, rule: AttentionRule)
     relative_H1L = (step_HL1 / largest).transpose(-1, -2)
     mixed, hat = _products(p_HlL * relative_H1L, [u_HLc], rule)
     out = mixed[0] * largest
-    return out / (hat / relative_H1L).sum(dim=-1, keepdim=True) if rule.spec.renormalize else out
+    if not rule.spec.renormalize:
+        return out
+    return out / (hat / relative_H1L.clamp(min=LEAST_SCALE)).sum(dim=-1, keepdim=True)
 
 
 def _by_segment(

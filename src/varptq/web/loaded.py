@@ -8,10 +8,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from varptq.artifact.load import read_config
-from varptq.models.pipeline import DTYPES, Pipeline, load_model
+from varptq.models.pipeline import Pipeline, load_model
+from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.presets import PRESETS
 from varptq.runtime import load
 from varptq.runtime.resolve import AUTO
@@ -33,7 +32,10 @@ class LoadedModels:
         runtime: str = AUTO,
         capacity: int = CAPACITY,
     ) -> None:
-        self.placement: dict[str, Any] = {"device": torch.device(device), "dtype": DTYPES[dtype]}
+        self.placement: dict[str, Any] = {
+            "device": checked_device(device),
+            "dtype": checked_dtype(dtype),
+        }
         self.runtime = runtime
         self._words = ("--device", device, "--dtype", dtype)
         self.capacity = capacity

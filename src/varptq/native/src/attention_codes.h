@@ -2,11 +2,12 @@
 // and the entry of keys and values into the cache. Written on lanes.h, compiled once per
 // instruction set.
 //
-//   s = max((hi - lo) / (2^b - 1), 1e-6)   z = clamp(rint(-lo / s))   a = clamp(rint(x / s) + z)
+//   s = (hi - lo) / (2^b - 1)   z = clamp(rint(-lo / s))   a = clamp(rint(x / s) + z)
 #pragma once
 
 #include "attention_head.h"
 #include "lanes.h"
+#include "scales.h"
 
 namespace vq {
 namespace {
@@ -73,7 +74,7 @@ inline Grid grid_of(const Range& range, int32_t num_bits) {
   const float top = static_cast<float>((1 << num_bits) - 1);
   // Halves of both sides give the same float, and do not overflow where high - low would.
   float scale = (0.5f * high - 0.5f * low) / (0.5f * top);
-  scale = scale > kScaleFloor ? scale : kScaleFloor;
+  scale = scale < kLeastScale ? kEmptyScale : scale;
   float zero = nearbyintf(-(low / scale));
   zero = zero < 0.0f ? 0.0f : zero > top ? top : zero;
   return {scale, static_cast<int32_t>(zero)};

@@ -11,7 +11,6 @@ namespace vq {
 
 constexpr int64_t kMaxHeadWidth = 128;  // pairs of int16 hold sums of codes up to here
 constexpr int kQueryTile = 6;           // queries whose scores are computed together
-constexpr float kScaleFloor = 1e-6f;
 
 // Tokens that share a range of values: all of them under policy "token", those of a scale under
 // "segment". `place` counts the padded places of values: a piece starts at a multiple of 4.

@@ -180,7 +180,7 @@ inline float times(float* row, int64_t count, const float* factors) {
 inline float probability_codes(const Head& head, const float* row, int64_t keys, RowSums sums,
                                uint8_t* codes) {
   const float top = static_cast<float>((1 << head.args.probability_bits) - 1);
-  const float floor = kScaleFloor * sums.total;
+  const float floor = kProbabilityFloor * sums.total;
   const float peak = sums.largest > floor ? sums.largest : floor;
   const Floats inverse = all(top / peak);
   int64_t place = 0;

@@ -12,12 +12,11 @@
 
 #include "lanes_more.h"
 #include "quantize.h"
+#include "scales.h"
 #include "vmath.h"
 
 namespace vq {
 namespace {
-
-constexpr float kScaleFloor = 1e-6f;
 
 inline Floats load_tail(const float* x, int64_t count, float fill) {
   float buffer[kLanes];
@@ -211,7 +210,7 @@ inline void affine_group(const vq_quantize_args& a, const Place& p, int64_t g, c
   const float top = static_cast<float>((1 << a.num_bits) - 1);
   // Halves of both sides, as affine_grid has them: high - low may overflow.
   float scale = (0.5f * range.high - 0.5f * range.low) / (0.5f * top);
-  scale = scale < kScaleFloor ? kScaleFloor : scale;
+  scale = scale < kLeastScale ? kEmptyScale : scale;
   float zero = -std::nearbyint(range.low / scale);
   zero = zero < 0.0f ? 0.0f : zero > top ? top : zero;
   const int64_t first = g * (a.group / a.segment);
@@ -229,7 +228,7 @@ inline void sign_split_group(const vq_quantize_args& a, const Place& p, int64_t 
   for (int side = 0; side < 2; ++side) {
     const int64_t row = p.row + side;
     float scale = (side ? -range.low : range.high) / levels;
-    scale = scale < kScaleFloor ? kScaleFloor : scale;
+    scale = scale < kSignSplitFloor ? kSignSplitFloor : scale;
     a.scale[row * p.groups + g] = side ? -scale : scale;
     a.zero_point[row * p.groups + g] = 0;
     group_codes(a, x,

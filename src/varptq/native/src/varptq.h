@@ -19,7 +19,7 @@ enum { VQ_FLOAT32 = 0, VQ_BFLOAT16 = 1 };
 enum { VQ_NONE = 0, VQ_NORM = 1, VQ_GELU = 2 };
 
 // Rows of floats to codes. Per row: prologue, minus the row's mean, rotation, then per group
-//   s = max((hi - lo) / (2^b - 1), 1e-6)   z = clamp(rint(-lo / s))   a = clamp(rint(x / s) + z)
+//   s = (hi - lo) / (2^b - 1)   z = clamp(rint(-lo / s))   a = clamp(rint(x / s) + z)
 // with lo = min(0, min x), hi = max(0, max x). Sign-split rows become two: row 2m holds the codes
 // of the positive values and row 2m + 1 those of the negative ones, whose scale is negative; their
 // zero points are 0.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from varptq.runtime.cuda.quantize import ROUNDER, SCALE_FLOOR
+from varptq.runtime.cuda.quantize import ROUNDER, SCALE_FLOOR, step_of
 
 NORM_FLOOR = tl.constexpr(1e-12)
 SHIFT = tl.constexpr(128)
@@ -36,7 +36,7 @@ def _grid(x, TOP: tl.constexpr):
     """Scale and zero point of one token's channels; channels beyond the head are zeros."""
     high = tl.maximum(tl.max(x, axis=0), 0.0)
     low = tl.minimum(tl.min(x, axis=0), 0.0)
-    scale = tl.maximum(tl.div_rn(high - low, TOP), SCALE_FLOOR)
+    scale = step_of(low, high, TOP)
     return scale, tl.minimum(tl.maximum(_rint(-tl.div_rn(low, scale)), 0.0), TOP)
 
 
@@ -128,8 +128,7 @@ def append_segment(
         v = tl.load(base + i * 3 * width, mask=inside, other=0.0) + bias
         high = tl.maximum(high, v)
         low = tl.minimum(low, v)
-    spread = tl.max(high, axis=0) - tl.min(low, axis=0)
-    scale = tl.maximum(tl.div_rn(spread, V_TOP), SCALE_FLOOR)
+    scale = step_of(tl.min(low, axis=0), tl.max(high, axis=0), V_TOP)
     zero = -tl.div_rn(tl.min(low, axis=0), scale)
     zero = tl.minimum(tl.maximum(_rint(zero), 0.0), V_TOP)
     token = (image * heads + h) * capacity + start + first

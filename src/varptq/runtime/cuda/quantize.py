@@ -1,7 +1,7 @@
 """Triton: rows of floats to codes, with what comes before the quantizer in the same pass.
 
     x -> modulated LayerNorm or GELU -> minus the mean of its scale -> Hadamard blocks -> per group
-    s = max((hi - lo) / (2^b - 1), 1e-6)    z = clamp(rint(-lo / s))    a = clamp(rint(x / s) + z)
+    s = (hi - lo) / (2^b - 1)    z = clamp(rint(-lo / s))    a = clamp(rint(x / s) + z)
 
 One program a row, the row in registers. Codes leave as int8: as they are up to 7 bits, less 128 at
 8 bits, with zero points shifted alike, since tensor cores multiply signed by signed. The numeric
@@ -26,6 +26,9 @@ from torch import Tensor
 NO_PROLOGUE, NORM, GELU = 0, 1, 2
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 half to even, on any device.
 ROUNDER = tl.constexpr(12582912.0)
+# As in quant/affine.py: a step that is no normal float is replaced; GELU and probabilities have
+# units of their own, and a floor.
+LEAST_SCALE, EMPTY_SCALE = tl.constexpr(2.0**-126), tl.constexpr(2.0**-64)
 SCALE_FLOOR = tl.constexpr(1e-6)
 GELU_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_CUBE = tl.constexpr(0.044715)
@@ -44,6 +47,13 @@ class CodeRows(NamedTuple):
 @triton.jit
 def _rint(x):
     return (x + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def step_of(low, high, TOP: tl.constexpr):
+    """Scale of an affine range with zero in it; halves do not overflow where high - low would."""
+    scale = tl.div_rn(0.5 * high - 0.5 * low, 0.5 * TOP)
+    return tl.where(scale >= LEAST_SCALE, scale, EMPTY_SCALE)
 
 
 @triton.jit
@@ -129,7 +139,7 @@ def _quantize(
         _store_side(per_side, -negative, 0.0 * negative, 2 * row + 1, k, codes_ptr, scale_ptr,
                     zero_ptr, sum_ptr, width, WIDTH, GROUP, SEGMENT, 0)  # fmt: skip
     else:
-        scale = tl.maximum(tl.div_rn(high - low, TOP), SCALE_FLOOR)
+        scale = step_of(low, high, TOP)
         zero = tl.minimum(tl.maximum(_rint(-tl.div_rn(low, scale)), 0.0), TOP)
         steps = _rint(tl.div_rn(grouped, scale[:, None]))
         codes = tl.minimum(tl.maximum(steps + zero[:, None], 0.0), TOP)
