@@ -44,6 +44,7 @@ from varptq.artifact.schema import (
     digest,
 )
 from varptq.errors import ArtifactError, CheckpointError, ConfigError, InputError
+from varptq.files import is_whole, utf8_name
 from varptq.models.state_file import file_sha256
 from varptq.models.var import VAR
 from varptq.models.vqvae import VQVAE
@@ -107,6 +108,11 @@ def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
     if not folder.is_dir():
         found = "is a file, expected a folder" if folder.exists() else "no such folder"
         raise ArtifactError(f"artifact {folder}: {found} with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not is_whole(folder):
+        raise ArtifactError(
+            f"artifact {folder}: not whole, a run is writing it or was killed while it did; wait, "
+            "or run it again"
+        )
     path = folder / CONFIG_FILE
     content = _parse(path)
     _check_version(path, content)
@@ -205,7 +211,7 @@ def _open_tensors(
                 f"{path}: has {found} bytes, {CONFIG_FILE} says {entry.bytes}; "
                 "truncated or of another artifact"
             )
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             _check_header(path, file, expected)
             if file_sha256(path) != entry.sha256:
                 raise ArtifactError(f"{path}: SHA-256 is not that of {CONFIG_FILE}; {DAMAGED}")

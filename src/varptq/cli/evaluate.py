@@ -324,7 +324,8 @@ def write(
         elif export is Export.png:
             one.samples.export_png(place)
     text = jsonlib.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(out / METRICS_NAME, text.encode() + b"\n")
+    # What UTF-8 does not hold, of a path, becomes the escape that JSON has for it.
+    write_atomic(out / METRICS_NAME, text.encode(errors="backslashreplace") + b"\n")
     above = beside.samples if beside else None
     pairs = choose_pairs(subject.samples, above, subject.pipe.class_names)
     write_report(out / REPORT_NAME, document, pairs)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, NonFiniteError
+from varptq.files import utf8_name
 
 Part = Literal["var", "vae"]
 State = dict[str, Tensor]
@@ -88,8 +89,8 @@ def _check_readable(path: Path) -> None:
 
 def _read_safetensors(path: Path) -> State:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({reason})") from None
@@ -100,10 +101,10 @@ def _read_torch(path: Path) -> Any:
     if is_zip:
         _check_zip(path)
     try:
-        with warnings.catch_warnings():
+        with utf8_name(path) as name, warnings.catch_warnings():
             # Old pickle protocols make torch warn; what it then cannot read raises anyway.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
         # A foreign file fails anywhere in the unpickler: KeyError, EOFError, RuntimeError...
         blocked = re.search(r"[Uu]nsupported (?:class|global:? GLOBAL|GLOBAL) ([\w.]+)", str(error))
