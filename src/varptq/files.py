@@ -54,11 +54,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
     Raises `OutputError` if the file cannot be written or `path` is no ordinary file; what else
     `content` raises passes through. In both cases an existing file keeps its old content.
     """
-    target = Path(os.path.realpath(path))
-    with _as_output_error(target):
-        if target.exists() and not target.is_file():
-            raise OutputError(f"{target}: is not an ordinary file; give the name of a file")
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target = _file_target(path)
     with _as_output_error(target, inside=target.parent):
         temporary = _sibling(target, "tmp")
         try:
@@ -74,6 +70,25 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse now what `write_atomic` would refuse: writes nothing, and makes missing parent folders.
+    Raises `OutputError`."""
+    target = _file_target(path)
+    with _as_output_error(target):
+        temporary = _sibling(target, "trial")
+        temporary.touch()
+        temporary.unlink()
+
+
+def _file_target(path: str | Path) -> Path:
+    target = Path(os.path.realpath(path))
+    with _as_output_error(target):
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{target}: is not an ordinary file; give the name of a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 class StagedFolder:
@@ -127,6 +142,11 @@ class StagedFolder:
                 raise _output_error(self.target, error) from error
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
+
+    def check(self) -> None:
+        """Refuse now what the end of the block would refuse, and leave nothing."""
+        self.__enter__()
+        shutil.rmtree(self._staging, ignore_errors=True)
 
     def in_place(self) -> bool:
         """Whether the target is a folder that cannot be renamed over, tried by renaming an empty

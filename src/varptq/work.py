@@ -211,6 +211,13 @@ class Work:
 def _locked(folder: Path) -> Lock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+        # All of a work folder goes when its run is done.
+        if names and not names & {LOCK, MANIFEST}:
+            raise OutputError(
+                f"work folder {folder}: holds {min(names)!r} and is no work folder of a run; give "
+                "another one (--work)"
+            )
         return Lock(folder / LOCK)
     except OSError as error:
         raise OutputError(

@@ -97,6 +97,8 @@ def command(
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
     # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
     plan(models.pipe, models.float_pipe, tools, names, count)
+    if ranks.first:
+        check_output(models, out, export)
     with RichProgress() as progress:
         drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
         sampler = Sampler(*drawn, force, progress if ranks.first else silent, ranks)
@@ -303,6 +305,22 @@ def measure(
         work.remove()
     document["checksums"] |= files
     return {**document, "model": describe(subject.pipe)}
+
+
+def check_output(models: Models, out: Path, export: Export | None) -> None:
+    """Refuse now what `write` would refuse when all is sampled. Raises `OutputError`."""
+    from varptq.evaluate.metrics import kind
+    from varptq.evaluate.sampling import exported_folder
+    from varptq.files import check_file
+
+    files = [out / METRICS_NAME, out / REPORT_NAME]
+    for pipe in filter(None, (models.pipe, models.float_pipe)):
+        if export is Export.npz:
+            files.append((out / kind(pipe)).with_suffix(".npz"))
+        elif export is Export.png:
+            exported_folder(out / kind(pipe)).check()
+    for file in files:
+        check_file(file)
 
 
 def write(
