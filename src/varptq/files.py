@@ -73,7 +73,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
 
 
 def check_file(path: str | Path) -> None:
-    """Refuse now what `write_atomic` would refuse: writes nothing, and makes missing parent folders.
+    """Refuse now what `write_atomic` would refuse, and leave nothing but missing parent folders.
     Raises `OutputError`."""
     target = _file_target(path)
     with _as_output_error(target):
@@ -184,9 +184,7 @@ class StagedFolder:
             return
         if not self.force:
             state = "holds what a killed run left" if unfinished else "exists and is not empty"
-            raise OutputError(
-                f"{target}: {state}; choose another folder or force=True (--force)"
-            )
+            raise OutputError(f"{target}: {state}; choose another folder or force=True (--force)")
         if any(_holds(target, place) for place in (_working_folder(), home())):
             raise OutputError(
                 f"{target}: holds the working or the home folder and is not replaced; "

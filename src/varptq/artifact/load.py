@@ -43,7 +43,13 @@ from varptq.artifact.schema import (
     compressed_tensors_block,
     digest,
 )
-from varptq.errors import ArtifactError, CheckpointError, ConfigError, InputError
+from varptq.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    is_out_of_memory,
+)
 from varptq.files import is_whole, utf8_name
 from varptq.models.state_file import file_sha256
 from varptq.models.var import VAR
@@ -220,6 +226,8 @@ def _open_tensors(
                 raise ArtifactError(f"{config}: not what {WEIGHTS_FILE} was saved with; {DAMAGED}")
         return MappedTensors(path)
     except (SafetensorError, CheckpointError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ArtifactError(f"{path}: cannot be read ({_line(error)}); {DAMAGED}") from None
 
 

@@ -111,7 +111,7 @@ def command(
     document["warnings"][:0] = [models.warning] if models.warning else []
     write(document, subject, beside, out, export)
     for warning in document["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
+        common.warn(warning)
     if json:
         common.print_json(document)
     else:

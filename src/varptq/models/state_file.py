@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from varptq.errors import CheckpointError, NonFiniteError
+from varptq.errors import CheckpointError, NonFiniteError, is_out_of_memory
 from varptq.files import utf8_name
 
 Part = Literal["var", "vae"]
@@ -92,6 +92,8 @@ def _read_safetensors(path: Path) -> State:
         with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({reason})") from None
 
@@ -106,6 +108,8 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(name, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # A foreign file fails anywhere in the unpickler: KeyError, EOFError, RuntimeError...
         blocked = re.search(r"[Uu]nsupported (?:class|global:? GLOBAL|GLOBAL) ([\w.]+)", str(error))
         if blocked:
