@@ -26,10 +26,11 @@ BASE = {"errors", "files", "progress", "settings"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "locks": set(),
     "progress": {"errors"},
     "settings": {"errors"},
     "distributed": {"errors"},
-    "work": {"errors", "files", "progress", "distributed"},
+    "work": {"errors", "files", "locks", "progress", "distributed"},
     "models": BASE,
     "quant": BASE | {"models"},
     "calibrate": BASE | {"models", "quant", "distributed", "work"},

@@ -30,5 +30,27 @@ class OutputError(VarptqError):
     """A result cannot be written where it was asked to go."""
 
 
+class OutOfMemoryError(VarptqError, MemoryError):
+    """What was asked for takes more memory than there is; the message says what to lower."""
+
+
 class NonFiniteError(VarptqError):
     """A tensor that must be finite holds NaN or infinity; the message names the layer."""
+
+
+# What torch, oneDNN, CUDA, C++, mmap and the loader of libraries say when memory is short.
+_NO_MEMORY = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory"),
+    *("bad_alloc", "bad allocation", "_alloc_failed", "failed to map segment"),
+    *("could not create a memory object", "could not create a primitive"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any library means that memory is short: most have no type for it."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, VarptqError) or not isinstance(error, Exception):
+        return False
+    text = str(error).lower()
+    return any(words in text for words in _NO_MEMORY)

@@ -3,8 +3,12 @@
 `write_atomic` does it for one file, `StagedFolder` for a folder: everything is written under a
 hidden temporary name beside the target, forced to the disk, and renamed at the end. An exception
 of any kind, Ctrl-C included, removes the temporary; a failed write raises `OutputError`. A process
-that is killed outright may leave a hidden ".varptq-*" beside the target. Reading and file formats
-are not here.
+that is killed outright may leave a hidden ".varptq-*" beside the target.
+
+A folder that cannot be renamed over (a mount point, the working folder, one whose parent is not
+ours) is filled in place: the temporary lies inside it, its files are moved up at the end, and a
+file `UNFINISHED` lies there meanwhile, by which readers know a folder that is not whole.
+Reading and file formats are not here.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +31,20 @@ from varptq.errors import OutputError
 # safetensors reports a full disk as an error of its own.
 _WRITE_ERRORS = (OSError, SafetensorError)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-# Some network file systems refuse fsync on a folder; there is nothing better to do there.
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
+# What file systems answer that know no fsync, or none on a folder; there is nothing better to do.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
+# A folder one may write to and not list cannot be opened to be synced.
+_NO_FOLDER_SYNC = _NO_SYNC | {errno.EACCES, errno.EPERM}
+# What renaming a folder over another one meets: a mount, a layer below, a parent of someone else.
+_NOT_RENAMED = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
+_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
+
+# All our hidden names begin so; a folder that holds nothing else counts as empty.
+PREFIX = ".varptq-"
+# Lies in a folder that is being filled in place, and stays if the process is killed then.
+UNFINISHED = f"{PREFIX}unfinished"
+# What a fresh disk holds at its root.
+_OF_THE_DISK = {"lost+found"}
 
 
 def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -37,11 +54,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
     Raises `OutputError` if the file cannot be written or `path` is no ordinary file; what else
     `content` raises passes through. In both cases an existing file keeps its old content.
     """
-    target = Path(os.path.realpath(path))
-    with _as_output_error(target):
-        if target.exists() and not target.is_file():
-            raise OutputError(f"{target}: is not an ordinary file; give the name of a file")
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target = _file_target(path)
     with _as_output_error(target, inside=target.parent):
         temporary = _sibling(target, "tmp")
         try:
@@ -51,12 +64,31 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
                 else:
                     content(file)
                 file.flush()
-                os.fsync(file.fileno())
+                _fsync(file.fileno())
             os.replace(temporary, target)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse now what `write_atomic` would refuse, and leave nothing but missing parent folders.
+    Raises `OutputError`."""
+    target = _file_target(path)
+    with _as_output_error(target):
+        temporary = _sibling(target, "trial")
+        temporary.touch()
+        temporary.unlink()
+
+
+def _file_target(path: str | Path) -> Path:
+    target = Path(os.path.realpath(path))
+    with _as_output_error(target):
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{target}: is not an ordinary file; give the name of a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 class StagedFolder:
@@ -65,8 +97,9 @@ class StagedFolder:
         with StagedFolder("out/model") as folder:
             (folder / "config.json").write_text(...)
 
-    `folder` is a temporary sibling of the target, renamed when the block ends without an exception.
-    Entering makes the temporary, so a place that cannot be written to is refused before the work.
+    `folder` is a temporary beside the target, renamed when the block ends without an exception, or
+    inside it where it cannot be renamed over. Entering makes the temporary and tries the rename, so
+    a place that cannot be written to is refused before the work.
 
     force: an existing folder that is not empty is refused without it, and with it replaced at the
         very end. A folder that holds the working or the home folder is never replaced.
@@ -88,7 +121,10 @@ class StagedFolder:
     def __enter__(self) -> Path:
         with _as_output_error(self.target):
             self._refuse_occupied()
-            self.target.parent.mkdir(parents=True, exist_ok=True)
+            if self.in_place():
+                self._staging = _inside(self.target, "staging")
+            else:
+                self.target.parent.mkdir(parents=True, exist_ok=True)
             self._staging.mkdir()
         return self._staging
 
@@ -107,24 +143,54 @@ class StagedFolder:
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
 
+    def check(self) -> None:
+        """Refuse now what the end of the block would refuse, and leave nothing."""
+        self.__enter__()
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def in_place(self) -> bool:
+        """Whether the target is a folder that cannot be renamed over, tried by renaming an empty
+        folder onto it, which fails by its content otherwise. Raises `OutputError` for one that
+        cannot be written to."""
+        target = self.target
+        if not target.is_dir():
+            return False
+        with _as_output_error(target):
+            # Also what keeps an empty target from being replaced by the trial.
+            content = _inside(target, "trial")
+            content.mkdir()
+            beside = _sibling(target, "trial")
+            try:
+                if _holds(target, _working_folder()):
+                    return True
+                beside.mkdir()
+                os.rename(beside, target)
+            except OSError as error:
+                return error.errno not in _NOT_EMPTY
+            finally:
+                for folder in (content, beside):
+                    with suppress(OSError):
+                        folder.rmdir()
+        return False
+
     def _refuse_occupied(self) -> None:
         target = self.target
         if not target.exists():
             return
         if not target.is_dir():
             raise OutputError(f"{target}: is a file, expected a folder; choose another name")
-        if not any(target.iterdir()):
+        unfinished = (target / UNFINISHED).exists()
+        if not unfinished and not any(_content(target)):
             return
         if not self.force:
-            raise OutputError(
-                f"{target}: exists and is not empty; choose another folder or force=True (--force)"
-            )
-        if any(place.is_relative_to(target) for place in (Path.cwd(), Path.home())):
+            state = "holds what a killed run left" if unfinished else "exists and is not empty"
+            raise OutputError(f"{target}: {state}; choose another folder or force=True (--force)")
+        if any(_holds(target, place) for place in (_working_folder(), home())):
             raise OutputError(
                 f"{target}: holds the working or the home folder and is not replaced; "
                 "choose another folder"
             )
-        if self.marker is not None and not (target / self.marker).is_file():
+        if self.marker is not None and not (unfinished or (target / self.marker).is_file()):
             raise OutputError(
                 f"{target}: holds no {self.marker} and is not replaced; "
                 "choose another folder or empty this one"
@@ -137,8 +203,16 @@ class StagedFolder:
             _sync_folder(Path(folder))
         # Asked again: the target may have been filled while the block ran.
         self._refuse_occupied()
-        if self.target.exists():
-            self._swap()
+        if self._staging.parent == self.target:
+            self._fill()
+        elif self.target.exists():
+            try:
+                self._swap()
+            except OSError as error:
+                # Mounted on meanwhile, or of a lower layer of an overlay.
+                if error.errno not in _NOT_RENAMED:
+                    raise
+                self._fill()
         else:
             os.replace(self._staging, self.target)
         _sync_folder(self.target.parent)
@@ -155,16 +229,119 @@ class StagedFolder:
             # Not reached if the line above fails: then `retired` is the only copy.
             shutil.rmtree(retired, ignore_errors=True)
 
+    def _fill(self) -> None:
+        """Exchange the content of the target, entry by entry, under the marker `UNFINISHED`; an
+        exception puts the old content back."""
+        target, retired = self.target, _inside(self.target, "old")
+        unfinished, was_whole = target / UNFINISHED, is_whole(target)
+        new = sorted(entry.name for entry in self._staging.iterdir())
+        retired.mkdir()
+        try:
+            unfinished.touch()
+            _sync_folder(target)
+            _move([entry.name for entry in _content(target)], target, retired)
+            _move(new, self._staging, target)
+            _sync_folder(target)
+            unfinished.unlink()
+        except BaseException:
+            # Where this fails too, the marker stays, and `retired` with what is left.
+            _move([name for name in new if (target / name).exists()], target, self._staging)
+            _move([entry.name for entry in retired.iterdir()], retired, target)
+            if was_whole:
+                unfinished.unlink(missing_ok=True)
+            retired.rmdir()
+            raise
+        shutil.rmtree(retired, ignore_errors=True)
+        _sync_folder(target)
+
+
+def home() -> Path | None:
+    """The user's home folder; None for one who has neither $HOME nor a line in the passwd file."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether no run is filling `folder` in place or was killed while it did."""
+    return not (folder / UNFINISHED).exists()
+
+
+@contextmanager
+def utf8_name(path: str | Path) -> Iterator[Path]:
+    """A name of `path` for libraries that take none but UTF-8: its own, or that of a temporary link
+    to it. For writing, give the folder."""
+    path = Path(path)
+    if _is_utf8(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="varptq-") as folder:
+        # Libraries tell a format by its suffix.
+        link = Path(folder, "link" + (path.suffix if _is_utf8(path.suffix) else ""))
+        link.symlink_to(os.path.abspath(path))
+        yield link
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _working_folder() -> Path | None:
+    """None where it was removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
+def _holds(folder: Path, place: Path | None) -> bool:
+    return place is not None and place.is_relative_to(folder)
+
+
+def _content(folder: Path) -> Iterator[Path]:
+    """What lies in a folder, besides hidden files of ours and what its disk came with."""
+    passed = _OF_THE_DISK if os.path.ismount(folder) else set()
+    for entry in folder.iterdir():
+        if not entry.name.startswith(PREFIX) and entry.name not in passed:
+            yield entry
+
+
+def _move(names: Sequence[str], source: Path, target: Path) -> None:
+    for name in names:
+        try:
+            os.replace(source / name, target / name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.move(source / name, target / name)
+
 
 def _sibling(target: Path, kind: str) -> Path:
     """A new hidden name beside the target; not made from its name, which may fill the limit."""
-    return target.parent / f".varptq-{secrets.token_hex(8)}.{kind}"
+    return _inside(target.parent, kind)
+
+
+def _inside(folder: Path, kind: str) -> Path:
+    return folder / f"{PREFIX}{secrets.token_hex(8)}.{kind}"
+
+
+def _fsync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -9,6 +9,7 @@ stdout or the results.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -91,7 +92,9 @@ class RichProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bars.stop()
+        # Nor does a terminal that is gone.
+        with suppress(OSError):
+            self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int, info: str = "") -> None:
         state = self._stages.setdefault(stage, _Stage())
@@ -120,7 +123,9 @@ class RichProgress:
         self._bars.update(state.bar, completed=state.done, total=total, info=info)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        # A log on a full disk does not end the run.
+        with suppress(OSError):
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(what: str, state: _Stage, info: str) -> str:

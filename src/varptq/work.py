@@ -12,10 +12,8 @@ folder: the first makes what is made once, the rest is dealt (distributed.py).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +28,8 @@ from torch import Tensor
 
 from varptq.distributed import Ranks
 from varptq.errors import ConfigError, OutputError
-from varptq.files import write_atomic
+from varptq.files import utf8_name, write_atomic
+from varptq.locks import HeldError, Lock
 from varptq.progress import Progress
 
 MANIFEST, LOCK, SUFFIX = "work.json", "lock", ".safetensors"
@@ -80,7 +79,7 @@ class Work:
             )
         self._fingerprint = ""
         self._memory: dict[str, Piece] = {}
-        self._lock: int | None = None
+        self._lock: Lock | None = None
 
     def __enter__(self) -> Self:
         if self.folder is not None and self.ranks.first:
@@ -99,7 +98,7 @@ class Work:
             if not (self.folder / MANIFEST).exists():
                 # Nothing was begun, or all is done.
                 shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
+            self._lock.release(remove=False)
             self._lock = None
 
     def begin(self, identity: dict[str, Any], progress: Progress) -> None:
@@ -111,7 +110,10 @@ class Work:
             return
         if self.ranks.first:
             progress(STAGE, 0, 1)
-            progress(STAGE, 1, 1, self._claim(text, identity))
+            found = self._claim(text, identity)
+            if self._lock is not None and not self._lock.kept:
+                found += ", without a lock: this file system has none, let no other run work here"
+            progress(STAGE, 1, 1, found)
         self.ranks.barrier()
 
     def _claim(self, text: bytes, identity: dict[str, Any]) -> str:
@@ -135,7 +137,7 @@ class Work:
         if self.folder is None:
             return name in self._memory
         try:
-            with safe_open(self._path(name), "pt") as file:
+            with utf8_name(self._path(name)) as path, safe_open(path, "pt") as file:
                 return (file.metadata() or {}).get("fingerprint") == self._fingerprint
         except (OSError, SafetensorError):
             # Damaged: it is a function of the fingerprint, so making it again loses nothing.
@@ -145,7 +147,7 @@ class Work:
         """A piece that is there, with all its tensors or those of `keys`."""
         if self.folder is None:
             return self._memory[name]
-        with safe_open(self._path(name), "pt") as file:
+        with utf8_name(self._path(name)) as path, safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
             wanted = file.keys() if keys is None else keys
             return Piece({key: file.get_tensor(key) for key in wanted}, facts)
@@ -206,29 +208,26 @@ class Work:
         return self.folder / f"{name}{SUFFIX}"
 
 
-def _locked(folder: Path) -> int:
-    """A descriptor that holds the lock until it is closed or its process ends, however it ends."""
+def _locked(folder: Path) -> Lock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        names = {path.name for path in folder.iterdir()}
+        # All of a work folder goes when its run is done.
+        if names and not names & {LOCK, MANIFEST}:
+            raise OutputError(
+                f"work folder {folder}: holds {min(names)!r} and is no work folder of a run; give "
+                "another one (--work)"
+            )
+        return Lock(folder / LOCK)
     except OSError as error:
         raise OutputError(
-            f"work folder {folder}: cannot be made ({error.strerror}); choose another place"
+            f"work folder {folder}: cannot be made ({error.strerror}); give another place (--work)"
         ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.read(descriptor, 20).decode(errors="replace").strip()
-        os.close(descriptor)
+    except HeldError as error:
         raise OutputError(
-            f"work folder {folder}: process {owner or '?'} is working there; wait for it or give "
+            f"work folder {folder}: process {error.owner} is working there; wait for it or give "
             "another folder (--work)"
         ) from None
-    # The number is for the message above; on a full disk the lock holds without it.
-    with suppress(OSError):
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-    return descriptor
 
 
 def _difference(manifest: Path, identity: dict[str, Any]) -> str:

@@ -43,7 +43,8 @@ from varptq.artifact.schema import (
     compressed_tensors_block,
     digest,
 )
-from varptq.errors import ArtifactError, CheckpointError, ConfigError
+from varptq.errors import ArtifactError, CheckpointError, ConfigError, is_out_of_memory
+from varptq.files import is_whole, utf8_name
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.state_file import file_sha256
 from varptq.models.transformer import Transformer
@@ -108,6 +109,11 @@ def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
     if not folder.is_dir():
         found = "is a file, expected a folder" if folder.exists() else "no such folder"
         raise ArtifactError(f"artifact {folder}: {found} with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not is_whole(folder):
+        raise ArtifactError(
+            f"artifact {folder}: not whole, a run is writing it or was killed while it did; wait, "
+            "or run it again"
+        )
     path = folder / CONFIG_FILE
     content = _parse(path)
     _check_version(path, content)
@@ -206,7 +212,7 @@ def _open_tensors(
                 f"{path}: has {found} bytes, {CONFIG_FILE} says {entry.bytes}; "
                 "truncated or of another artifact"
             )
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             _check_header(path, file, expected)
             if file_sha256(path) != entry.sha256:
                 raise ArtifactError(f"{path}: SHA-256 is not that of {CONFIG_FILE}; {DAMAGED}")
@@ -215,6 +221,8 @@ def _open_tensors(
                 raise ArtifactError(f"{config}: not what {WEIGHTS_FILE} was saved with; {DAMAGED}")
         return MappedTensors(path)
     except (SafetensorError, CheckpointError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ArtifactError(f"{path}: cannot be read ({_line(error)}); {DAMAGED}") from None
 
 

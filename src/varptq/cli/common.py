@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,6 +129,12 @@ def parse_classes(text: str) -> list[str]:
     if not all(names):
         raise InputError(f"classes {text!r}: expected names or ids with commas between, e.g. cat,3")
     return names
+
+
+def warn(text: str) -> None:
+    """One line on stderr; a log that cannot be written is no reason to end."""
+    with suppress(OSError):
+        typer.echo(f"warning: {text}", err=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

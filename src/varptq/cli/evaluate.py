@@ -101,6 +101,8 @@ def command(
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
     # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
     plan(models.pipe, models.float_pipe, tools, names, count)
+    if ranks.first:
+        check_output(models, out, export)
     said = warn_of_reference(tools, ranks)
     with RichProgress() as progress:
         drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
@@ -321,6 +323,22 @@ def measure(
     return {**document, "model": describe(subject.pipe)}
 
 
+def check_output(models: Models, out: Path, export: Export | None) -> None:
+    """Refuse now what `write` would refuse when all is sampled. Raises `OutputError`."""
+    from varptq.evaluate.metrics import kind
+    from varptq.evaluate.sampling import exported_folder
+    from varptq.files import check_file
+
+    files = [out / METRICS_NAME, out / REPORT_NAME]
+    for pipe in filter(None, (models.pipe, models.float_pipe)):
+        if export is Export.npz:
+            files.append((out / kind(pipe)).with_suffix(".npz"))
+        elif export is Export.png:
+            exported_folder(out / kind(pipe)).check()
+    for file in files:
+        check_file(file)
+
+
 def write(
     document: Mapping[str, Any],
     subject: Subject,
@@ -340,7 +358,8 @@ def write(
         elif export is Export.png:
             one.samples.export_png(place)
     text = jsonlib.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(out / METRICS_NAME, text.encode() + b"\n")
+    # What UTF-8 does not hold, of a path, becomes the escape that JSON has for it.
+    write_atomic(out / METRICS_NAME, text.encode(errors="backslashreplace") + b"\n")
     above = beside.samples if beside else None
     pairs = choose_pairs(subject.samples, above, subject.pipe.class_names)
     write_report(out / REPORT_NAME, document, pairs)

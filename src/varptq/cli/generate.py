@@ -7,9 +7,11 @@ models asked for the same classes with the same seed answer the same question.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,15 +64,15 @@ def command(
     labels = pipe.labels([name for name in names for _ in range(count)]).tolist()
     titles = [pipe.title(label) for label in labels]
     files = Files.plan(out, titles)
-    files.prepare(force)
-    started = time.monotonic()
-    with RichProgress() as progress:
-        sampling = settings.to_dict()
-        output = generate(
-            pipe, labels, seed=seed, batch_size=batch_size, progress=progress, **sampling
-        )
-    duration = time.monotonic() - started
-    files.write(output, labels, titles)
+    with files.claimed(force):
+        started = time.monotonic()
+        with RichProgress() as progress:
+            sampling = settings.to_dict()
+            output = generate(
+                pipe, labels, seed=seed, batch_size=batch_size, progress=progress, **sampling
+            )
+        duration = time.monotonic() - started
+        files.write(output, labels, titles)
     document = {
         "model": pipe.name,
         "runtime": getattr(pipe, "runtime", "float"),
@@ -103,21 +105,28 @@ class Files:
         images = tuple(out / f"{i:0{width}}-{slug(title)}.png" for i, title in enumerate(titles))
         return cls(out / GRID_NAME, images, out / TOKENS_NAME)
 
-    def prepare(self, force: bool) -> None:
-        """Make the folder and refuse what cannot be written, before the time is spent."""
+    @contextmanager
+    def claimed(self, force: bool) -> Iterator[None]:
+        """Refuse what cannot be written before the time is spent, and keep other runs off these
+        names until the block ends. Raises `OutputError`."""
+        from varptq.files import PREFIX, check_file
+        from varptq.locks import HeldError, Lock
+
         wanted = [self.grid, *self.images, *([self.tokens] if self.tokens else [])]
-        taken = [path for path in wanted if path.exists()]
-        if taken and not force:
-            raise OutputError(f"{taken[0]}: exists; choose another place or give --force")
-        folder = self.grid.parent
+        check_file(self.grid)
+        # All names of a run are made in one folder, and the grid is among them.
+        key = hashlib.sha256(os.fsencode(self.grid.name)).hexdigest()[:16]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            with Lock(self.grid.with_name(f"{PREFIX}{key}.lock")):
+                taken = [path for path in wanted if path.exists()]
+                if taken and not force:
+                    raise OutputError(f"{taken[0]}: exists; choose another place or give --force")
+                yield
+        except HeldError as error:
             raise OutputError(
-                f"{folder}: cannot be made ({error.strerror}); choose another place"
+                f"{self.grid}: process {error.owner} is about to write it; wait for it or choose "
+                "another place"
             ) from None
-        if not os.access(folder, os.W_OK):
-            raise OutputError(f"{folder}: cannot be written; choose another place")
 
     def write(self, output: Output, labels: Sequence[int], titles: Sequence[str]) -> None:
         import numpy as np

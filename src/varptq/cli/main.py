@@ -9,19 +9,32 @@ with 143; one that comes after the work is done changes nothing. No verb is impl
 from __future__ import annotations
 
 import atexit
+import errno
 import io
+import os
 import signal
 import sys
 import threading
-from typing import Annotated, Any, NoReturn
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 from typer.core import TyperGroup
 
-from varptq.cli import analyze, common, demo, edit, evaluate, generate, info, quantize, serve
-from varptq.errors import VarptqError
+from varptq.cli import (
+    analyze,
+    common,
+    demo,
+    edit,
+    evaluate,
+    failures,
+    generate,
+    info,
+    quantize,
+    serve,
+)
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+EXIT_READER_LEFT, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 # click lives inside newer versions of typer and beside older ones; this base class is the usage
 # error of either.
 UsageError = typer.BadParameter.__mro__[1]
@@ -54,15 +67,15 @@ class OneLineErrors(TyperGroup):
             atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
         try:
             code = super().main(*args, standalone_mode=False, **extra)
-        except VarptqError as error:
-            fail(str(error), EXIT_USER_ERROR)
-        except typer.Abort:
+        except (typer.Abort, KeyboardInterrupt):
             fail("interrupted", EXIT_INTERRUPTED)
-        except Exception as error:
-            if not isinstance(error, UsageError):
-                raise
+        except UsageError as error:
             fail(usage_message(error), EXIT_USER_ERROR)
-        sys.exit(code if isinstance(code, int) else 0)
+        except OSError as error:
+            # Of a help text; those of a verb are told in `invoke`.
+            explain(error, None)
+            raise
+        leave(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -71,6 +84,56 @@ class OneLineErrors(TyperGroup):
             fail("terminated", EXIT_TERMINATED)
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
+        except Exception as error:
+            # Those of the parser are told where they arrive.
+            if not isinstance(error, UsageError):
+                explain(error, ctx.invoked_subcommand)
+            raise
+
+
+def explain(error: BaseException, verb: str | None) -> None:
+    """Leave with the line for a failure; returns for a bug of ours."""
+    if isinstance(error, OSError) and failures.is_of_printing(error):
+        stdout_failed(error)
+    if (told := failures.line(error, verb)) is not None:
+        fail(told, EXIT_USER_ERROR)
+
+
+def stdout_failed(error: OSError) -> NoReturn:
+    """Leave when stdout did not take what was printed. What the verb wrote elsewhere is safe by
+    then."""
+    flushed(sys.stdout)
+    if error.errno == errno.EPIPE:
+        leave(EXIT_READER_LEFT)
+    fail(
+        f"stdout: cannot be written ({error.strerror}); what the command made is where it was to "
+        "go, its report is lost",
+        EXIT_USER_ERROR,
+    )
+
+
+def flushed(stream: TextIO | None) -> OSError | None:
+    """Flush; an error is returned, and what the stream still holds goes nowhere: the interpreter
+    would flush it again when it ends, and say so in its own way and exit code."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, cast(TextIO, stream).fileno())
+        os.close(nowhere)
+        return error
+    return None
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with `code`, or with what stdout says if it is 0: what a full disk or a reader who has
+    left did not take may be known by now only."""
+    if (error := flushed(sys.stdout)) is not None and code == 0:
+        stdout_failed(error)
+    flushed(sys.stderr)
+    raise SystemExit(code)
 
 
 def usage_message(error: Any) -> str:
@@ -80,9 +143,13 @@ def usage_message(error: Any) -> str:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, whatever line breaks the message holds, and the exit code."""
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise SystemExit(code)
+    """One line on stderr, whatever line breaks and control characters the message holds, and the
+    exit code."""
+    line = " ".join(message.split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    with suppress(OSError):
+        typer.echo(f"error: {shown}", err=True)
+    leave(code)
 
 
 app = typer.Typer(

@@ -9,9 +9,9 @@ share that folder and the work.
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 FILE_TYPES = {".json", ".yaml", ".yml"}
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
-# The piece of a work folder that says so.
+# The piece of a work folder that says that its artifact may be there already.
 PUBLISHED = "published"
+# Of a work folder in the artifact's own; hidden names of ours do not count as its content.
+WORK_NAME = ".varptq-work"
 
 
 class Effort(StrEnum):
@@ -100,7 +102,7 @@ def command(
     choice = common.ModelChoice(source or model, var, vae, random, download, device, dtype)
     if choice.folder is not None:
         raise InputError(f"model {str(choice.folder)!r}: a folder, expected a float model")
-    folder = work or out.with_name(f"{out.name}.work")
+    folder = work or work_folder(out)
     if not published(folder):
         check_output(out, force)
     started = time.monotonic()
@@ -218,17 +220,25 @@ def parse_size(text: str) -> int:
     return size
 
 
-class _TrialError(Exception):
-    """Leaves the staging folder without publishing it."""
-
-
 def check_output(out: Path, force: bool) -> None:
-    """Refuse now what `save` would refuse after calibration: stage its folder and drop it."""
+    """Refuse now what `save` would refuse after calibration."""
     from varptq.artifact.format import CONFIG_FILE
     from varptq.files import StagedFolder
 
-    with suppress(_TrialError), StagedFolder(out, force=force, marker=CONFIG_FILE):
-        raise _TrialError
+    StagedFolder(out, force=force, marker=CONFIG_FILE).check()
+
+
+def work_folder(out: Path) -> Path:
+    """Beside the artifact, or hidden in its folder where that is filled in place: of a volume, what
+    lies beside it is gone with the container."""
+    from varptq.files import StagedFolder
+
+    inside = out / WORK_NAME
+    if inside.is_dir() or StagedFolder(out).in_place():
+        return inside
+    # "a/.." has no name to make one from.
+    named = out if out.name != ".." else Path(os.path.realpath(out))
+    return named.with_name(f"{named.name}.work")
 
 
 def summary(quantized: QuantizedPipeline, out: Path, duration: float) -> dict[str, Any]:

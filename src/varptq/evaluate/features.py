@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varptq.errors import CheckpointError, InputError
+from varptq.errors import CheckpointError, InputError, is_out_of_memory
 from varptq.evaluate import inception, resnet, weights
 from varptq.models.placement import checked_device
 
@@ -146,6 +146,8 @@ class ModuleFeatures:
         try:
             result = self.module(images)
         except RuntimeError as error:  # what torch raises for shapes that do not fit
+            if is_out_of_memory(error):
+                raise
             height, width = images.shape[2:]
             reason = str(error).strip().splitlines()[-1]  # TorchScript's first lines are a trace
             raise InputError(

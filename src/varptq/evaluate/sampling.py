@@ -138,7 +138,7 @@ class SampleSet:
         The folder appears whole, and replaces an earlier one of this kind: images left over from a
         larger set would be measured with these. Raises `OutputError`.
         """
-        with StagedFolder(folder, force=True, marker=_png_name(0)) as staging:
+        with exported_folder(folder) as staging:
             for shard in self.shards():
                 for offset, image in enumerate(shard.images):
                     Image.fromarray(image).save(staging / _png_name(shard.first + offset))
@@ -244,6 +244,11 @@ def model_sha256(pipe: Pipeline) -> str:
         parts = [pipe.config.to_dict(), pipe.theta, pipe.runtime]
         recipe = json.dumps(parts, sort_keys=True).encode()
     return networks_sha256(pipe.var, pipe.vae, more=recipe)
+
+
+def exported_folder(folder: str | Path) -> StagedFolder:
+    """Where `SampleSet.export_png` writes: a new folder, or an earlier one of its kind."""
+    return StagedFolder(folder, force=True, marker=_png_name(0))
 
 
 def _png_name(index: int) -> str:

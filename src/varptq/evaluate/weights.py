@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, NonFiniteError
-from varptq.files import write_atomic
+from varptq.files import home, utf8_name, write_atomic
 from varptq.models.state_file import read_state
 from varptq.progress import Progress, silent
 
@@ -51,7 +51,8 @@ def read_script(path: str | Path) -> torch.jit.ScriptModule:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file, expected a TorchScript .pt")
     try:
-        return torch.jit.load(str(path), map_location="cpu").eval()
+        with utf8_name(path) as name:
+            return torch.jit.load(str(name), map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -103,8 +104,7 @@ def download_inception(folder: str | Path | None = None, progress: Progress = si
 
     Raises `CheckpointError` where it cannot be fetched or is not the expected file.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(folder or Path(cache, "varptq")) / "inception-2015-12-05-trunk.pt"
+    target = (Path(folder) if folder else _user_cache()) / "inception-2015-12-05-trunk.pt"
     if target.is_file():
         return target
     try:
@@ -116,6 +116,17 @@ def download_inception(folder: str | Path | None = None, progress: Progress = si
             f"{TRUNK_URL}: cannot be downloaded ({reason}); give a file of your own"
         ) from None
     return target
+
+
+def _user_cache() -> Path:
+    if found := os.environ.get("XDG_CACHE_HOME"):
+        return Path(found, "varptq")
+    if (place := home()) is None:
+        raise CheckpointError(
+            f"{TRUNK_URL}: this user has no home folder to keep it in; set XDG_CACHE_HOME, or give "
+            "a file of your own"
+        )
+    return place / ".cache" / "varptq"
 
 
 def _copy_checked(answer: BinaryIO, file: BinaryIO, progress: Progress) -> None:

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from varptq.errors import CheckpointError
+from varptq.errors import CheckpointError, is_out_of_memory
+from varptq.files import utf8_name
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -110,9 +111,11 @@ def _is_safetensors(head: bytes) -> bool:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path}: damaged, truncated or not a safetensors file ({reason}): {AGAIN}"
@@ -124,14 +127,16 @@ def _read_torch(path: Path) -> Any:
     if is_zip:
         _check_zip(path)
     try:
-        with warnings.catch_warnings():
+        with utf8_name(path) as name, warnings.catch_warnings():
             # Old pickle protocols make torch warn; what it then cannot read raises anyway.
             warnings.simplefilter("ignore")
             if path.suffix != SAFETENSORS_SUFFIX:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+                return torch.load(name, map_location="cpu", weights_only=True, mmap=is_zip)
             with path.open("rb") as file:  # torch goes by the name of a path
                 return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # A foreign file fails anywhere in the unpickler: KeyError, EOFError, RuntimeError...
         blocked = re.search(r"[Uu]nsupported (?:class|global:? GLOBAL|GLOBAL) ([\w.]+)", str(error))
         if blocked:

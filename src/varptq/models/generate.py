@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varptq.errors import InputError
+from varptq.errors import InputError, is_out_of_memory
+from varptq.models.memory import batch_too_large
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import (
     ImageRandom,
@@ -72,7 +73,8 @@ def generate(
     labels: B class ids or names. forced: (B, L) int64 ids to use instead of sampling, -1 where
     free. Image i of the call draws from (seed, first_index + i) only. top_k 0 and top_p 0 or 1
     switch a filter off. Source: VAR paper (sampling), docs/method.md section 1. Raises `InputError`
-    for labels, forced ids or batch_size that cannot be used, `ConfigError` for settings.
+    for labels, forced ids or batch_size that cannot be used, `ConfigError` for settings,
+    `OutOfMemoryError` for a batch that does not fit, with how many images would.
     """
     settings = SamplingSettings(
         cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
@@ -87,10 +89,17 @@ def generate(
         rows = slice(start, min(start + batch_size, len(labels_B)))
         randoms = image_randoms(seed, range(first_index + rows.start, first_index + rows.stop))
         part = None if forced is None else forced[rows]
-        ids, f_hat = _generate_batch(pipe, labels_B[rows], settings, randoms, part, rows, on_scale)
+        try:
+            ids, f_hat = _generate_batch(
+                pipe, labels_B[rows], settings, randoms, part, rows, on_scale
+            )
+            if decode:
+                images.append(_decode(pipe, f_hat))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise batch_too_large(pipe, len(randoms), cfg, error) from error
         tokens.append(ids)
-        if decode:
-            images.append(_decode(pipe, f_hat))
         progress("generate", rows.stop, len(labels_B))
     return Output(torch.cat(images) if decode else None, torch.cat(tokens))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from varptq.artifact.format import CONFIG_FILE, WEIGHTS_FILE
 from varptq.errors import CheckpointError, InputError
+from varptq.files import is_whole
 from varptq.models.presets import PRESETS, resolve
 
 MAX_DEPTH, MAX_FOLDERS = 4, 2000
@@ -128,6 +129,8 @@ def _entries_in(folder: Path, key: str, root: Path) -> Iterator[Entry]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError:
+        return
+    if not is_whole(folder):
         return
     files = {name for name in names if _inside(folder / name, root)}
     if {CONFIG_FILE, WEIGHTS_FILE} <= files:

@@ -62,7 +62,8 @@ def render(document: Document, pairs: Sequence[Pair] = ()) -> str:
 
 def write_report(path: str | Path, document: Document, pairs: Sequence[Pair] = ()) -> None:
     """Write the page, whole or not at all. Raises `OutputError`."""
-    write_atomic(path, render(document, pairs).encode())
+    # A path that is no UTF-8 is shown with escapes for its bytes.
+    write_atomic(path, render(document, pairs).encode(errors="backslashreplace"))
 
 
 def _style() -> str:
