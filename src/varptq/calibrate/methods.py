@@ -6,13 +6,16 @@
     sas      + shift-and-sum and resampling (the paper)
 
 A name may switch single parts on for ablations: "brecq+shift", "brecq+resample", "rtn+shift".
-LiteVAR is a bit policy, so it is a preset of the config ("w4a4+litevar") and composes with every
-method.
+LiteVAR is a bit policy, so it is a modifier of the config and composes with every method: the
+paper's row is method "sas" on "w4a4+paper+litevar". Which method stands where none is named is
+`default_method`'s to say. A config whose inputs are smoothed or centred, as those of bare presets
+are, has the calibration images drawn for every method, "rtn" too.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varptq.calibrate.config import PRESETS as CALIBRATIONS
 from varptq.calibrate.config import CalibrationConfig, Rounding
 from varptq.calibrate.means import center_inputs
 from varptq.calibrate.reconstruct import reconstruct, unit_layers
@@ -34,7 +38,6 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import networks_sha256
 from varptq.models.var import VAR, Mix
 from varptq.progress import Progress, silent
-from varptq.quant.affine import wide
 from varptq.quant.attention import QuantMix
 from varptq.quant.bops import FLOAT_BITS
 from varptq.quant.config import QuantConfig
@@ -42,11 +45,12 @@ from varptq.quant.convert import (
     bops_account,
     convert,
     quant_linears,
-    quant_mixes,
     release_float_weights,
     set_theta,
 )
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.quant.presets import BASE_NAME, MODIFIERS, NAMES
+from varptq.quant.shift_sum import token_scores
 from varptq.work import Piece, Work
 
 
@@ -68,8 +72,26 @@ class Method:
             raise ConfigError(
                 f"method {name!r}: unknown; methods are {', '.join(METHODS)}, each with any of "
                 + ", ".join(f"+{part}" for part in PARTS)
+                + _hint([base, *parts])
             )
         return replace(METHODS[base], **dict.fromkeys(parts, True))
+
+    def settle(self, calibration: CalibrationConfig) -> CalibrationConfig:
+        """The settings as this method takes them."""
+        return calibration.replace(rounding=self.rounding) if self.rounding else calibration
+
+
+def _hint(words: list[str]) -> str:
+    """What else the words are that are no method, for those who put them in the wrong place."""
+    found = ""
+    for word in words:
+        if word in MODIFIERS:
+            found += f"; {word} is a modifier of the config, as in w4a4+paper+{word}"
+        if re.fullmatch(BASE_NAME, word) or word in NAMES:
+            found += f"; {word} is a config"
+        if word in CALIBRATIONS:
+            found += f"; {word} is a calibration"
+    return found
 
 
 # Raised when what a piece of a work folder holds, or how it is computed, changes.
@@ -83,11 +105,24 @@ METHODS = {
 }
 
 
+def default_method(config: QuantConfig, calibration: CalibrationConfig | None = None) -> str:
+    """The method of `quantize` where none is named.
+
+    "sas" for the paper's quantizers (attention policy "release": "w4a4+paper" and its like), whose
+    method it is. For the others, bare presets among them, "gptq", which their published KL was
+    measured with; or "brecq", which rounds as the settings say, where these ask for learned
+    rounding or its steps (efforts "standard" and "max", `--steps`).
+    """
+    if config.attention is not None and config.attention.policy == "release":
+        return "sas"
+    return "brecq" if calibration is not None and calibration.asks_to_learn else "gptq"
+
+
 def quantize(
     pipe: Pipeline,
     config: QuantConfig,
     *,
-    method: str = "sas",
+    method: str | None = None,
     calibration: CalibrationConfig | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -95,20 +130,20 @@ def quantize(
 ) -> QuantizedPipeline:
     """Quantize the transformer of a float pipeline.
 
-    method: "rtn", "gptq", "brecq" or "sas", or with single parts switched on ("brecq+shift"). The
-    float pipeline is left as it is; the result shares what stays in float with it. `report` of the
-    result holds the resampling statistic, theta with its bit-operation account, the losses of every
-    unit, and what end-to-end tuning changed. Same seed, settings and thread count give the same
-    result. `work`, entered, keeps what is finished, and says which of several processes on the same
-    call this is (work.py). Raises `ConfigError` for settings that contradict the model,
+    method: "rtn", "gptq", "brecq" or "sas", or with single parts switched on ("brecq+shift"); None
+    is the `default_method` of config and calibration. The float pipeline is left as it is; the
+    result shares what stays in float with it. `report` of the result holds the resampling
+    statistic, theta with its bit-operation account, the losses of every unit, and what end-to-end
+    tuning changed. Same seed, settings and thread count give the same result. `work`, entered,
+    keeps what is finished, and says which of several processes on the same call this is (work.py).
+    Raises `ConfigError` for settings that contradict the model,
     `NonFiniteError` for NaN or infinity by layer.
     """
+    method = default_method(config, calibration) if method is None else method
     parts = Method.parse(method)
-    calibration = calibration or CalibrationConfig()
+    calibration = parts.settle(calibration or CalibrationConfig())
     if isinstance(pipe, QuantizedPipeline):
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
-    if parts.rounding is not None:
-        calibration = calibration.replace(rounding=parts.rounding)
     check_tunable(pipe, calibration)
     work = work or Work()
     # Before the work folder is touched: it finds settings that contradict the model.
@@ -229,8 +264,7 @@ class _Run:
         count, grid = self.calibration.theta_samples, self.calibration.theta_grid
         masses = measure_attention(self.pipe, self.quantized, samples, count)
         total = bops_account(self.pipe.var, self.config).total
-        orders = {mix.spec.max_order for mix in quant_mixes(self.quantized)} or {0}
-        result = search_theta(masses, total, self.calibration.budget, grid, max(orders))
+        result = search_theta(masses, total, self.calibration.budget, grid)
         return Piece(facts=result.to_dict())
 
     def reconstruct(self) -> None:
@@ -249,7 +283,7 @@ class _Run:
                 facts = {"report": report.to_dict() if report else None}
                 self.work.write(_unit_piece(unit.name), Piece(codes, facts))
                 # A unit with nothing to learn is done too, or the stage might never end.
-                listen(max(self.calibration.steps, 1), report.loss_hard if report else math.nan)
+                listen(self.calibration.steps_per_unit, report.loss_hard if report else math.nan)
         self.work.ranks.barrier()
         layers = quant_linears(self.quantized)
         pieces = [self.work.read(_unit_piece(name)) for name in costs]
@@ -277,8 +311,9 @@ class _Run:
         self.progress("tuning", self.calibration.tune_steps, self.calibration.tune_steps)
 
     def _step_listener(self, name: str, index: int, num_units: int) -> Callable[[int, float], None]:
-        """Progress over the steps of all units together: one bar, whatever the depth."""
-        steps = max(self.calibration.steps, 1)
+        """Progress over the steps of all units together: one bar, whatever the depth. A unit that
+        learns nothing is one step."""
+        steps = self.calibration.steps_per_unit
 
         def listen(step: int, loss: float) -> None:
             info = name if math.isnan(loss) else f"{name}, loss {loss:.4g}"
@@ -335,8 +370,9 @@ def _mass(block: int, scale: int, p_BHlL: Tensor, mix: QuantMix, pipe: Pipeline)
         block=block,
         scale=scale,
         num_queries=p_BHlL.shape[-2],
-        abar_BHl=wide(p_BHlL).mean(dim=-2).cpu(),
+        abar_BHl=token_scores(p_BHlL).cpu(),
         head_dim=pipe.var.arch.head_width,
         probability_bits=probability.num_bits if probability else FLOAT_BITS,
         value_bits=value.num_bits if value else FLOAT_BITS,
+        max_order=mix.spec.max_order,
     )

@@ -13,6 +13,9 @@ import io
 import signal
 import sys
 import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -53,7 +56,8 @@ class OneLineErrors(TyperGroup):
             # has finished and written everything would end as killed.
             atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            with one_line_warnings():
+                code = super().main(*args, standalone_mode=False, **extra)
         except VarptqError as error:
             fail(str(error), EXIT_USER_ERROR)
         except typer.Abort:
@@ -71,6 +75,21 @@ class OneLineErrors(TyperGroup):
             fail("terminated", EXIT_TERMINATED)
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Python's warnings as a line each, without the place in the source that gave them."""
+    usual = warnings.formatwarning
+
+    def line(message: Warning | str, *_: object, **__: object) -> str:
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def usage_message(error: Any) -> str:
