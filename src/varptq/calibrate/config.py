@@ -63,11 +63,9 @@ class CalibrationConfig(Settings):
         return self.rounding.endswith("adaround") and self.steps > 0
 
     @property
-    def asks_to_learn(self) -> bool:
-        """Whether learned rounding was asked for: by its name, or by its steps and no other."""
-        if "rounding" in self.model_fields_set:
-            return self.rounding.endswith("adaround")
-        return "steps" in self.model_fields_set
+    def says_rounding(self) -> bool:
+        """Whether rounding, or its steps, were given and not left to the defaults."""
+        return not self.model_fields_set.isdisjoint({"rounding", "steps"})
 
     @property
     def steps_per_unit(self) -> int:

@@ -110,12 +110,14 @@ def default_method(config: QuantConfig, calibration: CalibrationConfig | None = 
 
     "sas" for the paper's quantizers (attention policy "release": "w4a4+paper" and its like), whose
     method it is. For the others, bare presets among them, "gptq", which their published KL was
-    measured with; or "brecq", which rounds as the settings say, where these ask for learned
-    rounding or its steps (efforts "standard" and "max", `--steps`).
+    measured with; or "brecq", which rounds as the settings say, where these do say another rounding
+    or steps of learning (efforts "standard" and "max", `--steps`).
     """
     if config.attention is not None and config.attention.policy == "release":
         return "sas"
-    return "brecq" if calibration is not None and calibration.asks_to_learn else "gptq"
+    if calibration is None or not calibration.says_rounding or calibration.rounding == "gptq":
+        return "gptq"
+    return "brecq"
 
 
 def quantize(

@@ -308,6 +308,8 @@ def effort(calibration: str) -> str:
     """What a preset of `CalibrationConfig` does, in a few words."""
     config = CalibrationConfig.preset(calibration)
     learning = f"up to {config.steps} steps a unit" if config.learns else "closed form"
+    if config.learns and not config.says_rounding:
+        learning += " where the method learns"
     tuning = ", then tuned end to end" if config.tune_steps else ""
     return f"{learning}, {config.num_samples} images{tuning}"
 
