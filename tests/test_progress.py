@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from varptq.progress import Progress, RichProgress, pace, silent
+from varptq.progress import Progress, RichProgress, pace, rough, silent
 
 
 def run_stage(progress: Progress, stage: str, total: int) -> None:
@@ -80,6 +80,20 @@ def test_the_pace_of_a_resumed_stage_counts_its_own_steps(monkeypatch: pytest.Mo
     monkeypatch.setattr("varptq.progress.time.monotonic", lambda: next(clock))
     lines = plain_lines(("samples", 980, 1000), ("samples", 1000, 1000))
     assert lines[1] == "samples: done in 10.0 s, 2.0/s"
+
+
+def test_a_sign_of_life_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 400.0, 400.0, 400.0))
+    monkeypatch.setattr("varptq.progress.time.monotonic", lambda: next(clock))
+    lines = plain_lines(("reconstruct", 0, 51), ("reconstruct", 3, 51))
+    assert lines[1] == "reconstruct: 3 of 51 after 300.0 s, 100.0 s each, about 80 min left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (5400, "1.5 h")]
+)
+def test_times_to_come_are_rough(seconds: float, text: str) -> None:
+    assert rough(seconds) == text
 
 
 def test_a_terminal_shows_one_bar_per_stage() -> None:

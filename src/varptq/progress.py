@@ -112,7 +112,7 @@ class RichProgress:
         if ends:
             self._print(_summary(f"{stage}: done in", state, info))
         elif not begins and time.monotonic() - state.printed >= LOG_EVERY_SECONDS:
-            self._print(_summary(f"{stage}: {done} of {total} after", state, info))
+            self._print(_summary(f"{stage}: {done} of {total} after", state, info, total))
             state.printed = time.monotonic()
 
     def _draw(self, stage: str, state: _Stage, total: int, info: str, begins: bool) -> None:
@@ -128,8 +128,17 @@ class RichProgress:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _summary(what: str, state: _Stage, info: str) -> str:
+def _summary(what: str, state: _Stage, info: str, total: int = 0) -> str:
+    """A line on how far `state` is; with a `total` also how long the rest takes at this pace."""
     seconds = time.monotonic() - state.started
     steps = state.done - state.first
     rate = pace(steps / seconds) if seconds else ""
-    return ", ".join(part for part in (f"{what} {seconds:.1f} s", rate, info) if part)
+    left = f"about {rough(seconds / steps * (total - state.done))} left" if total and steps else ""
+    return ", ".join(part for part in (f"{what} {seconds:.1f} s", rate, left, info) if part)
+
+
+def rough(seconds: float) -> str:
+    """A time nobody waits for with a watch: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -58,9 +58,10 @@ class Settings(BaseModel):
             raise describe(error, type(self).__name__) from None
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**{**values, **changes})
+        """A copy with some fields changed, validated again. What was left to its default stays so:
+        a default that follows from other fields follows them again."""
+        said = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**said, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; fields left unset in a partial rule stay out."""

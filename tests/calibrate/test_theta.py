@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,8 +54,9 @@ def brute_force(entries: list[AttentionMass], theta: float, max_order: int) -> f
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 3), st.sampled_from([1, 3, 37]))
 def test_curve_equals_brute_force_and_never_rises(seed, max_order, num_grid):
-    entries, thetas = masses(seed), theta_grid(num_grid)
-    curve = overhead_curve(entries, thetas, max_order)
+    entries = [replace(entry, max_order=max_order) for entry in masses(seed)]
+    thetas = theta_grid(num_grid)
+    curve = overhead_curve(entries, thetas)
     expected = [brute_force(entries, float(theta), max_order) for theta in thetas]
     assert curve.tolist() == pytest.approx(expected, rel=1e-12)
     assert (curve.diff() <= 0).all()
@@ -92,7 +94,8 @@ def test_budget_outside_the_curve_is_a_status():
     rich = search_theta(masses(0), HUGE, num_grid=100)
     assert (rich.status, rich.theta) == ("budget_not_reached", pytest.approx(0.01))
     assert search_theta(masses(0), HUGE, alpha=0).status == "over_budget"
-    for off in (search_theta([], HUGE), search_theta(masses(0), HUGE, max_order=0)):
+    without = [replace(entry, max_order=0) for entry in masses(0)]
+    for off in (search_theta([], HUGE), search_theta(without, HUGE)):
         assert (off.status, off.theta, off.overhead, off.copies) == ("off", 1.0, 0.0, ())
 
 

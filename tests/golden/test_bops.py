@@ -70,7 +70,9 @@ def masses(data, setting: str) -> list[AttentionMass]:
         if match:
             block, scale = map(int, match.groups())
             abar, c = torch.from_numpy(data[key]), int(data["head_dim"])
-            found.append(AttentionMass(block, scale, lengths[scale], abar, c, bits, bits))
+            order = int(data["max_log_tokens"])
+            mass = AttentionMass(block, scale, lengths[scale], abar, c, bits, bits, order)
+            found.append(mass)
     return found
 
 
@@ -88,7 +90,7 @@ def test_total_and_parts(golden, data, settings):
 def test_curve(data, settings):
     thetas = torch.from_numpy(data["thetas"])
     for setting in settings:
-        ours = overhead_curve(masses(data, setting), thetas, int(data["max_log_tokens"]))
+        ours = overhead_curve(masses(data, setting), thetas)
         np.testing.assert_allclose(ours, data[f"{setting}.curve"], rtol=CURVE_TOLERANCE)
 
 

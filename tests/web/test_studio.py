@@ -199,7 +199,7 @@ def test_a_calibration_is_stopped_by_its_button_and_seen_by_another_page(
     page.locator("#quantize-name textarea, #quantize-name input").fill("never")
     page.locator("#quantize-start").click()
     page.locator("#quantize-status progress").wait_for()
-    page.locator("#queue li").filter(has_text="sas w4a4, running").wait_for()
+    page.locator("#queue li").filter(has_text="brecq w4a4, running").wait_for()
     other = open_page("Quantize", PHONE)
     other.locator("#quantize-status progress").wait_for()
     other.locator("#quantize-curves figure").first.wait_for()

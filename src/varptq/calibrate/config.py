@@ -63,6 +63,16 @@ class CalibrationConfig(Settings):
         return self.rounding.endswith("adaround") and self.steps > 0
 
     @property
+    def says_rounding(self) -> bool:
+        """Whether rounding, or its steps, were given and not left to the defaults."""
+        return not self.model_fields_set.isdisjoint({"rounding", "steps"})
+
+    @property
+    def steps_per_unit(self) -> int:
+        """Steps that progress counts for one unit: those it may learn in, else the unit is one."""
+        return self.steps if self.learns else 1
+
+    @property
     def rate(self) -> float:
         """The learning rate in use, by what the demo model asks for at 200 and 1000 steps."""
         if self.learning_rate is not None:
@@ -71,8 +81,8 @@ class CalibrationConfig(Settings):
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """A row of `PRESETS`: an effort ("fast", "standard" or "max"), "default" (all steps of
-        learned rounding, from nearest) or "released" (the authors' settings)."""
+        """A row of `PRESETS`: an effort ("fast", "standard" or "max"), "default" (256 images, and
+        2000 steps where the method learns, from nearest) or "released" (the authors' settings)."""
         if name not in PRESETS:
             raise ConfigError(f"calibration preset {name!r}: unknown, known: {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[name])

@@ -6,13 +6,16 @@
     sas      + shift-and-sum and resampling (the paper)
 
 A name may switch single parts on for ablations: "brecq+shift", "brecq+resample", "rtn+shift".
-LiteVAR is a bit policy, so it is a preset of the config ("w4a4+litevar") and composes with every
-method.
+LiteVAR is a bit policy, so it is a modifier of the config and composes with every method: the
+paper's row is method "sas" on "w4a4+paper+litevar". Which method stands where none is named is
+`default_method`'s to say. A config whose inputs are smoothed or centred, as those of bare presets
+are, has the calibration images drawn for every method, "rtn" too.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 
+from varptq.calibrate.config import PRESETS as CALIBRATIONS
 from varptq.calibrate.config import CalibrationConfig, Rounding
 from varptq.calibrate.means import center_inputs
 from varptq.calibrate.reconstruct import reconstruct, unit_layers
@@ -37,11 +41,11 @@ from varptq.quant.convert import (
     bops_account,
     convert,
     quant_linears,
-    quant_mixes,
     release_float_weights,
     set_theta,
 )
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.quant.presets import BASE_NAME, MODIFIERS, NAMES
 from varptq.work import Piece, Work
 
 
@@ -63,8 +67,26 @@ class Method:
             raise ConfigError(
                 f"method {name!r}: unknown; methods are {', '.join(METHODS)}, each with any of "
                 + ", ".join(f"+{part}" for part in PARTS)
+                + _hint([base, *parts])
             )
         return replace(METHODS[base], **dict.fromkeys(parts, True))
+
+    def settle(self, calibration: CalibrationConfig) -> CalibrationConfig:
+        """The settings as this method takes them."""
+        return calibration.replace(rounding=self.rounding) if self.rounding else calibration
+
+
+def _hint(words: list[str]) -> str:
+    """What else the words are that are no method, for those who put them in the wrong place."""
+    found = ""
+    for word in words:
+        if word in MODIFIERS:
+            found += f"; {word} is a modifier of the config, as in w4a4+paper+{word}"
+        if re.fullmatch(BASE_NAME, word) or word in NAMES:
+            found += f"; {word} is a config"
+        if word in CALIBRATIONS:
+            found += f"; {word} is a calibration"
+    return found
 
 
 # Raised when what a piece of a work folder holds, or how it is computed, changes.
@@ -78,11 +100,26 @@ METHODS = {
 }
 
 
+def default_method(config: QuantConfig, calibration: CalibrationConfig | None = None) -> str:
+    """The method of `quantize` where none is named.
+
+    "sas" for the paper's quantizers (attention policy "release": "w4a4+paper" and its like), whose
+    method it is. For the others, bare presets among them, "gptq", which their published KL was
+    measured with; or "brecq", which rounds as the settings say, where these do say another rounding
+    or steps of learning (efforts "standard" and "max", `--steps`).
+    """
+    if config.attention is not None and config.attention.policy == "release":
+        return "sas"
+    if calibration is None or not calibration.says_rounding or calibration.rounding == "gptq":
+        return "gptq"
+    return "brecq"
+
+
 def quantize(
     pipe: Pipeline,
     config: QuantConfig,
     *,
-    method: str = "sas",
+    method: str | None = None,
     calibration: CalibrationConfig | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -90,20 +127,20 @@ def quantize(
 ) -> QuantizedPipeline:
     """Quantize the transformer of a float pipeline.
 
-    method: "rtn", "gptq", "brecq" or "sas", or with single parts switched on ("brecq+shift"). The
-    float pipeline is left as it is; the result shares what stays in float with it. `report` of the
-    result holds the resampling statistic, theta with its bit-operation account, the losses of every
-    unit, and what end-to-end tuning changed. Same seed, settings and thread count give the same
-    result. `work`, entered, keeps what is finished, and says which of several processes on the same
-    call this is (work.py). Raises `ConfigError` for settings that contradict the model,
+    method: "rtn", "gptq", "brecq" or "sas", or with single parts switched on ("brecq+shift"); None
+    is the `default_method` of config and calibration. The float pipeline is left as it is; the
+    result shares what stays in float with it. `report` of the result holds the resampling
+    statistic, theta with its bit-operation account, the losses of every unit, and what end-to-end
+    tuning changed. Same seed, settings and thread count give the same result. `work`, entered,
+    keeps what is finished, and says which of several processes on the same call this is (work.py).
+    Raises `ConfigError` for settings that contradict the model,
     `NonFiniteError` for NaN or infinity by layer.
     """
+    method = default_method(config, calibration) if method is None else method
     parts = Method.parse(method)
-    calibration = calibration or CalibrationConfig()
+    calibration = parts.settle(calibration or CalibrationConfig())
     if isinstance(pipe, QuantizedPipeline):
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
-    if parts.rounding is not None:
-        calibration = calibration.replace(rounding=parts.rounding)
     check_tunable(pipe, calibration)
     work = work or Work()
     # Before the work folder is touched: it finds settings that contradict the model.
@@ -224,8 +261,7 @@ class _Run:
         count, grid = self.calibration.theta_samples, self.calibration.theta_grid
         masses = measure_attention(self.pipe, self.quantized, samples, count)
         total = bops_account(self.pipe.var, self.config).total
-        orders = {mix.spec.max_order for mix in quant_mixes(self.quantized)} or {0}
-        result = search_theta(masses, total, self.calibration.budget, grid, max(orders))
+        result = search_theta(masses, total, self.calibration.budget, grid)
         return Piece(facts=result.to_dict())
 
     def reconstruct(self) -> None:
@@ -244,7 +280,7 @@ class _Run:
                 facts = {"report": report.to_dict() if report else None}
                 self.work.write(_unit_piece(unit.name), Piece(codes, facts))
                 # A unit with nothing to learn is done too, or the stage might never end.
-                listen(max(self.calibration.steps, 1), report.loss_hard if report else math.nan)
+                listen(self.calibration.steps_per_unit, report.loss_hard if report else math.nan)
         self.work.ranks.barrier()
         layers = quant_linears(self.quantized)
         pieces = [self.work.read(_unit_piece(name)) for name in costs]
@@ -272,8 +308,9 @@ class _Run:
         self.progress("tuning", self.calibration.tune_steps, self.calibration.tune_steps)
 
     def _step_listener(self, name: str, index: int, num_units: int) -> Callable[[int, float], None]:
-        """Progress over the steps of all units together: one bar, whatever the depth."""
-        steps = max(self.calibration.steps, 1)
+        """Progress over the steps of all units together: one bar, whatever the depth. A unit that
+        learns nothing is one step."""
+        steps = self.calibration.steps_per_unit
 
         def listen(step: int, loss: float) -> None:
             info = name if math.isnan(loss) else f"{name}, loss {loss:.4g}"

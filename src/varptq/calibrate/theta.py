@@ -1,11 +1,12 @@
 """The threshold theta of shift-and-sum: the smallest whose cost is at most alpha of the network's.
 
-Key j with attention mass abar_j has N_j = 2^n copies, n = clamp(ceil(log2(abar_j / theta)), 0, 3).
-With E = sum over heads and keys of (N_j - 1), a mean over the batch, a block costs at one scale
+Key j with attention mass abar_j has N_j = 2^n copies, n = clamp(ceil(log2(abar_j / theta)), 0, m)
+with m = `max_order`. With E = sum over heads and keys of (N_j - 1), a mean over the batch, a block
+costs at one scale
     H l_q l_k 16 (means) + H l_k 16 + H l_k 4 (orders) + 16 c E + l_q E (additions)
     + l_q c E b_p b_v (the longer product).
-E(theta) = #[abar > theta] + 2 #[abar > 2 theta] + 4 #[abar > 4 theta], so one sort of abar serves
-every theta.
+E(theta) = #[abar > theta] + 2 #[abar > 2 theta] + 4 #[abar > 4 theta] for the paper's order 3, so
+one sort of abar serves every theta.
 
 abar is measured with the quantized model.
 Source: docs/method.md section 3.
@@ -27,10 +28,10 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
 from varptq.models.seams import Mix, Span
 from varptq.models.transformer import Transformer
-from varptq.quant.affine import wide
 from varptq.quant.attention import QuantMix
 from varptq.quant.bops import FLOAT_BITS
-from varptq.quant.shift_sum import orders
+from varptq.quant.config import MAX_ORDER
+from varptq.quant.shift_sum import orders, token_scores
 
 # Widths the paper's account gives to the bookkeeping of shift-and-sum.
 MEAN_BITS, DIVISION_BITS, ORDER_BITS, SHIFT_BITS = 16, 16, 4, 16
@@ -43,6 +44,7 @@ class AttentionMass:
     """abar (B, H, l_k) of one block at one scale: the softmax averaged over its queries.
 
     H * l_k masses per row of the batch; `num_queries` is l_q, the bits are those of the product.
+    Orders of this block end at `max_order`.
     """
 
     block: int
@@ -52,6 +54,7 @@ class AttentionMass:
     head_dim: int
     probability_bits: int
     value_bits: int
+    max_order: int = MAX_ORDER
 
     @property
     def fixed_bops(self) -> int:
@@ -113,13 +116,11 @@ def theta_grid(num_grid: int) -> Tensor:
     return torch.linspace(1 / num_grid, 1, num_grid)
 
 
-def overhead_curve(
-    entries: Iterable[AttentionMass], thetas_G: Tensor, max_order: int = 3
-) -> Tensor:
+def overhead_curve(entries: Iterable[AttentionMass], thetas_G: Tensor) -> Tensor:
     """BOPs of shift-and-sum at every theta, not rising in theta: (G,) -> (G,) float64, CPU.
 
-    abar is compared in float32, as the quantizer does; `max_order` bounds n. Raises
-    `NonFiniteError` naming the block and scale.
+    abar is compared in float32, as the quantizer does. Raises `NonFiniteError` naming the block and
+    scale.
     """
     curve = torch.zeros(len(thetas_G), dtype=torch.float64)
     for entry in entries:
@@ -131,7 +132,7 @@ def overhead_curve(
                 "expected finite probabilities; check the weights and quantization ranges"
             )
         extra = torch.zeros_like(curve)
-        for m in range(max_order):
+        for m in range(entry.max_order):
             # Scaling by a power of two is exact, so this is ceil(log2(abar / theta)) > m.
             threshold = (thetas_G.float() * 2**m).to(mass.device)
             above = mass.numel() - torch.searchsorted(mass, threshold, right=True)
@@ -145,23 +146,23 @@ def search_theta(
     total_bops: int,
     alpha: float = 0.01,
     num_grid: int = 10_000,
-    max_order: int = 3,
 ) -> ThetaResult:
     """The smallest theta of the grid whose overhead is <= alpha * total_bops.
 
-    Entries of all blocks and scales share one theta. A budget that cannot be met or filled is a
-    `ThetaResult.status`, not an error. Raises `ConfigError` on alpha or num_grid out of range and
-    `NonFiniteError` on attention that is not finite.
+    Entries of all blocks and scales share one theta; those of order 0 take no part. A budget that
+    cannot be met or filled is a `ThetaResult.status`, not an error. Raises `ConfigError` on alpha
+    or num_grid out of range and `NonFiniteError` on attention that is not finite.
     """
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ConfigError(f"alpha is {alpha}: expected a finite share of the BOPs, at least 0")
     if num_grid < 1:
         raise ConfigError(f"num_grid is {num_grid}: expected at least 1 grid value")
     budget = alpha * total_bops
-    if not entries or max_order == 0:
+    entries = [entry for entry in entries if entry.max_order]
+    if not entries:
         return ThetaResult(1.0, "off", 0.0, budget, total_bops, alpha, ())
     thetas = theta_grid(num_grid)
-    curve = overhead_curve(entries, thetas, max_order)
+    curve = overhead_curve(entries, thetas)
     num_over = int((curve > budget).sum())
     status: ThetaStatus = "ok"
     if num_over == 0:
@@ -169,13 +170,13 @@ def search_theta(
     elif num_over == num_grid:
         status, num_over = "over_budget", num_grid - 1
     theta = float(thetas[num_over])
-    copies = tuple(copy_stat(entry, theta, max_order) for entry in entries)
+    copies = tuple(copy_stat(entry, theta) for entry in entries)
     return ThetaResult(theta, status, float(curve[num_over]), budget, total_bops, alpha, copies)
 
 
-def copy_stat(entry: AttentionMass, theta: float, max_order: int = 3) -> CopyStat:
+def copy_stat(entry: AttentionMass, theta: float) -> CopyStat:
     """Duplicated tokens and mean copies of one block and scale at `theta`."""
-    order = orders(entry.abar_BHl.float(), theta, max_order)
+    order = orders(entry.abar_BHl.float(), theta, entry.max_order)
     keys = order.shape[-1]
     duplicated = float((order > 0).float().mean()) * keys
     return CopyStat(
@@ -202,16 +203,18 @@ def measure_attention(
     masses: list[AttentionMass] = []
 
     def keep(block: int, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> None:
-        probability, value = wanted[block].spec.probability, wanted[block].spec.value
+        spec = wanted[block].spec
+        probability, value = spec.probability, spec.value
         masses.append(
             AttentionMass(
                 block=block,
                 scale=span.scale,
                 num_queries=p_BHlL.shape[-2],
-                abar_BHl=wide(p_BHlL).mean(dim=-2).cpu(),
+                abar_BHl=token_scores(p_BHlL).cpu(),
                 head_dim=v_BHLc.shape[-1],
                 probability_bits=probability.num_bits if probability else FLOAT_BITS,
                 value_bits=value.num_bits if value else FLOAT_BITS,
+                max_order=spec.max_order,
             )
         )
 

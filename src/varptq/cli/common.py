@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from varptq.quant.pipeline import QuantizedPipeline
 
 MAX_SEED = 2**63 - 1
+CHECKPOINT_SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
+THETA_OFF = {
+    "over_budget": ", the budget does not even pay for finding the tokens",
+    "off": ", kernels hold no finer step of these values",
+}
 
 Source = Annotated[
     str | None,
@@ -77,6 +82,11 @@ class ModelChoice:
         if self.source is None or self.source in PRESETS:
             return None
         folder = Path(self.source)
+        if folder.is_file() or folder.suffix.lower() in CHECKPOINT_SUFFIXES:
+            raise InputError(
+                f"model {self.source!r}: a file, and a model is two: give the transformer and the "
+                "VQVAE as --var var.pth --vae vae.pth"
+            )
         if not folder.is_dir():
             names = ", ".join(PRESETS)
             raise InputError(
@@ -192,6 +202,13 @@ def size_rows(sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def runs_on(pipe: QuantizedPipeline) -> str:
+    """Which runtime `varptq.load` takes for it on the CPU, and why where that is the slow one."""
+    from varptq.runtime.resolve import told
+
+    return told(pipe.var).runs_on
+
+
 def theta_summary(pipe: QuantizedPipeline) -> dict[str, Any]:
     """The threshold in use and what its search found, without the list of copies."""
     found = pipe.report.get("theta") or {}
@@ -201,8 +218,7 @@ def theta_summary(pipe: QuantizedPipeline) -> dict[str, Any]:
 
 def theta_text(theta: Mapping[str, Any]) -> str:
     if theta["value"] is None:
-        over = theta.get("status") == "over_budget"
-        return "off" + (", the budget does not even pay for finding the tokens" if over else "")
+        return "off" + THETA_OFF.get(theta.get("status", ""), "")
     text = f"{theta['value']:.4f}"
     if "fraction" in theta:
         text += f", adds {theta['fraction']:.2%} BOPs of a budget of {theta['alpha']:.2%}"

@@ -154,6 +154,7 @@ def quantization(pipe: QuantizedPipeline) -> dict[str, Any]:
     copies = (pipe.report.get("theta") or {}).get("copies", ())
     return {
         "config": pipe.config.to_dict(),
+        "runs_on": common.runs_on(pipe),
         "method": pipe.method,
         "seed": pipe.seed,
         "calibration": pipe.calibration,
@@ -252,6 +253,7 @@ def overview(document: dict[str, Any]) -> list[tuple[str, str]]:
     if "theta" in document:
         rows += [
             ("method", f"{document['method']}, seed {document['seed']}"),
+            ("runs on", document["runs_on"]),
             ("theta", common.theta_text(document["theta"])),
         ]
     return rows

@@ -15,7 +15,9 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
@@ -66,7 +68,8 @@ class OneLineErrors(TyperGroup):
             # has finished and written everything would end as killed.
             atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            with one_line_warnings():
+                code = super().main(*args, standalone_mode=False, **extra)
         except (typer.Abort, KeyboardInterrupt):
             fail("interrupted", EXIT_INTERRUPTED)
         except UsageError as error:
@@ -134,6 +137,21 @@ def leave(code: int) -> NoReturn:
         stdout_failed(error)
     flushed(sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Python's warnings as a line each, without the place in the source that gave them."""
+    usual = warnings.formatwarning
+
+    def line(message: Warning | str, *_: object, **__: object) -> str:
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def usage_message(error: Any) -> str:

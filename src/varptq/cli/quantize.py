@@ -50,7 +50,15 @@ GroupSize = Annotated[
     int | None, typer.Option(help="Input channels per weight scale; must divide every layer.")
 ]
 CalibrationName = Annotated[
-    str | None, typer.Option(help="default, released, an effort, or a file.")
+    str | None,
+    typer.Option(help="default (256 images, up to 2000 steps), released, an effort, or a file."),
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option(
+        help="rtn, gptq, brecq or sas; default: sas for +paper, else gptq, or brecq where steps or "
+        "an effort ask for learned rounding."
+    ),
 ]
 Budget = Annotated[float | None, typer.Option(help="Share of BOPs shift-and-sum may add.")]
 Memory = Annotated[
@@ -68,9 +76,9 @@ def command(
     var: common.VarFile = None,
     vae: common.VaeFile = None,
     random: common.RandomModel = None,
-    config: Annotated[str, typer.Option(help="w4a4, w6a6+litevar, ... or a file.")] = "w4a4",
+    config: Annotated[str, typer.Option(help="w4a4, w8a8, w4a4+paper, ... or a file.")] = "w4a4",
     group_size: GroupSize = None,
-    method: Annotated[str, typer.Option(help="rtn, gptq, brecq or sas.")] = "sas",
+    method: MethodName = None,
     calibration: CalibrationName = None,
     effort: Annotated[Effort | None, typer.Option(help="How much time to spend.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
@@ -87,15 +95,13 @@ def command(
     json: common.Json = False,
 ) -> None:
     """Calibrate and quantize a model, and save it as an artifact."""
-    from varptq.calibrate.methods import Method
     from varptq.distributed import Ranks, local_device
     from varptq.work import Work
 
-    Method.parse(method)
-    quant_config = read_config(config, group_size)
     settings = read_calibration(
         calibration, effort, samples=samples, steps=steps, tune=tune, budget=budget, memory=memory
     )
+    job = Job.checked(read_config(config, group_size), method, settings, seed)
     if source is not None and model is not None:
         raise InputError(f"model: both {source!r} and --model {model!r} given; give one")
     device = local_device(device)
@@ -107,7 +113,6 @@ def command(
         check_output(out, force)
     started = time.monotonic()
     with Work(folder, Ranks.from_environment()) as place:
-        job = Job(quant_config, method, settings, seed)
         quantized = job.run(choice.load_float(), place)
         if place.ranks.first:
             publish(quantized, out, force, place)
@@ -130,10 +135,32 @@ class Job:
     calibration: CalibrationConfig
     seed: int
 
+    @classmethod
+    def checked(
+        cls, config: QuantConfig, method: str | None, calibration: CalibrationConfig, seed: int
+    ) -> Job:
+        """With the default method where none is named. Raises `ConfigError` for an unknown one."""
+        from varptq.calibrate.methods import Method, default_method
+
+        if method is None:
+            method = default_method(config, calibration)
+        Method.parse(method)
+        return cls(config, method, calibration, seed)
+
+    def announce(self, pipe: Pipeline) -> None:
+        """What will come out, while it can still be changed."""
+        from varptq.calibrate.methods import Method
+        from varptq.runtime.resolve import foreseen
+
+        choice = foreseen(pipe.var, self.config, shift=Method.parse(self.method).shift)
+        typer.echo(f"method {self.method}, runs on: {choice.runs_on}", err=True)
+
     def run(self, pipe: Pipeline, work: Work) -> QuantizedPipeline:
         from varptq.calibrate.methods import quantize
         from varptq.progress import RichProgress, silent
 
+        if work.ranks.first:
+            self.announce(pipe)
         with RichProgress() as bars:
             return quantize(
                 pipe,
@@ -165,9 +192,14 @@ def published(folder: Path) -> bool:
 
 def read_config(text: str, group_size: int | None) -> QuantConfig:
     """A preset or a file; `group_size` puts weights in groups that must divide every layer."""
+    from varptq.calibrate.methods import METHODS, PARTS
     from varptq.quant.config import QuantConfig
 
     is_file = Path(text).suffix.lower() in FILE_TYPES
+    for word in () if is_file else text.split("+"):
+        if word in METHODS or word in PARTS:
+            usage = word if word in METHODS else f"rtn+{word}"
+            raise ConfigError(f"config {text!r}: {word} is of the method, as in --method {usage}")
     config = QuantConfig.from_file(text) if is_file else QuantConfig.preset(text)
     if group_size is None:
         return config
@@ -244,6 +276,7 @@ def work_folder(out: Path) -> Path:
 def summary(quantized: QuantizedPipeline, out: Path, duration: float) -> dict[str, Any]:
     """What the run made, as plain JSON values."""
     return {
+        "runs_on": common.runs_on(quantized),
         "artifact": str(out),
         "model": quantized.name,
         "config": quantized.config.name,
@@ -305,6 +338,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", document["model"]),
         ("config, method", f"{document['config']}, {document['method']}, seed {document['seed']}"),
         *common.size_rows(document["sizes"]),
+        ("runs on", document["runs_on"]),
         ("theta", common.theta_text(document["theta"])),
         ("resampling", resampling),
         ("units", units_text(document["units"])),

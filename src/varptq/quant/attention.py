@@ -22,7 +22,7 @@ from varptq.quant.affine import (
     wide,
 )
 from varptq.quant.config import AttentionSpec, TensorSpec
-from varptq.quant.shift_sum import copies_of, fixed_codes, orders, shift_sum_fake
+from varptq.quant.shift_sum import copies_of, fixed_codes, orders, shift_sum_fake, token_scores
 from varptq.quant.straight_through import affine_fake, probability_fake
 
 
@@ -74,7 +74,7 @@ class QuantMix(Mix):
         """(B, H, L) order of each key; 0 without shift-and-sum."""
         if self.theta is None:
             return torch.zeros_like(p_BHlL[:, :, 0], dtype=torch.int64)
-        return orders(wide(p_BHlL.detach()).mean(dim=-2), self.theta, self.spec.max_order)
+        return orders(token_scores(p_BHlL), self.theta, self.spec.max_order)
 
     def value_grid(self, v_BHLc: Tensor, span: Span) -> Grid:
         """Grid of the values: per head over all tokens, per head and scale, or per token."""

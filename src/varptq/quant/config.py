@@ -18,6 +18,9 @@ from varptq.errors import ConfigError
 from varptq.settings import Settings
 
 MIN_BITS, MAX_BITS = 2, 8
+# Shift-and-sum cuts a step into 2^3 at most (the paper); integer kernels keep values in a signed
+# byte.
+MAX_ORDER, MAX_STORED = 3, 127
 RangeRule = Literal["with_zero", "min_max", "min_max_clamped"]
 
 
@@ -76,6 +79,25 @@ class TensorSpec(Settings):
         )
 
 
+def largest_stored(num_bits: int, order: int) -> int:
+    """The largest integer a value of `num_bits` takes on a grid 2^order times finer."""
+    return (2**num_bits - 1) << order
+
+
+def finest_order(num_bits: int) -> int:
+    """The finest order of shift-and-sum whose integers kernels can keep: 3 up to 4 bits, then 2, 1,
+    and 0, no copies, from 7 bits on."""
+    fits = (n for n in range(MAX_ORDER + 1) if largest_stored(num_bits, n) <= MAX_STORED)
+    return max(fits, default=0)
+
+
+def _usual_order(fields: dict[str, Any]) -> int:
+    value = fields["value"]
+    if value is None or fields["policy"] == "release":
+        return MAX_ORDER
+    return finest_order(value.num_bits)
+
+
 # Types and strategies that exist for each operand.
 ATTENTION_OPERANDS = {
     "query": (("affine",), ("token",)),
@@ -117,6 +139,8 @@ class AttentionSpec(Settings):
         when the cache grows. "segment": values per head and scale, fixed when the scale enters the
         cache. "token": values per token, fixed; the scale of a token is folded into its
         probabilities before these are quantized, so it leaves the product's contraction axis.
+    max_order: finest order of shift-and-sum. Left out it is the paper's 3 under "release"; under
+        the others, whose values wait in the cache as integers, what these hold (`finest_order`).
     renormalize: divide each row by the sum of its quantized probabilities.
     """
 
@@ -125,7 +149,7 @@ class AttentionSpec(Settings):
     key: TensorSpec | None
     probability: TensorSpec | None
     value: TensorSpec | None
-    max_order: int = Field(default=3, ge=0, le=3)
+    max_order: int = Field(default_factory=_usual_order, ge=0, le=MAX_ORDER)
     renormalize: bool = False
 
     @field_validator("query", "key", "probability", "value")
@@ -217,10 +241,6 @@ class LayerRule(Settings):
     @model_serializer(mode="wrap")
     def _only_what_was_said(self, handler: Any) -> dict[str, Any]:
         return {k: v for k, v in handler(self).items() if k in self.model_fields_set}
-
-    def replace(self, **changes: Any) -> Self:
-        said = {name: getattr(self, name) for name in self.model_fields_set}
-        return type(self)(**{**said, **changes})
 
 
 class QuantConfig(Settings):

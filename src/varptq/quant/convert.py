@@ -112,9 +112,10 @@ def quant_mixes(model: nn.Module) -> list[QuantMix]:
 
 
 def set_theta(model: nn.Module, theta: float | None) -> None:
-    """One threshold for the whole model; None switches shift-and-sum off."""
+    """One threshold for the whole model; None switches shift-and-sum off, as no order above 0 does
+    for a layer."""
     for mix in quant_mixes(model):
-        mix.theta = theta
+        mix.theta = theta if mix.spec.max_order else None
 
 
 def release_float_weights(model: nn.Module) -> None:

@@ -46,6 +46,7 @@ FC2 = "blocks.*.ffn.fc2"
 # Modifiers of every bare name, and the word that leaves them out.
 BEYOND_PAPER = ("smooth", "center", "rotate", "p8", "io8", "token")
 PAPER = "paper"
+BASE_NAME = r"w([0-9]+)a([0-9]+)"
 NAMES = {"paper": "w4a4+paper", "balanced": "w4a4", "best": "w4a4+qk6+v6+g32"}
 
 Modifier = Callable[[QuantConfig], QuantConfig]
@@ -56,7 +57,7 @@ def preset(name: str) -> QuantConfig:
     base, *modifiers = name.split("+")
     base, *implied = NAMES.get(base, base).split("+")
     modifiers = [*implied, *modifiers]
-    match = re.fullmatch(r"w([0-9]+)a([0-9]+)", base)
+    match = re.fullmatch(BASE_NAME, base)
     if not match:
         raise ConfigError(
             f"preset {name!r}: expected w<bits>a<bits>, e.g. w4a4, or {', '.join(NAMES)}, "

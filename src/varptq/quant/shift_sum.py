@@ -17,13 +17,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varptq.quant.affine import Grid, affine_values, round_ste_
+from varptq.quant.affine import Grid, affine_values, round_ste_, wide
+from varptq.quant.config import MAX_ORDER
 
 
-def orders(abar: Tensor, theta: float, max_order: int = 3) -> Tensor:
+def token_scores(p: Tensor) -> Tensor:
+    """abar (..., L): the attention each key gets, averaged over the queries of a call; of p
+    (..., l, L) before its quantization. At least float32, without gradient."""
+    return wide(p.detach()).mean(dim=-2)
+
+
+def orders(abar: Tensor, theta: float, max_order: int = MAX_ORDER) -> Tensor:
     """Kernel order n = clamp(ceil(log2(abar / theta)), 0, max_order), int64, shape of abar.
 
-    abar is the attention a key gets, averaged over the queries. Written as the number of
+    abar is what `token_scores` gives. Written as the number of
     thresholds theta, 2 theta, 4 theta, ... that abar exceeds: the same integer without the
     rounding of log2 and of the division.
     """
@@ -49,7 +56,9 @@ def shift_sum_codes(v: Tensor, grid: Grid, order: Tensor, num_bits: int) -> Tens
     return fine.div_(copies).add_(grid.zero_point).clamp_(0, 2**num_bits - 1)
 
 
-def fixed_codes(v: Tensor, grid: Grid, order: Tensor, num_bits: int, max_order: int = 3) -> Tensor:
+def fixed_codes(
+    v: Tensor, grid: Grid, order: Tensor, num_bits: int, max_order: int = MAX_ORDER
+) -> Tensor:
     """Codes of v at `order` derived from one wider integer, as `shift_sum_codes` returns them.
 
     A cache whose codes never change holds u = 2^m (code - z) at the finest order m = max_order; a

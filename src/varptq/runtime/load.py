@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from varptq.runtime.convert import convert_linear, finish
 from varptq.runtime.decoder import decode_in
 from varptq.runtime.resolve import AUTO, Choice, asked_for, resolve
 
+SLOW = "; slower than the float model"
+
 
 def load(
     folder: str | Path,
@@ -28,12 +31,15 @@ def load(
 
     runtime: "auto" or a name of `varptq.runtime.RUNTIMES`; the choice is in the result's `runtime`.
     dtype: of the float parts and of the arithmetic; on an integer runtime, of the image decoder
-    alone, the rest being integers and float32. Raises `InputError` for a runtime that is not there
-    or does not execute the config, by layer; `ConfigError` for a device that is not here or a dtype
-    no model computes in; `ArtifactError` naming the file and what is wrong.
+    alone, the rest being integers and float32. Warns where "auto" has to be "simulated", with the
+    reason. Raises `InputError` for a runtime that is not there or does not execute the config, by
+    layer; `ConfigError` for a device that is not here or a dtype no model computes in;
+    `ArtifactError` naming the file and what is wrong.
     """
     device, dtype = checked_device(device), checked_dtype(dtype)
     choice = choose(folder, runtime=runtime, device=device)
+    if choice.fallback:
+        warnings.warn(f"artifact {folder}: runs on {choice.runs_on}{SLOW}", stacklevel=2)
     if choice.kernels is None:
         return load_artifact(folder, device=device, dtype=dtype)
     # A layer goes from its codes to the kernels' layout before the next one is read.

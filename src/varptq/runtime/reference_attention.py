@@ -29,7 +29,7 @@ from varptq.quant.probability import (
     uniform_codes,
     uniform_scale,
 )
-from varptq.quant.shift_sum import copies_of, orders, shift_sum_codes
+from varptq.quant.shift_sum import copies_of, orders, shift_sum_codes, token_scores
 from varptq.runtime.kernels import AttentionRule
 
 
@@ -182,7 +182,7 @@ def _mix(p_HlL: Tensor, cache: Cache, row: int, rule: AttentionRule, span: Span)
     order_HL = (
         torch.zeros_like(p_HlL[:, 0], dtype=torch.int64)
         if rule.theta is None
-        else orders(p_HlL.mean(dim=-2), rule.theta, spec.max_order)
+        else orders(token_scores(p_HlL), rule.theta, spec.max_order)
     )
     copies_HL1 = copies_of(order_HL, torch.float32)
     if spec.policy == "release":

@@ -5,19 +5,24 @@
 "simulated" computes in float on dequantized codes, whatever the config says; the others compute in
 integers and say by layer what they cannot execute. An explicit name is that runtime or an error,
 never another in silence; "auto" on the CPU is "cpu" where that executes the config, else
-"simulated", and says why.
+"simulated", and says why. `fastest` decides that, for a model that is to be quantized (`foreseen`),
+one that was, an artifact being loaded, and `varptq info`.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from varptq.artifact.load import WithoutInit
 from varptq.errors import InputError
 from varptq.models.transformer import Transformer
+from varptq.quant.config import QuantConfig
+from varptq.quant.convert import convert, float_layout, set_theta
 from varptq.runtime.convert import refusal
 from varptq.runtime.kernels import Kernels
 
@@ -65,11 +70,18 @@ FASTEST = {"cpu": "cpu", "cuda": "cuda"}
 
 @dataclass(frozen=True)
 class Choice:
-    """The runtime to use, why, and its kernels (None: simulated)."""
+    """The runtime to use, why, and its kernels (None: simulated). fallback: "simulated" because
+    nothing faster can, not because it was asked for."""
 
     name: str
     reason: str
     kernels: Kernels | None = None
+    fallback: bool = False
+
+    @property
+    def runs_on(self) -> str:
+        """For people: "cpu", or "simulated, because ..."."""
+        return f"{self.name}, because {self.reason}" if self.fallback else self.name
 
 
 def asked_for(runtime: str = AUTO) -> str:
@@ -98,13 +110,43 @@ def resolve(var: Transformer, runtime: str = AUTO, device: str | torch.device = 
         if kernels is None:
             raise InputError(f"runtime {name!r}: {reason}; use runtime simulated")
         return Choice(name, "asked for", kernels)
-    fastest = FASTEST.get(device.type)
-    if fastest is None:
-        return Choice(SIMULATED, f"no integer runtime computes on {device.type}")
-    kernels, reason = _try(fastest, var, device)
+    return fastest(var, device)
+
+
+def fastest(var: Transformer, device: str | torch.device = "cpu") -> Choice:
+    """What "auto" is for the converted model `var`, whatever the environment says."""
+    device = torch.device(device)
+    name = FASTEST.get(device.type)
+    if name is None:
+        reason = f"no integer runtime computes on {device.type}"
+        return Choice(SIMULATED, reason, fallback=True)
+    kernels, reason = _try(name, var, device)
     if kernels is None:
-        return Choice(SIMULATED, f"runtime {fastest!r} cannot: {reason}")
-    return Choice(fastest, f"the fastest that executes this config on {device.type}", kernels)
+        return Choice(SIMULATED, f"runtime {name!r} cannot: {reason}", fallback=True)
+    return Choice(name, f"the fastest that executes this config on {device.type}", kernels)
+
+
+def foreseen(
+    var: Transformer,
+    config: QuantConfig,
+    *,
+    shift: bool = False,
+    device: str | torch.device = "cpu",
+) -> Choice:
+    """`fastest` for the float model `var` once it is quantized by `config`, with shift-and-sum or
+    without; only the architecture is looked at. Raises `ConfigError` as `convert` does."""
+    with torch.device("meta"), WithoutInit():
+        quantized = convert(float_layout(var), config)
+    set_theta(quantized, 1.0 if shift else None)
+    return told(quantized, device)
+
+
+def told(var: Transformer, device: str | torch.device = "cpu") -> Choice:
+    """`fastest` for those who only tell of it: that the native core is missing is for those who
+    compute to warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fastest(var, device)
 
 
 def survey(var: Transformer | None = None) -> dict[str, str]:

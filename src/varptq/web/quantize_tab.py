@@ -20,10 +20,11 @@ from varptq.artifact.format import CONFIG_FILE
 from varptq.artifact.sizes import VAE, quantized_size, sizes, total
 from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.config import PRESETS as CALIBRATIONS
-from varptq.calibrate.methods import METHODS, Method, quantize
+from varptq.calibrate.methods import METHODS, Method, default_method, quantize
 from varptq.errors import InputError, OutputError
 from varptq.quant.config import QuantConfig
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.runtime.resolve import Choice, foreseen, told
 from varptq.web import parts
 from varptq.web.catalogue import Entry, Kind
 from varptq.web.files import offer
@@ -34,8 +35,11 @@ from varptq.web.studio import MAX_SEED, Studio, checked_here, refilled, toasts, 
 
 KIND = "quantize"
 CONFIGS = ("w4a4", "w4a8", "w6a6", "w8a8", "w4a4+litevar", "w6a6+litevar", "w4a4+paper", "best")
+# The choice that leaves the method to `default_method`.
+DEFAULT = "default"
 METHOD_HINTS = {
-    "rtn": ("nearest rounding, seconds",),
+    DEFAULT: ("sas for +paper, else gptq, or brecq where the calibration learns",),
+    "rtn": ("nearest rounding; draws the images first, unless +paper",),
     "gptq": ("reconstruction in closed form",),
     "brecq": ("reconstruction, block by block",),
     "sas": ("reconstruction, shift-and-sum, resampled calibration",),
@@ -71,13 +75,16 @@ class Request:
     ) -> Request:
         """From what a page sent; samples and steps of 0 are those of the preset. Raises
         `ConfigError` or `InputError`."""
-        Method.parse(str(method))
         given = {
             "num_samples": whole("samples", samples or 0, 0, MAX_SAMPLES),
             "steps": whole("steps", steps or 0, 0, MAX_STEPS),
         }
         base = CalibrationConfig.preset(str(calibration))
         settings = base.replace(**{key: value for key, value in given.items() if value})
+        quant_config = QuantConfig.preset(str(config))
+        if method in (None, DEFAULT):
+            method = default_method(quant_config, settings)
+        Method.parse(str(method))
         name = str(name or "").strip()
         if not NAME.fullmatch(name):
             raise InputError(
@@ -85,7 +92,7 @@ class Request:
                 "digit, at most 64"
             )
         return cls(
-            QuantConfig.preset(str(config)),
+            quant_config,
             str(method),
             settings,
             whole("seed", seed, 0, MAX_SEED),
@@ -115,7 +122,9 @@ def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
     """Quantize and save; emit `Losses` now and then."""
     target = request.place(studio.out)
     pipe = studio.models.get(entry)
-    losses = Losses(request.calibration.steps)
+    parts_on = Method.parse(request.method)
+    losses = Losses(parts_on.settle(request.calibration).steps_per_unit)
+    job.emit(foreseen(pipe.var, request.config, shift=parts_on.shift))
     drawn = 0.0
 
     def progress(stage: str, done: int, total: int, info: str = "") -> None:
@@ -155,6 +164,7 @@ def rows_of(pipe: QuantizedPipeline, spent: float) -> tuple[tuple[str, str], ...
             "Units",
             f"{len(units)} reconstructed, {nearest} kept nearest" if units else "nearest rounding",
         ),
+        ("Runs on", told(pipe.var).runs_on),
         ("Theta", "off" if pipe.theta is None else f"{pipe.theta:.4f}"),
         ("Time", parts.seconds(spent)),
     )
@@ -203,8 +213,11 @@ class QuantizeTab:
             elem_id="quantize-config",
         )
         self.method = gr.Radio(
-            [(": ".join((name, *METHOD_HINTS.get(name, ()))), name) for name in METHODS],
-            value="sas",
+            [
+                (": ".join((name, *METHOD_HINTS.get(name, ()))), name)
+                for name in (DEFAULT, *METHODS)
+            ],
+            value=DEFAULT,
             label="Method",
             elem_id="quantize-method",
         )
@@ -221,7 +234,7 @@ class QuantizeTab:
             steps = gr.Number(0, precision=0, label="Steps, 0 as in the preset", elem_id="q-steps")
             seed = gr.Number(0, precision=0, label="Seed")
         self.name = gr.Textbox(
-            suggested_name(keys[0], CONFIGS[0], "sas"),
+            suggested_name(keys[0], CONFIGS[0], DEFAULT),
             label="Name of the artifact",
             max_lines=1,
             elem_id="quantize-name",
@@ -276,7 +289,9 @@ class QuantizeTab:
             async for updates in self.bar.follow(going[0], self._show, keep=True):
                 yield updates
 
-    def _show(self, part: Losses | Made) -> Updates:
+    def _show(self, part: Losses | Made | Choice) -> Updates:
+        if isinstance(part, Choice):
+            return {self.summary: parts.note(f"Will run on: {part.runs_on}")}
         if isinstance(part, Losses):
             return {self.curves: parts.curves(part.curves())}
         rows = [*part.rows, ("Written", f"{part.folder.name}, in the pickers of all tabs")]
@@ -293,11 +308,14 @@ def effort(calibration: str) -> str:
     """What a preset of `CalibrationConfig` does, in a few words."""
     config = CalibrationConfig.preset(calibration)
     learning = f"up to {config.steps} steps a unit" if config.learns else "closed form"
+    if config.learns and not config.says_rounding:
+        learning += " where the method learns"
     tuning = ", then tuned end to end" if config.tune_steps else ""
     return f"{learning}, {config.num_samples} images{tuning}"
 
 
 def suggested_name(model: str | None, config: str | None, method: str | None) -> str:
     """A name that says what it is."""
-    words = "-".join(str(word) for word in (model, config, method) if word)
+    named = (model, config, None if method == DEFAULT else method)
+    words = "-".join(str(word) for word in named if word)
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", words).strip("-._+")[:64]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from varptq.errors import NonFiniteError
 from varptq.models.sampling import Sampler
 from varptq.models.seams import LAYER_NORM_EPS, Span
+from varptq.quant.config import MAX_STORED, largest_stored
 from varptq.quant.shift_sum import orders
 from varptq.quant.transforms import signs
 from varptq.runtime.cuda import attention, gemm
@@ -74,7 +75,7 @@ class CudaKernels:
             return "probabilities that are not uniform, or renormalised rows"
         if any(x.range_rule != "with_zero" for x in (q, k, v)):
             return "ranges without zero"
-        if rule.theta is not None and (2**v.num_bits - 1) * 2**spec.max_order > 127:
+        if rule.theta is not None and largest_stored(v.num_bits, spec.max_order) > MAX_STORED:
             return f"shift-and-sum on {v.num_bits}-bit values, more than 8 bits hold"
         return None
 
