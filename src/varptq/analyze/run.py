@@ -117,7 +117,7 @@ def images(pipe: Pipeline, settings: AnalysisConfig, progress: Progress) -> tupl
     """Labels (N,), spread evenly over the classes, and tokens (2N, L): N images to measure on, then
     as many of the same labels to verify on."""
     count = settings.images
-    labels_N = torch.arange(count) * pipe.num_classes // count
+    labels_N = torch.arange(count, dtype=torch.int64, device="cpu") * pipe.num_classes // count
     tokens = generate(
         pipe,
         labels_N.repeat(2),

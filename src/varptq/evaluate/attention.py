@@ -29,7 +29,7 @@ def product_errors(
     conditional and the unconditional ones.
     """
     scales = pipe.scales
-    sums = torch.zeros(len(products), scales.num_scales, 2, dtype=torch.float64)
+    sums = torch.zeros(len(products), scales.num_scales, 2, dtype=torch.float64, device="cpu")
     calls = [0] * len(products)
 
     def listener(block: int) -> Callable[[nn.Module, tuple[Tensor, Tensor], Tensor], None]:

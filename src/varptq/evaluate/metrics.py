@@ -148,7 +148,7 @@ class _Run:
             weight = chunk.num_images / len(labels)
             rows = [(getattr(chunk, n), *getattr(chunk, f"{n}_per_scale")) for n in names]
             self.progress(stage, part.stop, len(labels))
-            return Piece({"means": weight * torch.tensor(rows, dtype=torch.float64)})
+            return Piece({"means": weight * torch.tensor(rows, dtype=torch.float64, device="cpu")})
 
         pieces = self.work.each([f"tokens-{index}" for index in range(len(starts))], make)
         sums = torch.stack([piece.tensors["means"] for piece in pieces]).sum(0)
@@ -179,7 +179,7 @@ class _Run:
         """Empty sums: of pairs, and of the images of either model."""
         size = self.subject.pipe.var.arch.codebook_size
         models = 1 if self.against is None else 2
-        tallies = [Tally(torch.zeros(size, dtype=torch.int64)) for _ in range(models)]
+        tallies = [Tally(torch.zeros(size, dtype=torch.int64, device="cpu")) for _ in range(models)]
         return PairSums(self.subject.pipe.scales, self.chosen, self.tools.lpips), tallies
 
     def _compare_part(self, part: range) -> Piece:

@@ -73,7 +73,7 @@ def _have(pipe: Pipeline, float_pipe: Pipeline | None, tools: Instruments, count
     }
     if tools.network is not None:
         # What a network gives is known once it has seen an image.
-        features = tools.network(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+        features = tools.network(torch.zeros(1, side, side, 3, dtype=torch.uint8, device="cpu"))
         have["spatial"] = features.spatial is not None
         have["probabilities"] = features.probabilities is not None
     return {name for name, there in have.items() if there}

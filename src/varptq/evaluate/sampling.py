@@ -125,7 +125,9 @@ class SampleSet:
         Score, which neighbours of one class would break. Raises `OutputError`.
         """
         generator = torch.Generator().manual_seed(EXPORT_SEED)
-        place_N = torch.randperm(self.count, generator=generator).numpy()
+        place_N = torch.randperm(
+            self.count, generator=generator, dtype=torch.int64, device="cpu"
+        ).numpy()
         parts = (
             (place_N[shard.first : shard.first + len(shard.images)], shard.images, shard.labels)
             for shard in self.shards()
@@ -213,7 +215,8 @@ def _shifted(progress: Progress, whole: str, before: int, count: int) -> Progres
 def balanced_labels(num_classes: int, count: int, seed: int) -> Tensor:
     """(count,) int64: one random order of all classes, repeated, so the label of an image does not
     depend on `count`."""
-    order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(num_classes, generator=generator, dtype=torch.int64, device="cpu")
     return order.repeat(-(-count // num_classes))[:count]
 
 

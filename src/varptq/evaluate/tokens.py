@@ -70,7 +70,7 @@ def token_fidelity(
     SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
     labels_B = float_pipe.labels(labels_B)
     _check(float_pipe, quant_pipe, labels_B, ids_BL, batch_size)
-    sums_K3 = torch.zeros(float_pipe.scales.num_scales, 3, dtype=torch.float64)
+    sums_K3 = torch.zeros(float_pipe.scales.num_scales, 3, dtype=torch.float64, device="cpu")
     for labels_b, ids_bL in zip(labels_B.split(batch_size), ids_BL.split(batch_size), strict=True):
         streams = [
             teacher_forced_guided(pipe, labels_b.to(pipe.device), ids_bL.to(pipe.device), cfg)
@@ -105,7 +105,7 @@ def _sums(p_BlV: Tensor, q_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _means(sums_K3: Tensor, num_images: int, scales: Scales) -> TokenFidelity:
-    tokens_K = num_images * torch.tensor(scales.lengths, dtype=torch.float64)
+    tokens_K = num_images * torch.tensor(scales.lengths, dtype=torch.float64, device="cpu")
     per_scale = (sums_K3 / tokens_K.unsqueeze(-1)).T.tolist()
     kl, kl_filtered, top1 = (sums_K3.sum(0) / tokens_K.sum()).tolist()
     return TokenFidelity(

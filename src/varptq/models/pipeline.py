@@ -76,7 +76,7 @@ class Pipeline:
         labels = [self._label(value) for value in values]
         if not labels:
             raise InputError("labels: empty; give at least one class")
-        return torch.tensor(labels, device=self.device)
+        return torch.tensor(labels, dtype=torch.int64, device=self.device)
 
     def guidance_rows(self, labels_B: Tensor) -> Tensor:
         """(2B,) on the model's device: the labels, then "unconditional" as often; the rows that

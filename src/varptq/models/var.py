@@ -90,6 +90,9 @@ class LayerCache:
 class TokenLinear(nn.Linear):
     """Seam: a Linear over tokens. What scale each token is of matters to quantizers only."""
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias, dtype=torch.float32)
+
     def forward(self, input: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
         return super().forward(input)
 
@@ -121,12 +124,12 @@ class Attention(nn.Module):
             arch.l2_norm,
         )
         self.mat_qkv = TokenLinear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.q_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.v_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.register_buffer("zero_k_bias", torch.zeros(width, dtype=torch.float32))
         if arch.l2_norm:
             self.scale_mul_1H11 = nn.Parameter(
-                torch.full((1, arch.num_heads, 1, 1), INIT_LOG_SCALE)
+                torch.full((1, arch.num_heads, 1, 1), INIT_LOG_SCALE, dtype=torch.float32)
             )
         self.proj = TokenLinear(width, width)
         self.scores = Scores()
@@ -180,7 +183,7 @@ class FeedForward(nn.Module):
 
 
 def _ada_lin(width: int, vectors: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, vectors * width))
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, vectors * width, dtype=torch.float32))
 
 
 class ModulatedNorm(nn.Module):
@@ -201,7 +204,7 @@ class Block(nn.Module):
         self.attn = Attention(arch)
         self.ffn = FeedForward(arch.width)
         if arch.shared_adaln:
-            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, arch.width))
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, arch.width, dtype=torch.float32))
         else:
             self.ada_lin = _ada_lin(arch.width, 6)
 
@@ -251,17 +254,17 @@ class VAR(nn.Module):
         super().__init__()
         self.arch = arch
         width, scales = arch.width, arch.scales
-        self.class_emb = nn.Embedding(arch.num_classes + 1, width)
-        self.pos_start = nn.Parameter(torch.zeros(1, scales.lengths[0], width))
-        self.pos_1LC = nn.Parameter(torch.zeros(1, scales.num_tokens, width))
-        self.lvl_embed = nn.Embedding(scales.num_scales, width)
+        self.class_emb = nn.Embedding(arch.num_classes + 1, width, dtype=torch.float32)
+        self.pos_start = nn.Parameter(torch.zeros(1, scales.lengths[0], width, dtype=torch.float32))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, scales.num_tokens, width, dtype=torch.float32))
+        self.lvl_embed = nn.Embedding(scales.num_scales, width, dtype=torch.float32)
         self.word_embed = TokenLinear(arch.code_dim, width)
         if arch.shared_adaln:
             self.shared_ada_lin = _ada_lin(width, 6)
         self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
         self.head_nm = HeadNorm(width)
         self.head = TokenLinear(width, arch.codebook_size)
-        self.register_buffer("lvl_1L", scales.scale_of_L().view(1, -1))
+        self.register_buffer("lvl_1L", scales.scale_of_L().view(1, -1).to(self.pos_1LC.device))
 
     @property
     def scales(self) -> Scales:
@@ -353,7 +356,6 @@ def randomize(var: VAR, generator: torch.Generator) -> None:
         if name.endswith("scale_mul_1H11"):
             continue
         std = 0.5 / math.sqrt(parameter.shape[-1]) if "ada_lin.1.weight" in name else INIT_STD
-        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(
-            0.0, std, generator=generator
-        )
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        values.normal_(0.0, std, generator=generator)
         parameter.copy_(values)

@@ -30,7 +30,8 @@ def attention_rule(attention: Attention) -> AttentionRule | None:
     scores, mix = attention.scores, attention.mix
     if not (isinstance(scores, QuantScores) and isinstance(mix, QuantMix)):
         return None
-    factor = torch.full((attention.num_heads,), Q_SCALE / math.sqrt(attention.head_width))
+    device, scale = attention.q_bias.device, Q_SCALE / math.sqrt(attention.head_width)
+    factor = torch.full((attention.num_heads,), scale, dtype=torch.float32, device=device)
     if attention.l2_norm and not attention.scale_mul_1H11.is_meta:
         factor = attention.scale_mul_1H11.detach().float().clamp_max(MAX_LOG_SCALE).exp().flatten()
     return AttentionRule(
