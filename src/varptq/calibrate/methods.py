@@ -30,6 +30,7 @@ from varptq.calibrate.smoothing import smoothed
 from varptq.calibrate.theta import AttentionMass, search_theta
 from varptq.calibrate.tune import check_tunable, put, tune
 from varptq.errors import ConfigError, InputError
+from varptq.models.bare import bare, check_layers
 from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import networks_sha256
 from varptq.models.var import VAR, Mix
@@ -47,6 +48,7 @@ from varptq.quant.convert import (
     set_theta,
 )
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.torch_state import plain_torch
 from varptq.work import Piece, Work
 
 
@@ -83,6 +85,7 @@ METHODS = {
 }
 
 
+@plain_torch()
 def quantize(
     pipe: Pipeline,
     config: QuantConfig,
@@ -107,6 +110,8 @@ def quantize(
     calibration = calibration or CalibrationConfig()
     if isinstance(pipe, QuantizedPipeline):
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
+    pipe = bare(pipe)
+    check_layers(pipe, hooks=True)
     if parts.rounding is not None:
         calibration = calibration.replace(rounding=parts.rounding)
     check_tunable(pipe, calibration)

@@ -30,11 +30,13 @@ from varptq.editing.masks import (
 )
 from varptq.editing.reading import ImageLike, flattened, read_image
 from varptq.errors import InputError
+from varptq.models.bare import bare
 from varptq.models.generate import DEFAULT_BATCH, generate
 from varptq.models.pipeline import UNCONDITIONAL, Pipeline
 from varptq.models.sampling import SamplingSettings
 from varptq.pictures import to_pixels
 from varptq.progress import Progress, silent
+from varptq.torch_state import plain_torch
 
 Task = Literal["inpaint", "outpaint", "class"]
 TASKS: tuple[Task, ...] = ("inpaint", "outpaint", "class")
@@ -59,6 +61,7 @@ class EditResult:
     first_index: int = 0
 
 
+@plain_torch()
 def edit(
     pipe: Pipeline,
     image: ImageLike,
@@ -91,6 +94,7 @@ def edit(
     (seed, first_index + i) alone. Raises `InputError` for what cannot be used and `ConfigError`
     for settings.
     """
+    pipe = bare(pipe)
     label, cfg = _guidance(task, label, cfg)
     _check_counts(candidates, feather)
     pipe.labels([label])  # an unknown class is named before any work

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,9 +26,11 @@ from varptq.evaluate.pairs import PairSums, Tally, codebook_use
 from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.sampling import SampleSet, title
 from varptq.evaluate.tokens import token_fidelity
+from varptq.models.bare import bare
 from varptq.models.pipeline import Pipeline
 from varptq.progress import Progress, silent
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.torch_state import plain_torch
 from varptq.work import Piece, Work, pack, unpack
 
 FORMAT_VERSION = 1
@@ -46,7 +48,11 @@ class Subject:
     pipe: Pipeline
     samples: SampleSet
 
+    def bare(self) -> Subject:
+        return replace(self, pipe=bare(self.pipe))
 
+
+@plain_torch()
 def evaluate(
     subject: Subject,
     against: Subject | None = None,
@@ -67,6 +73,7 @@ def evaluate(
     """
     if token_images < 1:
         raise InputError(f"token_images {token_images}: must be at least 1")
+    subject, against = subject.bare(), against.bare() if against else None
     if against is not None:
         _check_pair(subject, against)
     tools = instruments or Instruments()

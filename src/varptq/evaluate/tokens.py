@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from varptq.errors import InputError
+from varptq.models.bare import bare
 from varptq.models.generate import teacher_forced_guided
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings, filter_logits
 from varptq.models.scales import Scales
+from varptq.torch_state import plain_torch
 
 DEFAULT_BATCH = 8
 
@@ -50,6 +52,7 @@ class TokenFidelity:
         return asdict(self)
 
 
+@plain_torch()
 @torch.no_grad()
 def token_fidelity(
     float_pipe: Pipeline,
@@ -67,6 +70,7 @@ def token_fidelity(
     float model sampled for these labels and calibration has not seen. Raises `InputError` for
     models that do not speak the same tokens, and for tokens, labels or settings out of range.
     """
+    float_pipe, quant_pipe = bare(float_pipe), bare(quant_pipe)
     SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
     labels_B = float_pipe.labels(labels_B)
     _check(float_pipe, quant_pipe, labels_B, ids_BL, batch_size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from varptq.errors import InputError
+from varptq.models.bare import bare
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import (
     ImageRandom,
@@ -25,6 +26,7 @@ from varptq.models.sampling import (
 )
 from varptq.models.var import spans_of
 from varptq.progress import Progress, silent
+from varptq.torch_state import plain_torch
 
 DEFAULT_BATCH = 16
 
@@ -50,6 +52,7 @@ class ScaleEvent:
     f_hat: Tensor
 
 
+@plain_torch()
 def generate(
     pipe: Pipeline,
     labels: Sequence[int | str] | Tensor,
@@ -77,6 +80,7 @@ def generate(
     settings = SamplingSettings(
         cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
     )
+    pipe = bare(pipe)
     labels_B = pipe.labels(labels)
     forced = _check_forced(pipe, forced, len(labels_B))
     if batch_size < 1:

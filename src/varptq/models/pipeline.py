@@ -19,6 +19,7 @@ from varptq.models.sampling import Sampler
 from varptq.models.scales import Scales
 from varptq.models.var import VAR, randomize
 from varptq.models.vqvae import VQVAE
+from varptq.torch_state import plain_torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The name of the row of class embeddings that stands for no class.
@@ -57,6 +58,7 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         return self.var.dtype
 
+    @plain_torch()
     def to(
         self, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Self:
@@ -117,6 +119,7 @@ class Pipeline:
         raise InputError(f"class {name!r}: unknown; did you mean {', '.join(near)}?")
 
 
+@plain_torch()
 def load_model(
     name: str | None = None,
     *,
@@ -169,6 +172,7 @@ def _load_vae(path: Path, scales: Scales) -> VQVAE:
     return model
 
 
+@plain_torch()
 def build_model(
     name: str,
     *,
