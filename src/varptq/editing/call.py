@@ -94,8 +94,7 @@ def edit(
     (seed, first_index + i) alone. Raises `InputError` for what cannot be used and `ConfigError`
     for settings.
     """
-    pipe = bare(pipe)
-    label, cfg = _guidance(task, label, cfg)
+    pipe, (label, cfg) = bare(pipe), _guidance(task, label, cfg)
     _check_counts(candidates, feather)
     pipe.labels([label])  # an unknown class is named before any work
     before, side = read_image(image), pipe.scales.last_side

@@ -65,7 +65,8 @@ def check_layers(pipe: Pipeline, *, hooks: bool = False) -> None:
 def _change(module: nn.Module, *, hooks: bool) -> str | None:
     """What somebody did to a layer and how to undo it."""
     kind = type(module)
-    if COMPILED in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+    held = [name for name, _ in module.named_children()]
+    if COMPILED in held or getattr(module, "_compiled_call_impl", None) is not None:
         return "is compiled (torch.compile); compile after quantizing, or load the model again"
     before = [type(hook).__module__ for hook in module._forward_pre_hooks.values()]
     if is_parametrized(module) or any(home.startswith(NORMS) for home in before):
@@ -82,7 +83,7 @@ def _change(module: nn.Module, *, hooks: bool) -> str | None:
 def _inside(module: nn.Module, kind: type[Network], what: str) -> Network:
     inner = module
     while not isinstance(inner, kind):
-        held = getattr(inner, "_modules", {})
+        held = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
         found = held.get(COMPILED) or held.get(WRAPPED)
         if found is None:
             name = f"{type(module).__module__}.{type(module).__name__}"

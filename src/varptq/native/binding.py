@@ -234,8 +234,7 @@ def quantize(
         gain = _per_image(norm.gain, inputs, images, "gain")
         shift = _per_image(norm.shift, inputs, images, "shift")
         a.gain = pointer(gain, "gain", torch.float32, *gain.shape)
-        a.shift = pointer(shift, "shift", torch.float32, *gain.shape)
-        a.eps = norm.eps
+        a.shift, a.eps = pointer(shift, "shift", torch.float32, *gain.shape), norm.eps
         a.modulation_stride = inputs if gain.shape[0] > 1 else 0
     # Held until the call is over: the pointer keeps nothing alive.
     token_rows = _token_rows(mean_rows, a.rows_per_image)
