@@ -22,13 +22,14 @@ MAX_FUNCTION_LINES = 60
 
 # What each part may import of the others, besides itself. A part without a row stands above them:
 # it may import anything but the ways in, and no part with a row may import it.
-BASE = {"errors", "files", "progress", "settings"}
+BASE = {"errors", "files", "progress", "settings", "torch_state"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "locks": set(),
     "progress": {"errors"},
     "settings": {"errors"},
+    "torch_state": set(),
     "distributed": {"errors"},
     "work": {"errors", "files", "locks", "progress", "distributed"},
     "models": BASE,
@@ -59,6 +60,13 @@ GLOBAL_STATE = {
     *("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state"),
     *("rand_like", "randn_like", "randint_like"),
 }
+# What makes a tensor in the default dtype, on the default device, unless it is told...
+FACTORIES = {
+    *("arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones"),
+    *("rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"),
+}
+# ...and layers that make theirs with it.
+LAYERS = {"BatchNorm2d", "Conv2d", "Embedding", "GroupNorm", "LayerNorm", "Linear"}
 NUMPY_GENERATORS = {"default_rng", "Generator", "SeedSequence", "Philox", "PCG64"}
 
 
@@ -185,6 +193,46 @@ def draws_from_global_state(call: ast.Call) -> bool:
     return bool(owner) and name in TENSOR_DRAWS and not seeded
 
 
+def ambient_types(module: Module) -> Iterator[str]:
+    """Tensors and layers whose dtype is whatever the caller's program has set. So is their device,
+    but for those that an `__init__` makes: a module is built on the meta device that way."""
+    tree = ast.parse(module.text)
+    built = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__"
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from layers_of_no_dtype(node)
+        if not isinstance(node, ast.Call):
+            continue
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        named = {keyword.arg for keyword in node.keywords}
+        factory = owner == "torch" and name in FACTORIES
+        layer = owner in {"nn", "torch.nn"} and name in LAYERS
+        if (factory or layer) and "dtype" not in named:
+            yield f"line {node.lineno}: {ast.unparse(node)[:60]} names no dtype"
+        if factory and "device" not in named and id(node) not in built:
+            yield f"line {node.lineno}: {ast.unparse(node)[:60]} names no device"
+
+
+def layers_of_no_dtype(node: ast.ClassDef) -> Iterator[str]:
+    """A layer derived from one of torch's, without telling it a dtype."""
+    if not {ast.unparse(base).removeprefix("torch.") for base in node.bases} & {
+        f"nn.{name}" for name in LAYERS
+    }:
+        return
+    told = (
+        any(keyword.arg == "dtype" for keyword in call.keywords)
+        for call in ast.walk(node)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__"
+    )
+    if not any(told):
+        yield f"line {node.lineno}: {node.name} tells {ast.unparse(node.bases[0])} no dtype"
+
+
 RULES: tuple[Callable[[Module], Iterator[str]], ...] = (
     forbidden_imports,
     long_module,
@@ -193,6 +241,7 @@ RULES: tuple[Callable[[Module], Iterator[str]], ...] = (
     prints,
     pickles,
     global_randomness,
+    ambient_types,
 )
 
 
@@ -252,6 +301,13 @@ def test_the_table_of_imports_has_no_cycle() -> None:
         (global_randomness, "varptq.models.var", "np.random.rand(3)"),
         (global_randomness, "varptq.models.var", "np.random.default_rng()"),
         (global_randomness, "varptq.models.var", "from random import shuffle"),
+        (ambient_types, "varptq.models.var", "torch.zeros(3, device=x.device)"),
+        (ambient_types, "varptq.models.var", "torch.zeros(3, dtype=torch.float32)"),
+        (ambient_types, "varptq.models.var", "torch.randint(3, (2,), generator=g)"),
+        (ambient_types, "varptq.models.var", "def __init__(self):\n    torch.zeros(3)"),
+        (ambient_types, "varptq.models.var", "nn.Linear(3, 3)"),
+        (ambient_types, "varptq.models.var", "torch.nn.Conv2d(3, 3, 1, bias=False)"),
+        (ambient_types, "varptq.models.var", "class Mine(nn.Linear):\n    pass"),
     ],
 )
 def test_a_rule_sees_what_breaks_it(
@@ -275,6 +331,18 @@ def test_a_rule_sees_what_breaks_it(
         (global_randomness, "varptq.models.var", "x.exponential_(generator=g)"),
         (global_randomness, "varptq.models.var", "g.manual_seed(0)"),
         (global_randomness, "varptq.models.var", "np.random.default_rng(0).normal()"),
+        (ambient_types, "varptq.models.var", "torch.ones(3, dtype=x.dtype, device=x.device)"),
+        (ambient_types, "varptq.models.var", "torch.ones_like(x)"),
+        (ambient_types, "varptq.models.var", "nn.Linear(3, 3, dtype=torch.float32)"),
+        (
+            *(ambient_types, "varptq.models.var"),
+            "def __init__(self):\n    torch.zeros(3, dtype=torch.float32)",
+        ),
+        (
+            *(ambient_types, "varptq.models.var"),
+            "class Mine(nn.Linear):\n    def __init__(self):\n"
+            "        super().__init__(3, 3, dtype=torch.float32)",
+        ),
     ],
 )
 def test_a_rule_lets_pass_what_keeps_it(

@@ -31,12 +31,12 @@ class AttentionStatistics:
     def __init__(self, scales: Scales, blocks: int) -> None:
         count = scales.num_scales
         self.scales = scales
-        self.rows_bK = torch.zeros(blocks, count, dtype=torch.float64)
-        self.counts_bKn = torch.zeros(blocks, count, NUM_BINS, dtype=torch.float64)
+        self.rows_bK = torch.zeros(blocks, count, dtype=torch.float64, device="cpu")
+        self.counts_bKn = torch.zeros(blocks, count, NUM_BINS, dtype=torch.float64, device="cpu")
         self.mass_bKn = torch.zeros_like(self.counts_bKn)
-        self.top_bK2 = torch.zeros(blocks, count, 2, dtype=torch.float64)
+        self.top_bK2 = torch.zeros(blocks, count, 2, dtype=torch.float64, device="cpu")
         self.effective_bK = torch.zeros_like(self.rows_bK)
-        self.by_key_bKK = torch.zeros(blocks, count, count, dtype=torch.float64)
+        self.by_key_bKK = torch.zeros(blocks, count, count, dtype=torch.float64, device="cpu")
 
     def add(self, block: int, scale: int, p_BHlL: Tensor) -> None:
         """Take in the probabilities of one block at one scale; rows sum to 1."""
@@ -56,7 +56,7 @@ class AttentionStatistics:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: everything per scale, the concentration per block and scale too."""
         rows_K = self.rows_bK.sum(0)
-        keys_K = torch.tensor(self.scales.ends, dtype=torch.float64)
+        keys_K = torch.tensor(self.scales.ends, dtype=torch.float64, device="cpu")
         counts_Kn = self.counts_bKn.sum(0)
         top_bK2 = self.top_bK2 / self.rows_bK.unsqueeze(-1)
         effective_bK = self.effective_bK / self.rows_bK

@@ -181,11 +181,13 @@ class Bench:
     def kl(self, config: QuantConfig, theta: float | None = None) -> Divergence:
         """Configure and measure."""
         self.configure(config, theta)
-        sums_K = torch.zeros(self._pipe.scales.num_scales, dtype=torch.float64)
+        sums_K = torch.zeros(self._pipe.scales.num_scales, dtype=torch.float64, device="cpu")
         for floats, quantized in zip(self._float_logits, self._logits(), strict=True):
             for scale, (p_BlV, q_BlV) in enumerate(zip(floats, quantized, strict=True)):
                 sums_K[scale] += kl_divergence(p_BlV, q_BlV).sum().cpu()
-        tokens_K = len(self.labels_B) * torch.tensor(self._pipe.scales.lengths)
+        tokens_K = len(self.labels_B) * torch.tensor(
+            self._pipe.scales.lengths, dtype=torch.int64, device="cpu"
+        )
         per_scale = (sums_K / tokens_K).tolist()
         return Divergence(float(sums_K.sum() / tokens_K.sum()), tuple(per_scale))
 

@@ -19,6 +19,7 @@ from varptq.analyze.bench import FLOAT, Bench, Divergence, sites, spec_of, with_
 from varptq.analyze.sensitivity import Sensitivity, put_back_groups, sensitivities
 from varptq.analyze.suggest import Budget, Prices, Suggestion, suggest
 from varptq.evaluate.attention import product_errors
+from varptq.models.bare import bare, check_layers
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
@@ -26,6 +27,7 @@ from varptq.models.seams import Mix
 from varptq.progress import Progress, silent
 from varptq.quant.config import MAX_BITS, MIN_BITS, QuantConfig
 from varptq.settings import Settings
+from varptq.torch_state import plain_torch
 
 # The products' errors are averages over many tokens; more images would not change a picture.
 PRODUCT_IMAGES = 8
@@ -58,6 +60,7 @@ class Analysis:
     mixed: QuantConfig
 
 
+@plain_torch()
 def analyze(
     pipe: Pipeline,
     config: QuantConfig,
@@ -72,6 +75,8 @@ def analyze(
     by default. Raises `InputError` for a quantized pipeline or a budget below what `config` costs,
     `ConfigError` for settings that contradict the model.
     """
+    pipe = bare(pipe)
+    check_layers(pipe, hooks=True)
     settings, budget = settings or AnalysisConfig(), budget or Budget()
     started = time.monotonic()
     prices = Prices(pipe)
@@ -117,7 +122,7 @@ def images(pipe: Pipeline, settings: AnalysisConfig, progress: Progress) -> tupl
     """Labels (N,), spread evenly over the classes, and tokens (2N, L): N images to measure on, then
     as many of the same labels to verify on."""
     count = settings.images
-    labels_N = torch.arange(count) * pipe.num_classes // count
+    labels_N = torch.arange(count, dtype=torch.int64, device="cpu") * pipe.num_classes // count
     tokens = generate(
         pipe,
         labels_N.repeat(2),

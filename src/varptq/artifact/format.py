@@ -102,7 +102,9 @@ def pack_linear(linear: QuantLinear) -> dict[str, Tensor]:
         PACKED: pack(codes, spec.num_bits),
         SCALE: scale,
         ZERO_POINT: zero,
-        SHAPE: torch.tensor([linear.out_features, linear.in_features]),
+        SHAPE: torch.tensor(
+            [linear.out_features, linear.in_features], dtype=torch.int64, device="cpu"
+        ),
     }
 
 

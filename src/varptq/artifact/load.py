@@ -52,6 +52,7 @@ from varptq.models.var import VAR
 from varptq.models.vqvae import VQVAE
 from varptq.quant.convert import convert, release_float_weights, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.torch_state import plain_torch
 
 DAMAGED = "damaged or altered, copy the artifact again"
 # Of the image encoder, which making images does not need.
@@ -59,6 +60,7 @@ ENCODER = (VAE_PREFIX + "encoder.", VAE_PREFIX + "quant_conv.")
 Adopt = Callable[[Transformer, str], None]
 
 
+@plain_torch()
 def load(
     folder: str | Path,
     *,

@@ -51,7 +51,7 @@ class MappedTensors:
         start, end = entry["data_offsets"]
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         if start == end:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         count = (end - start) // dtype.itemsize
         flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._data + start)
         return flat.view(shape)

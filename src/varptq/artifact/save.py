@@ -39,11 +39,14 @@ from varptq.artifact.schema import (
 from varptq.artifact.sizes import sizes
 from varptq.errors import InputError, NonFiniteError
 from varptq.files import StagedFolder, utf8_name
+from varptq.models.bare import bare, check_layers
 from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import file_sha256
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.torch_state import plain_torch
 
 
+@plain_torch()
 def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path:
     """Write `pipeline` to `folder` and return its path.
 
@@ -59,6 +62,8 @@ def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path
             f"model {pipeline.name!r}: its codes are packed for runtime {pipeline.runtime!r}; load "
             "it with runtime simulated to save it"
         )
+    pipeline = bare(pipeline)
+    check_layers(pipeline)
     document = describe(pipeline)
     with StagedFolder(folder, force=force, marker=CONFIG_FILE) as staging:
         weights = staging / WEIGHTS_FILE

@@ -57,7 +57,7 @@ class Moments:
     @classmethod
     def zeros(cls, num_scales: int, width: int) -> Moments:
         shapes = ((num_scales, 1), (num_scales, width), (num_scales, width))
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in shapes))
 
     def add(self, scale: int, x_BlC: Tensor) -> None:
         rows = x_BlC.double().flatten(0, 1)

@@ -33,6 +33,7 @@ from varptq.calibrate.smoothing import smoothed
 from varptq.calibrate.theta import measure_attention, search_theta
 from varptq.calibrate.tune import check_tunable, put, tune
 from varptq.errors import ConfigError, InputError
+from varptq.models.bare import bare, check_layers
 from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import networks_sha256
 from varptq.progress import Progress, silent
@@ -46,6 +47,7 @@ from varptq.quant.convert import (
 )
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.quant.presets import BASE_NAME, MODIFIERS, NAMES
+from varptq.torch_state import plain_torch
 from varptq.work import Piece, Work
 
 
@@ -115,6 +117,7 @@ def default_method(config: QuantConfig, calibration: CalibrationConfig | None = 
     return "brecq"
 
 
+@plain_torch()
 def quantize(
     pipe: Pipeline,
     config: QuantConfig,
@@ -141,6 +144,8 @@ def quantize(
     calibration = parts.settle(calibration or CalibrationConfig())
     if isinstance(pipe, QuantizedPipeline):
         raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
+    pipe = bare(pipe)
+    check_layers(pipe, hooks=True)
     check_tunable(pipe, calibration)
     work = work or Work()
     # Before the work folder is touched: it finds settings that contradict the model.

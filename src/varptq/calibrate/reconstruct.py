@@ -93,7 +93,8 @@ def reconstruct(
     if not layers or not (learns or config.solves):
         return None
     generator = unit_generator(seed, unit.name)
-    evaluated = torch.randperm(len(unit.inputs), generator=generator)[:EVALUATED_ROWS]
+    order = torch.randperm(len(unit.inputs), generator=generator, dtype=torch.int64, device="cpu")
+    evaluated = order[:EVALUATED_ROWS]
     candidates = [Candidate.of("nearest", layers, evaluate(unit, evaluated))]
     loss_nearest = candidates[0].loss
     if on_step is not None:
@@ -177,7 +178,8 @@ class _SeenError(Exception):
 def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
     """(in, in) float64 sum of w_t x_t x_t^T over what the layer's weight is multiplied with, every
     row of the unit once and positions weighted as in the loss."""
-    total = torch.zeros(layer.in_features, layer.in_features, device=layer.codes.device).double()
+    width, device = layer.in_features, layer.codes.device
+    total = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         x = layer.quantized_input(*arguments).float()
@@ -189,7 +191,8 @@ def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
 
     handle = layer.register_forward_pre_hook(add)
     try:
-        for rows in torch.arange(len(unit.inputs)).split(ROWS_PER_BATCH):
+        numbers = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
+        for rows in numbers.split(ROWS_PER_BATCH):
             with suppress(_SeenError):
                 unit.run(unit.inputs[rows])
     finally:
@@ -212,7 +215,9 @@ def train(
     batch = min(batch, len(unit.inputs))
     schedule = Schedule(config.steps, config.patience)
     while (phase := schedule.phase) < 1:
-        rows = torch.randint(len(unit.inputs), (batch,), generator=generator)
+        rows = torch.randint(
+            len(unit.inputs), (batch,), generator=generator, dtype=torch.int64, device="cpu"
+        )
         for group in optimizer.param_groups:
             group["lr"] = config.rate * (1 + math.cos(math.pi * phase)) / 2
         step = schedule.made + 1

@@ -89,7 +89,7 @@ class Storage:
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
         if self.folder is None:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         numel = int(torch.Size(shape).numel())
         path = str(self.folder / f"{name}.bin")
         return torch.from_file(path, shared=True, size=numel, dtype=dtype).view(shape)
@@ -115,7 +115,9 @@ def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
 def scale_weights(spans: list[Span]) -> Tensor:
     """(tokens,) 1 / l_k for every token of scale k."""
     lengths = [span.queries.stop - span.queries.start for span in spans]
-    return torch.cat([torch.full((length,), 1.0 / length) for length in lengths])
+    return torch.cat(
+        [torch.full((n,), 1.0 / n, dtype=torch.float32, device="cpu") for n in lengths]
+    )
 
 
 class Recorder:
@@ -238,7 +240,8 @@ class Recorder:
         shape = (self.num_rows, self.scales.num_tokens, self.var.width)
         residual = storage.empty("residual", shape, torch.float32)
         for rows in self._batches():
-            samples = torch.arange(rows.start, rows.stop) % len(self.samples.ids_NL)
+            numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device="cpu")
+            samples = numbers % len(self.samples.ids_NL)
             inputs = self.pipe.vae.teacher_inputs(self.samples.ids_NL[samples])
             condition = self.var.condition(self.labels[rows])
             residual[rows] = self.var.embed(condition, inputs).float()

@@ -128,7 +128,8 @@ def resample_scale(
             flat[place] = new
             moves.append(Move(entry, image, position, new, mass, uniform))
     after = torch.bincount(flat, minlength=vocabulary)
-    l1 = [float((count / len(flat) - mean).abs().sum()) for count in (before, after)]
+    # float32, as a share of counts has the default dtype, which is the caller's.
+    l1 = [float((count.float() / len(flat) - mean).abs().sum()) for count in (before, after)]
     report = ScaleReport(target, before, after, l1[0], l1[1], tuple(moves))
     return flat.reshape(ids_Nl.shape).to(ids_Nl.device), report
 

@@ -90,7 +90,10 @@ def choose_labels(num_classes: int, count: int, seed: int) -> Tensor:
     through."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-count // num_classes)
-    order = [torch.randperm(num_classes, generator=generator) for _ in range(rounds)]
+    order = [
+        torch.randperm(num_classes, generator=generator, dtype=torch.int64, device="cpu")
+        for _ in range(rounds)
+    ]
     return torch.cat(order)[:count]
 
 

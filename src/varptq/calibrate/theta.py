@@ -113,7 +113,7 @@ class ThetaResult:
 
 def theta_grid(num_grid: int) -> Tensor:
     """(G,) float32: linspace(1/G, 1, G)."""
-    return torch.linspace(1 / num_grid, 1, num_grid)
+    return torch.linspace(1 / num_grid, 1, num_grid, dtype=torch.float32, device="cpu")
 
 
 def overhead_curve(entries: Iterable[AttentionMass], thetas_G: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def overhead_curve(entries: Iterable[AttentionMass], thetas_G: Tensor) -> Tensor
     abar is compared in float32, as the quantizer does. Raises `NonFiniteError` naming the block and
     scale.
     """
-    curve = torch.zeros(len(thetas_G), dtype=torch.float64)
+    curve = torch.zeros(len(thetas_G), dtype=torch.float64, device="cpu")
     for entry in entries:
         mass = entry.abar_BHl.float().flatten().sort().values
         # NaN and inf sort to the end.

@@ -160,8 +160,11 @@ def _descend(
     order: list[int] = []
     for step in range(1, config.tune_steps + 1):
         if not order:
-            order = torch.randperm(len(train.labels_N), generator=generator).tolist()
-        rows, order = torch.tensor(order[:BATCH]), order[BATCH:]
+            order = torch.randperm(
+                len(train.labels_N), generator=generator, dtype=torch.int64, device="cpu"
+            ).tolist()
+        rows = torch.tensor(order[:BATCH], dtype=torch.int64, device="cpu")
+        order = order[BATCH:]
         labels, ids = train.labels_N[rows], train.ids_NL[rows]
         with torch.no_grad():
             target = all_logits(pipe, labels, ids, config.sampling.cfg)

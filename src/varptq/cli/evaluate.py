@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -115,23 +115,18 @@ def command(
         return
     document["warnings"][:0] = [models.warning] if models.warning else []
     write(document, subject, beside, out, export)
-    warn(warning for warning in document["warnings"] if warning != said)
+    for warning in (text for text in document["warnings"] if text != said):
+        common.warn(warning)
     if json:
-        common.print_json(document)
-    else:
-        rows = summary(document, out, time.monotonic() - started)
-        common.print_rows("varptq evaluate", rows)
-
-
-def warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        return common.print_json(document)
+    common.print_rows("varptq evaluate", summary(document, out, time.monotonic() - started))
 
 
 def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:
     """What a user should know of the real images while nothing is sampled yet; also returned."""
     said = tools.reference.warning if tools.reference else None
-    warn([said] if said and ranks.first else [])
+    if said and ranks.first:
+        common.warn(said)
     return said
 
 

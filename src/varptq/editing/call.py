@@ -30,12 +30,14 @@ from varptq.editing.masks import (
 )
 from varptq.editing.reading import MaskLike
 from varptq.errors import InputError
+from varptq.models.bare import bare
 from varptq.models.generate import DEFAULT_BATCH, generate
 from varptq.models.pipeline import UNCONDITIONAL, Pipeline
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.pictures import to_pixels
 from varptq.progress import Progress, silent
 from varptq.reading import ImageLike, flattened, read_image
+from varptq.torch_state import plain_torch
 
 Task = Literal["inpaint", "outpaint", "class"]
 TASKS: tuple[Task, ...] = ("inpaint", "outpaint", "class")
@@ -60,6 +62,7 @@ class EditResult:
     first_index: int = 0
 
 
+@plain_torch()
 def edit(
     pipe: Pipeline,
     image: ImageLike,
@@ -92,7 +95,7 @@ def edit(
     nothing pasted. Candidate i draws from (seed, first_index + i) alone. Raises `InputError` for
     what cannot be used and `ConfigError` for settings.
     """
-    label, cfg = _guidance(task, label, cfg)
+    pipe, (label, cfg) = bare(pipe), _guidance(task, label, cfg)
     _check_counts(candidates, feather)
     pipe.labels([label])  # an unknown class is named before any work
     before, side = read_image(image), pipe.scales.last_side

@@ -30,7 +30,8 @@ def product_errors(
     conditional and the unconditional ones.
     """
     mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
-    sums = torch.zeros(len(products), pipe.scales.num_scales, 2, dtype=torch.float64)
+    count = pipe.scales.num_scales
+    sums = torch.zeros(len(products), count, 2, dtype=torch.float64, device="cpu")
 
     def add(block: int, output: Tensor, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> None:
         difference = products[block](p_BHlL, v_BHLc, span) - output

@@ -65,7 +65,8 @@ class TransformersClip:
         self.tokenizer = tokenizer
         self._side = int(model.config.vision_config.image_size)
         self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD)
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1)
+            for values in (MEAN, STD)
         )
 
     @classmethod

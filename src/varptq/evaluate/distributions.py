@@ -138,7 +138,7 @@ def measure(
     """The metrics of one set of samples; `reference` are the sums of the real images."""
     found: dict[str, float] = {}
     if "is" in wanted:
-        scores = torch.tensor(samples.score.scores, dtype=torch.float64)
+        scores = torch.tensor(samples.score.scores, dtype=torch.float64, device="cpu")
         found["is"] = samples.score.score
         if len(scores) > 1:
             found["is_std"] = float(scores.std(correction=0))

@@ -99,11 +99,11 @@ def _legacy_resized(images: Tensor, side: int) -> Tensor:
 
 def _legacy_weights(size: int, side: int) -> Tensor:
     """(side, size) float32: row i mixes the two pixels around i * size / side."""
-    places = torch.arange(side, dtype=torch.float64) * size / side
+    places = torch.arange(side, dtype=torch.float64, device="cpu") * size / side
     low = places.long()
     high = (low + 1).clamp_max(size - 1)
     share = (places - low).unsqueeze(1)
-    pixels = torch.eye(size, dtype=torch.float64)
+    pixels = torch.eye(size, dtype=torch.float64, device="cpu")
     return ((1 - share) * pixels[low] + share * pixels[high]).float()
 
 
@@ -116,7 +116,7 @@ class ResNet56Features:
         self.device = checked_device(device)
         self.network = network.to(self.device)
         self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1)
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1)
             for values in (resnet.MEAN, resnet.STD)
         )
 
@@ -217,7 +217,7 @@ def _load_inception(
 def _load_resnet56(path: str, device: torch.device | str) -> FeatureNetwork:
     state = weights.read_tensors(path)
     with torch.device("meta"):
-        network = resnet.ResNet56(len(state.get("linear.bias", torch.empty(10))))
+        network = resnet.ResNet56(len(state["linear.bias"]) if "linear.bias" in state else 10)
     weights.fill(network, state, path)
     return ResNet56Features(network, device)
 

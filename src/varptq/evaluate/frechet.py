@@ -24,8 +24,8 @@ class Gaussian:
 
     def __init__(self) -> None:
         self.count = 0
-        self._sum = torch.zeros(0, dtype=torch.float64)
-        self._outer = torch.zeros(0, 0, dtype=torch.float64)
+        self._sum = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._outer = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
     @classmethod
     def of(cls, x_ND: Tensor) -> Gaussian:
@@ -44,7 +44,13 @@ class Gaussian:
         mean, covariance = mean.double().cpu(), covariance.double().cpu()
         _check_moments(mean, covariance)
         outer = covariance * (count - 1) + count * torch.outer(mean, mean)
-        return cls.from_state({"count": torch.tensor(count), "sum": mean * count, "outer": outer})
+        return cls.from_state(
+            {
+                "count": torch.tensor(count, dtype=torch.int64, device="cpu"),
+                "sum": mean * count,
+                "outer": outer,
+            }
+        )
 
     @property
     def dim(self) -> int:
@@ -95,7 +101,11 @@ class Gaussian:
 
     def state(self) -> dict[str, Tensor]:
         """All it holds, to be stored: count () int64, sum (D,) and outer (D, D) float64."""
-        return {"count": torch.tensor(self.count), "sum": self._sum, "outer": self._outer}
+        return {
+            "count": torch.tensor(self.count, dtype=torch.int64, device="cpu"),
+            "sum": self._sum,
+            "outer": self._outer,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Gaussian:
@@ -109,8 +119,8 @@ class Gaussian:
 
     def _grow(self, dim: int) -> None:
         if not self.count:
-            self._sum = torch.zeros(dim, dtype=torch.float64)
-            self._outer = torch.zeros(dim, dim, dtype=torch.float64)
+            self._sum = torch.zeros(dim, dtype=torch.float64, device="cpu")
+            self._outer = torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
 
 
 def _check_moments(first: Tensor, second: Tensor) -> None:

@@ -156,8 +156,10 @@ class _ConvNorm(nn.Module):
         super().__init__()
         free = spec.valid or spec.stride == 2
         padding = (0, 0) if free else (spec.kernel[0] // 2, spec.kernel[1] // 2)
-        self.conv = nn.Conv2d(channels, spec.out, spec.kernel, spec.stride, padding, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(spec.out, eps=BN_EPS)
+        self.conv = nn.Conv2d(
+            channels, spec.out, spec.kernel, spec.stride, padding, bias=False, dtype=torch.float32
+        )
+        self.bn: nn.Module = nn.BatchNorm2d(spec.out, eps=BN_EPS, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
@@ -218,7 +220,9 @@ class Inception(nn.Module):
             block = _Block(channels, branches)
             self.add_module(name, block)
             channels = block.out
-        self.fc = nn.Linear(channels, NUM_CLASSES, bias=False) if with_fc else None
+        self.fc = (
+            nn.Linear(channels, NUM_CLASSES, bias=False, dtype=torch.float32) if with_fc else None
+        )
 
     def fold(self) -> None:
         """Multiply every BN into its convolution, which leaves out a fifth of the time and moves

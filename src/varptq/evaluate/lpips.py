@@ -57,7 +57,8 @@ class Lpips:
         self.device = checked_device(device)
         self._state = {name: tensor.float().to(self.device) for name, tensor in state.items()}
         self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD)
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1)
+            for values in (MEAN, STD)
         )
 
     @classmethod
@@ -87,7 +88,7 @@ class Lpips:
         Differentiable, so that it can be a loss too.
         """
         a, b = ((images - self._mean) / self._std for images in (first_B3HW, second_B3HW))
-        total_B = torch.zeros(len(a), device=self.device)
+        total_B = torch.zeros(len(a), dtype=torch.float32, device=self.device)
         for number, layer in enumerate(LAYERS):
             a, b = self._layer(layer, a), self._layer(layer, b)
             squared = (_unit(a) - _unit(b)).square()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,9 +28,11 @@ from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.references import AGAINST_REAL, about_reference, of_statistics, sources_of
 from varptq.evaluate.sampling import SampleSet, title
 from varptq.evaluate.tokens import token_fidelity
+from varptq.models.bare import bare
 from varptq.models.pipeline import Pipeline
 from varptq.progress import Progress, silent
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.torch_state import plain_torch
 from varptq.work import Piece, Work, pack, unpack
 
 FORMAT_VERSION = 1
@@ -48,7 +50,11 @@ class Subject:
     pipe: Pipeline
     samples: SampleSet
 
+    def bare(self) -> Subject:
+        return replace(self, pipe=bare(self.pipe))
 
+
+@plain_torch()
 def evaluate(
     subject: Subject,
     against: Subject | None = None,
@@ -69,6 +75,7 @@ def evaluate(
     """
     if token_images < 1:
         raise InputError(f"token_images {token_images}: must be at least 1")
+    subject, against = subject.bare(), against.bare() if against else None
     if against is not None:
         _check_pair(subject, against)
     tools = instruments or Instruments()
@@ -152,7 +159,7 @@ class _Run:
             weight = chunk.num_images / len(labels)
             rows = [(getattr(chunk, n), *getattr(chunk, f"{n}_per_scale")) for n in names]
             self.progress(stage, part.stop, len(labels))
-            return Piece({"means": weight * torch.tensor(rows, dtype=torch.float64)})
+            return Piece({"means": weight * torch.tensor(rows, dtype=torch.float64, device="cpu")})
 
         pieces = self.work.each([f"tokens-{index}" for index in range(len(starts))], make)
         sums = torch.stack([piece.tensors["means"] for piece in pieces]).sum(0)
@@ -183,7 +190,7 @@ class _Run:
         """Empty sums: of pairs, and of the images of either model."""
         size = self.subject.pipe.var.arch.codebook_size
         models = 1 if self.against is None else 2
-        tallies = [Tally(torch.zeros(size, dtype=torch.int64)) for _ in range(models)]
+        tallies = [Tally(torch.zeros(size, dtype=torch.int64, device="cpu")) for _ in range(models)]
         return PairSums(self.subject.pipe.scales, self.chosen, self.tools.lpips), tallies
 
     def _compare_part(self, part: range) -> Piece:

@@ -72,7 +72,7 @@ def _ssim(first: Pixels, second: Pixels) -> float:
 
 def _windowed(x: Tensor) -> Tensor:
     """(3, 1, H, W) float64 -> Gaussian-weighted means (3, 1, H - 10, W - 10)."""
-    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device="cpu") - SSIM_WINDOW // 2
     weights = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
     weights /= weights.sum()
     return F.conv2d(F.conv2d(x, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))

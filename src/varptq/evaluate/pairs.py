@@ -64,7 +64,7 @@ class PairSums:
     equal_L: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.equal_L = torch.zeros(self.scales.num_tokens, dtype=torch.float64)
+        self.equal_L = torch.zeros(self.scales.num_tokens, dtype=torch.float64, device="cpu")
 
     def pack(self) -> Piece:
         return Piece({"equal": self.equal_L}, {"images": self.images, "sums": self.sums})

@@ -71,7 +71,7 @@ def _widths(network: FeatureNetwork | None, side: int) -> Widths:
     """How many features of each part the network gives; that is known once it has seen an image."""
     if network is None:
         return {}
-    features = network(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+    features = network(torch.zeros(1, side, side, 3, dtype=torch.uint8, device="cpu"))
     parts = features._asdict().items()
     return {part: values.shape[1] for part, values in parts if values is not None}
 

@@ -8,6 +8,7 @@ pytorch_resnet_cifar10 (`layer1.0.conv1.weight`, `linear.weight`). Its distances
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,10 +22,10 @@ class _Block(nn.Module):
         super().__init__()
         self.new_channels = width - channels
         stride = 2 if self.new_channels else 1
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False, dtype=torch.float32)
+        self.bn1 = nn.BatchNorm2d(width, dtype=torch.float32)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False, dtype=torch.float32)
+        self.bn2 = nn.BatchNorm2d(width, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -39,15 +40,15 @@ class ResNet56(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False, dtype=torch.float32)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0], dtype=torch.float32)
         channels = WIDTHS[0]
         for stage, width in enumerate(WIDTHS, 1):
             first = _Block(channels, width)
             rest = (_Block(width, width) for _ in range(BLOCKS_PER_STAGE - 1))
             self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
             channels = width
-        self.linear = nn.Linear(channels, num_classes)
+        self.linear = nn.Linear(channels, num_classes, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) float32, (pixel / 255 - MEAN) / STD -> means (B, 64), logits."""

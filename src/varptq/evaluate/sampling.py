@@ -30,6 +30,7 @@ from varptq.distributed import Ranks
 from varptq.errors import InputError, OutputError
 from varptq.evaluate.image_files import write_npz
 from varptq.files import StagedFolder, write_atomic
+from varptq.models.bare import bare
 from varptq.models.generate import DEFAULT_BATCH, Output, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
@@ -37,6 +38,7 @@ from varptq.models.state_file import networks_sha256
 from varptq.pictures import Pixels, to_pixels
 from varptq.progress import Progress, silent
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.torch_state import plain_torch
 
 FORMAT_VERSION = 1
 MANIFEST = "samples.json"
@@ -125,7 +127,9 @@ class SampleSet:
         Score, which neighbours of one class would break. Raises `OutputError`.
         """
         generator = torch.Generator().manual_seed(EXPORT_SEED)
-        place_N = torch.randperm(self.count, generator=generator).numpy()
+        place_N = torch.randperm(
+            self.count, generator=generator, dtype=torch.int64, device="cpu"
+        ).numpy()
         parts = (
             (place_N[shard.first : shard.first + len(shard.images)], shard.images, shard.labels)
             for shard in self.shards()
@@ -144,6 +148,7 @@ class SampleSet:
                     Image.fromarray(image).save(staging / _png_name(shard.first + offset))
 
 
+@plain_torch()
 def sample_set(
     pipe: Pipeline,
     folder: str | Path,
@@ -167,6 +172,7 @@ def sample_set(
     end in the same bytes goes on with the same one. Raises `InputError` for numbers that cannot be
     used, `OutputError` where the folder holds something else or cannot be written.
     """
+    pipe = bare(pipe)
     settings = settings or SamplingSettings()
     for name, value in (("count", count), ("batch", batch), ("shard_size", shard_size)):
         if value < 1:
@@ -213,7 +219,8 @@ def _shifted(progress: Progress, whole: str, before: int, count: int) -> Progres
 def balanced_labels(num_classes: int, count: int, seed: int) -> Tensor:
     """(count,) int64: one random order of all classes, repeated, so the label of an image does not
     depend on `count`."""
-    order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(num_classes, generator=generator, dtype=torch.int64, device="cpu")
     return order.repeat(-(-count // num_classes))[:count]
 
 

@@ -77,7 +77,9 @@ def _flaw(covariance: Tensor) -> str | None:
     if apart > ROUNDING * highest:
         return f"differs from its transpose by {float(apart):g}"
     # A factor exists where no eigenvalue is below what is added to all of them.
-    shift = torch.eye(len(covariance), dtype=torch.float64) * (ROUNDING * covariance.trace())
+    shift = torch.eye(len(covariance), dtype=torch.float64, device="cpu") * (
+        ROUNDING * covariance.trace()
+    )
     if highest > 0 and torch.linalg.cholesky_ex(covariance + shift).info:
         return "has a negative eigenvalue"
     return None

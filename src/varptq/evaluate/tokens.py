@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from varptq.errors import InputError
+from varptq.models.bare import bare
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.sampling import SamplingSettings, filter_logits
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.models.scales import Scales
+from varptq.torch_state import plain_torch
 
 DEFAULT_BATCH = 8
 
@@ -51,6 +53,7 @@ class TokenFidelity:
         return asdict(self)
 
 
+@plain_torch()
 @torch.no_grad()
 def token_fidelity(
     float_pipe: Pipeline,
@@ -68,10 +71,11 @@ def token_fidelity(
     float model sampled for these labels and calibration has not seen. Raises `InputError` for
     models that do not speak the same tokens, and for tokens, labels or settings out of range.
     """
+    float_pipe, quant_pipe = bare(float_pipe), bare(quant_pipe)
     SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
     labels_B = float_pipe.labels(labels_B)
     _check(float_pipe, quant_pipe, labels_B, ids_BL, batch_size)
-    sums_K3 = torch.zeros(float_pipe.scales.num_scales, 3, dtype=torch.float64)
+    sums_K3 = torch.zeros(float_pipe.scales.num_scales, 3, dtype=torch.float64, device="cpu")
     for labels_b, ids_bL in zip(labels_B.split(batch_size), ids_BL.split(batch_size), strict=True):
         streams = [guided_logits(pipe, labels_b, ids_bL, cfg) for pipe in (float_pipe, quant_pipe)]
         for (scale, p_blV), (_, q_blV) in zip(*streams, strict=True):
@@ -93,7 +97,7 @@ def _sums(p_BlV: Tensor, q_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _means(sums_K3: Tensor, num_images: int, scales: Scales) -> TokenFidelity:
-    tokens_K = num_images * torch.tensor(scales.lengths, dtype=torch.float64)
+    tokens_K = num_images * torch.tensor(scales.lengths, dtype=torch.float64, device="cpu")
     per_scale = (sums_K3 / tokens_K.unsqueeze(-1)).T.tolist()
     kl, kl_filtered, top1 = (sums_K3.sum(0) / tokens_K.sum()).tolist()
     return TokenFidelity(

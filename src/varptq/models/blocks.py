@@ -48,11 +48,12 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_width, self.l2_norm = num_heads, width // num_heads, l2_norm
         self.mat_qkv = TokenLinear(width, 3 * width, bias=False, kind="mat_qkv")
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.q_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.v_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.register_buffer("zero_k_bias", torch.zeros(width, dtype=torch.float32))
         if l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), INIT_LOG_SCALE))
+            scale = torch.full((1, num_heads, 1, 1), INIT_LOG_SCALE, dtype=torch.float32)
+            self.scale_mul_1H11 = nn.Parameter(scale)
         self.proj = TokenLinear(width, width, kind="proj")
         self.scores = Scores()
         self.mix = Mix()
@@ -65,7 +66,8 @@ class Attention(nn.Module):
     def query_factor(self) -> Tensor:
         """(H,) float32: what q is multiplied with."""
         if not self.l2_norm:
-            return torch.full((self.num_heads,), Q_SCALE / math.sqrt(self.head_width))
+            scale, device = Q_SCALE / math.sqrt(self.head_width), self.q_bias.device
+            return torch.full((self.num_heads,), scale, dtype=torch.float32, device=device)
         return self.scale_mul_1H11.detach().float().clamp_max(MAX_LOG_SCALE).exp().flatten()
 
     def fold_of_values(self) -> ValueFold:
@@ -134,7 +136,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(width)
         self.shared_adaln = shared_adaln
         if shared_adaln:
-            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, width))
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, width, dtype=torch.float32))
         else:
             self.ada_lin = ada_lin(width, 6)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from varptq.errors import InputError, is_out_of_memory
+from varptq.models.bare import bare
 from varptq.models.memory import batch_too_large
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import (
@@ -26,6 +27,7 @@ from varptq.models.sampling import (
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.models.seams import run_stages, spans_of
 from varptq.progress import Progress, silent
+from varptq.torch_state import plain_torch
 
 DEFAULT_BATCH = 16
 
@@ -51,6 +53,7 @@ class ScaleEvent:
     f_hat: Tensor
 
 
+@plain_torch()
 def generate(
     pipe: Pipeline,
     labels: Sequence[int | str] | Tensor,
@@ -79,6 +82,7 @@ def generate(
     settings = SamplingSettings(
         cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
     )
+    pipe = bare(pipe)
     labels_B = pipe.labels(labels)
     forced = _check_forced(pipe, forced, len(labels_B))
     if batch_size < 1:

@@ -23,6 +23,7 @@ from varptq.models.shards import INDEX_SUFFIX
 from varptq.models.transformer import Transformer
 from varptq.models.var import VAR, randomize
 from varptq.models.vqvae import VQVAE
+from varptq.torch_state import plain_torch
 
 # The name of the row of class embeddings that stands for no class.
 UNCONDITIONAL = "unconditional"
@@ -60,6 +61,7 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         return self.var.dtype
 
+    @plain_torch()
     def to(
         self,
         *,
@@ -100,7 +102,7 @@ class Pipeline:
         labels = [self._label(value) for value in values]
         if not labels:
             raise InputError("labels: empty; give at least one class")
-        return torch.tensor(labels, device=self.device)
+        return torch.tensor(labels, dtype=torch.int64, device=self.device)
 
     def guidance_rows(self, labels_B: Tensor) -> Tensor:
         """(2B,) on the model's device: the labels, then "unconditional" as often; the rows that
@@ -141,6 +143,7 @@ class Pipeline:
         raise InputError(f"class {name!r}: unknown; did you mean {', '.join(near)}?")
 
 
+@plain_torch()
 def load_model(
     name: str | None = None,
     *,
@@ -210,6 +213,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+@plain_torch()
 def build_model(
     name: str,
     *,

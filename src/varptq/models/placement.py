@@ -39,7 +39,7 @@ def checked_device(device: Any) -> torch.device:
     if found.type == "meta" or (found.type == "cpu" and (found.index or 0) > 0):
         raise ConfigError(f"{expected}; use cpu")
     try:
-        torch.empty(1, device=found)
+        torch.empty(1, dtype=torch.float32, device=found)
     except (RuntimeError, NotImplementedError, AssertionError):
         raise ConfigError(f"{expected}, and {found.type} is not here; use cpu") from None
     return found

@@ -43,7 +43,9 @@ class Phi(nn.Conv2d):
     """phi(h) = 0.5 h + 0.5 conv(h), size preserving."""
 
     def __init__(self, code_dim: int) -> None:
-        super().__init__(code_dim, code_dim, PHI_KERNEL, padding=PHI_KERNEL // 2)
+        super().__init__(
+            code_dim, code_dim, PHI_KERNEL, padding=PHI_KERNEL // 2, dtype=torch.float32
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, P, P) -> (B, C, P, P)."""
@@ -71,10 +73,10 @@ class TokenPyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.scales = scales
-        self.embedding = nn.Embedding(codebook_size, code_dim)
+        self.embedding = nn.Embedding(codebook_size, code_dim, dtype=torch.float32)
         self.quant_resi = PhiBank(num_phi, code_dim)
         self.phi_of_scale = phi_index(scales.num_scales, num_phi)
-        hits = torch.zeros(hit_scales, codebook_size) if hit_scales else None
+        hits = torch.zeros(hit_scales, codebook_size, dtype=torch.float32) if hit_scales else None
         self.register_buffer("ema_vocab_hit_SV", hits)
 
     def zeros(self, batch: int) -> Tensor:

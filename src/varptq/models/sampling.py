@@ -102,7 +102,7 @@ class ImageRandom:
 
     def uniform(self, *shape: int) -> Tensor:
         """The next values: float32 in (0, 1), both ends excluded."""
-        steps = torch.rand(shape, generator=self._generator)
+        steps = torch.rand(shape, generator=self._generator, dtype=torch.float32, device="cpu")
         return steps.add_(HALF_STEP).clamp_(max=BELOW_ONE)
 
     def gumbel(self, *shape: int) -> Tensor:

@@ -63,7 +63,8 @@ class Scales:
 
     def scale_of_L(self) -> Tensor:
         """(L,) int64: scale index of each position."""
-        return torch.tensor([k for k, length in enumerate(self.lengths) for _ in range(length)])
+        scales = [k for k, length in enumerate(self.lengths) for _ in range(length)]
+        return torch.tensor(scales, dtype=torch.int64, device="cpu")
 
     def ratio(self, scale: int) -> float:
         """scale / (K - 1): 0 at the first scale, 1 at the last (0 for a single scale)."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -84,7 +85,7 @@ class TokenLinear(nn.Linear):
         kind: str,
         first_scale: int = 0,
     ) -> None:
-        super().__init__(in_features, out_features, bias)
+        super().__init__(in_features, out_features, bias, dtype=torch.float32)
         self.kind, self.first_scale = kind, first_scale
 
     def forward(self, input: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
@@ -101,7 +102,7 @@ class ConditionLinear(nn.Linear):
     reads: Reads = "condition"
 
     def __init__(self, in_features: int, out_features: int, *, kind: str) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, dtype=torch.float32)
         self.kind = kind
 
     def tokens_per_image(self, scales: Scales) -> int:

@@ -88,10 +88,10 @@ class VAR(Transformer):
         super().__init__()
         self.arch = arch
         width, scales = arch.width, arch.scales
-        self.class_emb = nn.Embedding(arch.num_classes + 1, width)
-        self.pos_start = nn.Parameter(torch.zeros(1, scales.lengths[0], width))
-        self.pos_1LC = nn.Parameter(torch.zeros(1, scales.num_tokens, width))
-        self.lvl_embed = nn.Embedding(scales.num_scales, width)
+        self.class_emb = nn.Embedding(arch.num_classes + 1, width, dtype=torch.float32)
+        self.pos_start = nn.Parameter(torch.zeros(1, scales.lengths[0], width, dtype=torch.float32))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, scales.num_tokens, width, dtype=torch.float32))
+        self.lvl_embed = nn.Embedding(scales.num_scales, width, dtype=torch.float32)
         # The first scale starts from the class. A model of one scale has this layer all the same.
         first = min(1, scales.num_scales - 1)
         self.word_embed = TokenLinear(arch.code_dim, width, kind="word_embed", first_scale=first)
@@ -103,7 +103,7 @@ class VAR(Transformer):
         )
         self.head_nm = HeadNorm(width)
         self.head = TokenLinear(width, arch.codebook_size, kind="head")
-        self.register_buffer("lvl_1L", scales.scale_of_L().view(1, -1))
+        self.register_buffer("lvl_1L", scales.scale_of_L().view(1, -1).to(self.pos_1LC.device))
 
     @property
     def width(self) -> int:
@@ -229,7 +229,6 @@ def randomize(var: VAR, generator: torch.Generator) -> None:
         if name.endswith("scale_mul_1H11"):
             continue
         std = 0.5 / math.sqrt(parameter.shape[-1]) if "ada_lin.1.weight" in name else INIT_STD
-        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(
-            0.0, std, generator=generator
-        )
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        values.normal_(0.0, std, generator=generator)
         parameter.copy_(values)

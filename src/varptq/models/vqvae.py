@@ -66,11 +66,11 @@ class VQVAEArch:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS, dtype=torch.float32)
 
 
 def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, dtype=torch.float32)
 
 
 class ResBlock(nn.Module):
@@ -81,7 +81,9 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = _norm(channels_in), _conv3(channels_in, channels_out)
         self.norm2, self.conv2 = _norm(channels_out), _conv3(channels_out, channels_out)
         same = channels_in == channels_out
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+        self.nin_shortcut = (
+            nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1, dtype=torch.float32)
+        )
 
     def forward(self, x_BCSS: Tensor) -> Tensor:
         # Nested and in place for the same reason as `Level.steps`.
@@ -98,8 +100,8 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, dtype=torch.float32)
+        self.proj_out = nn.Conv2d(channels, channels, 1, dtype=torch.float32)
 
     def forward(self, x_BCSS: Tensor) -> Tensor:
         channels, height, width = x_BCSS.shape[1:]
@@ -115,7 +117,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, dtype=torch.float32)
 
     def forward(self, x_BCSS: Tensor) -> Tensor:
         return self.conv(F.pad(x_BCSS, (0, 1, 0, 1)))
@@ -243,8 +245,8 @@ class VQVAE(nn.Module):
             scales, arch.codebook_size, arch.code_dim, arch.num_phi, arch.hit_scales
         )
         kernel, dim = arch.quant_kernel, arch.code_dim
-        self.quant_conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
-        self.post_quant_conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
+        self.quant_conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, dtype=torch.float32)
+        self.post_quant_conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, dtype=torch.float32)
 
     @property
     def scales(self) -> Scales:
@@ -300,7 +302,8 @@ class VQVAE(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 std = parameter[0].numel() ** -0.5
-                values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+                values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                values.normal_(0.0, std, generator=generator)
                 parameter.copy_(values)
             else:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varptq.errors import NonFiniteError
+from varptq.errors import InputError, NonFiniteError
 from varptq.native import build
+from varptq.native.pointers import pointer, row_numbers
 from varptq.native.structs import LinearArgs, PackArgs, QuantizeArgs
 
 OK, NON_FINITE = 0, 1
@@ -177,14 +178,6 @@ def _layout(inputs: int, row_group: int | None, weight_group: int | None) -> tup
     return row, weight, segment
 
 
-def _pointer(t: Tensor | None, dtype: torch.dtype, what: str) -> int | None:
-    if t is None:
-        return None
-    if t.dtype != dtype or not t.is_contiguous() or t.device.type != "cpu":
-        raise ValueError(f"{what}: {t.dtype} {tuple(t.stride())}, expected contiguous {dtype}")
-    return t.data_ptr()
-
-
 def _padded(segment: int) -> int:
     return -(-segment // 64) * 64
 
@@ -192,8 +185,8 @@ def _padded(segment: int) -> int:
 def _per_image(t: Tensor, inputs: int, images: int, what: str) -> Tensor:
     """gain or shift as (1 or images, K)."""
     rows = t.reshape(-1, inputs)
-    if rows.shape[0] not in (1, images) or t.dtype != torch.float32:
-        raise ValueError(f"{what}: {tuple(t.shape)} {t.dtype} for {images} images")
+    if rows.shape[0] not in (1, images):
+        raise InputError(f"native core, {what}: {tuple(t.shape)}, expected one or {images} rows")
     return rows.contiguous()
 
 
@@ -226,12 +219,13 @@ def quantize(
     m = x.numel() // inputs
     images = x.shape[0] if x.dim() == 3 else 1
     rows, segments = m * (1 + sign_split), inputs // segment
-    codes = torch.empty((rows, segments * _padded(segment)), dtype=torch.uint8)
-    scale = torch.empty((rows, inputs // row))
-    zero_point = torch.empty((rows, inputs // row), dtype=torch.int32)
-    sums = torch.empty((rows, segments), dtype=torch.int32)
-    values = torch.empty((m, inputs)) if keep_values else None
-    a = QuantizeArgs(rows=m, width=inputs, x=x.data_ptr(), row_stride=inputs)
+    codes = torch.empty((rows, segments * _padded(segment)), dtype=torch.uint8, device="cpu")
+    scale = torch.empty((rows, inputs // row), dtype=torch.float32, device="cpu")
+    zero_point = torch.empty((rows, inputs // row), dtype=torch.int32, device="cpu")
+    sums = torch.empty((rows, segments), dtype=torch.int32, device="cpu")
+    values = torch.empty((m, inputs), dtype=torch.float32, device="cpu") if keep_values else None
+    a = QuantizeArgs(rows=m, width=inputs, row_stride=inputs)
+    a.x = pointer(x, f"input of layer {layer}", x.dtype, *x.shape)
     a.x_type, a.num_bits, a.sign_split = _TYPES[x.dtype], num_bits, sign_split
     a.group, a.segment, a.hadamard = row, segment, hadamard or 0
     a.rows_per_image = max(1, m // max(1, images))
@@ -239,16 +233,17 @@ def quantize(
     if norm:
         gain = _per_image(norm.gain, inputs, images, "gain")
         shift = _per_image(norm.shift, inputs, images, "shift")
-        if gain.shape != shift.shape:
-            raise ValueError(f"gain {tuple(gain.shape)} and shift {tuple(shift.shape)} differ")
-        a.gain, a.shift, a.eps = gain.data_ptr(), shift.data_ptr(), norm.eps
+        a.gain = pointer(gain, "gain", torch.float32, *gain.shape)
+        a.shift, a.eps = pointer(shift, "shift", torch.float32, *gain.shape), norm.eps
         a.modulation_stride = inputs if gain.shape[0] > 1 else 0
-    a.means = _pointer(means, torch.float32, "means")
     # Held until the call is over: the pointer keeps nothing alive.
     token_rows = _token_rows(mean_rows, a.rows_per_image)
-    a.mean_row = _pointer(token_rows, torch.int32, "mean_rows")
+    if means is not None:
+        a.means = pointer(means, "means", torch.float32, len(means), inputs)
+        if token_rows is not None:
+            a.mean_row = row_numbers(token_rows, "mean_rows", a.rows_per_image, means)
     a.codes, a.scale, a.zero_point = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
-    a.sum, a.values = sums.data_ptr(), _pointer(values, torch.float32, "values")
+    a.sum, a.values = sums.data_ptr(), None if values is None else values.data_ptr()
     a.threads = torch.get_num_threads()
     code = _library().vq_quantize(ctypes.byref(a))
     if code == NON_FINITE:
@@ -283,12 +278,13 @@ def pack(
     zero_point = zero_point.to(torch.int32).contiguous()
     scale, codes = scale.float().contiguous(), codes.contiguous()
     packed = _aligned_bytes(library.vq_packed_bytes(outputs, inputs, segment, num_bits))
-    panel_scale = torch.empty((panels, inputs // group, PANEL))
-    panel_zero = torch.empty((panels, inputs // group, PANEL), dtype=torch.int32)
-    panel_sum = torch.empty((panels, inputs // segment, PANEL), dtype=torch.int32)
+    panel_scale = torch.empty((panels, inputs // group, PANEL), dtype=torch.float32, device="cpu")
+    panel_zero = torch.empty((panels, inputs // group, PANEL), dtype=torch.int32, device="cpu")
+    panel_sum = torch.empty((panels, inputs // segment, PANEL), dtype=torch.int32, device="cpu")
     a = PackArgs(outputs=outputs, inputs=inputs, num_bits=num_bits, group=group, segment=segment)
-    a.codes = _pointer(codes, torch.uint8, "codes")
-    a.zero_point, a.scale = zero_point.data_ptr(), scale.data_ptr()
+    a.codes = pointer(codes, "codes", torch.uint8, outputs, inputs)
+    a.zero_point = pointer(zero_point, "zero_point", torch.int32, outputs, inputs // group)
+    a.scale = pointer(scale, "scale", torch.float32, outputs, inputs // group)
     a.packed, a.panel_scale = packed.data_ptr(), panel_scale.data_ptr()
     a.panel_zero, a.panel_sum = panel_zero.data_ptr(), panel_sum.data_ptr()
     code = library.vq_pack(ctypes.byref(a))
@@ -301,7 +297,7 @@ def pack(
 
 def _aligned_bytes(size: int) -> Tensor:
     """uint8 tensor whose data starts at a multiple of 64 bytes, so that no load crosses a line."""
-    whole = torch.empty(size + 64, dtype=torch.uint8)
+    whole = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
     start = -whole.data_ptr() % 64
     return whole[start : start + size]
 
@@ -316,10 +312,18 @@ def _linear_args(rows: Rows, weight: PackedWeight) -> LinearArgs:
     a.rows_per_image = 1
     a.row_group, a.weight_group, a.segment = rows.group, weight.group, rows.segment
     a.row_bits, a.weight_bits, a.pairs = rows.num_bits, weight.num_bits, rows.pairs
-    a.codes, a.scale = rows.codes.data_ptr(), rows.scale.data_ptr()
-    a.zero_point, a.sum = rows.zero_point.data_ptr(), rows.sums.data_ptr()
-    a.packed, a.panel_scale = weight.packed.data_ptr(), weight.scale.data_ptr()
-    a.panel_zero, a.panel_sum = weight.zero_point.data_ptr(), weight.sums.data_ptr()
+    groups, segments = a.inputs // a.row_group, a.inputs // a.segment
+    width = segments * _padded(a.segment)
+    a.codes = pointer(rows.codes, "codes", torch.uint8, a.rows, width)
+    a.scale = pointer(rows.scale, "scale", torch.float32, a.rows, groups)
+    a.zero_point = pointer(rows.zero_point, "zero_point", torch.int32, a.rows, groups)
+    a.sum = pointer(rows.sums, "sums", torch.int32, a.rows, segments)
+    size = _library().vq_packed_bytes(a.outputs, a.inputs, a.segment, a.weight_bits)
+    panels, groups = -(-weight.outputs // PANEL), a.inputs // a.weight_group
+    a.packed = pointer(weight.packed, "weight", torch.uint8, size)
+    a.panel_scale = pointer(weight.scale, "weight's scale", torch.float32, panels, groups, PANEL)
+    a.panel_zero = pointer(weight.zero_point, "weight's zero", torch.int32, panels, groups, PANEL)
+    a.panel_sum = pointer(weight.sums, "weight's sums", torch.int32, panels, segments, PANEL)
     a.threads = torch.get_num_threads()
     return a
 
@@ -336,13 +340,16 @@ def linear(
     takes the row `bias_rows` (l,) int32 of (without them row 0)."""
     a = _linear_args(rows, weight)
     shape = rows.shape
-    y = torch.empty((*shape[:-1], weight.outputs), dtype=dtype)
+    y = torch.empty((*shape[:-1], weight.outputs), dtype=dtype, device="cpu")
     m = y.numel() // weight.outputs
     a.rows_per_image = max(1, m // max(1, shape[0] if len(shape) == 3 else 1))
-    a.bias = _pointer(bias, torch.float32, "bias")
     # Held until the call is over: the pointer keeps nothing alive.
     token_rows = _token_rows(bias_rows, a.rows_per_image)
-    a.bias_row = _pointer(token_rows, torch.int32, "bias_rows")
+    if bias is not None:
+        table = bias.view(-1, weight.outputs)
+        a.bias = pointer(table, "bias", torch.float32, *table.shape)
+        if token_rows is not None:
+            a.bias_row = row_numbers(token_rows, "bias_rows", a.rows_per_image, table)
     a.y, a.y_stride, a.y_type = y.data_ptr(), weight.outputs, _TYPES[dtype]
     code = _library().vq_linear(ctypes.byref(a))
     assert code == OK, f"vq_linear: {code}"
@@ -353,7 +360,9 @@ def accumulate(rows: Rows, weight: PackedWeight) -> Tensor:
     """The exact integers behind `linear`: sum of (a - za)(w - zw) over each segment, (rows, N, S)
     int32."""
     a = _linear_args(rows, weight)
-    products = torch.empty((a.rows, weight.outputs, rows.sums.shape[1]), dtype=torch.int32)
+    products = torch.empty(
+        (a.rows, weight.outputs, rows.sums.shape[1]), dtype=torch.int32, device="cpu"
+    )
     a.products = products.data_ptr()
     code = _library().vq_accumulate(ctypes.byref(a))
     assert code == OK, f"vq_accumulate: {code}"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from varptq.errors import NonFiniteError
 from varptq.native.binding import core, reason
+from varptq.native.pointers import dense, pointer
 from varptq.native.structs_attention import AttentionArgs, PhiArgs, SampleArgs, TraceArgs
 
 OK, NON_FINITE = 0, 1
@@ -80,15 +81,21 @@ class AttentionScheme:
         return None
 
 
+def _cache_bytes(scheme: AttentionScheme) -> int:
+    """Bytes of the cache of one head."""
+    size: int = _library().vq_attention_cache_bytes(
+        scheme.head_width, scheme.capacity, len(scheme.ends)
+    )
+    assert size > 0, scheme.lacks()
+    return size
+
+
 class AttentionCache:
     """Codes of the keys and values of one layer: `data` uint8 (B, H, bytes), `length` tokens."""
 
     def __init__(self, scheme: AttentionScheme, rows: int) -> None:
-        size = _library().vq_attention_cache_bytes(
-            scheme.head_width, scheme.capacity, len(scheme.ends)
-        )
-        assert size > 0, scheme.lacks()
-        self.data = torch.empty((rows, scheme.heads, size), dtype=torch.uint8)
+        size = _cache_bytes(scheme)
+        self.data = torch.empty((rows, scheme.heads, size), dtype=torch.uint8, device="cpu")
         self.length = 0
 
 
@@ -120,7 +127,7 @@ def new_trace(scheme: AttentionScheme, rows: int, tokens: int, spans: int) -> At
     heads, width, capacity = scheme.heads, scheme.head_width, scheme.capacity
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros((rows, heads, *shape), dtype=dtype)
+        return torch.zeros((rows, heads, *shape), dtype=dtype, device="cpu")
 
     return AttentionTrace(
         *(zeros(tokens, width, dtype=torch.uint8), zeros(tokens)),
@@ -129,15 +136,9 @@ def new_trace(scheme: AttentionScheme, rows: int, tokens: int, spans: int) -> At
         *(zeros(capacity, width, dtype=torch.int32), zeros(capacity)),
         *(zeros(capacity, dtype=torch.int32), zeros(tokens, capacity)),
         zeros(tokens, capacity, dtype=torch.uint8),
-        torch.zeros((spans, rows, heads, capacity), dtype=torch.int32),
+        torch.zeros((spans, rows, heads, capacity), dtype=torch.int32, device="cpu"),
         zeros(tokens),
     )
-
-
-def _float32(x: Tensor, *shape: int) -> Tensor:
-    """x as dense float32 of `shape`: a wrong shape here would be a wrong address there."""
-    assert x.shape == shape and x.device.type == "cpu", (x.shape, shape, x.device)
-    return x.detach().to(torch.float32).contiguous()
 
 
 def attend(
@@ -166,15 +167,15 @@ def attend(
     """
     rows, tokens = qkv_BlT.shape[:2]
     heads, width = scheme.heads, scheme.head_width
-    qkv = _float32(qkv_BlT, rows, tokens, 3 * heads * width)
-    query_bias = _float32(query_bias_C, heads * width)
-    value_bias = _float32(value_bias_C, heads * width)
-    factor = _float32(query_factor_H, heads)
-    mean = None if key_mean_Hc is None else _float32(key_mean_Hc, heads, width)
-    assert cache.data.shape[:2] == (rows, heads), (cache.data.shape, rows, heads)
-    ends = torch.tensor(scheme.ends)
-    cuts = torch.tensor([(s[0].start, s[0].stop, s[1][-1]) for s in spans], dtype=torch.int64)
-    out = torch.empty((rows, tokens, heads * width))
+    qkv = dense(qkv_BlT, f"qkv of layer {layer}", rows, tokens, 3 * heads * width)
+    query_bias = dense(query_bias_C, "query bias", heads * width)
+    value_bias = dense(value_bias_C, "value bias", heads * width)
+    factor = dense(query_factor_H, "query factor", heads)
+    mean = None if key_mean_Hc is None else dense(key_mean_Hc, "key mean", heads, width)
+    ends = torch.tensor(scheme.ends, dtype=torch.int64, device="cpu")
+    bounds = [(s[0].start, s[0].stop, s[1][-1]) for s in spans]
+    cuts = torch.tensor(bounds, dtype=torch.int64, device="cpu")
+    out = torch.empty((rows, tokens, heads * width), dtype=torch.float32, device="cpu")
     a = AttentionArgs(batch=rows, heads=heads, width=width, tokens=tokens, start=cache.length)
     a.capacity, a.ends, a.segments = scheme.capacity, ends.data_ptr(), len(scheme.ends)
     a.spans, a.num_spans, a.policy = cuts.data_ptr(), len(spans), _POLICIES[scheme.policy]
@@ -184,9 +185,13 @@ def attend(
     a.theta = NO_THETA if theta is None else theta
     a.qkv, a.query_bias, a.value_bias = qkv.data_ptr(), query_bias.data_ptr(), value_bias.data_ptr()
     a.query_factor, a.key_mean = factor.data_ptr(), None if mean is None else mean.data_ptr()
-    a.cache, a.out = cache.data.data_ptr(), out.data_ptr()
+    size = _cache_bytes(scheme)
+    a.cache = pointer(cache.data, "attention cache", torch.uint8, rows, heads, size)
+    a.out = out.data_ptr()
     if trace is not None:
-        a.trace = ctypes.pointer(TraceArgs(*(tensor.data_ptr() for tensor in trace)))
+        a.trace = ctypes.pointer(
+            TraceArgs(*(pointer(t, "trace", t.dtype, *t.shape) for t in trace))
+        )
     a.threads = torch.get_num_threads()
     code = _library().vq_attention(ctypes.byref(a))
     if code == NON_FINITE:
@@ -227,11 +232,11 @@ def sample(
     length, vocabulary = logits_BlV.shape[1:]
     shape = (rows, length, vocabulary)
     halves = 1 if guidance is None else 2
-    logits = _float32(logits_BlV, halves * rows, length, vocabulary)
-    uniform = None if uniform_BlV is None else _float32(uniform_BlV, *shape)
-    ids = None if uniform is None else torch.empty(shape[:2], dtype=torch.int64)
-    kept = torch.empty(shape) if filtered else None
-    bad_row = torch.zeros(1, dtype=torch.int64)
+    logits = dense(logits_BlV, "logits", halves * rows, length, vocabulary)
+    uniform = None if uniform_BlV is None else dense(uniform_BlV, "noise", *shape)
+    ids = None if uniform is None else torch.empty(shape[:2], dtype=torch.int64, device="cpu")
+    kept = torch.empty(shape, dtype=torch.float32, device="cpu") if filtered else None
+    bad_row = torch.zeros(1, dtype=torch.int64, device="cpu")
     a = SampleArgs(rows=rows * length, vocabulary=vocabulary, logits=logits.data_ptr())
     if guidance is not None:
         a.unconditional = logits[rows:].data_ptr()
@@ -259,9 +264,10 @@ def add_phi(f_hat_BCPP: Tensor, h_BCPP: Tensor, weight: Tensor, bias: Tensor) ->
     """
     batch, channels, side = f_hat_BCPP.shape[:3]
     shape = (batch, channels, side, side)
-    f_hat, h = _float32(f_hat_BCPP, *shape), _float32(h_BCPP, *shape)
-    weight, bias = _float32(weight, channels, channels, 3, 3), _float32(bias, channels)
-    out = torch.empty(shape)
+    f_hat, h = dense(f_hat_BCPP, "f_hat", *shape), dense(h_BCPP, "token map", *shape)
+    weight = dense(weight, "phi weight", channels, channels, 3, 3)
+    bias = dense(bias, "phi bias", channels)
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
     a = PhiArgs(batch=batch, channels=channels, side=side, h=h.data_ptr(), out=out.data_ptr())
     a.weight, a.bias, a.f_hat = weight.data_ptr(), bias.data_ptr(), f_hat.data_ptr()
     a.threads = torch.get_num_threads()

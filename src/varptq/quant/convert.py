@@ -69,7 +69,10 @@ def convert(var: Transformer, config: QuantConfig) -> Transformer:
     # Parameters of its own on the same memory: moving, casting or freezing one model must not reach
     # the other.
     shared: dict[int, Tensor] = {id(b): b for b in var.buffers()}
-    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in var.parameters()}
+    for p in var.parameters():
+        # What was loaded or moved inside torch.inference_mode() takes no part in gradients.
+        own = p.detach().clone() if p.is_inference() else p.detach()
+        shared[id(p)] = nn.Parameter(own, requires_grad=False)
     model = copy.deepcopy(var, shared)
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent.named_children()):

@@ -51,7 +51,9 @@ def weight_grid(weight: Tensor, spec: TensorSpec, layer: str) -> tuple[Tensor, G
     if rows.is_meta:
         # Shapes are all there is, and torch would load its compiler to follow the arithmetic.
         shape = (*rows.shape[:-1], 1)
-        return rows, Grid(*(torch.empty(shape, device=rows.device) for _ in range(2)))
+        return rows, Grid(
+            *(torch.empty(shape, dtype=rows.dtype, device=rows.device) for _ in range(2))
+        )
     grid = affine_grid(rows, spec.num_bits, -1, spec.range_rule)
     if not bool(torch.isfinite(grid.scale).all()):
         raise NonFiniteError(f"layer {layer}: weight holds NaN or infinity; repair the checkpoint")
@@ -128,7 +130,8 @@ class QuantLinear(nn.Module):
         weight = linear.weight.detach()
         if self.centred:
             for name, width in (("means", self.in_features), ("mean_bias", self.out_features)):
-                self.register_buffer(name, torch.zeros(num_scales, width, device=weight.device))
+                table = torch.zeros(num_scales, width, dtype=torch.float32, device=weight.device)
+                self.register_buffer(name, table)
         if self.block and not weight.is_meta:
             weight = rotate_weight(weight, self.block)
         self.float_weight: Tensor | None = weight
@@ -136,7 +139,7 @@ class QuantLinear(nn.Module):
             self.weight = nn.Parameter(weight, requires_grad=False) if self.block else linear.weight
             return
         rows, grid = weight_grid(weight, spec.weight, layer)
-        self.register_buffer("codes", torch.empty(0))
+        self.register_buffer("codes", torch.empty(0, dtype=torch.uint8))
         self.register_buffer("scale", grid.scale.squeeze(-1))
         self.register_buffer("zero_point", grid.zero_point.squeeze(-1))
         codes = rows if rows.is_meta else affine_codes(rows, grid, spec.weight.num_bits)
@@ -274,8 +277,8 @@ class QuantLinear(nn.Module):
             )
             return self.means.mean(0, keepdim=True), self.mean_bias.mean(0, keepdim=True)
         lengths = [span.queries.stop - span.queries.start for span in spans]
-        scales = torch.tensor([span.scale for span in spans], device=device)
-        rows = scales.repeat_interleave(torch.tensor(lengths, device=device))
+        scales = torch.tensor([span.scale for span in spans], dtype=torch.int64, device=device)
+        rows = scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=device))
         return self.means[rows], self.mean_bias[rows]
 
     def extra_repr(self) -> str:

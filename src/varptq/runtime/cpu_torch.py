@@ -91,9 +91,9 @@ def _int8_product(a_Mg: Tensor, w_Ng: Tensor) -> Tensor:
 
 @functools.cache
 def _int_mm_is_exact() -> bool:
-    unsigned = torch.full((PROBE, PROBE), 255, dtype=torch.uint8)
+    unsigned = torch.full((PROBE, PROBE), 255, dtype=torch.uint8, device="cpu")
     unsigned[::2, ::2] = 1
-    signed = torch.full((PROBE, PROBE), 127, dtype=torch.int8)
+    signed = torch.full((PROBE, PROBE), 127, dtype=torch.int8, device="cpu")
     signed[1::2] = -128
     try:
         return all(

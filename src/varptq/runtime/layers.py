@@ -98,7 +98,7 @@ class KernelModule(nn.Module):
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
         for name, buffer in self._buffers.items():
             if buffer is not None:
-                device = fn(torch.empty(0, device=buffer.device)).device
+                device = fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device
                 self._buffers[name] = buffer.to(device)
 
 
@@ -165,11 +165,11 @@ class IntLinear(KernelModule):
         assert self.means is not None
         if spans is None or len(self.means) == 1:
             return None
-        scales = torch.tensor([span.scale for span in spans], dtype=torch.int32)
+        scales = torch.tensor([span.scale for span in spans], dtype=torch.int32, device="cpu")
         if len(spans) == 1:
             return scales
         lengths = [span.queries.stop - span.queries.start for span in spans]
-        return scales.repeat_interleave(torch.tensor(lengths))
+        return scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
 
     def extra_repr(self) -> str:
         return f"{self.layer}, in={self.in_features}, out={self.out_features}, {self.kernels.name}"

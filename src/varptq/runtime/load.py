@@ -16,10 +16,12 @@ from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.convert import convert_linear, finish
 from varptq.runtime.decoder import decode_in
 from varptq.runtime.resolve import AUTO, Choice, asked_for, resolve
+from varptq.torch_state import plain_torch
 
 SLOW = "; slower than the float model"
 
 
+@plain_torch()
 def load(
     folder: str | Path,
     *,
@@ -50,6 +52,7 @@ def load(
     return pipeline
 
 
+@plain_torch()
 def choose(
     folder: str | Path, *, runtime: str = AUTO, device: str | torch.device = "cpu"
 ) -> Choice:

@@ -185,7 +185,7 @@ def combined(codes: Rows, packed: Scaled, products: Sequence[Tensor]) -> Tensor:
     if row_group == weight_group == count:
         scale_TMN = scale_TMG * scale_NG.T
         return (products[0].float() * scale_TMN).sum(dim=0)
-    y = torch.zeros(products[0].shape)
+    y = torch.zeros_like(products[0], dtype=torch.float32)
     per_row = row_group == count
     for g, first in enumerate(range(0, count, weight_group)):
         inner = torch.zeros_like(y)

@@ -150,7 +150,7 @@ def _wide_integers(v_Hlc: Tensor, grid: Grid, rule: AttentionRule) -> Integers:
     if rule.theta is None:
         codes, factor = affine_codes(v_Hlc, grid, bits), 1
     else:
-        finest = torch.full(v_Hlc.shape[:-1], rule.spec.max_order)
+        finest = torch.full_like(v_Hlc[..., 0], rule.spec.max_order, dtype=torch.int64)
         codes, factor = shift_sum_codes(v_Hlc, grid, finest, bits), 2**rule.spec.max_order
     u = (codes.double() - grid.zero_point.double()) * factor
     return Integers(u.to(torch.int64), grid.scale)

@@ -23,6 +23,7 @@ from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
 from varptq.pictures import VISIBLE_SIDE, Pixels, to_pixels
+from varptq.torch_state import plain_torch
 from varptq.web import parts
 from varptq.web.catalogue import Entry, Kind
 from varptq.web.files import offer_picture, stem
@@ -114,6 +115,7 @@ def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
     job.emit(Drawing(to_pixels(output.images), name, last, last, facts))
 
 
+@plain_torch()
 @torch.inference_mode()
 def decoded(pipe: Pipeline, f_hat: torch.Tensor) -> Pixels:
     """(B, H, W, 3) pictures of features that are not complete yet."""

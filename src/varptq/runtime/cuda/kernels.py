@@ -140,7 +140,7 @@ class CudaKernels:
             return torch.zeros(shape, dtype=torch.int8, device=device)
 
         def scales() -> Tensor:
-            return torch.zeros(pairs, num_tokens, device=device)
+            return torch.zeros(pairs, num_tokens, dtype=torch.float32, device=device)
 
         return Cache(codes(), scales(), ints(), ints(), codes(), scales(), ints())
 
@@ -172,12 +172,12 @@ class _Call:
         self.width = max(gemm.MIN_K, triton.next_power_of_2(rule.head_width))
         device, shape = qkv_BlD.device, (self.pairs, self.new)
         self.q = torch.empty(*shape, rule.head_width, dtype=torch.int8, device=device)
-        self.q_scale = torch.empty(shape, device=device)
+        self.q_scale = torch.empty(shape, dtype=torch.float32, device=device)
         self.q_zero = torch.empty(shape, dtype=torch.int32, device=device)
         self.q_sum = torch.empty_like(self.q_zero)
         self.row_max, self.row_z = torch.empty_like(self.q_scale), torch.empty_like(self.q_scale)
         channels = rule.num_heads * rule.head_width
-        self.out_BLC = torch.empty(rows, self.new, channels, device=device)
+        self.out_BLC = torch.empty(rows, self.new, channels, dtype=torch.float32, device=device)
         self.order = rule.spec.max_order if rule.theta is not None else 0
 
     def append(self, spans: Sequence[Span]) -> None:
@@ -243,7 +243,7 @@ class _Call:
         """
         cache = self.cache
         if self.rule.spec.policy == "segment":
-            last = torch.tensor(span.ends, device=order.device) - 1
+            last = torch.tensor(span.ends, dtype=torch.int64, device=order.device) - 1
             scales = cache.v_scale[:, last] / 2**self.order
             return torch.ones_like(cache.v_scale), scales.contiguous(), last.int() + 1
         step = cache.v_scale / torch.exp2(order.float())

@@ -177,7 +177,7 @@ def quantize(
     out_rows = 2 * rows if sign_split else rows
     device = x_MK.device
     codes = torch.empty(out_rows, width, dtype=torch.int8, device=device)
-    scale = torch.empty(out_rows, width // group, device=device)
+    scale = torch.empty(out_rows, width // group, dtype=torch.float32, device=device)
     zero = torch.empty(out_rows, width // group, dtype=torch.int32, device=device)
     sums = torch.empty(out_rows, width // segment, dtype=torch.int32, device=device)
     prologue = NORM if gain is not None else GELU if gelu else NO_PROLOGUE
@@ -186,7 +186,7 @@ def quantize(
     _quantize[(rows,)](
         x_MK, gain, shift, means, mean_row, signs, codes, scale, zero, sums,
         width, x_MK.stride(0), 0 if gain is None else gain.stride(0), rows_per_image, eps,
-        float(torch.tensor(block or 1, dtype=torch.float32).pow(-0.5)),
+        float(torch.tensor(block or 1, dtype=torch.float32, device="cpu").pow(-0.5)),
         WIDTH=padded, GROUP=group_padded, SEGMENT=segment_padded, BLOCK=block,
         PROLOGUE=prologue, CENTRED=means is not None, SPLIT=sign_split, TOP=float(top),
         OFFSET=128 if num_bits == 8 and not sign_split else 0, num_warps=4 if padded <= 2048 else 8,
