@@ -38,7 +38,7 @@ CONFIGS = ("w4a4", "w4a8", "w6a6", "w8a8", "w4a4+litevar", "w6a6+litevar", "w4a4
 # The choice that leaves the method to `default_method`.
 DEFAULT = "default"
 METHOD_HINTS = {
-    DEFAULT: ("sas for +paper, else gptq, or brecq where the calibration learns",),
+    DEFAULT: ("the one these bits were measured with",),
     "rtn": ("nearest rounding; draws the images first, unless +paper",),
     "gptq": ("reconstruction in closed form",),
     "brecq": ("reconstruction, block by block",),
