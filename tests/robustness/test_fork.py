@@ -25,7 +25,11 @@ def test_a_forked_child_draws_the_same_tokens(
     environment = {name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(tmp_path / "artifact")],
-        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **environment,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_WAIT_POLICY": "passive",  # two threads on a busy machine
+        },
         capture_output=True,
         text=True,
         timeout=600,

@@ -235,7 +235,7 @@ def test_precision_is_the_callers_again_when_the_last_call_ends(
 ) -> None:
     """Two calls in two threads, the first ending first."""
     counted()
-    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     full = x @ x
     first, second = plain_torch(), plain_torch()
     with precision("medium"):

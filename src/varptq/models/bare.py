@@ -24,6 +24,7 @@ COMPILED, WRAPPED = "_orig_mod", "module"
 OURS = ("varptq.", "torch.nn.modules.")
 # Where the hooks are from that make a weight of others before every call.
 NORMS = "torch.nn.utils."
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 PARTS = {"var": "transformer", "vae": "VQVAE"}
 
 Some = TypeVar("Some", bound=Pipeline)
@@ -68,14 +69,16 @@ def _change(module: nn.Module, *, hooks: bool) -> str | None:
     held = [name for name, _ in module.named_children()]
     if COMPILED in held or getattr(module, "_compiled_call_impl", None) is not None:
         return "is compiled (torch.compile); compile after quantizing, or load the model again"
-    before = [type(hook).__module__ for hook in module._forward_pre_hooks.values()]
-    if is_parametrized(module) or any(home.startswith(NORMS) for home in before):
+    before, after = (vars(module).get(name, {}) for name in HOOKS)
+    if is_parametrized(module) or any(
+        type(hook).__module__.startswith(NORMS) for hook in before.values()
+    ):
         return "has a computed weight (weight_norm or the like); remove that first"
     if not kind.__module__.startswith(OURS):
         return f"is a {kind.__module__}.{kind.__name__}; load the model again, without it"
     if "forward" in vars(module):
         return "has a forward of another's; load the model again, without it"
-    if hooks and (module._forward_hooks or module._forward_pre_hooks):
+    if hooks and (before or after):
         return "has forward hooks, which its quantized form would lose; remove them first"
     return None
 

@@ -1,0 +1,92 @@
+"""What does not fit is refused on this side of the C interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from varptq.errors import InputError
+from varptq.native import binding, binding_attention
+
+pytestmark = pytest.mark.skipif(binding.core() is None, reason=binding.reason() or "built")
+
+INPUTS, OUTPUTS = 64, 3
+
+
+def packed() -> binding.PackedWeight:
+    codes = torch.zeros(OUTPUTS, INPUTS, dtype=torch.uint8)
+    ones = torch.ones(OUTPUTS, 1)
+    return binding.pack(codes, ones, torch.zeros(OUTPUTS, 1), num_bits=4)
+
+
+def quantized() -> binding.Rows:
+    return binding.quantize(torch.ones(2, INPUTS), num_bits=4)
+
+
+def linear(**changes: object) -> torch.Tensor:
+    """A product with fields of rows (`rows_*`) or of the weight replaced."""
+    rows, weight = quantized(), packed()
+    for name, value in changes.items():
+        if name.startswith("rows_"):
+            rows = rows._replace(**{name.removeprefix("rows_"): value})
+        else:
+            weight = weight._replace(**{name: value})
+    return binding.linear(rows, weight)
+
+
+def attend(cache_rows: int = 2, **changes: torch.Tensor) -> torch.Tensor:
+    scheme = binding_attention.AttentionScheme(2, 16, (1, 5), "token", 4, 4, 4, 4, l2_norm=False)
+    operands = {
+        "query_bias_C": torch.zeros(32),
+        "value_bias_C": torch.zeros(32),
+        "query_factor_H": torch.ones(2),
+        **changes,
+    }
+    cache = binding_attention.AttentionCache(scheme, cache_rows)
+    qkv = torch.zeros(2, 1, 96)
+    return binding_attention.attend(scheme, qkv, cache, [(slice(0, 1), 1, 0)], **operands)
+
+
+CALLS: dict[str, Callable[[], object]] = {
+    "input on meta": lambda: binding.quantize(torch.ones(2, INPUTS, device="meta"), num_bits=4),
+    "means of float64": lambda: binding.quantize(
+        torch.ones(2, INPUTS), num_bits=4, means=torch.zeros(1, INPUTS, dtype=torch.float64)
+    ),
+    "short means": lambda: binding.quantize(
+        torch.ones(2, INPUTS), num_bits=4, means=torch.zeros(1, INPUTS - 1)
+    ),
+    "row of no mean": lambda: binding.quantize(
+        torch.ones(1, 2, INPUTS),
+        num_bits=4,
+        means=torch.zeros(2, INPUTS),
+        mean_rows=torch.tensor([0, 2], dtype=torch.int32),
+    ),
+    "scale of bfloat16": lambda: linear(scale=packed().scale.bfloat16()),
+    "short weight": lambda: linear(packed=packed().packed[:-1]),
+    "weight on meta": lambda: linear(packed=packed().packed.to("meta")),
+    "scale of rows in float64": lambda: linear(rows_scale=quantized().scale.double()),
+    "fewer sums": lambda: linear(rows_sums=quantized().sums[:1]),
+    "short bias": lambda: binding.linear(
+        quantized(), packed(), torch.zeros(OUTPUTS, dtype=torch.float64)
+    ),
+    "small cache": lambda: attend(cache_rows=1),
+    "biases of other size": lambda: attend(value_bias_C=torch.zeros(31)),
+    "factor on meta": lambda: attend(query_factor_H=torch.ones(2, device="meta")),
+    "phi of other size": lambda: binding_attention.add_phi(
+        torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 2, 2), torch.zeros(4, 4, 3, 3), torch.zeros(4)
+    ),
+}
+
+
+def test_what_fits_is_computed() -> None:
+    assert linear().shape == (2, OUTPUTS)
+    assert attend().shape == (2, 1, 32)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_foreign_tensor_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="native core, ") as raised:
+        CALLS[name]()
+    assert "\n" not in str(raised.value)
