@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from picture_files import file_of
+from varptq.editing.reading import read_mask
 from varptq.errors import InputError
 from varptq.evaluate.image_files import ImageFiles
 
@@ -67,6 +69,7 @@ def test_folders_below_and_behind_links_are_read(
     (real / "cats").symlink_to(elsewhere)
     (real / "cats" / "round").symlink_to(real)
     (real / "y.png").symlink_to(elsewhere / "3.png")
+    os.mkfifo(real / "z.png")
     files = ImageFiles.open(real)
     counted()
     assert [str(path.relative_to(real)) for path in files.files] == [
@@ -80,6 +83,10 @@ LEFT_OUT = {
         "left out 1 .TIF, 1 .bmp, 1 .gif, 1 .heic, 1 .tiff",
     ),
     "no suffix": ({"1": png(1), "2": png(2)}, "left out 2 without a suffix"),
+    "numbered": (
+        {f"x.{number:04}": b"" for number in range(20)},
+        "left out 1 .0000, 1 .0001, 1 .0002, 1 .0003, 1 .0004, 1 .0005, 14 others",
+    ),
     "texts": ({"labels.txt": b"1", "LICENSE": b"MIT"}, "left out 1 .txt, 1 without a suffix"),
     "resource forks": ({"__MACOSX/._0.png": FORK, "._0.png": FORK}, "left out 2 hidden (._0.png)"),
     "notebooks": (
@@ -122,9 +129,14 @@ def test_what_cannot_be_read_is_found_at_once(tmp_path: Path, counted: Callable[
         assert "\n" not in str(error.value)
     counted()
     real = folder_of(tmp_path / "real", {"0.png": png()})
-    (real / "1.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(InputError, match=r"1\.png: a link to a file that is not there"):
-        ImageFiles.open(real)
+    for target, expected in (
+        ("gone.png", "a link to a file that is not there"),
+        ("1.png", "cannot"),
+    ):
+        (real / "1.png").unlink(missing_ok=True)
+        (real / "1.png").symlink_to(real / target)
+        with pytest.raises(InputError, match=rf"1\.png: {expected}"):
+            ImageFiles.open(real)
     for files, expected in (
         ({"1.bmp": b"BM"}, r"no JPEG, PNG or WebP in this folder \(left out 1 \.bmp\)"),
         ({"._1.png": FORK}, r"no JPEG, PNG or WebP in this folder \(left out 1 hidden"),
@@ -180,6 +192,22 @@ NPZ_REFUSED = {
     "objects": ({"arr_0": OBJECTS}, r"arr_0 is object \(9,\)"),
     "no image": ({"arr_0": PIXELS[:0]}, r"arr_0 is uint8 \(0, 6, 6, 3\), no image"),
 }
+
+
+def test_a_broken_header_of_an_array_is_one_line(
+    tmp_path: Path, counted: Callable[[], None]
+) -> None:
+    for header in ("{'shape': (9, 6", "{'shape': [", "9", "", "{}", "\0", "{'descr': '|u1'"):
+        counted()
+        text = header.ljust(117).encode() + b"\n"
+        content = b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text
+        with zipfile.ZipFile(tmp_path / "real.npz", "w") as archive:
+            archive.writestr("arr_0.npy", content)
+        (tmp_path / "mask.npy").write_bytes(content)
+        for read, path in ((ImageFiles.open, "real.npz"), (read_mask, "mask.npy")):
+            with pytest.raises(InputError, match=f"{path}: cannot be read") as error:
+                read(tmp_path / path)
+            assert "\n" not in str(error.value), header
 
 
 def test_arrays_that_are_not_read_are_told(tmp_path: Path, counted: Callable[[], None]) -> None:

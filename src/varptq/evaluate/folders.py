@@ -17,6 +17,8 @@ from varptq.reading import read_header
 # What programs call the formats that are read; which one a file is, its content says.
 SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp"}
 EXPECTED = "JPEG, PNG or WebP"
+# Of the suffixes that are left out, the most common ones.
+NAMED = 6
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
 
@@ -26,12 +28,19 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
 
     Raises `InputError` where there are none, or a folder cannot be looked into.
     """
-    found = sorted(_walk(folder, set()))
-    visible = [path for path in found if not _is_hidden(path.relative_to(folder))]
-    pictures = [path for path in visible if _is_picture(path)]
-    hidden = [path for path in found if _is_picture(path) and path not in set(visible)]
-    others = Counter(path.suffix or "without a suffix" for path in visible if not _is_picture(path))
-    left_out = [f"{count} {suffix}" for suffix, count in sorted(others.items())]
+    pictures, hidden, others = [], [], Counter[str]()
+    for path in sorted(_walk(folder, set())):
+        is_picture = path.suffix.lower() in SUFFIXES
+        if _is_hidden(path.relative_to(folder)):
+            hidden += [path] if is_picture else []
+        elif is_picture:
+            pictures.append(path)
+        else:
+            others[path.suffix or "without a suffix"] += 1
+    named = dict(others.most_common(NAMED))
+    left_out = [f"{count} {suffix}" for suffix, count in sorted(named.items())]
+    if more := others.total() - sum(named.values()):
+        left_out.append(f"{more} others")
     if hidden:
         left_out.append(f"{len(hidden)} hidden ({hidden[0].relative_to(folder)})")
     notes = [f"left out {', '.join(left_out)}"] if left_out else []
@@ -70,7 +79,8 @@ def common_size(folder: Path, files: Sequence[Path]) -> tuple[tuple[int, int], l
 
 
 def _walk(folder: Path, above: set[str]) -> Iterator[Path]:
-    """All files below. A link to a folder above it is not followed."""
+    """All files below, and links to nothing, but no pipes and devices. A link to a folder above it
+    is not followed."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -79,14 +89,10 @@ def _walk(folder: Path, above: set[str]) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"images {folder}: cannot be listed ({error.strerror})") from None
     for entry in entries:
-        if entry.is_dir():
+        if os.path.isdir(entry.path):
             yield from _walk(Path(entry.path), above | {real})
-        else:
+        elif os.path.isfile(entry.path) or entry.is_symlink():
             yield Path(entry.path)
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
 
 
 def _is_hidden(relative: Path) -> bool:
