@@ -245,7 +245,8 @@ class StagedFolder:
             unfinished.unlink()
         except BaseException:
             # Where this fails too, the marker stays, and `retired` with what is left.
-            _move([name for name in new if (target / name).exists()], target, self._staging)
+            moved = [name for name in new if not os.path.lexists(self._staging / name)]
+            _move(moved, target, self._staging)
             _move([entry.name for entry in retired.iterdir()], retired, target)
             if was_whole:
                 unfinished.unlink(missing_ok=True)

@@ -97,8 +97,7 @@ def command(
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
     # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
     plan(models.pipe, models.float_pipe, tools, names, count)
-    if ranks.first:
-        check_output(models, out, export)
+    check_output(models, out, export)
     with RichProgress() as progress:
         drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
         sampler = Sampler(*drawn, force, progress if ranks.first else silent, ranks)
@@ -115,8 +114,7 @@ def command(
     if json:
         common.print_json(document)
     else:
-        rows = summary(document, out, time.monotonic() - started)
-        common.print_rows("varptq evaluate", rows)
+        common.print_rows("varptq evaluate", summary(document, out, time.monotonic() - started))
 
 
 @dataclass(frozen=True)
