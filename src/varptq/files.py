@@ -271,8 +271,8 @@ def is_whole(folder: Path) -> bool:
 
 @contextmanager
 def utf8_name(path: str | Path) -> Iterator[Path]:
-    """A name of `path` for libraries that take none but UTF-8: its own, or that of a temporary link
-    to it. For writing, give the folder."""
+    """A name of `path` for libraries that read none but UTF-8: its own, or that of a temporary link
+    to it."""
     path = Path(path)
     if _is_utf8(str(path)):
         yield path
