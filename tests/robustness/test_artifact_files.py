@@ -1,4 +1,4 @@
-"""Artifacts and work folders as other programs leave them: written over, half-filled, oddly named."""
+"""Artifacts and work folders as others leave them: written over, half-filled, oddly named."""
 
 from __future__ import annotations
 

