@@ -245,7 +245,8 @@ class StagedFolder:
             unfinished.unlink()
         except BaseException:
             # Where this fails too, the marker stays, and `retired` with what is left.
-            _move([name for name in new if (target / name).exists()], target, self._staging)
+            moved = [name for name in new if not os.path.lexists(self._staging / name)]
+            _move(moved, target, self._staging)
             _move([entry.name for entry in retired.iterdir()], retired, target)
             if was_whole:
                 unfinished.unlink(missing_ok=True)
@@ -270,8 +271,8 @@ def is_whole(folder: Path) -> bool:
 
 @contextmanager
 def utf8_name(path: str | Path) -> Iterator[Path]:
-    """A name of `path` for libraries that take none but UTF-8: its own, or that of a temporary link
-    to it. For writing, give the folder."""
+    """A name of `path` for libraries that read none but UTF-8: its own, or that of a temporary link
+    to it."""
     path = Path(path)
     if _is_utf8(str(path)):
         yield path

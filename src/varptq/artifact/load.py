@@ -261,6 +261,8 @@ def _fill_plain(
         if stays:
             tensors.drop(name)
         state[name] = tensor
+    if stay:
+        vae.encoder.register_forward_pre_hook(lambda encoder, _: tensors.check(encoder))
     if not torch.equal(state[LEVELS], var.scales.scale_of_L().view(1, -1)):
         raise ArtifactError(f"{path}: tensor {LEVELS!r} contradicts the scales in {CONFIG_FILE}")
     for prefix, module in ((VAR_PREFIX, var), (VAE_PREFIX, vae)):

@@ -11,11 +11,14 @@ import contextlib
 import ctypes
 import json
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from varptq.errors import ArtifactError
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,11 +42,28 @@ class MappedTensors:
     """Tensors by name of a file whose header safetensors has found to be valid."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._path, self._file = path, path.open("rb")
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._start = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        self._stamp = self._now()
         length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
         self._data = LENGTH_BYTES + length
         self._entries: dict[str, Any] = json.loads(self._map[LENGTH_BYTES : self._data])
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def check(self, module: nn.Module) -> None:
+        """Raise `ArtifactError` if parameters of `module` lie on the mapping and somebody has
+        written into the file: they would be other numbers, or end the process where it got
+        shorter. A file that was replaced by a rename is still the old one here."""
+        end = self._start + len(self._map)
+        mapped = any(self._start <= p.data_ptr() < end for p in module.parameters())
+        if mapped and self._now() != self._stamp:
+            raise ArtifactError(
+                f"{self._path}: was written to while the model was in use; load it again"
+            )
 
     def view(self, name: str) -> Tensor:
         """The tensor on the mapping itself, which lives as long as it."""

@@ -38,7 +38,7 @@ from varptq.artifact.schema import (
 )
 from varptq.artifact.sizes import sizes
 from varptq.errors import InputError, NonFiniteError
-from varptq.files import StagedFolder, utf8_name
+from varptq.files import StagedFolder
 from varptq.models.bare import bare, check_layers
 from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import file_sha256
@@ -68,8 +68,7 @@ def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path
     with StagedFolder(folder, force=force, marker=CONFIG_FILE) as staging:
         weights = staging / WEIGHTS_FILE
         # One entry only: safetensors writes several in an order that changes from run to run.
-        with utf8_name(staging) as place:
-            save_file(packed_tensors(pipeline), place / WEIGHTS_FILE, {SEAL: digest(document)})
+        save_file(packed_tensors(pipeline), weights, {SEAL: digest(document)})
         entry = {"bytes": weights.stat().st_size, "sha256": file_sha256(weights)}
         text = _encoded({**document, "files": {WEIGHTS_FILE: entry}})
         config = staging / CONFIG_FILE

@@ -9,6 +9,7 @@ other (paper: base pipeline; docs/method.md section 5).
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import NonFiniteError, OutputError
+from varptq.files import utf8_name
 from varptq.models.blocks import Attention
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening
@@ -91,8 +93,10 @@ class Storage:
         if self.folder is None:
             return torch.empty(shape, dtype=dtype, device="cpu")
         numel = int(torch.Size(shape).numel())
-        path = str(self.folder / f"{name}.bin")
-        return torch.from_file(path, shared=True, size=numel, dtype=dtype).view(shape)
+        path = self.folder / f"{name}.bin"
+        _reserve(path, numel * dtype.itemsize)
+        with utf8_name(path) as file:
+            return torch.from_file(str(file), shared=True, size=numel, dtype=dtype).view(shape)
 
 
 def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
@@ -110,6 +114,19 @@ def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
             f"{size / 2**30:.1f}; give another folder or take fewer samples"
         )
     return path
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file that has its blocks: what `_spool` found free may be gone, or over a quota."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        raise OutputError(
+            f"spool_dir {path.parent.parent}: cannot take {size / 2**30:.1f} GiB "
+            f"({error.strerror}); give another folder or take fewer samples"
+        ) from None
 
 
 def scale_weights(spans: list[Span]) -> Tensor:

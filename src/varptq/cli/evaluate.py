@@ -101,8 +101,7 @@ def command(
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
     # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
     plan(models.pipe, models.float_pipe, tools, names, count)
-    if ranks.first:
-        check_output(models, out, export)
+    check_output(models, out, export)
     said = warn_of_reference(tools, ranks)
     with RichProgress() as progress:
         drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
@@ -118,8 +117,9 @@ def command(
     for warning in (text for text in document["warnings"] if text != said):
         common.warn(warning)
     if json:
-        return common.print_json(document)
-    common.print_rows("varptq evaluate", summary(document, out, time.monotonic() - started))
+        common.print_json(document)
+    else:
+        common.print_rows("varptq evaluate", summary(document, out, time.monotonic() - started))
 
 
 def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:

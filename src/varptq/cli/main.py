@@ -72,10 +72,10 @@ class OneLineErrors(TyperGroup):
                 code = super().main(*args, standalone_mode=False, **extra)
         except (typer.Abort, KeyboardInterrupt):
             fail("interrupted", EXIT_INTERRUPTED)
-        except UsageError as error:
-            fail(usage_message(error), EXIT_USER_ERROR)
-        except OSError as error:
-            # Of a help text; those of a verb are told in `invoke`.
+        except Exception as error:
+            if isinstance(error, UsageError):
+                fail(usage_message(error), EXIT_USER_ERROR)
+            # Of a help text; failures of a verb are told in `invoke`.
             explain(error, None)
             raise
         leave(code if isinstance(code, int) else 0)

@@ -64,16 +64,21 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
 
 
 def _scatter(path: Path, count: int, parts: Iterable[Part]) -> NDArray[np.int64]:
-    """Put every image at its place in one .npy file; returns the labels in that order."""
-    images_NHW3: Any = None
+    """Put every image at its place in one .npy file; returns the labels in that order. Nothing is
+    mapped: a full disk under a mapping ends the process without an exception."""
     labels_N = np.empty(count, np.int64)
-    for places, images, labels in parts:
-        if images_NHW3 is None:
-            shape = (count, *images.shape[1:])
-            images_NHW3 = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-        images_NHW3[places] = images
-        labels_N[places] = labels
-    images_NHW3.flush()
+    begin = 0
+    with path.open("wb") as file:
+        for places, images, labels in parts:
+            if not begin:
+                shape = (count, *images.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                begin = file.tell()
+            for place, image in zip(places.tolist(), images, strict=True):
+                file.seek(begin + place * image.nbytes)
+                file.write(image.tobytes())
+            labels_N[places] = labels
     return labels_N
 
 
