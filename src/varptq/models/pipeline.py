@@ -77,7 +77,7 @@ class Pipeline:
         device = None if device is None else checked_device(device)
         dtype = None if dtype is None else checked_dtype(dtype)
         if dtype == torch.float16:
-            self._check_range(dtype)
+            self._check_range(torch.float16)
         self.var.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=dtype)
         return self
