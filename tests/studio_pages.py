@@ -19,6 +19,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 PICTURES = Path(__file__).parents[1] / "out" / "studio"
 PATIENCE = 60_000
 DESK, PHONE = (1280, 860), (390, 844)
+# How many times slower a page computes that is to be caught unready.
+SLOWER = 6
 DEMO_ARTIFACT = "made/demo-w4a4"
 SMALL, MADE = "models/small/var.safetensors", "models/w4a4"
 # All tests that need the one browser of a run.
@@ -72,6 +74,13 @@ def said(page: Any, text: str) -> None:
     """Wait for a toast with that text."""
     page.locator(".toast-body").filter(has_text=text).first.wait_for()
     page.wait_for_timeout(300)  # it slides in
+
+
+def downloaded(page: Any, button: str) -> Any:
+    """What a click on a button downloads."""
+    with page.expect_download() as download:
+        page.locator(f"#{button}").click()
+    return download.value
 
 
 def photo(size: tuple[int, int] = (300, 240)) -> bytes:
