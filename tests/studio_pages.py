@@ -19,8 +19,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 PICTURES = Path(__file__).parents[1] / "out" / "studio"
 PATIENCE = 60_000
 DESK, PHONE = (1280, 860), (390, 844)
-# How many times slower a page computes that is to be caught unready.
-SLOWER = 6
 DEMO_ARTIFACT = "made/demo-w4a4"
 SMALL, MADE = "models/small/var.safetensors", "models/w4a4"
 # All tests that need the one browser of a run.
@@ -74,6 +72,12 @@ def said(page: Any, text: str) -> None:
     """Wait for a toast with that text."""
     page.locator(".toast-body").filter(has_text=text).first.wait_for()
     page.wait_for_timeout(300)  # it slides in
+
+
+def slow_down(page: Any, times: int) -> None:
+    """Let the page compute that many times slower, so that it is caught unready."""
+    session = page.context.new_cdp_session(page)
+    session.send("Emulation.setCPUThrottlingRate", {"rate": times})
 
 
 def downloaded(page: Any, button: str) -> Any:

@@ -126,19 +126,13 @@ def open_page(served: Any, browser: Any) -> Iterator[Callable[..., Any]]:
     asked, complaints, contexts, addresses = [], [], [], []
 
     def opened(
-        tab: str,
-        size: tuple[int, int] = DESK,
-        scheme: str = "light",
-        studio: Any = served,
-        slower: int = 1,
+        tab: str, size: tuple[int, int] = DESK, scheme: str = "light", studio: Any = served
     ) -> Any:
         viewport = {"width": size[0], "height": size[1]}
         context = browser.new_context(viewport=viewport, color_scheme=scheme)
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
-        session = context.new_cdp_session(page)
-        session.send("Emulation.setCPUThrottlingRate", {"rate": slower})
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)

@@ -21,7 +21,6 @@ from studio_pages import (
     IN_BROWSER,
     MADE,
     PHONE,
-    SLOWER,
     SMALL,
     choose,
     downloaded,
@@ -76,7 +75,7 @@ def test_two_models_draw_side_by_side_and_scale_by_scale(
 def test_a_picture_is_downloaded_by_class_and_seed_and_a_click_enlarges_it(
     open_page: Callable[..., Any], size: tuple[int, int]
 ) -> None:
-    page = open_page("Generate", size, slower=SLOWER)
+    page = open_page("Generate", size)
     choose(page, "generate-beside", "nothing")
     choose(page, "generate-class", "ship")
     page.locator("#generate-start").click()

@@ -19,7 +19,6 @@ from studio_pages import (
     IN_BROWSER,
     MADE,
     PHONE,
-    SLOWER,
     choose,
     downloaded,
     enter,
@@ -27,6 +26,7 @@ from studio_pages import (
     photo,
     said,
     shoot,
+    slow_down,
     upload,
     use_box,
 )
@@ -76,7 +76,7 @@ def test_the_first_candidate_is_downloaded_without_a_click_on_it(
 ) -> None:
     """On a slow machine, where a button may be seen before its file has come; and once more with
     another picture."""
-    page = open_page("Edit", slower=SLOWER)
+    page = open_page("Edit")
     choose(page, "edit-model", MADE)
     use_box(page, 0.5)
     page.get_by_label("Change class").check()
@@ -85,8 +85,10 @@ def test_the_first_candidate_is_downloaded_without_a_click_on_it(
         upload(page, photo(size))
         page.locator("#edit-download").wait_for(state="hidden")
         page.wait_for_timeout(500)
+        slow_down(page, 6)
         page.locator("#edit-start").click()
         page.locator("#edit-download").wait_for()
+        slow_down(page, 1)
         download = downloaded(page, "edit-download")
         assert download.suggested_filename == "cat-seed0-0.png"
         assert Image.open(download.path()).size == size
