@@ -74,6 +74,19 @@ def said(page: Any, text: str) -> None:
     page.wait_for_timeout(300)  # it slides in
 
 
+def slow_down(page: Any, times: int) -> None:
+    """Let the page compute that many times slower, so that it is caught unready."""
+    session = page.context.new_cdp_session(page)
+    session.send("Emulation.setCPUThrottlingRate", {"rate": times})
+
+
+def downloaded(page: Any, button: str) -> Any:
+    """What a click on a button downloads."""
+    with page.expect_download() as download:
+        page.locator(f"#{button}").click()
+    return download.value
+
+
 def photo(size: tuple[int, int] = (300, 240)) -> bytes:
     rows, columns = np.mgrid[: size[1], : size[0]]
     pixels = np.stack((rows % 256, columns % 256, (rows + columns) % 256), axis=-1)

@@ -14,12 +14,14 @@ from varptq.pictures import (
     BACKGROUND,
     GAP,
     MARGIN,
+    MAX_SLUG,
     VISIBLE_SIDE,
     Block,
     Pixels,
     Row,
     gallery,
     sheet,
+    slug,
     to_pixels,
     write_png,
 )
@@ -124,3 +126,16 @@ def test_png_files_hold_the_pixels(tmp_path: Path) -> None:
     assert (np.asarray(Image.open(path)) == image).all()
     with pytest.raises(OutputError):
         write_png(path / "below-a-file.png", image)
+
+
+def test_a_class_name_in_a_file_name() -> None:
+    for title, name in (
+        ("Great auk, male", "great-auk-male"),
+        ("class 207", "class-207"),
+        ("../etc/passwd", "etc-passwd"),
+        ("Schnürsenkel", "schnürsenkel"),
+        ("?!", "image"),
+        ("", "image"),
+        ("a" * 300, "a" * MAX_SLUG),
+    ):
+        assert slug(title) == name

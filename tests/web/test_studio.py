@@ -23,6 +23,7 @@ from studio_pages import (
     PHONE,
     SMALL,
     choose,
+    downloaded,
     enter,
     fits,
     photo,
@@ -68,6 +69,34 @@ def test_two_models_draw_side_by_side_and_scale_by_scale(
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", dark)[:3])) < 80) is (scheme == "dark")
     shoot(page, f"generate-{size[0]}-{scheme}")
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_a_picture_is_downloaded_by_class_and_seed_and_a_click_enlarges_it(
+    open_page: Callable[..., Any], size: tuple[int, int]
+) -> None:
+    page = open_page("Generate", size)
+    choose(page, "generate-beside", "nothing")
+    choose(page, "generate-class", "ship")
+    page.locator("#generate-start").click()
+    page.locator("#generate-first-download").wait_for()
+    first = downloaded(page, "generate-first-download")
+    assert first.suggested_filename == "ship-seed0-0.png"
+    picture = page.locator("#generate-first .grid-wrap img").nth(2)
+    before = picture.bounding_box()
+    picture.click()
+    large = page.locator("#generate-first img[data-testid=detailed-image]")
+    large.wait_for()
+    assert large.bounding_box()["height"] > 1.5 * before["height"]
+    page.locator("#generate-first-download").filter(has_text="ship-seed0-2.png").wait_for()
+    chosen = downloaded(page, "generate-first-download")
+    assert chosen.suggested_filename == "ship-seed0-2.png"
+    assert chosen.path().read_bytes() != first.path().read_bytes()
+    with page.expect_download() as download:
+        page.locator("#generate-first").get_by_label("Download").click()
+    assert download.value.suggested_filename == "ship-seed0-2.png"
+    assert fits(page)
+    shoot(page, f"generate-large-{size[0]}")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -20,11 +20,13 @@ from studio_pages import (
     MADE,
     PHONE,
     choose,
+    downloaded,
     enter,
     fits,
     photo,
     said,
     shoot,
+    slow_down,
     upload,
     use_box,
 )
@@ -53,12 +55,13 @@ def test_paint_and_in_paint(open_page: Callable[..., Any], artifact: None) -> No
     candidates = page.locator("#edit-candidates img")
     assert candidates.count() == 4
     assert page.locator("#edit-slider img").count() == 2
+    # Whatever was clicked before, the one that is shown is downloaded.
+    assert downloaded(page, "edit-download").suggested_filename == "edit-seed0-0.png"
     page.locator("#edit-candidates button").nth(2).click()
-    with page.expect_download() as download:
-        page.wait_for_timeout(800)
-        page.locator("#edit-download").click()
-    assert download.value.suggested_filename == "edit-0-2.png"
-    edited = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+    page.wait_for_timeout(800)
+    download = downloaded(page, "edit-download")
+    assert download.suggested_filename == "edit-seed0-2.png"
+    edited = np.asarray(Image.open(download.path()).convert("RGB")).astype(int)
     before = np.asarray(Image.open(io.BytesIO(photo()))).astype(int)
     assert edited.shape == before.shape
     changed = np.abs(edited - before).max(axis=-1) > 0
@@ -66,6 +69,30 @@ def test_paint_and_in_paint(open_page: Callable[..., Any], artifact: None) -> No
     assert changed[110:130, 140:160].any()
     assert not changed[:, :40].any() and not changed[:, -40:].any()
     shoot(page, "edit-900")
+
+
+def test_the_first_candidate_is_downloaded_without_a_click_on_it(
+    open_page: Callable[..., Any],
+) -> None:
+    """On a slow machine, where a button may be seen before its file has come; and once more with
+    another picture."""
+    page = open_page("Edit")
+    choose(page, "edit-model", MADE)
+    use_box(page, 0.5)
+    page.get_by_label("Change class").check()
+    enter(page, "edit-class", "cat")
+    for size in ((300, 240), (90, 120)):
+        upload(page, photo(size))
+        page.locator("#edit-download").wait_for(state="hidden")
+        page.wait_for_timeout(500)
+        slow_down(page, 6)
+        page.locator("#edit-start").click()
+        page.locator("#edit-download").wait_for()
+        slow_down(page, 1)
+        download = downloaded(page, "edit-download")
+        assert download.suggested_filename == "cat-seed0-0.png"
+        assert Image.open(download.path()).size == size
+        page.get_by_label("Clear").first.click()
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,11 @@ class KeptUploads:
                 f"upload: cannot be kept ({error.strerror}); free some space or set {CACHE} to "
                 "another folder"
             )
-            # They hold the part that was written open, and with it the space that it takes.
+            # Its frames hold the part that was written open, and with it the space that it takes.
             traceback.clear_frames(error.__traceback__)
             answer = PlainTextResponse(says, status_code=507)
+        except (AttributeError, TypeError):  # what the app makes of a part that is no file
+            answer = PlainTextResponse("upload: holds no file; choose one", status_code=400)
         finally:
             self._going_on -= 1
             self._tidy()

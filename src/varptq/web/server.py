@@ -148,7 +148,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except (OSError, ValueError) as error:  # ValueError: no name at all, as "a..b"
         why = getattr(error, "strerror", None) or "no name of a machine"
-        raise InputError(f"host {host!r}: cannot be found ({why}); choose another --host") from None
+        raise InputError(f"host {host!r}: cannot be used ({why}); choose another --host") from None
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
