@@ -114,19 +114,22 @@ def command(
         return
     document["warnings"][:0] = [models.warning] if models.warning else []
     write(document, subject, beside, out, export)
-    for warning in (text for text in document["warnings"] if text != said):
-        common.warn(warning)
+    tell([text for text in document["warnings"] if text != said])
     if json:
         common.print_json(document)
     else:
         common.print_rows("varptq evaluate", summary(document, out, time.monotonic() - started))
 
 
+def tell(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        common.warn(warning)
+
+
 def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:
     """What a user should know of the real images while nothing is sampled yet; also returned."""
     said = tools.reference.warning if tools.reference else None
-    if said and ranks.first:
-        common.warn(said)
+    tell([said] if said and ranks.first else [])
     return said
 
 
