@@ -21,9 +21,9 @@ def started(*words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-# Seconds after the first sign of life: samples, theta, reconstruction, saving.
+# Seconds after the start: importing, samples, theta, reconstruction, saving.
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 1.0, 3.0, 6.0])
+@pytest.mark.parametrize("delay", [2.0, 3.0, 4.5])
 def test_a_terminated_calibration_leaves_nothing_half_written(
     delay: float, tmp_path: Path, counted: Callable[[], None]
 ) -> None:
@@ -32,7 +32,7 @@ def test_a_terminated_calibration_leaves_nothing_half_written(
     process = started(
         "quantize", "demo", "--config", "w4a4", "--samples", 8, "--steps", 2, "--out", out
     )  # fmt: skip
-    time.sleep(3.0 + delay)
+    time.sleep(delay)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     if out.exists():

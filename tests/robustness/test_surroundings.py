@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 
 ARTIFACT = ("quantize", "demo", "--config", "w8a8+paper", "--method", "rtn")
+# What one process can have at once.
 SURROUNDINGS: dict[str, dict[str, str]] = {
-    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
-    "Turkish": {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"},
-    "date line": {"TZ": "Pacific/Kiritimati", "SOURCE_DATE_EPOCH": "0"},
-    "hash seed": {"PYTHONHASHSEED": "12345"},
+    "C, date line": {
+        **{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        **{"TZ": "Pacific/Kiritimati", "SOURCE_DATE_EPOCH": "0"},
+    },
+    "Turkish, hash seed": {
+        **{"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8", "PYTHONHASHSEED": "12345"},
+    },
 }
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 import varptq
 from varptq.calibrate.config import CalibrationConfig
 from varptq.models.pipeline import Pipeline
+from varptq.models.seams import Span, ValueFold
 from varptq.native import binding
 from varptq.quant import straight_through
 from varptq.quant.adaround import init_alpha
 from varptq.quant.affine import LEAST_SCALE, affine_codes, affine_fake, affine_grid
 from varptq.quant.attention import QuantMix
 from varptq.quant.config import AttentionSpec, QuantConfig, TensorSpec
-from varptq.quant.folds import attentions, scale_values
+from varptq.quant.folds import scale_values
 from varptq.quant.shift_sum import fixed_codes
 from varptq.runtime.convert import on_integers
 from varptq.runtime.cpu import NativeKernels
@@ -93,12 +94,13 @@ def test_values_have_no_units(
         query=None, key=None, probability=TensorSpec(num_bits=8, type="uniform"), value=value,
         policy=policy,
     )  # fmt: skip
-    mix = QuantMix(spec, "here", (1, 5, 14))
+    mix = QuantMix(spec, "here")
     mix.theta = theta
-    expected = mix(p, v)
+    span = Span(slice(0, 5), (1, 5, 14))
+    expected = mix(p, v, span)
     for power in (-40, -17, 17, 60):
         counted()
-        assert torch.equal(mix(p, v * 2.0**power), expected * 2.0**power)
+        assert torch.equal(mix(p, v * 2.0**power, span), expected * 2.0**power)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -111,7 +113,8 @@ def test_values_of_all_sizes_at_once(renormalize: bool, counted: Callable[[], No
         value=TensorSpec(num_bits=8, strategy="token"), policy="token", renormalize=renormalize,
     )  # fmt: skip
     p = torch.full((1, 1, 2, 6), 1 / 6)
-    assert bool(QuantMix(spec, "here", (6,))(p, v).isfinite().all())
+    out = QuantMix(spec, "here")(p, v, Span(slice(0, 2), (6,)))
+    assert bool(out.isfinite().all())
 
 
 @pytest.mark.parametrize("fill", [0.0, 1e-45, 1e-40, 1e-37, 1e-30, 1e-6, 1.0, 1e30, 1e38])
@@ -142,8 +145,9 @@ def test_the_native_core_has_no_units(power: int, counted: Callable[[], None]) -
 def twin_of(pipe: Pipeline, power: int) -> Pipeline:
     """The same function with values 2^power of what they were."""
     twin = dataclasses.replace(pipe, var=deepcopy(pipe.var))
-    for attention in attentions(twin.var).values():
-        scale_values(attention, torch.full_like(attention.v_bias, 2.0**power))
+    for fold in twin.var.folds().values():
+        if isinstance(fold, ValueFold):
+            scale_values(fold, torch.full_like(fold.bias, 2.0**power))
     return twin
 
 

@@ -12,6 +12,7 @@ import ctypes
 import json
 import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ class MappedTensors:
     """Tensors by name of a file whose header safetensors has found to be valid."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, path.open("rb")
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._path, self._fd = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._fd)
+        self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
         self._start = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
         self._stamp = self._now()
         length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
@@ -51,7 +53,7 @@ class MappedTensors:
         self._entries: dict[str, Any] = json.loads(self._map[LENGTH_BYTES : self._data])
 
     def _now(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
+        found = os.fstat(self._fd)
         return found.st_size, found.st_mtime_ns
 
     def check(self, module: nn.Module) -> None:
