@@ -28,8 +28,8 @@ from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import PRESETS
 from varptq.models.seams import Span, spans_of
-from varptq.models.var import VAR, randomize
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.transformer import VAR, randomize
+from varptq.models.var.vqvae import VQVAE
 from varptq.quant import adaround, affine, attention, layers, probability, sign_split
 from varptq.quant.config import LayerRule, QuantConfig
 from varptq.quant.convert import convert

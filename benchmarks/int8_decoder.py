@@ -31,7 +31,7 @@ from torch.nn import functional as F
 import varptq
 from varptq.evaluate.lpips import Lpips
 from varptq.evaluate.paired import psnr
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.vqvae import VQVAE
 from varptq.pictures import to_pixels
 from varptq.quant.affine import affine_codes, affine_fake, affine_grid
 

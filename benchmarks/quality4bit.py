@@ -42,7 +42,7 @@ from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.seams import NormFold, ValueFold
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 from varptq.quant.config import InputTransform, LayerRule, QuantConfig, TensorSpec
 from varptq.quant.convert import bops_account
 from varptq.quant.folds import scale_input, scale_values, shift_input

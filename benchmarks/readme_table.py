@@ -22,8 +22,8 @@ from runtime_cpu import RESULTS
 from varptq.analyze.suggest import Prices
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import PRESETS
-from varptq.models.var import VAR
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.transformer import VAR
+from varptq.models.var.vqvae import VQVAE
 from varptq.quant.config import QuantConfig
 
 MODEL = "var-d16"

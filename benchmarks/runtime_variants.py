@@ -28,7 +28,7 @@ from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import Sampler
 from varptq.models.seams import Stage
-from varptq.models.var import VAR, Condition
+from varptq.models.var.transformer import VAR, Condition
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, release_float_weights
 from varptq.quant.layers import QuantLinear

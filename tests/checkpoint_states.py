@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, VARArch, randomize
-from varptq.models.vqvae import VQVAE, VQVAEArch
+from varptq.models.var.transformer import VAR, VARArch, randomize
+from varptq.models.var.vqvae import VQVAE, VQVAEArch
 
 State = dict[str, Tensor]
 

@@ -16,8 +16,8 @@ from hypothesis import settings
 
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, VARArch, randomize
-from varptq.models.vqvae import VQVAE, VQVAEArch
+from varptq.models.var.transformer import VAR, VARArch, randomize
+from varptq.models.var.vqvae import VQVAE, VQVAEArch
 
 # Times vary tenfold between machines, and a first example also pays for what torch sets up.
 settings.register_profile("varptq", deadline=None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 
 
 @dataclass

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from varptq.models.scales import Scales
-from varptq.models.var import VARArch
-from varptq.models.vqvae import VQVAEArch
+from varptq.models.var.transformer import VARArch
+from varptq.models.var.vqvae import VQVAEArch
 from varptq.settings import Settings
 
 

@@ -30,8 +30,8 @@ import varptq
 from varptq.errors import ConfigError, VarptqError
 from varptq.evaluate.lpips import Lpips
 from varptq.files import write_atomic
-from varptq.models.var import VAR
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.transformer import VAR
+from varptq.models.var.vqvae import VQVAE
 from varptq.progress import Progress, RichProgress
 
 VAE_FILE, VAR_FILE, RECORD = "vae_demo.safetensors", "var_demo.safetensors", "record.json"

@@ -19,8 +19,8 @@ from recipe import Recipe
 from torch import Tensor
 
 from varptq.files import write_atomic
-from varptq.models.var import VAR, randomize
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.transformer import VAR, randomize
+from varptq.models.var.vqvae import VQVAE
 from varptq.progress import Progress
 
 NAME = "var"

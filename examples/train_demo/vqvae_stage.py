@@ -18,8 +18,8 @@ from recipe import Recipe
 from torch import Tensor
 
 from varptq.evaluate.lpips import Lpips
-from varptq.models.pyramid import TokenPyramid
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.pyramid import TokenPyramid
+from varptq.models.var.vqvae import VQVAE
 
 NAME = "vqvae"
 # An entry is dead when its running share of uses is below this part of the mean over entries.

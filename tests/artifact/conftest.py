@@ -18,8 +18,8 @@ from varptq.artifact.schema import digest
 from varptq.calibrate.methods import quantize
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, VARArch, randomize
-from varptq.models.vqvae import VQVAE, VQVAEArch
+from varptq.models.var.transformer import VAR, VARArch, randomize
+from varptq.models.var.vqvae import VQVAE, VQVAEArch
 from varptq.quant.config import QuantConfig
 from varptq.quant.pipeline import QuantizedPipeline
 

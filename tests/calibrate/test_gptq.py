@@ -18,7 +18,7 @@ from varptq.calibrate.reconstruct import Schedule, input_moments, reconstruct, u
 from varptq.calibrate.record import Recorder, Unit
 from varptq.calibrate.samples import calibration_set
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 from varptq.quant.affine import Grid, affine_codes, affine_grid, affine_values
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert

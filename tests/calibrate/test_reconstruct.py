@@ -27,7 +27,7 @@ from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.seams import spans_of
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_linears, set_theta
 from varptq.quant.layers import LearnedRounding

@@ -27,7 +27,7 @@ from varptq.errors import ConfigError
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import kl_divergence
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, quant_linears
 from varptq.quant.pipeline import QuantizedPipeline

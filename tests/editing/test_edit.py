@@ -21,7 +21,7 @@ from varptq.editing.call import encode
 from varptq.editing.frame import Frame
 from varptq.errors import ConfigError, InputError, VarptqError
 from varptq.models.pipeline import UNCONDITIONAL, Pipeline
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 from varptq.pictures import write_png
 from varptq.runtime.resolve import RUNTIMES
 

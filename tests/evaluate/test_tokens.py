@@ -19,8 +19,8 @@ from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, VARArch, randomize
-from varptq.models.vqvae import VQVAE, VQVAEArch
+from varptq.models.var.transformer import VAR, VARArch, randomize
+from varptq.models.var.vqvae import VQVAE, VQVAEArch
 
 SCALES = Scales((1, 2, 3))
 CLASSES, VOCABULARY = 5, 37

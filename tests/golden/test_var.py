@@ -10,11 +10,11 @@ from torch import Tensor
 
 from golden.conftest import Golden
 from golden.recipe import recipe_state
-from varptq.models import checkpoint
+from varptq.models.var.transformer import checkpoint
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.reading import guided_logits
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 
 # Float summation order is all that may differ (golden README, "Tolerances").
 LOGITS, GUIDED, IMAGE = 1e-4, 3e-4, 1e-4
@@ -150,7 +150,7 @@ def test_real_width_by_recipe(golden: Golden) -> None:
 def _recipe_inputs(golden: Golden, data: dict[str, np.ndarray]) -> Tensor:
     """Teacher inputs of the recipe's ids under the recipe's VQVAE at the recipe's sides."""
     from varptq.models.scales import Scales
-    from varptq.models.vqvae import VQVAE
+    from varptq.models.var.vqvae import VQVAE
 
     state = recipe_state(golden.npz(str(data["vae_file"])))
     num_scales = len(data["patch_nums"])

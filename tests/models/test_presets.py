@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from varptq.errors import CheckpointError, InputError
-from varptq.models.checkpoint import check_pair, infer_var, infer_vqvae, read_state
+from varptq.models.var.checkpoint import check_pair, infer_var, infer_vqvae, read_state
 from varptq.models.presets import HUB_REPO, PRESETS, preset, resolve
 
 RELEASED = [name for name, entry in PRESETS.items() if entry.repo]

@@ -24,7 +24,7 @@ from checkpoint_states import (
     var_state,
 )
 from varptq.errors import CheckpointError, NonFiniteError
-from varptq.models.checkpoint import (
+from varptq.models.var.checkpoint import (
     file_sha256,
     read_state,
 )

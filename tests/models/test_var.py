@@ -14,7 +14,7 @@ from var_oracle import trace
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.seams import LayerCache, run_stages, spans_of
-from varptq.models.var import VAR, randomize
+from varptq.models.var.transformer import VAR, randomize
 
 # float32 against float64: the models are two blocks deep, logits are of the order of 10.
 LOGITS = 1e-4

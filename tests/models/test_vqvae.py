@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from varptq.errors import InputError
-from varptq.models.pyramid import TokenPyramid, phi_index
+from varptq.models.var.pyramid import TokenPyramid, phi_index
 from varptq.models.scales import Scales
-from varptq.models.vqvae import VQVAE, VQVAEArch
+from varptq.models.var.vqvae import VQVAE, VQVAEArch
 
 V, CVAE = 37, 5
 SCHEDULES = [(1,), (3,), (1, 3), (1, 2, 5), (2, 3, 3, 7)]  # one scale, odd sides, a repeated side

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from varptq.models.scales import Scales
-from varptq.models.var import VAR, VARArch
+from varptq.models.var.transformer import VAR, VARArch
 from varptq.quant.bops import LayerShape, ProductShape, account
 from varptq.quant.convert import describe_linears
 

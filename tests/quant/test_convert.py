@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varptq.models.pipeline import Pipeline, build_model
 from varptq.models.seams import Mix, Scores
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 from varptq.quant.attention import QuantMix, QuantScores
 from varptq.quant.config import LayerRule, QuantConfig
 from varptq.quant.convert import (

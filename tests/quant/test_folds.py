@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from varptq.models.checkpoint import VARArch
+from varptq.models.var.checkpoint import VARArch
 from varptq.models.scales import Scales
 from varptq.models.seams import NormFold, ValueFold
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 from varptq.quant.folds import scale_input, scale_values, shift_input
 
 WIDTH = 24

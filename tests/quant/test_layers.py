@@ -12,7 +12,7 @@ from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.blocks import Attention
 from varptq.models.scales import Scales
 from varptq.models.seams import LayerCache, Span, TokenLinear, spans_of
-from varptq.models.var import VAR, VARArch, randomize
+from varptq.models.var.transformer import VAR, VARArch, randomize
 from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
 from varptq.quant.convert import convert, quant_linears, quant_mixes, set_theta
 from varptq.quant.layers import QuantLinear

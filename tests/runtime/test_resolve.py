@@ -13,7 +13,7 @@ import varptq
 from cli_calls import run
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR
+from varptq.models.var.transformer import VAR
 from varptq.native import binding
 from varptq.quant.config import LayerRule, QuantConfig, TensorSpec
 from varptq.quant.convert import convert

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from varptq.models.transformer import Transformer
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.vqvae import VQVAE
 from varptq.quant.config import TensorSpec
 from varptq.quant.convert import quant_linears
 from varptq.quant.layers import QuantLinear

@@ -48,8 +48,8 @@ from varptq.files import is_whole, utf8_name
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.state_file import file_sha256
 from varptq.models.transformer import Transformer
-from varptq.models.var import VAR
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.transformer import VAR
+from varptq.models.var.vqvae import VQVAE
 from varptq.quant.convert import convert, release_float_weights, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.torch_state import plain_torch

@@ -20,8 +20,8 @@ from torch import nn
 from varptq.artifact.format import VAR_PREFIX, WEIGHTS_FILE
 from varptq.errors import InputError
 from varptq.models.scales import Scales
-from varptq.models.var import VARArch
-from varptq.models.vqvae import NORM_GROUPS, VQVAEArch
+from varptq.models.var.transformer import VARArch
+from varptq.models.var.vqvae import NORM_GROUPS, VQVAEArch
 from varptq.quant.config import QuantConfig, TensorSpec
 from varptq.quant.layers import QuantLinear
 from varptq.settings import Settings

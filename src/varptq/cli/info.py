@@ -60,8 +60,8 @@ def _open(choice: common.ModelChoice) -> Pipeline:
 
     from varptq.models import presets
     from varptq.models.pipeline import Pipeline
-    from varptq.models.var import VAR
-    from varptq.models.vqvae import VQVAE
+    from varptq.models.var.transformer import VAR
+    from varptq.models.var.vqvae import VQVAE
 
     preset = presets.preset(name)
     with torch.device("meta"):

@@ -16,8 +16,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
-from varptq.models.var import VAR
-from varptq.models.vqvae import VQVAE
+from varptq.models.var.transformer import VAR
+from varptq.models.var.vqvae import VQVAE
 
 # Under which name a wrapper holds what it wraps: torch.compile, and all the others.
 COMPILED, WRAPPED = "_orig_mod", "module"

@@ -16,8 +16,8 @@ from pathlib import Path
 from varptq.errors import CheckpointError, InputError
 from varptq.models.scales import Scales
 from varptq.models.state_file import file_sha256
-from varptq.models.var import VARArch
-from varptq.models.vqvae import VQVAEArch
+from varptq.models.var.transformer import VARArch
+from varptq.models.var.vqvae import VQVAEArch
 
 HUB_REPO = "FoundationVision/var"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"

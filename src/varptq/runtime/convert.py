@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from varptq.errors import InputError
 from varptq.models.blocks import Attention
-from varptq.models.pyramid import Phi
+from varptq.models.var.pyramid import Phi
 from varptq.models.seams import ModulatedNorm
 from varptq.models.transformer import Transformer
 from varptq.quant.convert import quant_linears

@@ -10,7 +10,7 @@ import torch
 
 from varptq.artifact.mapped import return_free_memory
 from varptq.models.pipeline import Pipeline
-from varptq.models.vqvae import Upsample
+from varptq.models.var.vqvae import Upsample
 
 P = TypeVar("P", bound=Pipeline)
 

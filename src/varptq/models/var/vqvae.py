@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.errors import InputError
-from varptq.models.pyramid import TokenPyramid
+from varptq.models.var.pyramid import TokenPyramid
 from varptq.models.scales import Scales
 
 NORM_GROUPS = 32

@@ -19,8 +19,8 @@ from varptq.errors import CheckpointError
 from varptq.models.blocks import MLP_RATIO
 from varptq.models.scales import Scales
 from varptq.models.state_file import MASK, file_sha256, read_state, source_sha256
-from varptq.models.var import VARArch
-from varptq.models.vqvae import IMAGE_CHANNELS, NORM_GROUPS, VQVAEArch
+from varptq.models.var.transformer import VARArch
+from varptq.models.var.vqvae import IMAGE_CHANNELS, NORM_GROUPS, VQVAEArch
 
 __all__ = [
     "check_pair",
