@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from golden.recipe import check_values, recipe_state
+from varptq.models.scales import Scales
 from varptq.models.var.checkpoint import infer_vqvae, load_strict
 from varptq.models.var.pyramid import phi_index
-from varptq.models.scales import Scales
 from varptq.models.var.vqvae import VQVAE
 
 if TYPE_CHECKING:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from golden.conftest import Golden
 from golden.recipe import recipe_state
-from varptq.models.var.transformer import checkpoint
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.reading import guided_logits
-from varptq.models.var.transformer import VAR
+from varptq.models.var.transformer import VAR, checkpoint
 
 # Float summation order is all that may differ (golden README, "Tolerances").
 LOGITS, GUIDED, IMAGE = 1e-4, 3e-4, 1e-4

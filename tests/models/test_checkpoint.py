@@ -23,13 +23,13 @@ from checkpoint_states import (
     var_state,
 )
 from varptq.errors import CheckpointError, VarptqError
+from varptq.models.scales import Scales
 from varptq.models.var.checkpoint import (
     check_pair,
     infer_var,
     infer_vqvae,
     load_strict,
 )
-from varptq.models.scales import Scales
 from varptq.models.var.transformer import VAR, VARArch
 from varptq.models.var.vqvae import VQVAE, VQVAEArch
 

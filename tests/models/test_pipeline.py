@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, InputError
-from varptq.models.var.checkpoint import file_sha256
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, build_model, load_model
+from varptq.models.var.checkpoint import file_sha256
 from varptq.models.var.vqvae import VQVAE
 
 LABELS = [0, 1, 2, 3, 4]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from varptq.errors import InputError
-from varptq.models.var.pyramid import TokenPyramid, phi_index
 from varptq.models.scales import Scales
+from varptq.models.var.pyramid import TokenPyramid, phi_index
 from varptq.models.var.vqvae import VQVAE, VQVAEArch
 
 V, CVAE = 37, 5

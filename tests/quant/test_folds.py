@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from varptq.models.var.checkpoint import VARArch
 from varptq.models.scales import Scales
 from varptq.models.seams import NormFold, ValueFold
+from varptq.models.var.checkpoint import VARArch
 from varptq.models.var.transformer import VAR
 from varptq.quant.folds import scale_input, scale_values, shift_input
 

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from varptq.errors import CheckpointError, InputError, NonFiniteError
 from varptq.models import presets
-from varptq.models.var.transformer import checkpoint
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.sampling import Sampler
 from varptq.models.scales import Scales
 from varptq.models.shards import INDEX_SUFFIX
 from varptq.models.transformer import Transformer
-from varptq.models.var.transformer import VAR, randomize
+from varptq.models.var.transformer import VAR, checkpoint, randomize
 from varptq.models.var.vqvae import VQVAE
 from varptq.torch_state import plain_torch
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from varptq.errors import InputError
 from varptq.models.blocks import Attention
-from varptq.models.var.pyramid import Phi
 from varptq.models.seams import ModulatedNorm
 from varptq.models.transformer import Transformer
+from varptq.models.var.pyramid import Phi
 from varptq.quant.convert import quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.errors import InputError
-from varptq.models.var.pyramid import TokenPyramid
 from varptq.models.scales import Scales
+from varptq.models.var.pyramid import TokenPyramid
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
