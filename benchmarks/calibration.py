@@ -85,7 +85,7 @@ def d16(samples: int) -> list[dict[str, Any]]:
         varptq.quantize(pipe, config, method="brecq", calibration=calibration)
         found[depth] = time.process_time() - started
         print(f"d16 shapes, {depth} blocks: {found[depth]:.0f} s", flush=True)
-    depth = PRESETS["var-d16"].var_arch.depth
+    depth = PRESETS["var-d16"].transformer_arch.depth
     block = (found[BLOCKS] - found[1]) / (BLOCKS - 1)
     whole = found[1] + (depth - 1) * block
     return [{"samples": samples, "blocks": found, "seconds_per_block": block, "seconds": whole}]

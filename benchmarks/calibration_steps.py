@@ -46,9 +46,9 @@ KINDS = {"attention": "blocks.1.attn", "FFN": "blocks.1.ffn", "single Linear": "
 def model_of(name: str, depth: int = BLOCKS) -> Pipeline:
     """`depth` blocks of a preset's shapes with random weights."""
     preset = PRESETS[name]
-    arch = dataclasses.replace(preset.var_arch, depth=depth)
+    arch = dataclasses.replace(preset.transformer_arch, depth=depth)
     with torch.random.fork_rng(devices=[]):
-        var, vae = VAR(arch), VQVAE(preset.vae_arch, arch.scales)
+        var, vae = VAR(arch), VQVAE(preset.autoencoder_arch, arch.scales)
     randomize(var, torch.Generator().manual_seed(0))
     vae.randomize(torch.Generator().manual_seed(1))
     var.eval().requires_grad_(False)
@@ -95,7 +95,7 @@ def recording(samples: int, repeats: int) -> dict[str, Any]:
                 pass
 
         found[depth] = least({"replay": replay, "stream": stream}, repeats)
-    depth = PRESETS["var-d16"].var_arch.depth
+    depth = PRESETS["var-d16"].transformer_arch.depth
     whole = {}
     for name in ("replay", "stream"):
         block = (found[BLOCKS][name] - found[1][name]) / (BLOCKS - 1)
@@ -221,7 +221,7 @@ def steps(samples: int, repeats: int) -> dict[str, Any]:
 
 def totals(record: dict[str, Any], step: dict[str, Any]) -> dict[str, float]:
     """Hours of the full setting on d16 in float32, ours and the replaying algorithm's."""
-    depth, units = PRESETS["var-d16"].var_arch.depth, step["units"]
+    depth, units = PRESETS["var-d16"].transformer_arch.depth, step["units"]
     hours = {}
     for ours, side in ((True, "together"), (False, "loop")):
         per_step = {kind: units[f"{kind}, float32"][side] for kind in KINDS}

@@ -43,7 +43,7 @@ FLOAT = "eager bf16 autocast"
 def shapes() -> Pipeline:
     preset = PRESETS[MODEL]
     with torch.device("meta"):
-        return Pipeline(VAR(preset.var_arch), VQVAE(preset.vae_arch, preset.var_arch.scales), MODEL)
+        return Pipeline(VAR(preset.transformer_arch), VQVAE(preset.autoencoder_arch, preset.transformer_arch.scales), MODEL)
 
 
 def kl(label: str) -> str:

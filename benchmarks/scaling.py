@@ -44,7 +44,7 @@ class Shape:
 
     @classmethod
     def of(cls, name: str) -> Shape:
-        arch = PRESETS[name].var_arch
+        arch = PRESETS[name].transformer_arch
         return cls(arch.depth, arch.width, arch.scales.num_tokens, arch.codebook_size)
 
     def units(self) -> dict[str, float]:

@@ -13,7 +13,8 @@ from golden.recipe import recipe_state
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.reading import guided_logits
-from varptq.models.var.transformer import VAR, checkpoint
+from varptq.models.var import checkpoint
+from varptq.models.var.transformer import VAR
 
 # Float summation order is all that may differ (golden README, "Tolerances").
 LOGITS, GUIDED, IMAGE = 1e-4, 3e-4, 1e-4

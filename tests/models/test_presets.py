@@ -38,31 +38,31 @@ def put(cache: Path, file: str, content: bytes, etag: str) -> Path:
 def test_demo_files_are_what_the_preset_says() -> None:
     entry = preset("demo")
     var_path, vae_path = resolve("demo")
-    assert infer_var(read_state(var_path, "var")) == entry.var_arch
-    assert infer_vqvae(read_state(vae_path, "vae")) == entry.vae_arch
+    assert infer_var(read_state(var_path, "var")) == entry.transformer_arch
+    assert infer_vqvae(read_state(vae_path, "vae")) == entry.autoencoder_arch
     assert entry.class_names is not None
-    assert len(entry.class_names) == entry.var_arch.num_classes
+    assert len(entry.class_names) == entry.transformer_arch.num_classes
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_pair(name: str) -> None:
     entry = preset(name)
     assert entry.name == name
-    check_pair(entry.var_arch, entry.vae_arch)
-    assert entry.var_arch.width % entry.var_arch.num_heads == 0
+    check_pair(entry.transformer_arch, entry.autoencoder_arch)
+    assert entry.transformer_arch.width % entry.transformer_arch.num_heads == 0
 
 
 def test_released_architectures() -> None:
     assert RELEASED == ["var-d16", "var-d20", "var-d24", "var-d30", "var-d36"]
     for name in RELEASED:
         entry = preset(name)
-        arch, depth = entry.var_arch, int(name.removeprefix("var-d"))
+        arch, depth = entry.transformer_arch, int(name.removeprefix("var-d"))
         assert (arch.depth, arch.num_heads, arch.head_width) == (depth, depth, 64)
         assert arch.shared_adaln == (depth == 36)
         assert arch.scales.num_tokens == (2240 if depth == 36 else 680)
-        pixels = arch.scales.last_side * entry.vae_arch.downsampling
+        pixels = arch.scales.last_side * entry.autoencoder_arch.downsampling
         assert pixels == (512 if depth == 36 else 256)
-        assert entry.var_file == f"var_d{depth}.pth"
+        assert entry.transformer_file == f"var_d{depth}.pth"
 
 
 def test_unknown_name_lists_the_known_and_the_nearest() -> None:
@@ -110,7 +110,7 @@ def test_cached_files_need_no_network(tmp_path: Path) -> None:
     entry = preset("var-d16")
     expected = tuple(
         put(tmp_path, file, file.encode(), f"etag-{file}")
-        for file in (entry.var_file, entry.vae_file)
+        for file in (entry.transformer_file, entry.autoencoder_file)
     )
     assert resolve("var-d16", cache_dir=tmp_path) == expected
     assert resolve("var-d16", download=True, cache_dir=tmp_path) == expected
@@ -139,13 +139,13 @@ def test_download_fetches_what_is_missing_and_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = preset("var-d20")
-    put(tmp_path, entry.vae_file, b"vae", "etag")
+    put(tmp_path, entry.autoencoder_file, b"vae", "etag")
     hub = FakeHub(b"var", hashlib.sha256(b"var").hexdigest())
     use(hub, monkeypatch)
     first = resolve("var-d20", download=True, cache_dir=tmp_path)
     assert first[0].read_bytes() == b"var"
     assert resolve("var-d20", download=True, cache_dir=tmp_path) == first
-    assert hub.asked == [entry.var_file]
+    assert hub.asked == [entry.transformer_file]
 
 
 def test_damaged_download_is_refused_and_removed(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import Prompts
 from varptq.models.reading import listening, read
 from varptq.models.scales import Scales
 from varptq.models.seams import Mix, Span
@@ -76,9 +77,9 @@ class AttentionStatistics:
 
 @torch.no_grad()
 def attention_statistics(
-    pipe: Pipeline, labels_B: Tensor, ids_BL: Tensor, batch_size: int = 8
+    pipe: Pipeline, prompts: Prompts, tokens: Tensor, batch_size: int = 8
 ) -> AttentionStatistics:
-    """Read labels_B (B,) and tokens ids_BL (B, L) through the float model and count."""
+    """Read prompts and their tokens through the float model and count."""
     mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
     statistics = AttentionStatistics(pipe.scales, len(mixes))
 
@@ -86,8 +87,7 @@ def attention_statistics(
         statistics.add(block, span.scale, p_BHlL)
 
     with listening(dict(enumerate(mixes)), add):
-        for labels_b, ids_bL in zip(
-            labels_B.split(batch_size), ids_BL.split(batch_size), strict=True
-        ):
-            read(pipe, labels_b, ids_bL)
+        batches = zip(prompts.split(batch_size), tokens.split(batch_size), strict=True)
+        for part, ids in batches:
+            read(pipe, part, ids)
     return statistics

@@ -130,23 +130,23 @@ def with_specs(config: QuantConfig, specs: Mapping[Site, TensorSpec | None]) -> 
 class Bench:
     """Measures configs of one float pipeline on given tokens.
 
-    labels_B (B,) int64 and ids_BL (B, L) int64 are read teacher-forced by both models, best images
-    the float model generated itself. The pipeline given is left as it is. Raises `InputError` for a
-    quantized pipeline, `NonFiniteError` for weights with NaN or infinity.
+    Prompts, or what makes some, and their tokens are read teacher-forced by both models, best
+    images the float model generated itself. The pipeline given is left as it is. Raises
+    `InputError` for a quantized pipeline, `NonFiniteError` for weights with NaN or infinity.
     """
 
     def __init__(
         self,
         pipe: Pipeline,
-        labels_B: Tensor,
-        ids_BL: Tensor,
+        prompts: Any,
+        tokens: Tensor,
         *,
         cfg: float = 1.5,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if isinstance(pipe, QuantizedPipeline):
             raise InputError(f"model {pipe.name!r}: already quantized; give the float model")
-        self.labels_B, self.ids_BL = labels_B.to(pipe.device), ids_BL.to(pipe.device)
+        self.samples = CalibrationSet(pipe.prompts(prompts), tokens.to(pipe.device))
         self.cfg, self.batch_size, self.source = cfg, batch_size, pipe
         self._pipe = replace(pipe, var=convert(pipe.var, FLOAT))
         self._seams = {n: m for n, m in self._pipe.var.named_modules() if type(m) in REGISTRY}
@@ -172,8 +172,7 @@ class Bench:
                 setattr(self.var.get_submodule(parent), child, seam)
                 centred |= isinstance(seam, QuantLinear) and seam.centred
         if centred:
-            samples = CalibrationSet(self.labels_B, self.ids_BL)
-            center_inputs(self.source, self.var, samples)
+            center_inputs(self.source, self.var, self.samples)
         set_theta(self.var, theta)
         self._config = config
         return self.var
@@ -185,7 +184,7 @@ class Bench:
         for floats, quantized in zip(self._float_logits, self._logits(), strict=True):
             for scale, (p_BlV, q_BlV) in enumerate(zip(floats, quantized, strict=True)):
                 sums_K[scale] += kl_divergence(p_BlV, q_BlV).sum().cpu()
-        tokens_K = len(self.labels_B) * torch.tensor(
+        tokens_K = len(self.samples.prompts) * torch.tensor(
             self._pipe.scales.lengths, dtype=torch.int64, device="cpu"
         )
         per_scale = (sums_K / tokens_K).tolist()
@@ -194,12 +193,9 @@ class Bench:
     @torch.no_grad()
     def _logits(self) -> list[list[Tensor]]:
         """Guided logits (b, l, V) of the model as it is, per batch and scale."""
-        batches = zip(
-            self.labels_B.split(self.batch_size), self.ids_BL.split(self.batch_size), strict=True
-        )
         return [
-            [logits for _, logits in guided_logits(self._pipe, labels_b, ids_bL, self.cfg)]
-            for labels_b, ids_bL in batches
+            [logits for _, logits in guided_logits(self._pipe, prompts, tokens, self.cfg)]
+            for prompts, tokens in self.samples.batches(self.batch_size)
         ]
 
 

@@ -22,6 +22,7 @@ from varptq.evaluate.attention import product_errors
 from varptq.models.bare import bare, check_layers
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import Prompts, spread
 from varptq.models.sampling import SamplingSettings
 from varptq.models.seams import Mix
 from varptq.progress import Progress, silent
@@ -81,15 +82,15 @@ def analyze(
     started = time.monotonic()
     prices = Prices(pipe)
     budget.limit(prices.of(config, budget.unit))
-    labels, tokens = images(pipe, settings, progress)
-    bench = Bench(pipe, labels, tokens[: settings.images], cfg=settings.sampling.cfg)
+    prompts, tokens = images(pipe, settings, progress)
+    bench = Bench(pipe, prompts, tokens[: settings.images], cfg=settings.sampling.cfg)
     base = bench.kl(config)
     groups = put_back_groups(bench, config)
     measured = sensitivities(bench, config, settings.widths, progress)
     suggestion = suggest(bench, config, measured, budget, progress)
     products = errors_of_products(bench, config)
     bench.configure(FLOAT)  # its quantized weights go before the second bench makes its own
-    other = Bench(pipe, labels, tokens[settings.images :], cfg=settings.sampling.cfg)
+    other = Bench(pipe, prompts, tokens[settings.images :], cfg=settings.sampling.cfg)
     document = {
         "model": pipe.name,
         "sources": pipe.sources,
@@ -105,7 +106,9 @@ def analyze(
         "groups": {name: found.to_dict() for name, found in groups.items()},
         "tensors": [row.to_dict() for row in ranked(measured, settings.widths)],
         "product_errors": products,
-        "attention": attention_statistics(pipe, bench.labels_B, bench.ids_BL).to_dict(),
+        "attention": attention_statistics(
+            pipe, bench.samples.prompts, bench.samples.tokens
+        ).to_dict(),
         "suggestion": {
             **suggestion.to_dict(),
             "bits": bits_of(bench, suggestion),
@@ -118,20 +121,20 @@ def analyze(
     return Analysis(document, suggestion.config)
 
 
-def images(pipe: Pipeline, settings: AnalysisConfig, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Labels (N,), spread evenly over the classes, and tokens (2N, L): N images to measure on, then
-    as many of the same labels to verify on."""
-    count = settings.images
-    labels_N = torch.arange(count, dtype=torch.int64, device="cpu") * pipe.num_classes // count
+def images(pipe: Pipeline, settings: AnalysisConfig, progress: Progress) -> tuple[Prompts, Tensor]:
+    """N prompts, spread evenly over the pool, and tokens of 2N images: N to measure on, then as
+    many of the same prompts to verify on."""
+    pool = pipe.pool()
+    prompts = pool[spread(len(pool), settings.images)]
     tokens = generate(
         pipe,
-        labels_N.repeat(2),
+        prompts.joined(prompts),
         seed=settings.seed,
         **settings.sampling.to_dict(),
         decode=False,
         progress=progress,
     ).tokens
-    return labels_N, tokens
+    return prompts, tokens
 
 
 def kinds(bench: Bench) -> list[str]:
@@ -157,8 +160,8 @@ def errors_of_products(bench: Bench, config: QuantConfig) -> dict[str, list[list
         floats = dict.fromkeys(site for site in every if site.operand == left_out)
         var = bench.configure(with_specs(config, floats))
         mixes = [module for module in var.modules() if isinstance(module, Mix)]
-        images = slice(0, PRODUCT_IMAGES)
-        errors = product_errors(bench.source, mixes, bench.labels_B[images], bench.ids_BL[images])
+        few = bench.samples.first(PRODUCT_IMAGES)
+        errors = product_errors(bench.source, mixes, few.prompts, few.tokens)
         found[name] = errors.tolist()
     return found
 

@@ -32,9 +32,10 @@ from varptq.analyze.sensitivity import Sensitivity, spec_at
 from varptq.artifact.sizes import VAE, sizes, total
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
+from varptq.models.transformer import float_layout
 from varptq.progress import Progress, silent
 from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
-from varptq.quant.convert import bops_account, convert, float_layout
+from varptq.quant.convert import bops_account, convert
 
 GAINS, STEPS = "gains", "suggestion"
 KEPT_BITS = 8

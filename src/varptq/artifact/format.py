@@ -10,7 +10,7 @@ layout of compressed-tensors "pack-quantized" (quant/packing.py):
 
 Under the range rule "min_max" a zero point need not be a code; then it is float32 (out, G).
 Everything else keeps the name it has in a checkpoint, and the dtype of the pipeline. Names begin
-with "var." or "vae.". No file is touched here.
+with "transformer." or "autoencoder.". No file is touched here.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from varptq.models.autoencoder import Autoencoder
 from varptq.models.transformer import Transformer
-from varptq.models.var.vqvae import VQVAE
 from varptq.quant.config import TensorSpec
 from varptq.quant.convert import quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.packing import WORD_BITS, pack, packed_words, unpack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-VAR_PREFIX, VAE_PREFIX = "var.", "vae."
+TRANSFORMER, AUTOENCODER = "transformer.", "autoencoder."
 # Entry of the metadata of the weights file that binds it to its config.json.
 SEAL = "config_sha256"
 PACKED, SCALE, ZERO_POINT, SHAPE = (
@@ -38,7 +38,6 @@ PACKED, SCALE, ZERO_POINT, SHAPE = (
     "weight_zero_point",
     "weight_shape",
 )
-LEVELS = VAR_PREFIX + "lvl_1L"
 # What a QuantLinear keeps in memory in place of the packed tensors.
 UNPACKED = ("codes", "scale", "zero_point")
 # safetensors' words for the dtypes a tensor that stays in float may have.
@@ -57,20 +56,20 @@ def packed_linears(var: Transformer) -> dict[str, QuantLinear]:
     return {name: m for name, m in quant_linears(var).items() if m.spec.weight is not None}
 
 
-def slots(var: Transformer, vae: VQVAE) -> dict[str, Slot]:
+def slots(var: Transformer, vae: Autoencoder) -> dict[str, Slot]:
     """Every tensor of the artifact of this converted model, which may be on the meta device."""
     expected = {name: _plain_slot(tensor) for name, tensor in plain_tensors(var, vae).items()}
     for layer, linear in packed_linears(var).items():
         for name, slot in linear_slots(linear).items():
-            expected[f"{VAR_PREFIX}{layer}.{name}"] = slot
+            expected[f"{TRANSFORMER}{layer}.{name}"] = slot
     return expected
 
 
-def plain_tensors(var: Transformer, vae: VQVAE) -> dict[str, Tensor]:
-    """What is stored as it is: the transformer less its codes and grids, and the whole VQVAE."""
+def plain_tensors(var: Transformer, vae: Autoencoder) -> dict[str, Tensor]:
+    """What is stored as it is: the transformer less its codes and grids, the whole autoencoder."""
     packed = {f"{layer}.{name}" for layer in packed_linears(var) for name in UNPACKED}
-    tensors = {VAR_PREFIX + k: t for k, t in var.state_dict().items() if k not in packed}
-    return tensors | {VAE_PREFIX + k: t for k, t in vae.state_dict().items()}
+    tensors = {TRANSFORMER + k: t for k, t in var.state_dict().items() if k not in packed}
+    return tensors | {AUTOENCODER + k: t for k, t in vae.state_dict().items()}
 
 
 def _plain_slot(tensor: Tensor) -> Slot:

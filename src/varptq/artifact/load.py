@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from varptq.artifact.format import (
+    AUTOENCODER,
     CONFIG_FILE,
     FORMAT_VERSION,
-    LEVELS,
     SEAL,
+    TRANSFORMER,
     UNPACKED,
-    VAE_PREFIX,
-    VAR_PREFIX,
     WEIGHTS_FILE,
     Slot,
     linear_slots,
@@ -45,18 +44,16 @@ from varptq.artifact.schema import (
 )
 from varptq.errors import ArtifactError, CheckpointError, ConfigError, is_out_of_memory
 from varptq.files import is_whole, utf8_name
+from varptq.models.autoencoder import Autoencoder
+from varptq.models.families import family
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.state_file import file_sha256
 from varptq.models.transformer import Transformer
-from varptq.models.var.transformer import VAR
-from varptq.models.var.vqvae import VQVAE
 from varptq.quant.convert import convert, release_float_weights, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.torch_state import plain_torch
 
 DAMAGED = "damaged or altered, copy the artifact again"
-# Of the image encoder, which making images does not need.
-ENCODER = (VAE_PREFIX + "encoder.", VAE_PREFIX + "quant_conv.")
 Adopt = Callable[[Transformer, str], None]
 
 
@@ -83,7 +80,7 @@ def load(
     var, vae = empty_modules(folder, document)
     path = folder / WEIGHTS_FILE
     tensors = _open_tensors(path, document, seal, slots(var, vae))
-    _fill_plain(var, vae, tensors, path, stay=ENCODER if adopt else ())
+    _fill_plain(var, vae, tensors, path, stay=adopt is not None)
     _fill_linears(var, tensors, path, adopt)
     recipe = document.varptq
     pipeline = QuantizedPipeline(
@@ -92,6 +89,7 @@ def load(
         document.name,
         document.class_names,
         dict(document.sources),
+        family=document.architecture.family,
         config=recipe.config,
         method=recipe.method,
         theta=recipe.theta,
@@ -183,15 +181,15 @@ class WithoutInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[Transformer, VQVAE]:
+def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[Transformer, Autoencoder]:
     """Both networks on the meta device, where tensors have shapes but no memory. Raises
     `ArtifactError`."""
     path = Path(folder) / CONFIG_FILE
-    var_arch, vae_arch = document.architecture.var.arch(), document.architecture.vae.arch()
+    row, archs = family(document.architecture.family), document.architecture.document().archs()
     try:
         with torch.device("meta"), WithoutInit():
-            vae = VQVAE(vae_arch, var_arch.scales)
-            var = convert(VAR(var_arch), document.varptq.config)
+            float_var, vae = row.build(*archs)
+            var = convert(float_var, document.varptq.config)
     except ConfigError as error:
         raise ArtifactError(f"{path}: {_line(error)}") from None
     release_float_weights(var)
@@ -248,24 +246,27 @@ def _check_header(path: Path, file: Any, expected: dict[str, Slot]) -> None:
 
 
 def _fill_plain(
-    var: Transformer, vae: VQVAE, tensors: MappedTensors, path: Path, stay: tuple[str, ...]
+    var: Transformer, vae: Autoencoder, tensors: MappedTensors, path: Path, *, stay: bool
 ) -> None:
-    """Check what is stored as it is and give it to the modules; names that begin with one of `stay`
-    stay on the mapping."""
+    """Check what is stored as it is and give it to the modules. With `stay` what only reading an
+    image needs stays on the mapping."""
     state: dict[str, Tensor] = {}
+    encoding = tuple(f"{AUTOENCODER}{name}." for name in vae.ENCODING) if stay else ()
     for name in plain_tensors(var, vae):
-        stays = name.startswith(stay)
+        stays = name.startswith(encoding)
         tensor = tensors.view(name) if stays else tensors.take(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
         if stays:
             tensors.drop(name)
         state[name] = tensor
-    if stay:
-        vae.encoder.register_forward_pre_hook(lambda encoder, _: tensors.check(encoder))
-    if not torch.equal(state[LEVELS], var.scales.scale_of_L().view(1, -1)):
-        raise ArtifactError(f"{path}: tensor {LEVELS!r} contradicts the scales in {CONFIG_FILE}")
-    for prefix, module in ((VAR_PREFIX, var), (VAE_PREFIX, vae)):
+    for name in vae.ENCODING if stay else ():
+        module = vae.get_submodule(name)
+        module.register_forward_pre_hook(lambda encoder, _: tensors.check(encoder))
+    for name, expected in var.constants().items():
+        if not torch.equal(state[TRANSFORMER + name], expected):
+            raise ArtifactError(f"{path}: tensor {name!r} contradicts the scales in {CONFIG_FILE}")
+    for prefix, module in ((TRANSFORMER, var), (AUTOENCODER, vae)):
         part = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
         left = module.load_state_dict(part, strict=False, assign=True)
         assert {name.rpartition(".")[2] for name in left.missing_keys} <= set(UNPACKED)
@@ -281,11 +282,11 @@ def _fill_linears(
         layer = next(iter(layers))
         linear = layers.pop(layer)
         names = linear_slots(linear)
-        stored = {name: tensors.take(f"{VAR_PREFIX}{layer}.{name}") for name in names}
+        stored = {name: tensors.take(f"{TRANSFORMER}{layer}.{name}") for name in names}
         for name, tensor in stored.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ArtifactError(
-                    f"{path}: tensor {f'{VAR_PREFIX}{layer}.{name}'!r} holds NaN or infinity"
+                    f"{path}: tensor {f'{TRANSFORMER}{layer}.{name}'!r} holds NaN or infinity"
                 )
         try:
             linear.load_codes(**unpack_linear(linear, stored))

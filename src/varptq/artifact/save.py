@@ -19,7 +19,7 @@ from varptq.artifact.format import (
     CONFIG_FILE,
     FORMAT_VERSION,
     SEAL,
-    VAR_PREFIX,
+    TRANSFORMER,
     WEIGHTS_FILE,
     pack_linear,
     packed_linears,
@@ -28,10 +28,8 @@ from varptq.artifact.format import (
 from varptq.artifact.schema import (
     MAX_CONFIG_BYTES,
     Architecture,
-    Autoencoder,
     Document,
     Recipe,
-    Transformer,
     compressed_tensors_block,
     digest,
     plain,
@@ -80,9 +78,7 @@ def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path
 
 def describe(pipeline: QuantizedPipeline) -> dict[str, Any]:
     """config.json as plain values, without `files`."""
-    architecture = Architecture(
-        var=Transformer.of(pipeline.var.arch), vae=Autoencoder.of(pipeline.vae.arch)
-    )
+    architecture = Architecture.of(pipeline.family, pipeline.var.arch, pipeline.vae.arch)
     recipe = Recipe(
         config=pipeline.config,
         method=pipeline.method,
@@ -109,7 +105,7 @@ def packed_tensors(pipeline: QuantizedPipeline) -> dict[str, Tensor]:
     tensors = plain_tensors(pipeline.var, pipeline.vae)
     for layer, linear in packed_linears(pipeline.var).items():
         for name, tensor in pack_linear(linear).items():
-            tensors[f"{VAR_PREFIX}{layer}.{name}"] = tensor
+            tensors[f"{TRANSFORMER}{layer}.{name}"] = tensor
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"tensor {name}: holds NaN or infinity, the model is not saved")

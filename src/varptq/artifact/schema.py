@@ -11,102 +11,43 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 from torch import nn
 
-from varptq.artifact.format import VAR_PREFIX, WEIGHTS_FILE
+from varptq.artifact.format import TRANSFORMER, WEIGHTS_FILE
 from varptq.errors import InputError
-from varptq.models.scales import Scales
-from varptq.models.var.transformer import VARArch
-from varptq.models.var.vqvae import NORM_GROUPS, VQVAEArch
+from varptq.models.families import family
+from varptq.models.family import ArchitectureDocument
 from varptq.quant.config import QuantConfig, TensorSpec
 from varptq.quant.layers import QuantLinear
 from varptq.settings import Settings
 
 MAX_CONFIG_BYTES = 16 * 2**20
-# Far above any model of this family, and small enough that empty modules are built in seconds.
-Size = Annotated[int, Field(ge=1, le=2**20)]
-Few = Annotated[int, Field(ge=1, le=128)]
-Side = Annotated[int, Field(ge=1, le=1024)]
-Sides = Annotated[tuple[Side, ...], Field(min_length=1, max_length=64)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Transformer(Settings):
-    """`VARArch` as plain values; `scales` are the sides of the token maps."""
-
-    num_classes: Size
-    depth: Few
-    width: Size
-    num_heads: Size
-    scales: Sides
-    codebook_size: Size
-    code_dim: Size
-    l2_norm: bool
-    shared_adaln: bool
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} does not divide into {self.num_heads} heads")
-        return self
-
-    @classmethod
-    def of(cls, arch: VARArch) -> Self:
-        values: dict[str, Any] = {**asdict(arch), "scales": arch.scales.sides}
-        return cls(**values)
-
-    def arch(self) -> VARArch:
-        values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
-        values["scales"] = Scales(self.scales)
-        return VARArch(**values)
-
-
-class Autoencoder(Settings):
-    """`VQVAEArch` as plain values."""
-
-    ch: Annotated[int, Field(ge=1, le=2**13)]
-    ch_mult: Annotated[tuple[Few, ...], Field(min_length=1, max_length=10)]
-    num_res_blocks: Annotated[int, Field(ge=1, le=8)]
-    code_dim: Size
-    codebook_size: Size
-    num_phi: Few
-    attn_levels: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=10)]
-    mid_attn: bool
-    quant_kernel: Annotated[int, Field(ge=1, le=15)]
-    hit_scales: Annotated[int, Field(ge=0, le=256)]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if any(self.ch * multiple % NORM_GROUPS for multiple in (1, *self.ch_mult)):
-            raise ValueError(f"channels are not multiples of {NORM_GROUPS}")
-        if any(level >= len(self.ch_mult) for level in self.attn_levels):
-            raise ValueError(f"attn_levels {self.attn_levels} beyond {len(self.ch_mult)} levels")
-        return self
-
-    @classmethod
-    def of(cls, arch: VQVAEArch) -> Self:
-        return cls(**asdict(arch))
-
-    def arch(self) -> VQVAEArch:
-        return VQVAEArch(**{name: getattr(self, name) for name in type(self).model_fields})
-
-
 class Architecture(Settings):
-    """Both networks; they must share the codebook."""
+    """The family, and its two networks in its own words."""
 
-    var: Transformer
-    vae: Autoencoder
+    family: str
+    transformer: dict[str, Any]
+    autoencoder: dict[str, Any]
 
     @model_validator(mode="after")
-    def _pair(self) -> Self:
-        for field in ("codebook_size", "code_dim"):
-            if getattr(self.var, field) != getattr(self.vae, field):
-                raise ValueError(f"{field} differs between var and vae")
+    def _known(self) -> Self:
+        self.document()
         return self
+
+    def document(self) -> ArchitectureDocument:
+        """What the family makes of it. Raises `ConfigError`."""
+        values = {"transformer": self.transformer, "autoencoder": self.autoencoder}
+        return family(self.family).document.from_dict(values)
+
+    @classmethod
+    def of(cls, name: str, transformer: Any, autoencoder: Any) -> Self:
+        return cls(family=name, **family(name).document.of(transformer, autoencoder).to_dict())
 
 
 class Recipe(Settings):
@@ -142,9 +83,9 @@ class Document(Settings):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        names, classes = len(self.class_names), self.architecture.var.num_classes
-        if names not in (0, classes):
-            raise ValueError(f"class_names has {names} entries for {classes} classes")
+        names, expected = len(self.class_names), self.architecture.document().num_names()
+        if expected is not None and names not in (0, expected):
+            raise ValueError(f"class_names has {names} entries for {expected} classes")
         return self
 
 
@@ -196,11 +137,11 @@ def compressed_tensors_block(var: nn.Module) -> dict[str, Any]:
     ignore = []
     for name, module in var.named_modules():
         if isinstance(module, nn.Linear):
-            ignore.append(VAR_PREFIX + name)
+            ignore.append(TRANSFORMER + name)
         elif isinstance(module, QuantLinear):
             scheme = _scheme(module)
             group = groups.setdefault(json.dumps(scheme), {"targets": [], **scheme})
-            group["targets"].append(VAR_PREFIX + name)
+            group["targets"].append(TRANSFORMER + name)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

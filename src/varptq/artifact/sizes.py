@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor
 
 from varptq.artifact.format import (
+    AUTOENCODER,
     PACKED,
-    VAE_PREFIX,
-    VAR_PREFIX,
+    TRANSFORMER,
     Slot,
     linear_slots,
     plain_tensors,
 )
 from varptq.models.pipeline import Pipeline
 from varptq.models.seams import SeamLinear
-from varptq.quant.convert import convert, float_layout
+from varptq.models.transformer import float_layout
+from varptq.quant.convert import convert
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 
@@ -85,10 +86,10 @@ def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
         if isinstance(module, QuantLinear) and module.spec.weight is not None:
             found[kind] = found.get(kind, KindSize()) + _packed_size(module)
         else:
-            weights[f"{VAR_PREFIX}{name}.weight"] = kind
+            weights[f"{TRANSFORMER}{name}.weight"] = kind
     for name, tensor in plain_tensors(pipeline.var, pipeline.vae).items():
         size = _plain_size(tensor)
-        kind = VAE if name.startswith(VAE_PREFIX) else weights.get(name, FLOAT_PARTS)
+        kind = VAE if name.startswith(AUTOENCODER) else weights.get(name, FLOAT_PARTS)
         if name.rpartition(".")[2] in CENTRING_TENSORS:
             # The float model has none of them, so they are compared with nothing.
             kind, size = CENTRING, replace(size, elements=0)

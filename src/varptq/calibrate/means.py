@@ -86,6 +86,6 @@ def input_moments(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> 
             found[name].add(span.scale, x_BLi[:, span.queries])
 
     with listening(layers, add):
-        for labels, ids in samples.batches(ROWS_PER_BATCH):
-            read(pipe, labels, ids)
+        for prompts, tokens in samples.batches(ROWS_PER_BATCH):
+            read(pipe, prompts, tokens)
     return found

@@ -167,6 +167,7 @@ def quantize(
         pipe.name,
         pipe.class_names,
         dict(pipe.sources),
+        family=pipe.family,
         config=config,
         method=method,
         theta=theta,

@@ -152,15 +152,15 @@ class Recorder:
     ) -> None:
         self.pipe, self.var, self.quantized = pipe, pipe.var, quantized
         self.config = config
-        self.labels = pipe.guidance_rows(samples.labels_N)
-        self.samples, self.num_rows = samples, len(self.labels)
+        self.prompts = samples.prompts.guided()
+        self.samples, self.num_rows = samples, len(self.prompts)
         self.scales = pipe.scales
         # Which units there are does not depend on the condition.
         self.stages = self._stages(slice(0, 1))
 
     @torch.no_grad()
     def _stages(self, rows: slice) -> list[Stage]:
-        return self.var.stages(self.var.condition(self.labels[rows]))
+        return self.var.stages(self.var.condition(self.prompts[rows]))
 
     @property
     def num_units(self) -> int:
@@ -232,7 +232,7 @@ class Recorder:
         seam = self.var.get_submodule(name)
         if not isinstance(seam, TokenLinear):
             return self._vector_unit(name)
-        inputs = self.pipe.vae.teacher_inputs(self.samples.ids_NL)
+        inputs = self.pipe.vae.teacher_inputs(self.samples.tokens)
         return self._unit(name, inputs.float(), None, spans_of(self.scales, seam.first_scale))
 
     def _vector_unit(self, name: str) -> Unit:
@@ -258,9 +258,9 @@ class Recorder:
         residual = storage.empty("residual", shape, torch.float32)
         for rows in self._batches():
             numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device="cpu")
-            samples = numbers % len(self.samples.ids_NL)
-            inputs = self.pipe.vae.teacher_inputs(self.samples.ids_NL[samples])
-            condition = self.var.condition(self.labels[rows])
+            samples = numbers % len(self.samples.tokens)
+            inputs = self.pipe.vae.teacher_inputs(self.samples.tokens[samples])
+            condition = self.var.condition(self.prompts[rows])
             residual[rows] = self.var.embed(condition, inputs).float()
         return residual
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from varptq.errors import InputError, NonFiniteError
 from varptq.models.sampling import ImageRandom, image_randoms
-from varptq.models.scales import Scales
 
 
 @dataclass(frozen=True)
@@ -158,28 +158,30 @@ def _draw(weight: Tensor, still_short: Tensor, u: float) -> tuple[int, bool]:
 
 
 def resample(
-    ids_NL: Tensor, probs_of_scale: Callable[[int], Tensor], scales: Scales, seed: int
+    ids_NL: Tensor, probs_of_scale: Callable[[int], Tensor], lengths: Sequence[int], seed: int
 ) -> tuple[Tensor, ResampleReport]:
     """Resample all scales, coarse to fine: (N, L) int64 -> new (N, L) ids and the report.
+    `lengths` are those of the scales.
 
     `probs_of_scale(k)` gives the filtered probabilities (N, l_k, V) at scale k under the ids as
     first drawn; it is called once per scale, so the caller need not hold all of them. Draws depend
     on (seed, image) only. Raises `InputError` if a shape does not fit.
     """
-    if ids_NL.dim() != 2 or ids_NL.shape[1] != scales.num_tokens:
+    if ids_NL.dim() != 2 or ids_NL.shape[1] != sum(lengths):
         raise InputError(
-            f"ids have shape {tuple(ids_NL.shape)}: expected (N, {scales.num_tokens}), "
-            f"the tokens of sides {scales.sides}"
+            f"ids have shape {tuple(ids_NL.shape)}: expected (N, {sum(lengths)}), the tokens of "
+            f"scales of {', '.join(map(str, lengths))}"
         )
     randoms = image_randoms(seed, range(len(ids_NL)), "resample")
     new_NL = ids_NL.clone()
     reports: list[ScaleReport] = []
-    for k, part in enumerate(scales.slices()):
+    for k, (end, length) in enumerate(zip(accumulate(lengths), lengths, strict=True)):
+        part = slice(end - length, end)
         probs_NlV = probs_of_scale(k)
         if probs_NlV.dim() != 3 or probs_NlV.shape[:2] != ids_NL[:, part].shape:
             raise InputError(
                 f"probabilities of scale {k} have shape {tuple(probs_NlV.shape)}: "
-                f"expected ({len(ids_NL)}, {scales.lengths[k]}, V)"
+                f"expected ({len(ids_NL)}, {length}, V)"
             )
         new_NL[:, part], report = resample_scale(ids_NL[:, part], probs_NlV, randoms)
         reports.append(report)

@@ -17,6 +17,7 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.resample import ResampleReport, resample
 from varptq.models.generate import DEFAULT_BATCH, ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import Prompts, dealt
 from varptq.progress import Progress, silent
 from varptq.work import Piece, Work
 
@@ -25,21 +26,25 @@ STAGE, PIECE = "calibration samples", "samples"
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """labels_N (N,) int64 and tokens ids_NL (N, L) int64; `resampling` tells what was moved, if
-    anything was, and `summary` is that as plain values: all that is kept on a disk."""
+    """N prompts and their tokens (N, L) or (N, L, draws) int64; `resampling` tells what was moved,
+    if anything was, and `summary` is that as plain values: all that is kept on a disk."""
 
-    labels_N: Tensor
-    ids_NL: Tensor
+    prompts: Prompts
+    tokens: Tensor
     resampling: ResampleReport | None = None
     summary: dict[str, Any] | None = None
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Labels and tokens of `size` images at a time."""
-        return zip(self.labels_N.split(size), self.ids_NL.split(size), strict=True)
+    def batches(self, size: int) -> Iterator[tuple[Prompts, Tensor]]:
+        """Prompts and tokens of `size` images at a time."""
+        return zip(self.prompts.split(size), self.tokens.split(size), strict=True)
 
     def first(self, count: int) -> CalibrationSet:
         """The first images, without what resampling moved."""
-        return CalibrationSet(self.labels_N[:count], self.ids_NL[:count])
+        return self.part(slice(0, count))
+
+    def part(self, rows: slice | Tensor) -> CalibrationSet:
+        """Some of the images, without what resampling moved."""
+        return CalibrationSet(self.prompts[rows], self.tokens[rows])
 
 
 @dataclass
@@ -85,18 +90,6 @@ class FilteredProbabilities:
         return dense.scatter_(-1, indices_Blk.long(), values_Blk)
 
 
-def choose_labels(num_classes: int, count: int, seed: int) -> Tensor:
-    """(count,) int64 distinct classes in random order; fewer classes than samples are cycled
-    through."""
-    generator = torch.Generator().manual_seed(seed)
-    rounds = -(-count // num_classes)
-    order = [
-        torch.randperm(num_classes, generator=generator, dtype=torch.int64, device="cpu")
-        for _ in range(rounds)
-    ]
-    return torch.cat(order)[:count]
-
-
 def calibration_set(
     pipe: Pipeline,
     config: CalibrationConfig,
@@ -112,7 +105,8 @@ def calibration_set(
     of its processes. A set read from `work` has the summary of its resampling only.
     """
     work = work or Work()
-    labels_N = choose_labels(pipe.num_classes, config.num_samples, seed)
+    pool = pipe.pool()
+    prompts = pool[dealt(len(pool), config.num_samples, seed)]
     report: ResampleReport | None = None
 
     def join() -> Piece:
@@ -121,34 +115,34 @@ def calibration_set(
         facts = {"resampling": report.to_dict() if report else None}
         return Piece({"ids": ids_NL}, facts)
 
-    starts = {f"batch-{first:06}": first for first in range(0, len(labels_N), DEFAULT_BATCH)}
+    starts = {f"batch-{first:06}": first for first in range(0, len(prompts), DEFAULT_BATCH)}
     if work.missing([PIECE]):
         mine = work.ranks.share(work.missing(list(starts)))
-        progress(STAGE, 0, len(labels_N))
+        progress(STAGE, 0, len(prompts))
         for name in mine:
-            rows = slice(starts[name], min(starts[name] + DEFAULT_BATCH, len(labels_N)))
-            work.write(name, _batch(pipe, labels_N, rows, config, seed, resampled))
-            progress(STAGE, rows.stop, len(labels_N))
+            rows = slice(starts[name], min(starts[name] + DEFAULT_BATCH, len(prompts)))
+            work.write(name, _batch(pipe, prompts, rows, config, seed, resampled))
+            progress(STAGE, rows.stop, len(prompts))
         work.ranks.barrier()
     found = work.once(PIECE, join)
     work.drop(starts)
-    ids_NL = found.tensors["ids"].to(pipe.device)
-    return CalibrationSet(labels_N, ids_NL, report, found.facts["resampling"])
+    tokens = found.tensors["ids"].to(pipe.device)
+    return CalibrationSet(prompts, tokens, report, found.facts["resampling"])
 
 
 def _batch(
     pipe: Pipeline,
-    labels_N: Tensor,
+    prompts: Prompts,
     rows: slice,
     config: CalibrationConfig,
     seed: int,
     resampled: bool,
 ) -> Piece:
     """Tokens of images `rows`, with their filtered probabilities if they are to be resampled."""
-    probabilities = FilteredProbabilities(pipe.var.arch.codebook_size, config.sampling.temperature)
+    probabilities = FilteredProbabilities(pipe.alphabet.size, config.sampling.temperature)
     output = generate(
         pipe,
-        labels_N[rows],
+        prompts[rows],
         seed=seed,
         **config.sampling.to_dict(),
         first_index=rows.start,
@@ -161,15 +155,18 @@ def _batch(
 def _joined(
     pipe: Pipeline, work: Work, batches: list[str], seed: int, resampled: bool
 ) -> tuple[Tensor, ResampleReport | None]:
-    """All tokens (N, L) on the CPU, and what resampling did; one scale of probabilities at a time
-    is in memory."""
-    ids_NL = torch.cat([work.read(name, ["ids"]).tensors["ids"].cpu() for name in batches])
+    """All tokens on the CPU, and what resampling did; one scale of probabilities at a time is in
+    memory. The draws of a token are resampled one by one."""
+    tokens = torch.cat([work.read(name, ["ids"]).tensors["ids"].cpu() for name in batches])
     if not resampled:
-        return ids_NL, None
+        return tokens, None
+    alphabet = pipe.alphabet
 
     def dense(scale: int) -> Tensor:
         keys = (f"values.{scale}", f"indices.{scale}")
         stored = (work.read(name, keys).tensors for name in batches)
-        return FilteredProbabilities.unpack(pipe.var.arch.codebook_size, scale, stored).dense(scale)
+        return FilteredProbabilities.unpack(alphabet.size, scale, stored).dense(scale)
 
-    return resample(ids_NL, dense, pipe.scales, seed)
+    lengths = [alphabet.draws * length for length in pipe.scales.lengths]
+    symbols, report = resample(alphabet.symbols(tokens), dense, lengths, seed)
+    return alphabet.tokens(symbols), report

@@ -220,5 +220,5 @@ def measure_attention(
 
     part = samples.first(count)
     with listening(wanted, keep):
-        read(replace(pipe, var=quantized), part.labels_N, part.ids_NL)
+        read(replace(pipe, var=quantized), part.prompts, part.tokens)
     return masses

@@ -83,7 +83,7 @@ def tune(
         resampled=False,
     )
     held_out = images.first(HELD_OUT)
-    train = CalibrationSet(images.labels_N[HELD_OUT:], images.ids_NL[HELD_OUT:])
+    train = images.part(slice(HELD_OUT, None))
     student = replace(pipe, var=quantized)
     before = tuned_tensors(quantized)
     kl_before = mean_kl(pipe, student, held_out, config)
@@ -161,16 +161,16 @@ def _descend(
     for step in range(1, config.tune_steps + 1):
         if not order:
             order = torch.randperm(
-                len(train.labels_N), generator=generator, dtype=torch.int64, device="cpu"
+                len(train.prompts), generator=generator, dtype=torch.int64, device="cpu"
             ).tolist()
         rows = torch.tensor(order[:BATCH], dtype=torch.int64, device="cpu")
         order = order[BATCH:]
-        labels, ids = train.labels_N[rows], train.ids_NL[rows]
+        part = train.part(rows)
         with torch.no_grad():
-            target = all_logits(pipe, labels, ids, config.sampling.cfg)
-        found = all_logits(student, labels, ids, config.sampling.cfg)
+            target = all_logits(pipe, part, config.sampling.cfg)
+        found = all_logits(student, part, config.sampling.cfg)
         # float32 as the model: gradients in float64 would cost more and say no more.
-        loss = kl_divergence(target, found, torch.float32).mean()
+        loss = pipe.alphabet.per_token(kl_divergence(target, found, torch.float32)).mean()
         if not math.isfinite(value := float(loss.detach())):
             raise NonFiniteError(f"tuning step {step}: KL is {value}; set tune_steps to 0")
         optimizer.zero_grad(set_to_none=True)
@@ -187,12 +187,15 @@ def mean_kl(
 ) -> float:
     """Over all tokens of `images`, nats."""
     total = 0.0
-    for labels, ids in images.batches(BATCH):
-        p, q = (all_logits(which, labels, ids, config.sampling.cfg) for which in (pipe, student))
-        total += float(kl_divergence(p, q, torch.float32).mean(dim=1).sum())
-    return total / len(images.labels_N)
+    for start in range(0, len(images.prompts), BATCH):
+        part = images.part(slice(start, start + BATCH))
+        p, q = (all_logits(which, part, config.sampling.cfg) for which in (pipe, student))
+        kl_BL = pipe.alphabet.per_token(kl_divergence(p, q, torch.float32))
+        total += float(kl_BL.mean(dim=1).sum())
+    return total / len(images.prompts)
 
 
-def all_logits(pipe: Pipeline, labels: Tensor, ids_BL: Tensor, cfg: float) -> Tensor:
-    """(B, L, V) float32 guided logits of all scales, nothing filtered."""
-    return torch.cat([part.float() for _, part in guided_logits(pipe, labels, ids_BL, cfg)], dim=1)
+def all_logits(pipe: Pipeline, images: CalibrationSet, cfg: float) -> Tensor:
+    """(B, L draws, V) float32 guided logits of all scales, nothing filtered."""
+    parts = guided_logits(pipe, images.prompts, images.tokens, cfg)
+    return torch.cat([part.float() for _, part in parts], dim=1)

@@ -126,19 +126,20 @@ def run(recipe: Recipe, out: Path) -> Result:
     artifact, clock = out / "artifact", Clock()
     pipe = load_model(recipe.model)
     quantization = quantize(recipe, pipe, artifact, clock)
-    labels = [label for label in range(pipe.num_classes) for _ in range(recipe.images_per_class)]
+    titles = pipe.pool().titles()
+    labels = [label for label in range(len(titles)) for _ in range(recipe.images_per_class)]
     with clock.stage("sample the float model"):
         output = sample_float(recipe, pipe, labels)
     assert output.images is not None
     with clock.stage("reload and sample in a new process"):
-        quant_tokens, quant_pixels = sample_in_new_process(recipe, pipe.num_classes, artifact)
+        quant_tokens, quant_pixels = sample_in_new_process(recipe, len(titles), artifact)
     with clock.stage("compare next-token distributions"):
         # At the paper's guidance, the default: the stronger one of the pictures amplifies errors.
         fidelity = token_fidelity(pipe, load(artifact), labels, output.tokens)
     pixels = to_pixels(output.images)
     return Result(
         recipe,
-        tuple(pipe.title(label) for label in range(pipe.num_classes)),
+        tuple(titles),
         pixels,
         quant_pixels,
         quantization["sizes"],

@@ -108,7 +108,7 @@ def run(
             "runtime": getattr(pipe, "runtime", "float"),
             "image": str(image),
             "task": arguments["task"],
-            "label": None if label is None else pipe.title(int(pipe.labels([label])[0])),
+            "label": None if label is None else pipe.prompts([label]).titles()[0],
             "seed": result.seed,
             "sampling": {"cfg": result.cfg, **{k: arguments[k] for k in ("top_k", "top_p")}},
             "seconds": time.monotonic() - started,

@@ -359,7 +359,7 @@ def write(
     # What UTF-8 does not hold, of a path, becomes the escape that JSON has for it.
     write_atomic(out / METRICS_NAME, text.encode(errors="backslashreplace") + b"\n")
     above = beside.samples if beside else None
-    pairs = choose_pairs(subject.samples, above, subject.pipe.class_names)
+    pairs = choose_pairs(subject.samples, above, subject.pipe.pool().titles())
     write_report(out / REPORT_NAME, document, pairs)
 
 

@@ -61,15 +61,15 @@ def command(
     names = common.parse_classes(classes)
     choice = common.ModelChoice(source, var, vae, random, download, device, dtype)
     pipe = choice.load(runtime)
-    labels = pipe.labels([name for name in names for _ in range(count)]).tolist()
-    titles = [pipe.title(label) for label in labels]
+    asked = pipe.prompts([name for name in names for _ in range(count)])
+    labels, titles = asked.facts(), asked.titles()
     files = Files.plan(out, titles)
     with files.claimed(force):
         started = time.monotonic()
         with RichProgress() as progress:
             sampling = settings.to_dict()
             output = generate(
-                pipe, labels, seed=seed, batch_size=batch_size, progress=progress, **sampling
+                pipe, asked, seed=seed, batch_size=batch_size, progress=progress, **sampling
             )
         duration = time.monotonic() - started
         files.write(output, labels, titles)

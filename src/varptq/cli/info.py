@@ -8,7 +8,6 @@ architecture alone, no weights are read; nothing is computed with the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,14 +58,14 @@ def _open(choice: common.ModelChoice) -> Pipeline:
     import torch
 
     from varptq.models import presets
+    from varptq.models.families import family
     from varptq.models.pipeline import Pipeline
-    from varptq.models.var.transformer import VAR
-    from varptq.models.var.vqvae import VQVAE
 
     preset = presets.preset(name)
     with torch.device("meta"):
-        transformer = VAR(preset.var_arch)
-        return Pipeline(transformer, VQVAE(preset.vae_arch, preset.var_arch.scales), name)
+        row = family(preset.family)
+        networks = row.build(preset.transformer_arch, preset.autoencoder_arch)
+        return Pipeline(*networks, name, family=row.name)
 
 
 def show_runtimes(source: str | None, json: bool) -> None:
@@ -126,7 +125,9 @@ def describe(pipe: Pipeline) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": pipe.name,
         "kind": "float" if config is None else f"quantized {config.name}",
+        "family": pipe.family,
         "architecture": architecture(pipe),
+        "facts": pipe.var.facts(),
         "sources": pipe.sources,
         "sizes": common.sizes(pipe),
         "bits": bits(pipe.var, config),
@@ -140,10 +141,11 @@ def describe(pipe: Pipeline) -> dict[str, Any]:
 
 
 def architecture(pipe: Pipeline) -> dict[str, Any]:
-    arch = asdict(pipe.var.arch)
-    arch["scales"] = list(pipe.scales.sides)
+    from varptq.models.families import family
+
+    document = family(pipe.family).document.of(pipe.var.arch, pipe.vae.arch).to_dict()
     return {
-        **arch,
+        **document["transformer"],
         "num_tokens": pipe.scales.num_tokens,
         "image_size": pipe.vae.image_size,
     }
@@ -178,7 +180,8 @@ def duplicated_per_scale(copies: Sequence[dict[str, Any]]) -> list[dict[str, flo
 
 def bits(var: Transformer, config: QuantConfig | None) -> dict[str, dict[str, str]]:
     """Kind of layer -> operand -> what it is stored as; layers of a kind that differ are joined."""
-    from varptq.quant.convert import describe_linears, describe_products, float_layout
+    from varptq.models.transformer import float_layout
+    from varptq.quant.convert import describe_linears, describe_products
 
     found: dict[str, dict[str, list[str]]] = {}
 
@@ -236,16 +239,7 @@ def transformed(transform: InputTransform | None, layer: LayerShape, foldable: b
 def overview(document: dict[str, Any]) -> list[tuple[str, str]]:
     arch = document["architecture"]
     rows = [
-        (
-            "transformer",
-            f"depth {arch['depth']}, width {arch['width']}, {arch['num_heads']} heads, "
-            f"{arch['num_classes']} classes",
-        ),
-        (
-            "tokens",
-            f"{arch['num_tokens']} in sides {', '.join(map(str, arch['scales']))}; "
-            f"codebook {arch['codebook_size']} x {arch['code_dim']}",
-        ),
+        *document["facts"].items(),
         ("image", f"{arch['image_size']} x {arch['image_size']}"),
         *common.size_rows(document["sizes"]),
         bops_row(document["bops"]),

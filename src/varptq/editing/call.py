@@ -32,7 +32,7 @@ from varptq.editing.reading import MaskLike
 from varptq.errors import InputError
 from varptq.models.bare import bare
 from varptq.models.generate import DEFAULT_BATCH, generate
-from varptq.models.pipeline import UNCONDITIONAL, Pipeline
+from varptq.models.pipeline import Pipeline
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.pictures import to_pixels
 from varptq.progress import Progress, silent
@@ -95,9 +95,10 @@ def edit(
     nothing pasted. Candidate i draws from (seed, first_index + i) alone. Raises `InputError` for
     what cannot be used and `ConfigError` for settings.
     """
-    pipe, (label, cfg) = bare(pipe), _guidance(task, label, cfg)
+    pipe, cfg = bare(pipe), _guidance(task, label, cfg)
     _check_counts(candidates, feather)
-    pipe.labels([label])  # an unknown class is named before any work
+    # An unknown class is named before any work.
+    asked = pipe.pool()[slice(0, 1)].nothing() if label is None else pipe.prompts([label])
     before, side = read_image(image), pipe.scales.last_side
     frame = Frame.of(before.size, pipe.vae.image_size, fit)
     chosen = _mask(before, frame, side, task, mask, box)
@@ -105,12 +106,12 @@ def edit(
     keep_L = keep_mask(chosen.cells_PP, pipe.scales)
     output = generate(
         pipe,
-        [label] * candidates,
+        asked[torch.zeros(candidates, dtype=torch.int64, device="cpu")],
         seed=seed,
         cfg=cfg,
         top_k=top_k,
         top_p=top_p,
-        forced=forced_ids(encode(pipe, [seen]), keep_L).expand(candidates, -1),
+        forced=forced_ids(encode(pipe, [seen]), keep_L).repeat_interleave(candidates, 0),
         first_index=first_index,
         batch_size=batch_size,
         progress=progress,
@@ -139,21 +140,21 @@ def _check_counts(candidates: int, feather: int | None) -> None:
         raise InputError(f"feather {feather}: must be 0 pixels or more")
 
 
-def _guidance(task: str, label: int | str | None, cfg: float | None) -> tuple[int | str, float]:
-    """Label and guidance of a task. Raises `InputError` for ones that it does not take."""
+def _guidance(task: str, label: int | str | None, cfg: float | None) -> float:
+    """Guidance of a task. Raises `InputError` for it and a label that the task does not take."""
     if task not in TASKS:
         raise InputError(f"task {task!r}: unknown, expected one of {', '.join(TASKS)}")
     if task == CLASS_TASK:
         if label is None:
             raise InputError("task class: has no label; give the class to change to, name or id")
-        return label, CFG if cfg is None else cfg
+        return CFG if cfg is None else cfg
     if label is not None:
         raise InputError(f"label {label!r}: {task} takes none; leave it out or use task class")
     if cfg:
         raise InputError(
             f"cfg {cfg:g}: {task} has no class to be guided to; leave it out or use task class"
         )
-    return UNCONDITIONAL, 0.0
+    return 0.0
 
 
 def _mask(

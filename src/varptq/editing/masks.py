@@ -93,8 +93,9 @@ def keep_mask(cells_PP: NDArray[np.bool_], scales: Scales) -> Tensor:
 
 
 def forced_ids(given_BL: Tensor, keep_L: Tensor) -> Tensor:
-    """(B, L) int64 as `generate(forced=...)` takes it: the given ids, -1 where it is to draw."""
-    return given_BL.masked_fill(~keep_L.to(given_BL.device), -1)
+    """Tokens as `generate(forced=...)` takes them: the given ones, -1 where it is to draw."""
+    drawn_L = ~keep_L.to(given_BL.device)
+    return given_BL.masked_fill(drawn_L if given_BL.dim() == 2 else drawn_L.unsqueeze(-1), -1)
 
 
 def feathered(pixels: Image.Image, width: int, frame: Frame) -> Image.Image:

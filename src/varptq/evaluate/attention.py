@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import Prompts
 from varptq.models.reading import listening, read
 from varptq.models.seams import Mix, Span
 
@@ -22,11 +23,11 @@ Product = Callable[[Tensor, Tensor, Span], Tensor]
 
 @torch.no_grad()
 def product_errors(
-    pipe: Pipeline, products: list[Product], labels_B: Tensor, ids_BL: Tensor
+    pipe: Pipeline, products: list[Product], prompts: Prompts, tokens: Tensor
 ) -> Tensor:
     """(blocks, K) float64 relative error energy of p v, one product per block (e.g. `QuantMix`).
 
-    labels_B (B,) and ids_BL (B, L) are read teacher-forced by the float pipeline; rows are the
+    Prompts and their tokens are read teacher-forced by the float pipeline; rows are the
     conditional and the unconditional ones.
     """
     mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
@@ -39,5 +40,5 @@ def product_errors(
         sums[block, span.scale, 1] += output.double().square().sum().cpu()
 
     with listening(dict(enumerate(mixes)), add, output=True):
-        read(pipe, labels_B, ids_BL)
+        read(pipe, prompts, tokens)
     return sums[..., 0] / sums[..., 1]

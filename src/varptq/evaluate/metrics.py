@@ -137,6 +137,7 @@ class _Run:
         if not names or self.against is None:
             return
         labels, tokens = self.against.samples.head(num_images)
+        pool = self.against.pipe.pool()
         settings = self.subject.samples.sampling
         stage = "compare distributions"
         self.progress(stage, 0, len(labels))
@@ -149,7 +150,7 @@ class _Run:
             chunk = token_fidelity(
                 float_pipe,
                 self.subject.pipe,
-                labels[part],
+                pool[labels[part]],
                 tokens[part],
                 settings.cfg,
                 settings.top_k,
@@ -188,7 +189,7 @@ class _Run:
 
     def _image_sums(self) -> tuple[PairSums, list[Tally]]:
         """Empty sums: of pairs, and of the images of either model."""
-        size = self.subject.pipe.var.arch.codebook_size
+        size = self.subject.pipe.alphabet.size
         models = 1 if self.against is None else 2
         tallies = [Tally(torch.zeros(size, dtype=torch.int64, device="cpu")) for _ in range(models)]
         return PairSums(self.subject.pipe.scales, self.chosen, self.tools.lpips), tallies
@@ -314,9 +315,9 @@ def _check_pair(subject: Subject, against: Subject) -> None:
         "shard_size": (subject.samples.shard_size, against.samples.shard_size),
         "seed": (subject.samples.identity["seed"], against.samples.identity["seed"]),
         "sampling": (subject.samples.sampling, against.samples.sampling),
-        "num_classes": (subject.pipe.num_classes, against.pipe.num_classes),
+        "number of prompts": tuple(len(one.pipe.pool()) for one in (subject, against)),
         "scales": (subject.pipe.scales.sides, against.pipe.scales.sides),
-        "codebook_size": tuple(one.pipe.var.arch.codebook_size for one in (subject, against)),
+        "alphabet": tuple(tuple(one.pipe.alphabet) for one in (subject, against)),
         "image size": tuple(one.pipe.vae.image_size for one in (subject, against)),
     }
     for name, (ours, theirs) in pairs.items():

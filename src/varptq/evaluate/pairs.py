@@ -78,8 +78,10 @@ class PairSums:
 
     def add(self, first: Shard, second: Shard) -> None:
         self.images += len(first.images)
-        equal = torch.from_numpy(first.tokens == second.tokens)
-        self.equal_L += equal.double().sum(0)
+        equal = torch.from_numpy(first.tokens == second.tokens).double()
+        if equal.dim() == 3:  # of a token of several draws, the share that is equal
+            equal = equal.mean(-1)
+        self.equal_L += equal.sum(0)
         for name, value in self._means(first.images, second.images).items():
             self.sums[name] = self.sums.get(name, 0.0) + value * len(first.images)
 

@@ -33,6 +33,7 @@ from varptq.files import StagedFolder, write_atomic
 from varptq.models.bare import bare
 from varptq.models.generate import DEFAULT_BATCH, Output, generate
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import balanced
 from varptq.models.sampling import SamplingSettings
 from varptq.models.state_file import networks_sha256
 from varptq.pictures import Pixels, to_pixels
@@ -167,7 +168,8 @@ def sample_set(
     ranks: processes on the same call with the same folder; missing shards are dealt to them, and
     the call returns when all are there.
     force: remove samples of another model or other settings that are in the way, which are an
-    error otherwise. Classes are balanced: any `num_classes` neighbours are all different. The
+    error otherwise. Prompts are balanced: as many neighbours as the pool has are all
+    different. The
     batch size is not part of what the images are, but changes float summation: a run that is to
     end in the same bytes goes on with the same one. Raises `InputError` for numbers that cannot be
     used, `OutputError` where the folder holds something else or cannot be written.
@@ -184,7 +186,8 @@ def sample_set(
         _claim(folder, identity, force)
     ranks.barrier()
     result = SampleSet(folder, count, identity)
-    labels_N = balanced_labels(pipe.num_classes, count, seed)
+    pool = pipe.pool()
+    labels_N = balanced(len(pool), count, seed)
     wanted = [range(first, min(first + shard_size, count)) for first in range(0, count, shard_size)]
     missing = [images for images in wanted if not _is_there(result, images)]
     # Nobody writes before all have looked: every process deals the same list.
@@ -194,7 +197,7 @@ def sample_set(
     for images in ranks.share(missing):
         output = generate(
             pipe,
-            labels_N[images.start : images.stop],
+            pool[labels_N[images.start : images.stop]],
             seed=seed,
             first_index=images.start,
             batch_size=batch,
@@ -214,14 +217,6 @@ def _shifted(progress: Progress, whole: str, before: int, count: int) -> Progres
         progress(whole, before + done, count, info)
 
     return report
-
-
-def balanced_labels(num_classes: int, count: int, seed: int) -> Tensor:
-    """(count,) int64: one random order of all classes, repeated, so the label of an image does not
-    depend on `count`."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(num_classes, generator=generator, dtype=torch.int64, device="cpu")
-    return order.repeat(-(-count // num_classes))[:count]
 
 
 def title(pipe: Pipeline) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from varptq.errors import InputError
 from varptq.models.bare import bare
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import Prompts
 from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.sampling import SamplingSettings, filter_logits
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
@@ -58,8 +59,8 @@ class TokenFidelity:
 def token_fidelity(
     float_pipe: Pipeline,
     quant_pipe: Pipeline,
-    labels_B: Tensor | Sequence[int | str],
-    ids_BL: Tensor,
+    prompts: Prompts | Sequence[Any] | Tensor,
+    tokens: Tensor,
     cfg: float = CFG,
     top_k: int = TOP_K,
     top_p: float = TOP_P,
@@ -67,20 +68,23 @@ def token_fidelity(
 ) -> TokenFidelity:
     """Compare two pipelines on given tokens.
 
-    labels_B: B class ids or names. ids_BL: (B, L) int64 tokens both models read, best ones the
-    float model sampled for these labels and calibration has not seen. Raises `InputError` for
-    models that do not speak the same tokens, and for tokens, labels or settings out of range.
+    prompts: B class ids or names, or what else the family takes. tokens: (B, L) int64 (or with
+    draws) that both models read, best ones the float model sampled for these prompts and
+    calibration has not seen. Raises `InputError` for
+    models that do not speak the same tokens, and for tokens, prompts or settings out of range.
     """
     float_pipe, quant_pipe = bare(float_pipe), bare(quant_pipe)
     SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
-    labels_B = float_pipe.labels(labels_B)
-    _check(float_pipe, quant_pipe, labels_B, ids_BL, batch_size)
+    asked, alphabet = float_pipe.prompts(prompts), float_pipe.alphabet
+    _check(float_pipe, quant_pipe, len(asked), tokens, batch_size)
     sums_K3 = torch.zeros(float_pipe.scales.num_scales, 3, dtype=torch.float64, device="cpu")
-    for labels_b, ids_bL in zip(labels_B.split(batch_size), ids_BL.split(batch_size), strict=True):
-        streams = [guided_logits(pipe, labels_b, ids_bL, cfg) for pipe in (float_pipe, quant_pipe)]
+    for part, ids in zip(asked.split(batch_size), tokens.split(batch_size), strict=True):
+        streams = [guided_logits(pipe, part, ids, cfg) for pipe in (float_pipe, quant_pipe)]
         for (scale, p_blV), (_, q_blV) in zip(*streams, strict=True):
             sums_K3[scale] += _sums(p_blV, q_blV.to(p_blV.device), top_k, top_p).cpu()
-    return _means(sums_K3, len(labels_B), float_pipe.scales)
+    # Agreement is a share of the draws, a divergence the sum over those of a token.
+    sums_K3[:, 2] /= alphabet.draws
+    return _means(sums_K3, len(asked), float_pipe.scales)
 
 
 def filtered_kl_divergence(p_logits: Tensor, q_logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -111,22 +115,27 @@ def _means(sums_K3: Tensor, num_images: int, scales: Scales) -> TokenFidelity:
 
 
 def _check(
-    float_pipe: Pipeline, quant_pipe: Pipeline, labels_B: Tensor, ids_BL: Tensor, batch_size: int
+    float_pipe: Pipeline, quant_pipe: Pipeline, count: int, tokens: Tensor, batch_size: int
 ) -> None:
-    for what in ("scales", "num_classes", "codebook_size"):
-        found = [getattr(pipe.var.arch, what) for pipe in (float_pipe, quant_pipe)]
+    pair = (float_pipe, quant_pipe)
+    for what, found in {
+        "families": [pipe.family for pipe in pair],
+        "scales": [pipe.scales for pipe in pair],
+        "numbers of prompts": [len(pipe.pool()) for pipe in pair],
+        "alphabets": [tuple(pipe.alphabet) for pipe in pair],
+    }.items():
         if found[0] != found[1]:
             raise InputError(
                 f"models {float_pipe.name!r} and {quant_pipe.name!r}: {what} are {found[0]} and "
                 f"{found[1]}; compare a quantized model with the float model it was made from"
             )
-    expected = (len(labels_B), float_pipe.scales.num_tokens)
-    if tuple(ids_BL.shape) != expected:
+    expected = float_pipe.alphabet.shape(count, float_pipe.scales.num_tokens)
+    if tuple(tokens.shape) != expected:
         raise InputError(
-            f"tokens: shape {tuple(ids_BL.shape)}, expected {expected} (images, tokens)"
+            f"tokens: shape {tuple(tokens.shape)}, expected {expected} (images, tokens)"
         )
-    low, high = int(ids_BL.min()), int(ids_BL.max())
-    last = float_pipe.var.arch.codebook_size - 1
+    low, high = int(tokens.min()), int(tokens.max())
+    last = float_pipe.alphabet.size - 1
     if low < 0 or high > last:
         raise InputError(f"tokens: ids {low}..{high}, expected 0..{last}")
     if batch_size < 1:

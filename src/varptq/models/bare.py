@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from varptq.errors import InputError
+from varptq.models.autoencoder import Autoencoder
 from varptq.models.pipeline import Pipeline
-from varptq.models.var.transformer import VAR
-from varptq.models.var.vqvae import VQVAE
+from varptq.models.transformer import Transformer
 
 # Under which name a wrapper holds what it wraps: torch.compile, and all the others.
 COMPILED, WRAPPED = "_orig_mod", "module"
@@ -25,7 +25,7 @@ OURS = ("varptq.", "torch.nn.modules.")
 # Where the hooks are from that make a weight of others before every call.
 NORMS = "torch.nn.utils."
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-PARTS = {"var": "transformer", "vae": "VQVAE"}
+PARTS = {"var": "transformer", "vae": "autoencoder"}
 
 Some = TypeVar("Some", bound=Pipeline)
 Network = TypeVar("Network", bound=nn.Module)
@@ -35,17 +35,17 @@ def bare(pipe: Some) -> Some:
     """The pipeline with the networks themselves: `pipe` where nothing is wrapped around them.
 
     Raises `InputError` for a network that is none of ours or is not where its partner is."""
-    var = _inside(pipe.var, VAR, f"model {pipe.name!r}: its transformer")
-    vae = _inside(pipe.vae, VQVAE, f"model {pipe.name!r}: its VQVAE")
-    places = {var.device, vae.quantize.embedding.weight.device}
+    var = _inside(pipe.var, Transformer, f"model {pipe.name!r}: its transformer")
+    vae = _inside(pipe.vae, Autoencoder, f"model {pipe.name!r}: its autoencoder")
+    places = {var.device, vae.device}
     if any(place.type == "meta" for place in places):
         raise InputError(
             f"model {pipe.name!r}: is on the meta device, which holds no values; load it on 'cpu'"
         )
     if len(places) > 1:
         raise InputError(
-            f"model {pipe.name!r}: its transformer is on {var.device} and its VQVAE is not; move "
-            "both with pipe.to(device=...)"
+            f"model {pipe.name!r}: its transformer is on {var.device} and its autoencoder is not; "
+            "move both with pipe.to(device=...)"
         )
     same = var is pipe.var and vae is pipe.vae
     return pipe if same else replace(pipe, var=var, vae=vae)
@@ -90,6 +90,6 @@ def _inside(module: nn.Module, kind: type[Network], what: str) -> Network:
         found = held.get(COMPILED) or held.get(WRAPPED)
         if found is None:
             name = f"{type(module).__module__}.{type(module).__name__}"
-            raise InputError(f"{what} is a {name}, expected a {kind.__name__} as loaded")
+            raise InputError(f"{what} is a {name}, expected the one that was loaded")
         inner = found
     return inner

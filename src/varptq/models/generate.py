@@ -1,15 +1,16 @@
-"""Class-conditional generation: scale by scale, with guidance, filters, forced tokens and per-image
+"""Generation: scale by scale, with guidance, filters, forced tokens and per-image
 randomness.
 
 Each image has a generator of its own made from (seed, image index): batch size and order change
-nothing but float summation. AdaLN vectors are computed once per image, keys and values live in a
-preallocated cache. Shapes as in models/seams.py.
+nothing but float summation. What depends on the prompt alone is computed once per image, keys and
+values live in a preallocated cache. Shapes as in models/seams.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from varptq.errors import InputError, is_out_of_memory
 from varptq.models.bare import bare
 from varptq.models.memory import batch_too_large
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import Prompts
 from varptq.models.sampling import (
     ImageRandom,
     SamplingSettings,
@@ -35,7 +37,7 @@ DEFAULT_BATCH = 16
 @dataclass(frozen=True)
 class Output:
     """images (B, 3, H, W) float32 in [0, 1] (None when decoding was not asked for), tokens (B, L)
-    int64."""
+    int64, or (B, L, draws) where a token is several draws."""
 
     images: Tensor | None
     tokens: Tensor
@@ -43,8 +45,8 @@ class Output:
 
 @dataclass(frozen=True)
 class ScaleEvent:
-    """What `on_scale` sees: the guided and filtered logits (b, l, V) and ids (b, l) of images
-    `rows` of the call."""
+    """What `on_scale` sees: the guided and filtered logits (b, l draws, V) and the symbols
+    (b, l draws) of images `rows` of the call."""
 
     scale: int
     rows: slice
@@ -56,7 +58,7 @@ class ScaleEvent:
 @plain_torch()
 def generate(
     pipe: Pipeline,
-    labels: Sequence[int | str] | Tensor,
+    prompts: Prompts | Sequence[Any] | Tensor,
     *,
     seed: int = 0,
     cfg: float = CFG,
@@ -71,32 +73,31 @@ def generate(
     on_scale: Callable[[ScaleEvent], None] | None = None,
     progress: Progress = silent,
 ) -> Output:
-    """Generate one image per label, with a float or a quantized pipeline.
+    """Generate one image per prompt, with a float or a quantized pipeline.
 
-    labels: B class ids or names. forced: (B, L) int64 ids to use instead of sampling, -1 where
-    free. Image i of the call draws from (seed, first_index + i) only. top_k 0 and top_p 0 or 1
-    switch a filter off. Source: VAR paper (sampling), docs/method.md section 1. Raises `InputError`
-    for labels, forced ids or batch_size that cannot be used, `ConfigError` for settings,
-    `OutOfMemoryError` for a batch that does not fit, with how many images would.
+    prompts: B class ids or names, or what else the family takes. forced: int64 tokens to use
+    instead of sampling, shaped as those of the output, -1 where free. Image i of the call draws
+    from (seed, first_index + i) only. top_k 0 and top_p 0 or 1 switch a filter off. Source: VAR
+    paper (sampling), docs/method.md section 1. Raises `InputError` for prompts, forced tokens or
+    batch_size that cannot be used, `ConfigError` for settings, `OutOfMemoryError` for a batch that
+    does not fit, with how many images would.
     """
     settings = SamplingSettings(
         cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
     )
     pipe = bare(pipe)
-    labels_B = pipe.labels(labels)
-    forced = _check_forced(pipe, forced, len(labels_B))
+    asked = pipe.prompts(prompts)
+    forced = _check_forced(pipe, forced, len(asked))
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: must be at least 1")
     images, tokens = [], []
-    progress("generate", 0, len(labels_B))
-    for start in range(0, len(labels_B), batch_size):
-        rows = slice(start, min(start + batch_size, len(labels_B)))
+    progress("generate", 0, len(asked))
+    for start in range(0, len(asked), batch_size):
+        rows = slice(start, min(start + batch_size, len(asked)))
         randoms = image_randoms(seed, range(first_index + rows.start, first_index + rows.stop))
         part = None if forced is None else forced[rows]
         try:
-            ids, f_hat = _generate_batch(
-                pipe, labels_B[rows], settings, randoms, part, rows, on_scale
-            )
+            ids, f_hat = _generate_batch(pipe, asked[rows], settings, randoms, part, rows, on_scale)
             if decode:
                 images.append(_decode(pipe, f_hat))
         except Exception as error:
@@ -104,14 +105,15 @@ def generate(
                 raise
             raise batch_too_large(pipe, len(randoms), cfg, error) from error
         tokens.append(ids)
-        progress("generate", rows.stop, len(labels_B))
+        progress("generate", rows.stop, len(asked))
     return Output(torch.cat(images) if decode else None, torch.cat(tokens))
 
 
 def _check_forced(pipe: Pipeline, forced: Tensor | None, count: int) -> Tensor | None:
     if forced is None:
         return None
-    expected = (count, pipe.scales.num_tokens)
+    alphabet = pipe.alphabet
+    expected = alphabet.shape(count, pipe.scales.num_tokens)
     if tuple(forced.shape) != expected:
         raise InputError(
             f"forced: shape {tuple(forced.shape)}, expected {expected} (images, tokens)"
@@ -119,10 +121,8 @@ def _check_forced(pipe: Pipeline, forced: Tensor | None, count: int) -> Tensor |
     if forced.dtype not in (torch.int64, torch.int32):
         raise InputError(f"forced: {forced.dtype}, expected torch.int64 ids")
     low, high = int(forced.min()), int(forced.max())
-    if low < -1 or high >= pipe.var.arch.codebook_size:
-        raise InputError(
-            f"forced: ids {low}..{high}, expected -1 (free) or 0..{pipe.var.arch.codebook_size - 1}"
-        )
+    if low < -1 or high >= alphabet.size:
+        raise InputError(f"forced: ids {low}..{high}, expected -1 (free) or 0..{alphabet.size - 1}")
     return forced.to(pipe.device)
 
 
@@ -134,50 +134,55 @@ def _decode(pipe: Pipeline, f_hat: Tensor) -> Tensor:
 @torch.inference_mode()
 def _generate_batch(
     pipe: Pipeline,
-    labels_B: Tensor,
+    prompts: Prompts,
     settings: SamplingSettings,
     randoms: Sequence[ImageRandom],
-    forced_BL: Tensor | None,
+    forced: Tensor | None,
     rows: slice,
     on_scale: Callable[[ScaleEvent], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """One batch: ids (b, L) and the final f_hat."""
-    f_hat = pipe.vae.quantize.zeros(len(labels_B))
-    ids_per_scale: list[Tensor] = []
-    stepper, sampler = _Stepper(pipe, labels_B, settings.cfg), pipe.sampler
+    """One batch: its tokens and the final f_hat."""
+    vae, alphabet, sampler = pipe.vae, pipe.alphabet, pipe.sampler
+    f_hat, stepper = vae.zeros(len(prompts)), _Stepper(pipe, prompts, settings.cfg)
+    tokens: list[Tensor] = []
     wanted = settings.more_smooth or on_scale is not None
     for scale, part in enumerate(pipe.scales.slices()):
-        logits_BlV, guidance = stepper.logits(scale, f_hat), stepper.guidance(scale)
-        ids_Bl, filtered = sampler.draw(logits_BlV, guidance, settings, randoms, filtered=wanted)
-        embedding = None
+        logits, guidance = alphabet.by_draw(stepper.logits(scale, f_hat)), stepper.guidance(scale)
+        symbols, filtered = sampler.draw(logits, guidance, settings, randoms, filtered=wanted)
+        mixture = None
         if settings.more_smooth:
             assert filtered is not None
-            codebook = pipe.vae.quantize.embedding.weight
-            embedding = sampler.smooth(filtered, randoms, codebook, pipe.scales.ratio(scale))
-        if forced_BL is not None:
-            given = forced_BL[:, part] >= 0
-            ids_Bl = torch.where(given, forced_BL[:, part], ids_Bl)
-            if embedding is not None:
-                embedding = torch.where(
-                    given.unsqueeze(-1), pipe.vae.quantize.embed(ids_Bl), embedding
-                )
-        if embedding is None:
-            embedding = pipe.vae.quantize.embed(ids_Bl)
-        f_hat = pipe.vae.quantize.add_scale(f_hat, embedding, scale)
-        ids_per_scale.append(ids_Bl)
+            mixture = sampler.smooth(filtered, randoms, _codebook(pipe), pipe.scales.ratio(scale))
+        if forced is not None:
+            given = alphabet.symbols(forced[:, part])
+            symbols = torch.where(given >= 0, given, symbols)
+            if mixture is not None:
+                own = vae.embed(symbols)
+                mixture = torch.where((given >= 0).unsqueeze(-1), own, mixture)
+        tokens.append(alphabet.tokens(symbols))
+        f_hat = vae.add_scale(f_hat, vae.embed(tokens[-1]) if mixture is None else mixture, scale)
         if on_scale is not None:
             assert filtered is not None
-            on_scale(ScaleEvent(scale, rows, filtered, ids_Bl, f_hat))
-    return torch.cat(ids_per_scale, dim=1), f_hat
+            on_scale(ScaleEvent(scale, rows, filtered, symbols, f_hat))
+    return torch.cat(tokens, dim=1), f_hat
+
+
+def _codebook(pipe: Pipeline) -> Tensor:
+    codebook = pipe.vae.codebook()
+    if codebook is None:
+        raise InputError(
+            f"more_smooth: a token of model {pipe.name!r} is no entry of a codebook, so there are "
+            "none to mix; leave it off"
+        )
+    return codebook
 
 
 class _Stepper:
-    """Logits scale by scale; rows are [conditional; unconditional], the latter only when guidance
-    needs it."""
+    """Logits scale by scale; rows are [asked; nothing], the latter only when guidance needs it."""
 
-    def __init__(self, pipe: Pipeline, labels_B: Tensor, cfg: float) -> None:
+    def __init__(self, pipe: Pipeline, prompts: Prompts, cfg: float) -> None:
         self.pipe, self.cfg = pipe, cfg
-        rows = pipe.guidance_rows(labels_B) if cfg > 0 else labels_B
+        rows = prompts.guided() if cfg > 0 else prompts
         self.condition = pipe.var.condition(rows)
         self.stages = pipe.var.stages(self.condition)
         self.cache = pipe.var.new_cache(len(rows))
@@ -188,7 +193,7 @@ class _Stepper:
         if scale == 0:
             x_BlC = var.embed_first(self.condition)
         else:
-            x_BlC = var.embed_inputs(self.pipe.vae.quantize.next_input(f_hat, scale - 1), spans)
+            x_BlC = var.embed_inputs(self.pipe.vae.next_input(f_hat, scale - 1), spans)
             if self.cfg > 0:
                 x_BlC = x_BlC.repeat(2, 1, 1)
         return run_stages(self.stages, x_BlC, spans, self.cache)

@@ -15,10 +15,12 @@ import torch
 
 from varptq.errors import OutOfMemoryError
 from varptq.models.pipeline import Pipeline
+from varptq.models.seams import Mix
+from varptq.models.transformer import float_layout
 
 # Copies of a tensor that are alive together: of the logits in the filters, of a layer's widest
-# activations, of attention's scores, of the decoder's largest feature map.
-LOGITS, ACTIVATIONS, SCORES, FEATURES = 4, 8, 2, 6
+# activations, of attention's scores.
+LOGITS, ACTIVATIONS, SCORES = 4, 8, 2
 # What is left to fragments, threads and other programs.
 USABLE = 0.7
 
@@ -26,14 +28,15 @@ USABLE = 0.7
 def image_bytes(pipe: Pipeline, cfg: float) -> int:
     """Of one image in a batch of `generate`: the cache of keys and values with the last scale, or
     the decoder, whichever is more."""
-    arch, scales, size = pipe.var.arch, pipe.scales, pipe.dtype.itemsize
-    rows, last = 2 if cfg > 0 else 1, scales.last_side**2
-    cache = arch.depth * 2 * scales.num_tokens * arch.width * size
-    logits = LOGITS * last * arch.codebook_size * torch.float32.itemsize
-    activations = ACTIVATIONS * last * arch.width * size
-    scores = SCORES * arch.num_heads * last * scales.num_tokens * size
-    decoder = FEATURES * pipe.vae.image_size**2 * pipe.vae.arch.ch * size
-    return max(rows * (cache + logits + activations + scores), decoder)
+    var, scales, size = pipe.var, pipe.scales, pipe.dtype.itemsize
+    rows, last = 2 if cfg > 0 else 1, scales.lengths[-1]
+    mixes = sum(isinstance(module, Mix) for module in float_layout(var).modules())
+    cache = mixes * 2 * scales.num_tokens * var.width * size
+    symbols = var.alphabet.draws * var.alphabet.size
+    logits = LOGITS * last * symbols * torch.float32.itemsize
+    activations = ACTIVATIONS * last * var.width * size
+    scores = SCORES * var.num_heads * last * scales.num_tokens * size
+    return max(rows * (cache + logits + activations + scores), pipe.vae.decoder_bytes())
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -1,57 +1,54 @@
-"""A float model ready to use: transformer, VQVAE and where they came from; loading and building
-them."""
+"""A float model ready to use: transformer, autoencoder and where they came from; loading and
+building them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
-from varptq.errors import CheckpointError, InputError, NonFiniteError
+from varptq.errors import InputError, NonFiniteError
 from varptq.models import presets
+from varptq.models.alphabet import Alphabet
+from varptq.models.autoencoder import Autoencoder
+from varptq.models.families import family
 from varptq.models.placement import checked_device, checked_dtype
+from varptq.models.prompts import Prompts
 from varptq.models.sampling import Sampler
 from varptq.models.scales import Scales
 from varptq.models.shards import INDEX_SUFFIX
+from varptq.models.state_file import source_sha256
 from varptq.models.transformer import Transformer
-from varptq.models.var.transformer import VAR, checkpoint, randomize
-from varptq.models.var.vqvae import VQVAE
 from varptq.torch_state import plain_torch
-
-# The name of the row of class embeddings that stands for no class.
-UNCONDITIONAL = "unconditional"
 
 
 @dataclass
 class Pipeline:
-    """`var(labels_B, inputs_BLc) -> logits_BLV` and `vae.encode / decode / teacher_inputs`, on one
+    """`var(prompts, inputs_BLc) -> logits_BLV` and `vae.encode / decode / teacher_inputs`, on one
     device.
 
-    sources: sha256 of the files the weights came from, or the seed of random ones. sampler: what
-    draws ids.
+    class_names: names of the prompts in the pool, where they have any. sources: sha256 of the files
+    the weights came from, or the seed of random ones. sampler: what draws symbols. family: a name
+    of `families.FAMILIES`.
     """
 
     var: Transformer
-    vae: VQVAE
+    vae: Autoencoder
     name: str
     class_names: tuple[str, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
     sampler: Sampler = field(default_factory=Sampler)
+    family: str = "var"
 
     @property
     def scales(self) -> Scales:
         return self.var.scales
 
     @property
-    def num_classes(self) -> int:
-        return self.var.arch.num_classes
+    def alphabet(self) -> Alphabet:
+        return self.var.alphabet
 
     @property
     def device(self) -> torch.device:
@@ -92,55 +89,17 @@ class Pipeline:
                         f"the largest of {dtype}: use bfloat16 or float32"
                     )
 
-    def labels(self, classes: Sequence[int | str] | Tensor) -> Tensor:
-        """(B,) int64 from class ids and names, "unconditional" being one of every model. Raises
-        `InputError` naming the first that does not exist."""
-        values = classes.tolist() if isinstance(classes, Tensor) else classes
-        # A lone name would pass as a sequence of letters.
-        if isinstance(values, str) or not isinstance(values, Iterable):
-            raise InputError(f"labels: {values!r}, expected a list of class ids and names")
-        labels = [self._label(value) for value in values]
-        if not labels:
-            raise InputError("labels: empty; give at least one class")
-        return torch.tensor(labels, dtype=torch.int64, device=self.device)
+    def prompts(self, values: Any) -> Prompts:
+        """What a caller asks for as prompts: for a class-conditional model class ids and names,
+        "unconditional" being one of every model. Raises `InputError` naming the first that cannot
+        be used."""
+        if isinstance(values, Prompts):
+            return values
+        return self.var.prompts(values, self.class_names)
 
-    def guidance_rows(self, labels_B: Tensor) -> Tensor:
-        """(2B,) on the model's device: the labels, then "unconditional" as often; the rows that
-        guidance needs, in the order `sampling.guided` takes them."""
-        labels_B = labels_B.to(self.device)
-        return torch.cat((labels_B, torch.full_like(labels_B, self.num_classes)))
-
-    def title(self, label: int) -> str:
-        """Name of a class id, or "class 207" for a model without names."""
-        if label == self.num_classes:
-            return UNCONDITIONAL
-        return self.class_names[label] if self.class_names else f"class {label}"
-
-    def _label(self, value: Any) -> int:
-        if isinstance(value, str) and not value.removeprefix("-").isdecimal():
-            return self._label_of_name(value)
-        if isinstance(value, bool) or not isinstance(value, Integral | str):
-            raise InputError(
-                f"class {value!r}: expected an id or a name, got {type(value).__name__}"
-            )
-        if not 0 <= int(value) < self.num_classes:
-            raise InputError(
-                f"class {value}: not in 0..{self.num_classes - 1} of model {self.name!r}"
-            )
-        return int(value)
-
-    def _label_of_name(self, name: str) -> int:
-        if name == UNCONDITIONAL:
-            return self.num_classes
-        if not self.class_names:
-            raise InputError(f"class {name!r}: model {self.name!r} has no class names; give an id")
-        if name in self.class_names:
-            return self.class_names.index(name)
-        # Compared in lower case: "DOG" has not one letter of "dog".
-        known = {known.lower(): known for known in self.class_names}
-        near = [known[match] for match in get_close_matches(name.lower(), known)]
-        near = near or self.class_names[:5]
-        raise InputError(f"class {name!r}: unknown; did you mean {', '.join(near)}?")
+    def pool(self) -> Prompts:
+        """The prompts there are to draw images for: every class once."""
+        return self.var.pool(self.class_names)
 
 
 @plain_torch()
@@ -169,48 +128,16 @@ def load_model(
             raise InputError(f"model {name!r}: give either a name or the two files var= and vae=")
         preset = presets.preset(name)
         var_path, vae_path = presets.resolve(name, download=download, cache_dir=cache_dir)
-        class_names = tuple(preset.class_names or ())
+        class_names, chosen = tuple(preset.class_names or ()), preset.family
     else:
         if var is None or vae is None:
             raise InputError("model: give a preset name, or both files var= and vae=")
-        var_path, vae_path, class_names = Path(var), Path(vae), ()
+        var_path, vae_path, class_names, chosen = Path(var), Path(vae), (), "var"
         name = Path(var_path.name.removesuffix(INDEX_SUFFIX)).stem
-    transformer = _load_var(var_path)
-    autoencoder = _load_vae(vae_path, transformer.scales)
-    checkpoint.check_pair(transformer.arch, autoencoder.arch)
-    sources = {"var": checkpoint.source_sha256(var_path), "vae": checkpoint.source_sha256(vae_path)}
-    pipeline = Pipeline(transformer, autoencoder, name, class_names, sources)
+    transformer, autoencoder = family(chosen).read(var_path, vae_path)
+    sources = {"var": source_sha256(var_path), "vae": source_sha256(vae_path)}
+    pipeline = Pipeline(transformer, autoencoder, name, class_names, sources, family=chosen)
     return _frozen(pipeline.to(device=device, dtype=dtype))
-
-
-def _load_var(path: Path) -> VAR:
-    state = checkpoint.read_state(path, part="var")
-    with _naming(path):
-        state = checkpoint.completed(state)
-        arch = checkpoint.infer_var(state)
-    with torch.device("meta"):
-        model = VAR(arch)
-    checkpoint.load_strict(model, state, str(path))
-    return model
-
-
-def _load_vae(path: Path, scales: Scales) -> VQVAE:
-    state = checkpoint.read_state(path, part="vae")
-    with _naming(path):
-        arch = checkpoint.infer_vqvae(state)
-    with torch.device("meta"):
-        model = VQVAE(arch, scales)
-    checkpoint.load_strict(model, state, str(path))
-    return model
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the file before what is wrong with its tensors."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 @plain_torch()
@@ -225,15 +152,15 @@ def build_model(
     `load_model`."""
     device, dtype = checked_device(device), checked_dtype(dtype)
     preset = presets.preset(name)
+    row = family(preset.family)
     generator = torch.Generator().manual_seed(seed)
     # torch's constructors draw from the global state, which is the caller's.
     with torch.random.fork_rng(devices=[]):
-        transformer = VAR(preset.var_arch)
-        autoencoder = VQVAE(preset.vae_arch, preset.var_arch.scales)
-    randomize(transformer, generator)
-    autoencoder.randomize(generator)
+        transformer, autoencoder = row.build(preset.transformer_arch, preset.autoencoder_arch)
+    row.randomize(transformer, autoencoder, generator)
     sources = {"var": f"random, seed {seed}", "vae": f"random, seed {seed}"}
-    pipeline = Pipeline(transformer, autoencoder, name, tuple(preset.class_names or ()), sources)
+    names = tuple(preset.class_names or ())
+    pipeline = Pipeline(transformer, autoencoder, name, names, sources, family=row.name)
     return _frozen(pipeline.to(device=device, dtype=dtype))
 
 

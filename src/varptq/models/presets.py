@@ -1,7 +1,7 @@
 """Published models by name: what they are and where their files lie.
 
-`resolve` turns a name into two files: the demo model comes with the package, the VAR models from
-the Hugging Face cache and, only when asked to, over the network into that cache. No tensor is read
+`resolve` turns a name into two files: the demo model comes with the package, the others from the
+Hugging Face cache and, only when asked to, over the network into that cache. No tensor is read
 here; `checkpoint.py` does that and checks what it finds.
 """
 
@@ -10,118 +10,17 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from varptq.errors import CheckpointError, InputError
-from varptq.models.scales import Scales
+from varptq.models.families import FAMILIES
+from varptq.models.family import ModelPreset
 from varptq.models.state_file import file_sha256
-from varptq.models.var.transformer import VARArch
-from varptq.models.var.vqvae import VQVAEArch
 
-HUB_REPO = "FoundationVision/var"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-SCALES_256 = Scales((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
-SCALES_512 = Scales((1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
-IMAGENET_CLASSES = 1000
-CIFAR_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
-
-
-@dataclass(frozen=True)
-class ModelPreset:
-    """One published pair of transformer and VQVAE. `repo` None: the files are in the package."""
-
-    name: str
-    var_arch: VARArch
-    vae_arch: VQVAEArch
-    repo: str | None
-    var_file: str
-    vae_file: str
-    class_names: tuple[str, ...] | None = None
-
-
-RELEASED_VQVAE = VQVAEArch(
-    ch=160,
-    ch_mult=(1, 1, 2, 2, 4),
-    num_res_blocks=2,
-    code_dim=32,
-    codebook_size=4096,
-    num_phi=4,
-    attn_levels=(4,),
-    mid_attn=True,
-    hit_scales=10,
-)
-
-
-def _released(depth: int, scales: Scales, shared_adaln: bool = False) -> ModelPreset:
-    """A model of the VAR paper: width 64 per layer, one head per 64 channels."""
-    arch = VARArch(
-        num_classes=IMAGENET_CLASSES,
-        depth=depth,
-        width=64 * depth,
-        num_heads=depth,
-        scales=scales,
-        codebook_size=RELEASED_VQVAE.codebook_size,
-        code_dim=RELEASED_VQVAE.code_dim,
-        l2_norm=True,
-        shared_adaln=shared_adaln,
-    )
-    return ModelPreset(
-        name=f"var-d{depth}",
-        var_arch=arch,
-        vae_arch=RELEASED_VQVAE,
-        repo=HUB_REPO,
-        var_file=f"var_d{depth}.pth",
-        vae_file="vae_ch160v4096z32.pth",
-    )
-
-
-def _demo() -> ModelPreset:
-    """The small CIFAR-10 model that comes with the package: 32 x 32 pixels, 17 MB."""
-    vae = VQVAEArch(
-        ch=32,
-        ch_mult=(1, 1, 2),
-        num_res_blocks=2,
-        code_dim=16,
-        codebook_size=512,
-        num_phi=4,
-        attn_levels=(2,),
-        mid_attn=True,
-        hit_scales=6,
-    )
-    var = VARArch(
-        num_classes=len(CIFAR_CLASSES),
-        depth=6,
-        width=256,
-        num_heads=4,
-        scales=Scales((1, 2, 3, 4, 6, 8)),
-        codebook_size=vae.codebook_size,
-        code_dim=vae.code_dim,
-        l2_norm=True,
-        shared_adaln=False,
-    )
-    files = ("demo/var_demo.safetensors", "demo/vae_demo.safetensors")
-    return ModelPreset("demo", var, vae, None, *files, class_names=CIFAR_CLASSES)
-
 
 PRESETS: dict[str, ModelPreset] = {
-    entry.name: entry
-    for entry in (
-        _demo(),
-        *(_released(depth, SCALES_256) for depth in (16, 20, 24, 30)),
-        _released(36, SCALES_512, shared_adaln=True),
-    )
+    entry.name: entry for family in FAMILIES.values() for entry in family.presets
 }
 
 
@@ -137,16 +36,16 @@ def preset(name: str) -> ModelPreset:
 def resolve(
     name: str, download: bool = False, cache_dir: str | Path | None = None
 ) -> tuple[Path, Path]:
-    """Files (transformer, VQVAE) of a preset.
+    """Files (transformer, autoencoder) of a preset.
 
-    Files of the VAR repository are looked up in the Hugging Face cache (`cache_dir`, else the one
+    Files of a repository are looked up in the Hugging Face cache (`cache_dir`, else the one
     of `HF_HOME`); a missing one is fetched into it if `download`, and its SHA-256 is compared with
     the hub's. Raises `InputError` for an unknown name, `CheckpointError` if a file cannot be had.
     """
     chosen = preset(name)
     return (
-        _locate(chosen, chosen.var_file, download, cache_dir),
-        _locate(chosen, chosen.vae_file, download, cache_dir),
+        _locate(chosen, chosen.transformer_file, download, cache_dir),
+        _locate(chosen, chosen.autoencoder_file, download, cache_dir),
     )
 
 

@@ -19,19 +19,21 @@ from varptq.models.sampling import guidance_strength, guided
 Key = TypeVar("Key")
 
 
-def read(pipe: Pipeline, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+def read(pipe: Pipeline, prompts: Any, tokens: Tensor) -> Tensor:
     """float32 logits (2B, L, V) of rows [asked; nothing] for given tokens, all scales at once."""
-    inputs = pipe.vae.teacher_inputs(ids_BL.to(pipe.device))
-    return pipe.var(pipe.guidance_rows(labels_B), inputs.repeat(2, 1, 1))
+    inputs = pipe.vae.teacher_inputs(tokens.to(pipe.device))
+    return pipe.var(pipe.prompts(prompts).guided(), inputs.repeat(2, 1, 1))
 
 
 def guided_logits(
-    pipe: Pipeline, labels_B: Tensor, ids_BL: Tensor, cfg: float
+    pipe: Pipeline, prompts: Any, tokens: Tensor, cfg: float
 ) -> Iterator[tuple[int, Tensor]]:
-    """Guided float32 logits (B, l, V) per scale, coarse to fine, nothing filtered."""
-    logits_2BLV = read(pipe, labels_B, ids_BL)
+    """Guided float32 logits per scale and draw, (B, l draws, V), coarse to fine, nothing
+    filtered."""
+    logits_2BLV = read(pipe, prompts, tokens)
     for scale, part in enumerate(pipe.scales.slices()):
-        yield scale, guided(logits_2BLV[:, part], guidance_strength(cfg, scale, pipe.scales))
+        logits = guided(logits_2BLV[:, part], guidance_strength(cfg, scale, pipe.scales))
+        yield scale, pipe.alphabet.by_draw(logits)
 
 
 def kl_divergence(p: Tensor, q: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from varptq.models.scales import Scales
 
 LAYER_NORM_EPS = 1e-6
+RESIDUAL_RATIO = 0.5
+PHI_KERNEL = 3
 Reads = Literal["tokens", "condition"]
 
 
@@ -134,6 +136,19 @@ class ModulatedNorm(nn.Module):
     def forward(self, x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
         normed_BLC = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=LAYER_NORM_EPS)
         return normed_BLC * (1 + scale_B1C) + shift_B1C
+
+
+class Phi(nn.Conv2d):
+    """Seam: phi(h) = 0.5 h + 0.5 conv(h) of the token map, size preserving."""
+
+    def __init__(self, code_dim: int) -> None:
+        super().__init__(
+            code_dim, code_dim, PHI_KERNEL, padding=PHI_KERNEL // 2, dtype=torch.float32
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, P, P) -> (B, C, P, P)."""
+        return (1 - RESIDUAL_RATIO) * input + RESIDUAL_RATIO * super().forward(input)
 
 
 class NormFold(NamedTuple):

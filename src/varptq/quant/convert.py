@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import ConfigError, NonFiniteError
+from varptq.models.blocks import Attention
 from varptq.models.scales import Scales
 from varptq.models.seams import ConditionLinear, Mix, Scores, SeamLinear, TokenLinear
-from varptq.models.transformer import Transformer
+from varptq.models.transformer import Transformer, float_layout
 from varptq.quant.attention import QuantMix, QuantScores
 from varptq.quant.bops import (
     BopsAccount,
@@ -126,13 +127,6 @@ def release_float_weights(model: nn.Module) -> None:
         linear.drop_float_weight()
 
 
-def float_layout(var: Transformer) -> Transformer:
-    """The float model of this architecture on the meta device, whatever stands in `var` in the
-    places of its modules."""
-    with torch.device("meta"):
-        return type(var)(var.arch)
-
-
 def describe_linears(var: Transformer, config: QuantConfig | None) -> Iterator[LayerShape]:
     """Every Linear with its size, tokens per image and widths; `config` None describes the float
     model."""
@@ -154,13 +148,16 @@ def describe_linears(var: Transformer, config: QuantConfig | None) -> Iterator[L
 
 
 def describe_products(var: Transformer, config: QuantConfig | None) -> Iterator[ProductShape]:
-    for name, module in float_layout(var).named_modules():
+    layout = float_layout(var)
+    for name, module in layout.named_modules():
         if isinstance(module, Mix):
             attention = name.rpartition(".")[0]
+            parent = layout.get_submodule(attention)
+            assert isinstance(parent, Attention)
             spec = config.attention_for(attention) if config else None
             operands = (spec.query, spec.key, spec.probability, spec.value) if spec else (None,) * 4
             bits = [operand.num_bits if operand else None for operand in operands]
-            yield ProductShape(attention, var.arch.num_heads, var.arch.head_width, *bits)
+            yield ProductShape(attention, parent.num_heads, parent.head_width, *bits)
 
 
 def bops_account(var: Transformer, config: QuantConfig | None) -> BopsAccount:

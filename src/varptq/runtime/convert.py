@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from varptq.errors import InputError
 from varptq.models.blocks import Attention
-from varptq.models.seams import ModulatedNorm
+from varptq.models.seams import ModulatedNorm, Phi
 from varptq.models.transformer import Transformer
-from varptq.models.var.pyramid import Phi
 from varptq.quant.convert import quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
@@ -99,9 +98,9 @@ def finish(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
             _replace(var, name, PerRowAttention(attention))
         else:
             _replace(var, name, IntAttention(attention, kernels, rule))
-    for name, module in list(pipe.vae.quantize.named_modules()):
+    for name, module in list(pipe.vae.named_modules()):
         if isinstance(module, Phi):
-            _replace(pipe.vae.quantize, name, kernels.phi(module))
+            _replace(pipe.vae, name, kernels.phi(module))
     pipe.sampler, pipe.runtime = kernels.sampler(), kernels.name
     return pipe
 

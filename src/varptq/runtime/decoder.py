@@ -10,20 +10,18 @@ import torch
 
 from varptq.artifact.mapped import return_free_memory
 from varptq.models.pipeline import Pipeline
-from varptq.models.var.vqvae import Upsample
 
 P = TypeVar("P", bound=Pipeline)
 
 
 def decode_in(pipe: P, dtype: torch.dtype) -> P:
     """Decode images in `dtype` from now on, in place; the token map stays as it is."""
-    for part in (pipe.vae.post_quant_conv, pipe.vae.decoder):
+    parts = [pipe.vae.get_submodule(name) for name in pipe.vae.DECODING]
+    for part in parts:
         if pipe.device.type == "cpu":
             part.to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    pipe.vae.post_quant_conv.register_forward_pre_hook(_return_free_memory)
-    for module in pipe.vae.decoder.modules():
-        if isinstance(module, Upsample):
-            module.register_forward_pre_hook(_return_free_memory)
+    for module in (*parts[:1], *pipe.vae.upsamplings()):
+        module.register_forward_pre_hook(_return_free_memory)
     return pipe
 
 

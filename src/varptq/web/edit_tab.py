@@ -109,7 +109,7 @@ def compute(studio: Studio, entry: Entry, asked: Request, job: Job) -> None:
     result = edit(pipe, asked.image, batch_size=AT_A_TIME, progress=job.progress, **arguments)
     name = EDIT
     if "label" in arguments:
-        name = pipe.title(int(pipe.labels([arguments["label"]])[0]))
+        (name,) = pipe.prompts([arguments["label"]]).titles()
     job.emit(Edited(result, stem(name, result.seed)))
 
 

@@ -88,8 +88,8 @@ def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
     """Emit a `Drawing` per scale and one with the facts."""
     pipe = studio.models.get(entry)
     shown = 0.0
-    label = int(pipe.labels([request.name])[0])
-    name = stem(pipe.title(label), request.seed)
+    asked = pipe.prompts([request.name] * request.count)
+    name = stem(asked.titles()[0], request.seed)
 
     def on_scale(event: ScaleEvent) -> None:
         nonlocal shown
@@ -102,7 +102,7 @@ def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
     started = time.monotonic()
     output = generate(
         pipe,
-        [label] * request.count,
+        asked,
         seed=request.seed,
         batch_size=MAX_COUNT,
         on_scale=on_scale,

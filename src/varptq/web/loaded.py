@@ -8,7 +8,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from varptq.artifact.load import read_config
+import torch
+
+from varptq.artifact.load import WithoutInit, read_config
+from varptq.models.families import family
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.presets import PRESETS
@@ -87,15 +90,18 @@ def about(entry: Entry) -> About | None:
     """
     if entry.kind is Kind.artifact:
         document, _ = read_config(entry.files[0])
-        names, architecture = document.class_names, document.architecture
-        var, vae = architecture.var.arch(), architecture.vae.arch()
+        names, row = document.class_names, family(document.architecture.family)
+        archs = document.architecture.document().archs()
     elif entry.files:
         return None
     else:
         preset = PRESETS[entry.key]
-        names, var, vae = preset.class_names, preset.var_arch, preset.vae_arch
-    side = var.scales.last_side * vae.downsampling
-    return About(tuple(names or ()), var.num_classes, side)
+        names, row = preset.class_names, family(preset.family)
+        archs = (preset.transformer_arch, preset.autoencoder_arch)
+    with torch.device("meta"), WithoutInit():
+        transformer, autoencoder = row.build(*archs)
+    names = tuple(names or ())
+    return About(names, len(transformer.pool(names)), autoencoder.image_size)
 
 
 def class_choices(known: About | None) -> list[str]:

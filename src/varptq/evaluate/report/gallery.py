@@ -33,12 +33,10 @@ class Pair(NamedTuple):
     agreement: float | None
 
 
-def choose_pairs(
-    samples: SampleSet, above: SampleSet | None, class_names: Sequence[str]
-) -> list[Pair]:
+def choose_pairs(samples: SampleSet, above: SampleSet | None, titles: Sequence[str]) -> list[Pair]:
     """The first images of each class, as many of each as there is room for, class by class."""
     found: list[tuple[int, Pair]] = []
-    for label, pair in _pairs(samples, above, class_names):
+    for label, pair in _pairs(samples, above, titles):
         found.append((label, pair))
         if len(found) == MAX_PAIRS or _bytes(pair) * (len(found) + 1) > MAX_BYTES:
             break
@@ -50,13 +48,13 @@ def _bytes(pair: Pair) -> int:
 
 
 def _pairs(
-    samples: SampleSet, above: SampleSet | None, class_names: Sequence[str]
+    samples: SampleSet, above: SampleSet | None, titles: Sequence[str]
 ) -> Iterator[tuple[int, Pair]]:
     others = above.shards() if above is not None else None
     for shard in samples.shards():
         other = next(others) if others is not None else None
         for i, label in enumerate(map(int, shard.labels)):
-            name = class_names[label] if class_names else f"class {label}"
+            name = titles[label]
             if other is None:
                 yield label, Pair(name, None, shard.images[i], None)
                 continue

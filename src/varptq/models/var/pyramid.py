@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from varptq.errors import InputError
+from varptq.models.alphabet import Alphabet
+from varptq.models.autoencoder import Pyramid
 from varptq.models.scales import Scales
-
-RESIDUAL_RATIO = 0.5
-PHI_KERNEL = 3
+from varptq.models.seams import Phi
 
 
 def phi_index(num_scales: int, num_phi: int) -> tuple[int, ...]:
@@ -39,19 +38,6 @@ def phi_index(num_scales: int, num_phi: int) -> tuple[int, ...]:
     return tuple(int(np.argmin(np.abs(ticks - i / steps))) for i in range(num_scales))
 
 
-class Phi(nn.Conv2d):
-    """phi(h) = 0.5 h + 0.5 conv(h), size preserving."""
-
-    def __init__(self, code_dim: int) -> None:
-        super().__init__(
-            code_dim, code_dim, PHI_KERNEL, padding=PHI_KERNEL // 2, dtype=torch.float32
-        )
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, P, P) -> (B, C, P, P)."""
-        return (1 - RESIDUAL_RATIO) * input + RESIDUAL_RATIO * super().forward(input)
-
-
 class PhiBank(nn.Module):
     """The J phi convolutions, shared by neighbouring scales, under upstream's name `qresi_ls`."""
 
@@ -60,7 +46,7 @@ class PhiBank(nn.Module):
         self.qresi_ls = nn.ModuleList(Phi(code_dim) for _ in range(num_phi))
 
 
-class TokenPyramid(nn.Module):
+class TokenPyramid(nn.Module, Pyramid):
     """Codebook and phi convolutions over a schedule of scales; upstream's `quantize.*` names.
 
     `hit_scales` is the row count of `ema_vocab_hit_SV`, a usage counter of upstream's training kept
@@ -72,21 +58,29 @@ class TokenPyramid(nn.Module):
         self, scales: Scales, codebook_size: int, code_dim: int, num_phi: int, hit_scales: int = 0
     ) -> None:
         super().__init__()
-        self.scales = scales
+        self._scales = scales
         self.embedding = nn.Embedding(codebook_size, code_dim, dtype=torch.float32)
         self.quant_resi = PhiBank(num_phi, code_dim)
         self.phi_of_scale = phi_index(scales.num_scales, num_phi)
         hits = torch.zeros(hit_scales, codebook_size, dtype=torch.float32) if hit_scales else None
         self.register_buffer("ema_vocab_hit_SV", hits)
 
+    @property
+    def scales(self) -> Scales:
+        return self._scales
+
+    @property
+    def alphabet(self) -> Alphabet:
+        return Alphabet(1, self.embedding.num_embeddings)
+
     def zeros(self, batch: int) -> Tensor:
         """f_hat before the first scale: (B, C, P, P), dtype and device of the codebook."""
         side = self.scales.last_side
         return self.embedding.weight.new_zeros(batch, self.embedding.embedding_dim, side, side)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """int64 ids of any shape -> codebook rows (..., C)."""
-        return self.embedding(ids)
+        return self.embedding(tokens)
 
     def contribution(self, h_BlC: Tensor, scale: int) -> Tensor:
         """What the token embeddings (B, l, C) of one scale add to f_hat, (B, C, P, P)."""
@@ -122,48 +116,3 @@ class TokenPyramid(nn.Module):
             ids.append(self.nearest(z.flatten(2).transpose(1, 2)))
             residual = residual - self.contribution(self.embed(ids[-1]), scale)
         return torch.cat(ids, dim=1)
-
-    def accumulate(self, ids_BL: Tensor) -> Tensor:
-        """ids (B, L) -> f_hat (B, C, P, P). Ids of the first whole scales give f_hat so far.
-
-        Raises `InputError` for ids that are not integers in [0, V) or do not fill whole scales.
-        """
-        num_scales = self._whole_scales(ids_BL)
-        f_hat = self.zeros(ids_BL.shape[0])
-        for scale, part in enumerate(self.scales.slices()[:num_scales]):
-            f_hat = self.add_scale(f_hat, self.embed(ids_BL[:, part]), scale)
-        return f_hat
-
-    def teacher_inputs(self, ids_BL: Tensor) -> Tensor:
-        """ids (B, L) -> the transformer's input tokens of scales 1..K-1, (B, L - l_0, C).
-
-        Raises `InputError` as `accumulate` does, and for fewer than K scales.
-        """
-        if self._whole_scales(ids_BL) != self.scales.num_scales:
-            raise InputError(
-                f"token ids cover {ids_BL.shape[1]} tokens: expected all {self.scales.num_tokens}"
-            )
-        f_hat = self.zeros(ids_BL.shape[0])
-        inputs = [f_hat.new_zeros(ids_BL.shape[0], 0, f_hat.shape[1])]
-        for scale, part in enumerate(self.scales.slices()[:-1]):
-            f_hat = self.add_scale(f_hat, self.embed(ids_BL[:, part]), scale)
-            inputs.append(self.next_input(f_hat, scale))
-        return torch.cat(inputs, dim=1)
-
-    def _whole_scales(self, ids_BL: Tensor) -> int:
-        """Number of scales that the ids fill, after checking shape, dtype and range."""
-        if ids_BL.dim() != 2 or ids_BL.shape[1] not in self.scales.ends:
-            raise InputError(
-                f"token ids have shape {tuple(ids_BL.shape)}: expected (images, tokens), tokens "
-                f"one of {self.scales.ends}, whole scales of sides {self.scales.sides}"
-            )
-        if ids_BL.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"token ids are {ids_BL.dtype}: expected torch.int64")
-        if ids_BL.numel():
-            low, high = int(ids_BL.min()), int(ids_BL.max())
-            if low < 0 or high >= self.embedding.num_embeddings:
-                raise InputError(
-                    f"token ids range over {low}..{high}: "
-                    f"expected 0..{self.embedding.num_embeddings - 1}"
-                )
-        return self.scales.ends.index(ids_BL.shape[1]) + 1

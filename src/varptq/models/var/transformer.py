@@ -1,8 +1,6 @@
 """The VAR transformer (Tian et al., NeurIPS 2024), float, with seams where quantizers go.
 
-A pass is the list of `stages`: the blocks, the norm before the head, the head. `forward` runs all K
-scales in one block-causal pass (teacher-forced);
-generation runs one scale after another through the same list, against a preallocated cache.
+A pass is the list of `stages`: the blocks, the norm before the head, the head.
 
 Shapes: B rows, L tokens, l tokens of one scale, K scales, C width, H heads, c head width, V
 codebook.
@@ -20,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varptq.models.alphabet import Alphabet
 from varptq.models.blocks import Block, ada_lin
+from varptq.models.prompts import ClassPrompts
 from varptq.models.scales import Scales
 from varptq.models.seams import (
     ConditionLinear,
@@ -30,7 +30,6 @@ from varptq.models.seams import (
     Span,
     Stage,
     TokenLinear,
-    run_stages,
     spans_of,
 )
 from varptq.models.transformer import Transformer
@@ -82,11 +81,10 @@ class Condition(NamedTuple):
 
 
 class VAR(Transformer):
-    """Next-scale transformer, upstream's parameter names. `forward` is the teacher-forced pass."""
+    """Next-scale transformer, upstream's parameter names. Conditions are classes."""
 
     def __init__(self, arch: VARArch) -> None:
-        super().__init__()
-        self.arch = arch
+        super().__init__(arch)
         width, scales = arch.width, arch.scales
         self.class_emb = nn.Embedding(arch.num_classes + 1, width, dtype=torch.float32)
         self.pos_start = nn.Parameter(torch.zeros(1, scales.lengths[0], width, dtype=torch.float32))
@@ -110,6 +108,10 @@ class VAR(Transformer):
         return self.arch.width
 
     @property
+    def num_heads(self) -> int:
+        return self.arch.num_heads
+
+    @property
     def scales(self) -> Scales:
         return self.arch.scales
 
@@ -121,20 +123,32 @@ class VAR(Transformer):
     def dtype(self) -> torch.dtype:
         return self.pos_1LC.dtype
 
-    def forward(self, labels_B: Tensor, inputs_BLc: Tensor) -> Tensor:
-        """Teacher-forced logits of all scales in one block-causal pass.
+    @property
+    def alphabet(self) -> Alphabet:
+        return Alphabet(1, self.arch.codebook_size)
 
-        labels_B (B,) int64, `num_classes` meaning unconditional; inputs_BLc (B, L - l_0, Cvae), the
-        input tokens of scales 1..K-1 as `vae.teacher_inputs` gives them. Returns float32 logits (B,
-        L, V).
-        """
-        condition = self.condition(labels_B)
-        x_BLC = self.embed(condition, inputs_BLc)
-        return run_stages(self.stages(condition), x_BLC, spans_of(self.scales))
+    def prompts(self, values: Any, names: Sequence[str]) -> ClassPrompts:
+        return ClassPrompts.parse(values, self.arch.num_classes, names)
 
-    def condition(self, labels_B: Tensor) -> Condition:
-        """What these labels say to every stage."""
-        class_BC = self.class_emb(labels_B)
+    def pool(self, names: Sequence[str]) -> ClassPrompts:
+        return ClassPrompts.pool(self.arch.num_classes, names)
+
+    def facts(self) -> dict[str, str]:
+        arch, sides = self.arch, ", ".join(map(str, self.scales.sides))
+        return {
+            "transformer": f"depth {arch.depth}, width {arch.width}, {arch.num_heads} heads, "
+            f"{arch.num_classes} classes",
+            "tokens": f"{self.scales.num_tokens} in sides {sides}; "
+            f"codebook {arch.codebook_size} x {arch.code_dim}",
+        }
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"lvl_1L": self.scales.scale_of_L().view(1, -1)}
+
+    def condition(self, prompts: ClassPrompts | Tensor) -> Condition:
+        """What these classes, or labels (B,), say to every stage."""
+        labels_B = prompts.labels_B if isinstance(prompts, ClassPrompts) else prompts
+        class_BC = self.class_emb(labels_B.to(self.device))
         if not self.arch.shared_adaln:
             return Condition(class_BC, class_BC)
         return Condition(class_BC, self.shared_ada_lin(class_BC).unflatten(-1, (1, 6, -1)))

@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.errors import InputError
+from varptq.models.alphabet import Alphabet
+from varptq.models.autoencoder import Autoencoder
 from varptq.models.scales import Scales
 from varptq.models.var.pyramid import TokenPyramid
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 IMAGE_CHANNELS = 3
+# Largest feature map of the decoder in copies of it that live at a time.
+FEATURES = 6
 
 
 @dataclass(frozen=True)
@@ -234,8 +238,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x_BCSS), inplace=True))
 
 
-class VQVAE(nn.Module):
+class VQVAE(Autoencoder):
     """Images in [-1, 1] to token ids and back. dtype and device are those of the parameters."""
+
+    ENCODING = ("encoder", "quant_conv")
+    DECODING = ("post_quant_conv", "decoder")
 
     def __init__(self, arch: VQVAEArch, scales: Scales) -> None:
         super().__init__()
@@ -251,6 +258,14 @@ class VQVAE(nn.Module):
     @property
     def scales(self) -> Scales:
         return self.quantize.scales
+
+    @property
+    def alphabet(self) -> Alphabet:
+        return self.quantize.alphabet
+
+    @property
+    def device(self) -> torch.device:
+        return self.quantize.embedding.weight.device
 
     @property
     def image_size(self) -> int:
@@ -276,22 +291,33 @@ class VQVAE(nn.Module):
         """Images (B, 3, S, S) in [-1, 1] -> ids (B, L) int64. Raises as `features` does."""
         return self.quantize.encode(self.features(images_B3SS))
 
-    def decode_features(self, f_hat_BCPP: Tensor) -> Tensor:
+    def decode_features(self, f_hat: Tensor) -> Tensor:
         """f_hat (B, Cvae, P, P) -> images (B, 3, S, S), clamped to [-1, 1]."""
         # The decoder may have been cast by itself.
-        z_BCPP = f_hat_BCPP.to(self.post_quant_conv.weight.dtype)
+        z_BCPP = f_hat.to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(z_BCPP)).clamp(-1, 1)
 
-    def decode(self, ids_BL: Tensor) -> Tensor:
-        """ids (B, L) int64 -> images (B, 3, S, S), clamped to [-1, 1].
+    def codebook(self) -> Tensor:
+        return self.quantize.embedding.weight
 
-        Ids of the first whole scales give the image so far. Raises `InputError` for unusable ids.
-        """
-        return self.decode_features(self.quantize.accumulate(ids_BL))
+    def upsamplings(self) -> list[nn.Module]:
+        return [module for module in self.decoder.modules() if isinstance(module, Upsample)]
 
-    def teacher_inputs(self, ids_BL: Tensor) -> Tensor:
-        """ids (B, L) -> the transformer's input tokens of scales 1..K-1, (B, L - l_0, Cvae)."""
-        return self.quantize.teacher_inputs(ids_BL)
+    def decoder_bytes(self) -> int:
+        itemsize = self.quantize.embedding.weight.itemsize
+        return FEATURES * self.image_size**2 * self.arch.ch * itemsize
+
+    def zeros(self, batch: int) -> Tensor:
+        return self.quantize.zeros(batch)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.quantize.embed(tokens)
+
+    def add_scale(self, f_hat: Tensor, h_BlC: Tensor, scale: int) -> Tensor:
+        return self.quantize.add_scale(f_hat, h_BlC, scale)
+
+    def next_input(self, f_hat: Tensor, scale: int) -> Tensor:
+        return self.quantize.next_input(f_hat, scale)
 
     @torch.no_grad()
     def randomize(self, generator: torch.Generator) -> None:

@@ -1,0 +1,163 @@
+"""What a model is asked for: one prompt per image, whatever a family's prompts are.
+
+A `Prompts` is a batch of them. A transformer makes one of what a caller writes (`prompts`) and says
+which ones there are to draw from (`pool`); only its own `condition` looks inside. The rules by
+which images are dealt to the pool are here, functions of its size and a seed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from numbers import Integral
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from varptq.errors import InputError
+
+# The name of the class that stands for none.
+UNCONDITIONAL = "unconditional"
+
+
+class Prompts(ABC):
+    """A batch of prompts. Rows are chosen as those of a tensor are, by a slice or by indices."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, rows: slice | Tensor) -> Self: ...
+
+    @abstractmethod
+    def nothing(self) -> Self:
+        """As many prompts that ask for nothing: the second half of the rows guidance needs."""
+
+    @abstractmethod
+    def joined(self, other: Any) -> Self:
+        """These, then those of the same kind."""
+
+    @abstractmethod
+    def titles(self) -> list[str]:
+        """A name for each, for people."""
+
+    @abstractmethod
+    def facts(self) -> list[Any]:
+        """A plain value for each, to be stored beside what was made of it."""
+
+    def guided(self) -> Self:
+        """The rows that guidance needs, in the order `sampling.guided` takes them: all that is
+        asked for, then nothing as often."""
+        return self.joined(self.nothing())
+
+    def split(self, size: int) -> list[Self]:
+        """Batches of `size`, the last one smaller."""
+        return [self[slice(start, start + size)] for start in range(0, len(self), size)]
+
+
+@dataclass(frozen=True, eq=False)
+class ClassPrompts(Prompts):
+    """Class ids (B,) int64 on the CPU, `num_classes` meaning none, of classes with these names or
+    without names."""
+
+    labels_B: Tensor
+    num_classes: int
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels_B)
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return self._of(self.labels_B[rows])
+
+    def nothing(self) -> Self:
+        return self._of(torch.full_like(self.labels_B, self.num_classes))
+
+    def joined(self, other: ClassPrompts) -> Self:
+        return self._of(torch.cat((self.labels_B, other.labels_B)))
+
+    def titles(self) -> list[str]:
+        return [self._title(label) for label in self.labels_B.tolist()]
+
+    def facts(self) -> list[Any]:
+        """Class ids."""
+        return self.labels_B.tolist()
+
+    def _title(self, label: int) -> str:
+        if label == self.num_classes:
+            return UNCONDITIONAL
+        return self.names[label] if self.names else f"class {label}"
+
+    def _of(self, labels_B: Tensor) -> Self:
+        return type(self)(labels_B, self.num_classes, self.names)
+
+    @classmethod
+    def pool(cls, num_classes: int, names: Sequence[str]) -> Self:
+        """Every class once."""
+        labels_B = torch.arange(num_classes, dtype=torch.int64, device="cpu")
+        return cls(labels_B, num_classes, tuple(names))
+
+    @classmethod
+    def parse(cls, values: Any, num_classes: int, names: Sequence[str]) -> Self:
+        """Class ids and names as a caller writes them, "unconditional" being one of every model.
+        Raises `InputError` naming the first that does not exist."""
+        values = values.tolist() if isinstance(values, Tensor) else values
+        # A lone name would pass as a sequence of letters.
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise InputError(f"labels: {values!r}, expected a list of class ids and names")
+        labels = [_label(value, num_classes, names) for value in values]
+        if not labels:
+            raise InputError("labels: empty; give at least one class")
+        labels_B = torch.tensor(labels, dtype=torch.int64, device="cpu")
+        return cls(labels_B, num_classes, tuple(names))
+
+
+def _label(value: Any, num_classes: int, names: Sequence[str]) -> int:
+    if isinstance(value, str) and not value.removeprefix("-").isdecimal():
+        return _label_of_name(value, num_classes, names)
+    if isinstance(value, bool) or not isinstance(value, Integral | str):
+        raise InputError(f"class {value!r}: expected an id or a name, got {type(value).__name__}")
+    if not 0 <= int(value) < num_classes:
+        raise InputError(f"class {value}: not in 0..{num_classes - 1}, the classes of this model")
+    return int(value)
+
+
+def _label_of_name(name: str, num_classes: int, names: Sequence[str]) -> int:
+    if name == UNCONDITIONAL:
+        return num_classes
+    if not names:
+        raise InputError(f"class {name!r}: this model has no class names; give an id")
+    if name in names:
+        return list(names).index(name)
+    # Compared in lower case: "DOG" has not one letter of "dog".
+    known = {known.lower(): known for known in names}
+    near = [known[match] for match in get_close_matches(name.lower(), known)]
+    raise InputError(f"class {name!r}: unknown; did you mean {', '.join(near or names[:5])}?")
+
+
+def dealt(size: int, count: int, seed: int) -> Tensor:
+    """(count,) int64 places in a pool of `size`, distinct ones in random order; a smaller pool is
+    gone through again, each time in another order. For calibration."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-count // size)
+    order = [
+        torch.randperm(size, generator=generator, dtype=torch.int64, device="cpu")
+        for _ in range(rounds)
+    ]
+    return torch.cat(order)[:count]
+
+
+def balanced(size: int, count: int, seed: int) -> Tensor:
+    """(count,) int64: one random order of the pool, repeated, so that the place of an image does
+    not depend on how many are asked for. For evaluation."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(size, generator=generator, dtype=torch.int64, device="cpu")
+    return order.repeat(-(-count // size))[:count]
+
+
+def spread(size: int, count: int) -> Tensor:
+    """(count,) int64 ascending places, spread evenly over the pool. For sensitivities."""
+    return torch.arange(count, dtype=torch.int64, device="cpu") * size // count
