@@ -104,7 +104,7 @@ def main() -> None:
     test = calibration_set(
         pipe, CalibrationConfig(num_samples=IMAGES), seed=arguments.seed, resampled=False
     )
-    bench = Bench(pipe, test.labels_N, test.ids_NL)
+    bench = Bench(pipe, test.prompts, test.tokens)
     columns = {width: column(pipe, bench, width) for width in WIDTHS}
     document = {
         "images": IMAGES,

@@ -43,7 +43,7 @@ def measure() -> list[Line]:
             calibration = CalibrationConfig(num_samples=64, steps=0, budget=budget)
             method = "rtn+shift" if budget else "rtn"
             model = varptq.quantize(pipe, config, method=method, calibration=calibration, seed=0)
-            found = token_fidelity(pipe, model, test.labels_N, test.ids_NL)
+            found = token_fidelity(pipe, model, test.prompts, test.tokens)
             line = {"preset": name, "budget": budget, "theta": model.theta}
             lines.append(line | {"kl": found.kl_filtered, "per_scale": found.kl_per_scale})
             print(f"{name} {budget}: kl {found.kl_filtered:.4f}, theta {model.theta}", flush=True)

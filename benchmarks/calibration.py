@@ -58,7 +58,7 @@ def efforts(names: list[str], configs: list[str]) -> list[dict[str, Any]]:
             started = time.process_time()
             model = varptq.quantize(pipe, quant, method=method, calibration=calibration)
             spent = time.process_time() - started
-            kl = token_fidelity(pipe, model, test.labels_N, test.ids_NL).kl_filtered
+            kl = token_fidelity(pipe, model, test.prompts, test.tokens).kl_filtered
             lines.append({"config": config, "effort": name, "seconds": spent, "kl": kl})
             print(f"{config}, {name}: {spent:.0f} s, KL {kl:.4f}", flush=True)
     return lines

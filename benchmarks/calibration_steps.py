@@ -60,7 +60,7 @@ def random_samples(pipe: Pipeline, count: int) -> CalibrationSet:
     generator = torch.Generator().manual_seed(0)
     shape = (count, pipe.scales.num_tokens)
     ids = torch.randint(pipe.var.arch.codebook_size, shape, generator=generator)
-    return CalibrationSet(torch.arange(count) % pipe.num_classes, ids)
+    return CalibrationSet(pipe.prompts(torch.arange(count) % len(pipe.pool())), ids)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -88,7 +88,7 @@ def recording(samples: int, repeats: int) -> dict[str, Any]:
         recorder = Recorder(pipe, quantized, chosen, CalibrationConfig())
 
         def replay(pipe: Pipeline = pipe, chosen: CalibrationSet = chosen) -> None:
-            generate(pipe, chosen.labels_N, decode=False, forced=chosen.ids_NL)
+            generate(pipe, chosen.prompts, decode=False, forced=chosen.tokens)
 
         def stream(recorder: Recorder = recorder) -> None:
             for _ in recorder.units():

@@ -29,9 +29,9 @@ from varptq.evaluate.features import load_network, part_of
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.lpips import Lpips
 from varptq.evaluate.paired import psnr
-from varptq.evaluate.sampling import balanced_labels
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import ASSETS
+from varptq.models.prompts import balanced
 from varptq.pictures import Pixels, to_pixels
 
 SEED = 0
@@ -93,7 +93,7 @@ def measure(judge: Judge, before: Path) -> dict[str, Line]:
     models = {"before": varptq.load_model(var=var, vae=before), "after": after}
     real_ids = encoded(after, judge.images)
     assert torch.equal(real_ids, encoded(models["before"], judge.images)), "tokens have changed"
-    labels = balanced_labels(after.num_classes, len(real_ids), SEED)
+    labels = balanced(len(after.pool()), len(real_ids), SEED)
     sampled = varptq.generate(after, labels, seed=SEED, cfg=1.5, decode=False).tokens
     found: dict[str, Line] = {}
     for name, pipe in models.items():

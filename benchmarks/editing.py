@@ -38,7 +38,8 @@ from varptq.evaluate.features import FeatureNetwork, load_network
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.lpips import Lpips
 from varptq.evaluate.paired import psnr
-from varptq.models.pipeline import UNCONDITIONAL, Pipeline
+from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import UNCONDITIONAL
 from varptq.pictures import Block, Pixels, Row, sheet, to_pixels, write_png
 
 HERE = Path(__file__).parent

@@ -108,7 +108,7 @@ def inputs_of(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> dict
 
     layers = {name: pipe.var.get_submodule(name) for name in names}
     with torch.no_grad(), listening(layers, keep):
-        read(pipe, samples.labels_N[:16], samples.ids_NL[:16])
+        read(pipe, samples.prompts[:16], samples.tokens[:16])
     return seen
 
 

@@ -53,7 +53,7 @@ def measure() -> list[dict[str, Any]]:
     for name, method in STEPS:
         config = QuantConfig.preset(name)
         model = varptq.quantize(pipe, config, method=method, calibration=calibration, seed=0)
-        found = token_fidelity(pipe, model, test.labels_N, test.ids_NL)
+        found = token_fidelity(pipe, model, test.prompts, test.tokens)
         bops = bops_account(pipe.var, config).total / base
         lines.append({"preset": name, "method": method, "bops": bops, "fidelity": found.to_dict()})
         print(f"{name} {method}: kl {found.kl_filtered:.4f}", flush=True)

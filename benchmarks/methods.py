@@ -153,7 +153,7 @@ class Bench:
         return varptq.load(folder, runtime="simulated"), seconds
 
     def tokens(self, pipe: Pipeline) -> dict[str, Any]:
-        return token_fidelity(self.pipe, pipe, self.test.labels_N, self.test.ids_NL).to_dict()
+        return token_fidelity(self.pipe, pipe, self.test.prompts, self.test.tokens).to_dict()
 
     def distances(self, found: Gaussian) -> dict[str, float]:
         return {

@@ -103,7 +103,7 @@ def demo_attention(pipe: Pipeline) -> list[dict[str, Any]]:
 
     mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
     with listening(dict(enumerate(mixes)), keep):
-        read(pipe, test.labels_N[:IMAGES], test.ids_NL[:IMAGES])
+        read(pipe, test.prompts[:IMAGES], test.tokens[:IMAGES])
     return [judge(*(torch.cat(part) for part in zip(*pairs, strict=True))) for pairs in seen]
 
 

@@ -62,10 +62,8 @@ def one(
     started = time.monotonic()
     quantized = varptq.quantize(pipe, config, method=name, calibration=calibration, seed=seed)
     seconds = time.monotonic() - started
-    fidelity = token_fidelity(pipe, quantized, test.labels_N, test.ids_NL)
-    products = product_errors(
-        pipe, quant_mixes(quantized.var), test.labels_N[:20], test.ids_NL[:20]
-    )
+    fidelity = token_fidelity(pipe, quantized, test.prompts, test.tokens)
+    products = product_errors(pipe, quant_mixes(quantized.var), test.prompts[:20], test.tokens[:20])
     units = quantized.report.get("units", [])
     return {
         "width": width,

@@ -108,7 +108,7 @@ def plot_kl(lines: list[Line]) -> None:
 def plot_product_error(pipe: Pipeline) -> None:
     """p v of every width, with the released probability rule and 8-bit uniform ones."""
     test = held_out(pipe)
-    labels, ids = test.labels_N[:20], test.ids_NL[:20]
+    labels, ids = test.prompts[:20], test.tokens[:20]
     thetas = {x["width"]: x["theta"] for x in read() if x["method"] == "sas"}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, extra in zip(axes, ("", "+p8"), strict=True):

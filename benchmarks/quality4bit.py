@@ -109,7 +109,7 @@ def with_outliers(pipe: Pipeline, seed: int = 0) -> Pipeline:
 
 def check_twin(pipe: Pipeline, twin: Pipeline, test: CalibrationSet) -> float:
     """KL of the twin on a few images. Raises `InputError` where its function is not the model's."""
-    few = CalibrationSet(test.labels_N[:4], test.ids_NL[:4])
+    few = test.first(4)
     found = Judge(pipe, few).kl(twin)["kl"]
     if not found < PRESERVED:
         raise InputError(
@@ -131,7 +131,7 @@ class Judge:
         """(images, l, V) of each scale."""
         parts: list[list[Tensor]] = []
         for labels, ids in zip(
-            self.test.labels_N.split(16), self.test.ids_NL.split(16), strict=True
+            self.test.prompts.split(16), self.test.tokens.split(16), strict=True
         ):
             parts.append([x for _, x in guided_logits(pipe, labels, ids, CFG)])
         return [torch.cat(scale) for scale in zip(*parts, strict=True)]
@@ -154,7 +154,7 @@ class Judge:
     @torch.no_grad()
     def features(self, pipe: Pipeline) -> Tensor:
         """(SAMPLED, 64) of images sampled from the same seeds by every model."""
-        labels = torch.arange(SAMPLED) % self.pipe.num_classes
+        labels = torch.arange(SAMPLED) % self.pipe.var.arch.num_classes
         images = generate(pipe, labels, seed=HELD_OUT_SEED, cfg=CFG, batch_size=20).images
         assert images is not None
         found = [self.pipe.vae.features(part * 2 - 1) for part in images.split(20)]
@@ -317,7 +317,7 @@ def attribution(work: Workshop) -> list[dict[str, Any]]:
     """Run 1: one group of tensors put back to float, in the released assignment and in ours. The
     bench of `varptq analyze`, which does not smooth."""
     test = work.judge.test
-    bench = Bench(work.pipe, test.labels_N[:ATTRIBUTED], test.ids_NL[:ATTRIBUTED])
+    bench = Bench(work.pipe, test.prompts[:ATTRIBUTED], test.tokens[:ATTRIBUTED])
     lines = []
     for label in ("w4a4+paper+released", "w4a4"):
         config = QuantConfig.preset(label)

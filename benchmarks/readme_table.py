@@ -43,7 +43,8 @@ FLOAT = "eager bf16 autocast"
 def shapes() -> Pipeline:
     preset = PRESETS[MODEL]
     with torch.device("meta"):
-        return Pipeline(VAR(preset.transformer_arch), VQVAE(preset.autoencoder_arch, preset.transformer_arch.scales), MODEL)
+        vae = VQVAE(preset.autoencoder_arch, preset.transformer_arch.scales)
+        return Pipeline(VAR(preset.transformer_arch), vae, MODEL)
 
 
 def kl(label: str) -> str:

@@ -158,7 +158,7 @@ def variant(pipe: Pipeline, *, autocast: bool = False) -> Variant:
     watch.watch(pipe)
 
     def run(batch: int) -> Seconds:
-        labels = [pipe.num_classes // 5] * batch
+        labels = [pipe.var.arch.num_classes // 5] * batch
         watch.clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         watch.seconds = dict.fromkeys(PARTS, 0.0)
         clock = watch.clock

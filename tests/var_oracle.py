@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ class Trace:
     pieces: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def both_rows(pipe: Pipeline, labels_B: Tensor, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+def both_rows(pipe: Pipeline, labels_B: Any, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Labels and inputs of the conditional rows, then of the unconditional ones."""
-    labels_2B = torch.cat((labels_B, torch.full_like(labels_B, pipe.num_classes)))
+    labels_2B = pipe.prompts(labels_B).guided().labels_B
     return labels_2B, pipe.vae.teacher_inputs(ids_BL).repeat(2, 1, 1)
 
 

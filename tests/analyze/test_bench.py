@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from varptq.analyze.bench import FLOAT, Bench, Site, sites, spec_of, stripped, with_specs
 from varptq.calibrate.means import center_inputs
-from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import InputError
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
@@ -40,10 +39,11 @@ def spec_for(site: Site, bits: int) -> TensorSpec:
 def fresh_kl(pipe: Pipeline, config: QuantConfig, bench: Bench, theta: float | None) -> list[float]:
     """What a user would measure: convert the whole model, compare with the float one."""
     model = convert(pipe.var, config)
-    center_inputs(pipe, model, CalibrationSet(bench.labels_B, bench.ids_BL))
+    center_inputs(pipe, model, bench.samples)
     set_theta(model, theta)
     quantized = dataclasses.replace(pipe, var=model)
-    found = token_fidelity(pipe, quantized, bench.labels_B, bench.ids_BL, batch_size=2)
+    seen = bench.samples
+    found = token_fidelity(pipe, quantized, seen.prompts, seen.tokens, batch_size=2)
     return [found.kl, *found.kl_per_scale]
 
 

@@ -18,7 +18,8 @@ W4A4 = QuantConfig.preset("w4a4+paper")
 
 def kl_of(pipe: Pipeline, config: QuantConfig, bench: Bench) -> float:
     quantized = dataclasses.replace(pipe, var=convert(pipe.var, config))
-    return token_fidelity(pipe, quantized, bench.labels_B, bench.ids_BL, batch_size=2).kl
+    seen = bench.samples
+    return token_fidelity(pipe, quantized, seen.prompts, seen.tokens, batch_size=2).kl
 
 
 def test_every_tensor_alone_and_put_back(tiny: Pipeline, bench: Bench) -> None:

@@ -166,19 +166,19 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("class_names", ["a"]),
         ("unknown", 1),
         ("architecture", {}),
-        ("architecture.var.depth", 0),
-        ("architecture.var.depth", 10**9),
-        ("architecture.var.width", 10**12),
-        ("architecture.var.num_heads", 3),
-        ("architecture.var.scales", []),
-        ("architecture.var.scales", [1, -2]),
-        ("architecture.var.scales", [1] * 1000),
-        ("architecture.var.codebook_size", 38),
+        ("architecture.transformer.depth", 0),
+        ("architecture.transformer.depth", 10**9),
+        ("architecture.transformer.width", 10**12),
+        ("architecture.transformer.num_heads", 3),
+        ("architecture.transformer.scales", []),
+        ("architecture.transformer.scales", [1, -2]),
+        ("architecture.transformer.scales", [1] * 1000),
+        ("architecture.transformer.codebook_size", 38),
         ("architecture.vae.ch", 33),
         ("architecture.vae.ch_mult", []),
         ("architecture.vae.attn_levels", [2]),
         ("quantization_config.format", "dense"),
-        ("quantization_config.ignore", ["var.head"]),
+        ("quantization_config.ignore", ["transformer.head"]),
         ("varptq.theta", 0),
         ("varptq.theta", "1e400"),
         ("varptq.config.linear.weight.num_bits", 9),
@@ -197,10 +197,10 @@ def test_a_field_that_cannot_be_is_refused(forge: Forge, path: str, value: Any) 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("architecture.var.num_classes", 4),
-        ("architecture.var.depth", 2),
-        ("architecture.var.l2_norm", False),
-        ("architecture.var.scales", [1, 2, 4]),
+        ("architecture.transformer.num_classes", 4),
+        ("architecture.transformer.depth", 2),
+        ("architecture.transformer.l2_norm", False),
+        ("architecture.transformer.scales", [1, 2, 4]),
         ("architecture.vae.hit_scales", 3),
         ("architecture.vae.num_res_blocks", 2),
     ],
@@ -268,14 +268,14 @@ def spoil(position: int, value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
-PROJ = "var.blocks.0.attn.proj."
+PROJ = "transformer.blocks.0.attn.proj."
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (drop(PROJ + "weight_packed"), "is missing"),
-        (drop("vae.quant_conv.bias"), "is missing"),
+        (drop("autoencoder.quant_conv.bias"), "is missing"),
         (lambda t: t.update(extra=torch.zeros(1)), "has no place"),
         (edit(PROJ + "weight_packed", lambda t: t[:, :-1]), "asks for"),
         (edit(PROJ + "weight_packed", lambda t: t.long()), "asks for"),
@@ -287,10 +287,10 @@ PROJ = "var.blocks.0.attn.proj."
         (edit(PROJ + "weight_scale", spoil(0, -1.0)), "not positive"),
         (edit(PROJ + "weight_scale", spoil(0, float("nan"))), "NaN or infinity"),
         (edit(PROJ + "bias", spoil(0, float("inf"))), "NaN or infinity"),
-        (edit("vae.quantize.embedding.weight", spoil(0, float("nan"))), "NaN or infinity"),
-        (edit("var.lvl_1L", spoil(0, 9)), "contradicts the scales"),
+        (edit("autoencoder.quantize.embedding.weight", spoil(0, float("nan"))), "NaN or infinity"),
+        (edit("transformer.lvl_1L", spoil(0, 9)), "contradicts the scales"),
         # 37 rows of 4 bits leave three nibbles of the last word free.
-        (edit("var.head.weight_zero_point", spoil(-1, -1)), "bits behind its last code"),
+        (edit("transformer.head.weight_zero_point", spoil(-1, -1)), "bits behind its last code"),
     ],
 )
 def test_tensors_that_save_never_writes_are_refused(
@@ -317,7 +317,7 @@ def test_a_foreign_safetensors_file_is_refused(copied: Path) -> None:
         struct.pack("<Q", 2) + b"[]",
         struct.pack("<Q", 9) + b'{"a":{}}\n',
         struct.pack("<Q", 72)
-        + b'{"var.pos_start":{"dtype":"F32","shape":[1,1,128],"data_offsets":[0,9]}}',
+        + b'{"transformer.pos_start":{"dtype":"F32","shape":[1,1,128],"data_offsets":[0,9]}}',
     ],
 )
 def test_a_hostile_header_is_refused(copied: Path, header: bytes) -> None:
@@ -343,13 +343,14 @@ def test_pickled_code_does_not_run(copied: Path, tmp_path: Path) -> None:
 def test_the_largest_model_a_config_can_ask_for_is_refused_soon(forge: Forge) -> None:
     def change(document: dict[str, Any]) -> None:
         document["class_names"] = []
-        document["architecture"]["var"].update(
+        document["architecture"]["transformer"].update(
             depth=128, width=2**20, num_heads=1, scales=[1024] * 64, num_classes=2**20
         )
-        document["architecture"]["vae"].update(
+        document["architecture"]["autoencoder"].update(
             ch=2**13, ch_mult=[128] * 10, num_res_blocks=8, hit_scales=256
         )
-        for network in document["architecture"].values():
+        for name in ("transformer", "autoencoder"):
+            network = document["architecture"][name]
             network.update(codebook_size=2**20, code_dim=2**20)
 
     started = time.monotonic()

@@ -194,9 +194,9 @@ def test_four_bits_lie_as_compressed_tensors_packs_them() -> None:
 def test_the_file_has_the_names_of_compressed_tensors(pristine: Path) -> None:
     with safe_open(pristine / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
-        packed = file.get_tensor("var.blocks.0.ffn.fc2.weight_packed")
+        packed = file.get_tensor("transformer.blocks.0.ffn.fc2.weight_packed")
     assert (packed.dtype, tuple(packed.shape)) == (torch.int32, (128, 64))
-    layer = "var.blocks.0.attn.proj."
+    layer = "transformer.blocks.0.attn.proj."
     assert {n.removeprefix(layer) for n in names if n.startswith(layer)} == {
         *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias")
     }
@@ -207,9 +207,9 @@ def test_the_config_says_it_in_the_words_of_compressed_tensors(tmp_path: Path) -
     document = json.loads((folder / "config.json").read_text())
     block = document["quantization_config"]
     assert (block["quant_method"], block["format"]) == ("compressed-tensors", "pack-quantized")
-    assert block["ignore"] == ["var.blocks.0.ffn.fc2"]
+    assert block["ignore"] == ["transformer.blocks.0.ffn.fc2"]
     of_layer = {t: group for group in block["config_groups"].values() for t in group["targets"]}
-    assert of_layer["var.head"]["weights"] == {
+    assert of_layer["transformer.head"]["weights"] == {
         "num_bits": 4,
         "type": "int",
         "symmetric": False,
@@ -218,9 +218,9 @@ def test_the_config_says_it_in_the_words_of_compressed_tensors(tmp_path: Path) -
         "dynamic": False,
     }
     # Eight input channels do not make a group.
-    assert of_layer["var.word_embed"]["weights"]["strategy"] == "channel"
-    assert of_layer["var.head"]["input_activations"]["dynamic"] is True
-    assert of_layer["var.head"]["input_activations"]["strategy"] == "token"
+    assert of_layer["transformer.word_embed"]["weights"]["strategy"] == "channel"
+    assert of_layer["transformer.head"]["input_activations"]["dynamic"] is True
+    assert of_layer["transformer.head"]["input_activations"]["strategy"] == "token"
     assert QuantConfig.from_dict(document["varptq"]["config"]).name == "w4a8+paper+litevar"
 
 

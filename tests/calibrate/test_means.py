@@ -33,8 +33,7 @@ def inputs_of(pipe: Pipeline, name: str, samples: CalibrationSet) -> Tensor:
         seen.append(arguments[0])
 
     handle = pipe.var.get_submodule(name).register_forward_pre_hook(keep)
-    rows = torch.cat((samples.labels_N, torch.full_like(samples.labels_N, pipe.num_classes)))
-    pipe.var(rows, pipe.vae.teacher_inputs(samples.ids_NL).repeat(2, 1, 1))
+    pipe.var(samples.prompts.guided(), pipe.vae.teacher_inputs(samples.tokens).repeat(2, 1, 1))
     handle.remove()
     return seen[0]
 

@@ -44,7 +44,7 @@ def fidelity(pipe: Pipeline, quantized: Pipeline, count: int = 20, seed: int = 9
     samples = calibration_set(
         pipe, CalibrationConfig(num_samples=count), seed=seed, resampled=False
     )
-    return token_fidelity(pipe, quantized, samples.labels_N, samples.ids_NL)
+    return token_fidelity(pipe, quantized, samples.prompts, samples.tokens)
 
 
 def codes_of(pipe: Pipeline) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def test_attention_is_measured_before_its_quantization(tiny: Pipeline) -> None:
     model = convert(tiny.var, W4A4.replace(attention=attention).with_rules(*linears))
     samples = calibration_set(tiny, CONFIG, seed=0, resampled=False)
     masses = measure_attention(tiny, model, samples, 3)
-    exact = trace(tiny.var, *both_rows(tiny, samples.labels_N[:3], samples.ids_NL[:3]))
+    exact = trace(tiny.var, *both_rows(tiny, samples.prompts[:3], samples.tokens[:3]))
     for mass in [m for m in masses if m.block == 0]:  # block 1 reads quantized products
         part, end = tiny.scales.slices()[mass.scale], tiny.scales.ends[mass.scale]
         expected = exact.probabilities[0][:, :, part, :end].mean(2)

@@ -37,9 +37,9 @@ GIB = 2.0**30
 
 def sample_set(pipe: Pipeline, count: int = COUNT) -> CalibrationSet:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % pipe.num_classes
+    labels = torch.arange(count) % pipe.var.arch.num_classes
     ids = torch.randint(0, 32, (count, pipe.scales.num_tokens), generator=generator)
-    return CalibrationSet(labels, ids)
+    return CalibrationSet(pipe.prompts(labels), ids)
 
 
 def recorder(
@@ -84,12 +84,12 @@ def test_every_quantized_layer_is_in_one_unit(any_tiny: Pipeline) -> None:
 
 def check_against_formulas(pipe: Pipeline, config: CalibrationConfig | None, bound: float) -> None:
     samples = sample_set(pipe)
-    labels, inputs = both_rows(pipe, samples.labels_N, samples.ids_NL)
+    labels, inputs = both_rows(pipe, samples.prompts, samples.tokens)
     pieces = trace(pipe.var, labels, inputs).pieces
     for unit in recorder(pipe, config).units():
         ours = rows_of(unit)
         if "ada_lin" in unit.name:  # one row per class and the unconditional one
-            assert len(ours[0]) == pipe.num_classes + 1
+            assert len(ours[0]) == pipe.var.arch.num_classes + 1
             ours = tuple(part[labels] for part in ours)
         theirs = tuple(
             part.flatten(1, -2) if part.dim() > 3 else part for part in pieces[unit.name]

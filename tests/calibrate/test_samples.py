@@ -13,10 +13,10 @@ from varptq.calibrate.samples import (
     CalibrationSet,
     FilteredProbabilities,
     calibration_set,
-    choose_labels,
 )
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import dealt
 from varptq.models.sampling import SamplingSettings, filter_logits
 
 CONFIG = CalibrationConfig(num_samples=23)  # more samples than classes, and two batches
@@ -30,29 +30,29 @@ def make(pipe: Pipeline, config: CalibrationConfig = CONFIG, **options: object) 
 def test_classes_are_distinct_while_they_last_then_cycle(
     classes: int, count: int, seed: int
 ) -> None:
-    labels = choose_labels(classes, count, seed)
+    labels = dealt(classes, count, seed)
     assert labels.shape == (count,) and labels.dtype == torch.int64
     for block in labels.split(classes):
         assert len(set(block.tolist())) == len(block)
         assert block.min() >= 0 and block.max() < classes
-    assert torch.equal(labels, choose_labels(classes, count, seed))
+    assert torch.equal(labels, dealt(classes, count, seed))
 
 
 def test_tokens_are_the_float_models_own(any_tiny: Pipeline) -> None:
     samples = make(any_tiny, seed=4)
     assert samples.resampling is None
     # The settings of the paper are the defaults of both.
-    expected = generate(any_tiny, samples.labels_N, seed=4, cfg=1.5, top_k=900, top_p=0.96)
-    assert torch.equal(samples.ids_NL, expected.tokens)
+    expected = generate(any_tiny, samples.prompts, seed=4, cfg=1.5, top_k=900, top_p=0.96)
+    assert torch.equal(samples.tokens, expected.tokens)
 
 
 def test_the_seed_decides_everything(tiny: Pipeline) -> None:
     for resampled in (False, True):
         first, again, other = (make(tiny, seed=s, resampled=resampled) for s in (1, 1, 2))
-        assert torch.equal(first.labels_N, again.labels_N)
-        assert torch.equal(first.ids_NL, again.ids_NL)
-        assert not torch.equal(first.labels_N, other.labels_N)
-        assert not torch.equal(first.ids_NL, other.ids_NL)
+        assert torch.equal(first.prompts.labels_B, again.prompts.labels_B)
+        assert torch.equal(first.tokens, again.tokens)
+        assert not torch.equal(first.prompts.labels_B, other.prompts.labels_B)
+        assert not torch.equal(first.tokens, other.tokens)
 
 
 def test_the_sampling_settings_are_used(tiny: Pipeline) -> None:
@@ -60,9 +60,9 @@ def test_the_sampling_settings_are_used(tiny: Pipeline) -> None:
     for change in ({"top_k": 1}, {"cfg": 9.0}, {"temperature": 3.0}, {"more_smooth": True}):
         sampling = SamplingSettings(**change)
         samples = make(tiny, CONFIG.replace(sampling=sampling))
-        expected = generate(tiny, samples.labels_N, decode=False, **sampling.to_dict())
-        assert torch.equal(samples.ids_NL, expected.tokens)
-        assert not torch.equal(samples.ids_NL, plain.ids_NL), change
+        expected = generate(tiny, samples.prompts, decode=False, **sampling.to_dict())
+        assert torch.equal(samples.tokens, expected.tokens)
+        assert not torch.equal(samples.tokens, plain.tokens), change
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0, 1e-30])
@@ -97,12 +97,12 @@ def test_resampling_brings_frequencies_to_the_probabilities(
     sampling = SamplingSettings(top_k=12, top_p=0.9, temperature=temperature)
     config = CONFIG.replace(sampling=sampling)
     plain, moved = make(tiny, config), make(tiny, config, resampled=True)
-    assert torch.equal(plain.labels_N, moved.labels_N)
+    assert torch.equal(plain.prompts.labels_B, moved.prompts.labels_B)
     assert moved.resampling is not None and plain.resampling is None
     logits: dict[int, list[Tensor]] = {}
     generate(
         tiny,
-        plain.labels_N,
+        plain.prompts.labels_B,
         decode=False,
         on_scale=lambda e: logits.setdefault(e.scale, []).append(e.logits_BlV),
         **sampling.to_dict(),
@@ -111,13 +111,13 @@ def test_resampling_brings_frequencies_to_the_probabilities(
         report = moved.resampling.scales[scale]
         mean_V = (torch.cat(logits[scale]).double() / temperature).softmax(-1).mean((0, 1))
         for samples, l1 in ((plain, report.l1_before), (moved, report.l1_after)):
-            counts = torch.bincount(samples.ids_NL[:, part].flatten(), minlength=32).double()
+            counts = torch.bincount(samples.tokens[:, part].flatten(), minlength=32).double()
             assert float((counts / counts.sum() - mean_V).abs().sum()) == pytest.approx(
                 l1, abs=1e-5
             )
         assert report.l1_after <= report.l1_before
         assert torch.equal(report.count_after, report.target_count)
-        changed = int((plain.ids_NL != moved.ids_NL)[:, part].sum())
+        changed = int((plain.tokens != moved.tokens)[:, part].sum())
         assert changed == len(report.moves)
     assert moved.resampling.num_moved > 0
 
@@ -129,7 +129,7 @@ def test_what_the_filter_drops_is_drawn_only_where_all_mass_is_elsewhere(tiny: P
     events: list[ScaleEvent] = []
     generate(
         tiny,
-        samples.labels_N,
+        samples.prompts,
         decode=False,
         on_scale=events.append,
         batch_size=23,
@@ -145,7 +145,7 @@ def test_what_the_filter_drops_is_drawn_only_where_all_mass_is_elsewhere(tiny: P
 def test_one_sample(tiny: Pipeline) -> None:
     for resampled in (False, True):
         samples = make(tiny, CalibrationConfig(num_samples=1), resampled=resampled)
-        assert samples.ids_NL.shape == (1, 14) and samples.labels_N.shape == (1,)
+        assert samples.tokens.shape == (1, 14) and samples.prompts.shape == (1,)
 
 
 def test_progress_has_its_own_stage(tiny: Pipeline) -> None:

@@ -30,7 +30,7 @@ def samples(tiny: Pipeline) -> CalibrationSet:
 
 
 def kl(pipe: Pipeline, other: Pipeline, samples: CalibrationSet) -> float:
-    return token_fidelity(pipe, other, samples.labels_N, samples.ids_NL).kl
+    return token_fidelity(pipe, other, samples.prompts, samples.tokens).kl
 
 
 def uneven(pipe: Pipeline, sigma: float = 1.5) -> Pipeline:

@@ -103,13 +103,13 @@ def test_the_gate_sees_images_that_tuning_does_not(
     mean, logits = tuning.mean_kl, tuning.all_logits
 
     def gate(pipe: Pipeline, student: Pipeline, images: CalibrationSet, *rest: object) -> float:
-        seen["gate"] += list(images.ids_NL)
+        seen["gate"] += list(images.tokens)
         return mean(pipe, student, images, *rest)  # pyright: ignore
 
-    def step(pipe: Pipeline, labels: Tensor, ids: Tensor, cfg: float) -> Tensor:
+    def step(pipe: Pipeline, images: CalibrationSet, cfg: float) -> Tensor:
         if torch.is_grad_enabled():
-            seen["steps"] += list(ids)
-        return logits(pipe, labels, ids, cfg)
+            seen["steps"] += list(images.tokens)
+        return logits(pipe, images, cfg)
 
     monkeypatch.setattr(tuning, "mean_kl", gate)
     monkeypatch.setattr(tuning, "all_logits", step)
@@ -121,7 +121,7 @@ def test_the_gate_sees_images_that_tuning_does_not(
 
 def test_the_loss_is_the_reported_fidelity(tiny: Pipeline, untuned: QuantizedPipeline) -> None:
     images = calibration_set(tiny, CONFIG.replace(num_samples=5), seed=3, resampled=False)
-    known = token_fidelity(tiny, untuned, images.labels_N, images.ids_NL, cfg=1.5).kl
+    known = token_fidelity(tiny, untuned, images.prompts, images.tokens, cfg=1.5).kl
     assert mean_kl(tiny, untuned, images, CONFIG) == pytest.approx(known, rel=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_the_gradient_of_a_scale_is_a_difference_quotient(tiny: Pipeline) -> Non
     images = calibration_set(tiny, CONFIG.replace(num_samples=2), seed=5, resampled=False)
 
     def loss() -> Tensor:
-        pair = (all_logits(p, images.labels_N, images.ids_NL, 1.5) for p in (tiny, student))
+        pair = (all_logits(p, images, 1.5) for p in (tiny, student))
         return kl_divergence(*pair, torch.float32).mean()
 
     change = layer.start_tuning().change

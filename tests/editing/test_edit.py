@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
-from torch import Tensor
 
 import varptq
 from varptq.editing import read_image
 from varptq.editing.call import encode
 from varptq.editing.frame import Frame
 from varptq.errors import ConfigError, InputError, VarptqError
-from varptq.models.pipeline import UNCONDITIONAL, Pipeline
+from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import UNCONDITIONAL, ClassPrompts
 from varptq.models.var.transformer import VAR
 from varptq.pictures import write_png
 from varptq.runtime.resolve import RUNTIMES
@@ -63,9 +63,9 @@ def conditions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
     seen: list[list[int]] = []
     original = VAR.condition
 
-    def spy(self: VAR, labels_B: Tensor) -> Any:
-        seen.append(labels_B.tolist())
-        return original(self, labels_B)
+    def spy(self: VAR, prompts: ClassPrompts) -> Any:
+        seen.append(prompts.labels_B.tolist())
+        return original(self, prompts)
 
     monkeypatch.setattr(VAR, "condition", spy)
     yield seen
@@ -135,7 +135,7 @@ def test_in_and_out_painting_do_not_double_the_batch(
 ) -> None:
     for task in ("inpaint", "outpaint"):
         varptq.edit(tiny, picture(), task=task, box=CENTRE, candidates=3)
-    assert conditions == [[tiny.num_classes] * 3] * 2
+    assert conditions == [[tiny.var.arch.num_classes] * 3] * 2
 
 
 def test_a_class_is_guided(tiny: Pipeline, conditions: list[list[int]]) -> None:
@@ -151,11 +151,12 @@ def test_a_class_is_guided(tiny: Pipeline, conditions: list[list[int]]) -> None:
 def test_no_class_has_a_name_on_every_model(tiny: Pipeline) -> None:
     nameless = Pipeline(tiny.var, tiny.vae, "nameless")
     for pipe in (tiny, nameless):
-        assert pipe.labels([UNCONDITIONAL, 2]).tolist() == [5, 2]
-        assert pipe.title(5) == UNCONDITIONAL
-    assert (tiny.title(2), nameless.title(2)) == ("cat", "class 2")
+        assert pipe.prompts([UNCONDITIONAL, 2]).facts() == [5, 2]
+        assert pipe.prompts([UNCONDITIONAL]).titles() == [UNCONDITIONAL]
+    titles = [pipe.prompts([2]).titles() for pipe in (tiny, nameless)]
+    assert titles == [["cat"], ["class 2"]]
     with pytest.raises(InputError, match=r"class 5: not in 0\.\.4"):
-        tiny.labels([5])
+        tiny.prompts([5])
 
 
 def test_out_painting_keeps_what_in_painting_draws(tiny: Pipeline) -> None:

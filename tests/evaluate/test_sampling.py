@@ -16,9 +16,10 @@ import torch
 from varptq.calibrate.methods import quantize
 from varptq.errors import InputError, OutputError
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.sampling import SampleSet, balanced_labels, model_sha256, sample_set
+from varptq.evaluate.sampling import SampleSet, model_sha256, sample_set
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, load_model
+from varptq.models.prompts import balanced
 from varptq.models.sampling import SamplingSettings
 from varptq.pictures import to_pixels
 from varptq.quant.config import QuantConfig
@@ -50,7 +51,7 @@ def test_images_are_those_of_the_generator(
 ) -> None:
     samples = sampled(tiny, tmp_path / "set", count, shard, batch)
     labels, tokens = samples.head(count)
-    assert torch.equal(labels, balanced_labels(tiny.num_classes, count, 5))
+    assert torch.equal(labels, balanced(tiny.var.arch.num_classes, count, 5))
     expected = generate(tiny, labels, seed=5, batch_size=count, **SETTINGS.to_dict())
     assert expected.images is not None
     assert torch.equal(tokens, expected.tokens)
@@ -61,10 +62,10 @@ def test_images_are_those_of_the_generator(
 
 
 def test_any_classes_in_a_row_are_different() -> None:
-    labels = balanced_labels(5, 13, seed=0).tolist()
+    labels = balanced(5, 13, seed=0).tolist()
     assert all(len(set(labels[i : i + 5])) == 5 for i in range(8))
-    assert labels != sorted(labels) and labels[:7] == balanced_labels(5, 7, seed=0).tolist()
-    assert labels != balanced_labels(5, 13, seed=1).tolist()
+    assert labels != sorted(labels) and labels[:7] == balanced(5, 7, seed=0).tolist()
+    assert labels != balanced(5, 13, seed=1).tolist()
 
 
 @pytest.mark.parametrize("lost", [("00000.npz",), ("00001.npz",), ("00001.npz", "00002.npz")])

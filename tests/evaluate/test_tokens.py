@@ -150,8 +150,8 @@ def test_batches_do_not_matter(
         (lambda a, ids: {"ids_BL": ids[:, :-1]}, "shape"),
         (lambda a, ids: {"ids_BL": ids + VOCABULARY}, "ids"),
         (lambda a, ids: {"ids_BL": ids - VOCABULARY}, "ids"),
-        (lambda a, ids: {"labels_B": [0, 1]}, "shape"),
-        (lambda a, ids: {"labels_B": [0, 1, 2, 3, CLASSES]}, "class 5"),
+        (lambda a, ids: {"prompts": [0, 1]}, "shape"),
+        (lambda a, ids: {"prompts": [0, 1, 2, 3, CLASSES]}, "class 5"),
         (lambda a, ids: {"batch_size": 0}, "batch_size"),
         (lambda a, ids: {"top_p": 2.0}, "top_p"),
         (lambda a, ids: {"quant_pipe": small_pipeline(0, classes=3)}, "num_classes are 5 and 3"),
@@ -164,7 +164,7 @@ def test_bad_arguments_are_named(
     words: str,
 ) -> None:
     labels, ids_BL = samples
-    arguments = {"float_pipe": pair[0], "quant_pipe": pair[1], "labels_B": labels, "ids_BL": ids_BL}
+    arguments = {"float_pipe": pair[0], "quant_pipe": pair[1], "prompts": labels, "tokens": ids_BL}
     with pytest.raises((InputError, ConfigError), match=words):
         token_fidelity(**(arguments | change(pair[0], ids_BL)))
 

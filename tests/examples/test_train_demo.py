@@ -102,7 +102,7 @@ def trained(images: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_files_are_a_model_and_a_record(trained: Path) -> None:
     pipe = varptq.load_model(var=trained / FILES[1], vae=trained / FILES[0])
-    assert (pipe.num_classes, pipe.scales.sides, pipe.vae.image_size) == (3, (1, 2, 4), 8)
+    assert (pipe.var.arch.num_classes, pipe.scales.sides, pipe.vae.image_size) == (3, (1, 2, 4), 8)
     output = varptq.generate(pipe, [0, 1, 2], seed=0)
     assert output.images is not None and output.images.shape == (3, 3, 8, 8)
     # Names that upstream's modules have beyond ours, so that it loads them strictly.

@@ -74,7 +74,8 @@ def test_inputs_and_targets_come_from_the_float_model(
     from varptq.calibrate.record import Recorder
     from varptq.calibrate.samples import CalibrationSet
 
-    samples = CalibrationSet(torch.from_numpy(data["labels"]), torch.from_numpy(data["ids"]))
+    prompts = pipe.prompts(torch.from_numpy(data["labels"]))
+    samples = CalibrationSet(prompts, torch.from_numpy(data["ids"]))
     model = convert(pipe.var, QuantConfig.preset("w4a4+paper"))
     recorder = Recorder(pipe, model, samples, CalibrationConfig())
     count, found = len(data["labels"]), 0

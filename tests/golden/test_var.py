@@ -52,7 +52,7 @@ def test_teacher_forced_logits(golden: Golden, a_file: str) -> None:
     pipe = load(golden, data)
     labels, inputs = torch.from_numpy(data["labels"]), torch.from_numpy(data["tf_inputs"])
     assert error(pipe.var(labels, inputs), data["tf_logits"]) <= LOGITS
-    unconditional = torch.full_like(labels, pipe.num_classes)
+    unconditional = torch.full_like(labels, pipe.var.arch.num_classes)
     assert error(pipe.var(unconditional, inputs), data["tf_logits_uncond"]) <= LOGITS
 
 

@@ -51,7 +51,7 @@ def plain_loop(
         for scale, part in enumerate(scales.slices()):
             inputs = pipe.vae.teacher_inputs(ids)
             given_class = pipe.var(torch.tensor([label]), inputs)[:, part]
-            without = pipe.var(torch.tensor([pipe.num_classes]), inputs)[:, part]
+            without = pipe.var(torch.tensor([pipe.var.arch.num_classes]), inputs)[:, part]
             t = cfg * scale / max(scales.num_scales - 1, 1)
             logits = filter_logits((1 + t) * given_class - t * without, top_k, top_p)
             noise = gumbel_noise(stream, part.stop - part.start, logits.shape[-1], pipe.device)

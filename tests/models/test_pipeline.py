@@ -136,7 +136,7 @@ def test_exchanged_files_are_refused(tiny: Pipeline, tmp_path: Path) -> None:
 
 def test_the_demo_model_loads_by_name() -> None:
     pipe = load_model("demo")
-    assert pipe.name == "demo" and len(pipe.class_names) == pipe.num_classes == 10
+    assert pipe.name == "demo" and len(pipe.class_names) == pipe.var.arch.num_classes == 10
     assert generate(pipe, ["cat", 5], decode=False, top_k=1).tokens.shape == (2, 130)
 
 
@@ -175,7 +175,7 @@ def test_an_unknown_preset_cannot_be_built() -> None:
     ],
 )
 def test_labels_by_id_and_name(tiny: Pipeline, labels: Any, expected: list[int]) -> None:
-    found = tiny.labels(labels)
+    found = tiny.prompts(labels).labels_B
     assert found.dtype == torch.int64 and found.tolist() == expected
 
 
@@ -207,14 +207,14 @@ def test_labels_by_id_and_name(tiny: Pipeline, labels: Any, expected: list[int])
 )
 def test_unusable_labels_are_named(tiny: Pipeline, labels: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        tiny.labels(labels)
+        tiny.prompts(labels)
     assert "\n" not in str(caught.value)
 
 
 def test_names_need_a_model_that_has_them(tiny: Pipeline) -> None:
     nameless = Pipeline(tiny.var, tiny.vae, "nameless")
     with pytest.raises(InputError, match="class 'cat': model 'nameless' has no class names"):
-        nameless.labels(["cat"])
+        nameless.prompts(["cat"])
 
 
 def test_moving_and_casting_happen_in_place(make_tiny: Callable[..., Pipeline]) -> None:

@@ -33,7 +33,7 @@ def inputs_of(pipe: Pipeline, batch: int, seed: int = 0) -> Tensor:
 
 def all_labels(pipe: Pipeline) -> Tensor:
     """Every class, and the unconditional row."""
-    return torch.arange(pipe.num_classes + 1)
+    return torch.arange(pipe.var.arch.num_classes + 1)
 
 
 def test_logits_follow_the_formulas(any_tiny: Pipeline) -> None:
@@ -53,7 +53,7 @@ def test_any_schedule_follows_the_formulas(
     make_tiny: Callable[..., Pipeline], sides: tuple[int, ...], shared_adaln: bool
 ) -> None:
     pipe = make_tiny(scales=Scales(sides), depth=1, shared_adaln=shared_adaln)
-    labels = torch.tensor([0, pipe.num_classes, 4])
+    labels = torch.tensor([0, pipe.var.arch.num_classes, 4])
     inputs = inputs_of(pipe, 3)
     expected = trace(pipe.var, labels, inputs).logits
     torch.testing.assert_close(pipe.var(labels, inputs).double(), expected, rtol=0, atol=LOGITS)
@@ -152,7 +152,7 @@ def test_an_overfull_cache_is_a_loud_error(tiny: Pipeline) -> None:
 
 def test_bfloat16_stays_close_and_answers_in_float32(make_tiny: Callable[..., Pipeline]) -> None:
     pipe = make_tiny()
-    labels, inputs = all_labels(pipe), inputs_of(pipe, pipe.num_classes + 1)
+    labels, inputs = all_labels(pipe), inputs_of(pipe, pipe.var.arch.num_classes + 1)
     expected = pipe.var(labels, inputs)
     logits = pipe.to(dtype=torch.bfloat16).var(labels, inputs)
     assert logits.dtype == torch.float32

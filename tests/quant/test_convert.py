@@ -32,7 +32,7 @@ ALL_FLOAT = W4A4.replace(attention=None).with_rules(LayerRule(targets="*", weigh
 
 
 def example(pipe: Pipeline) -> tuple[Tensor, Tensor]:
-    labels = torch.arange(pipe.num_classes + 1)
+    labels = torch.arange(pipe.var.arch.num_classes + 1)
     later = pipe.scales.num_tokens - pipe.scales.lengths[0]
     generator = torch.Generator().manual_seed(0)
     return labels, torch.randn(len(labels), later, pipe.var.arch.code_dim, generator=generator)

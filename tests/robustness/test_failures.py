@@ -26,6 +26,7 @@ from varptq.files import StagedFolder
 from varptq.models import memory
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import ASSETS
+from varptq.models.prompts import Prompts
 from varptq.models.state_file import read_state
 from varptq.progress import RichProgress
 
@@ -105,10 +106,10 @@ def test_a_batch_too_large_says_how_many_fit(
 
     real = getattr(module, "_generate_batch")  # noqa: B009
 
-    def limited(pipe: Pipeline, labels_B: torch.Tensor, *rest: Any) -> Any:
-        if len(labels_B) > 3:
+    def limited(pipe: Pipeline, prompts: Prompts, *rest: Any) -> Any:
+        if len(prompts) > 3:
             raise RuntimeError(TORCH_WORDS)
-        return real(pipe, labels_B, *rest)
+        return real(pipe, prompts, *rest)
 
     monkeypatch.setattr(module, "_generate_batch", limited)
     for free, words in ((3.5, "lower batch_size .--batch-size. to 3$"), (0.5, "free some memory")):
