@@ -132,6 +132,19 @@ def forbidden_imports(module: Module) -> Iterator[str]:
             yield f"line {line}: {module.part} imports {name}"
 
 
+def family_imports(module: Module) -> Iterator[str]:
+    """Above `models`, and in its flat files but for the table of families, nobody knows a family:
+    those are its folders."""
+    if module.name.startswith("varptq.models.") and (
+        module.name.count(".") > 2 or module.name == "varptq.models.families"
+    ):
+        return
+    folders = {path.name for path in (SRC / "varptq" / "models").iterdir() if path.is_dir()}
+    for line, name in module.imports():
+        if name.startswith("varptq.models.") and name.split(".")[2] in folders:
+            yield f"line {line}: {module.name} imports {name}, which is a family"
+
+
 def long_module(module: Module) -> Iterator[str]:
     lines = len(module.text.splitlines())
     if lines > MAX_MODULE_LINES:
@@ -235,6 +248,7 @@ def layers_of_no_dtype(node: ast.ClassDef) -> Iterator[str]:
 
 RULES: tuple[Callable[[Module], Iterator[str]], ...] = (
     forbidden_imports,
+    family_imports,
     long_module,
     long_functions,
     missing_docstring,
@@ -284,6 +298,9 @@ def test_the_table_of_imports_has_no_cycle() -> None:
         (forbidden_imports, "varptq.edit", "from varptq.cli import main"),
         (forbidden_imports, "varptq.web.app", "from varptq.cli import tables"),
         (forbidden_imports, "varptq.errors", "from varptq import settings"),
+        (family_imports, "varptq.quant.convert", "from varptq.models.var.transformer import VAR"),
+        (family_imports, "varptq.models.pipeline", "from varptq.models.var import checkpoint"),
+        (family_imports, "varptq.cli.info", "def f():\n    import varptq.models.var.vqvae"),
         (long_module, "varptq.edit", "\n" * (MAX_MODULE_LINES + 1)),
         (long_functions, "varptq.edit", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
         (missing_docstring, "varptq.edit", "x = 1"),
@@ -325,6 +342,17 @@ def test_a_rule_sees_what_breaks_it(
         (forbidden_imports, "varptq.models.var", "import torch.nn.quantized"),
         (forbidden_imports, "varptq.cli.quantize", "from varptq import quantize"),
         (forbidden_imports, "varptq.cli.serve", "from varptq.web import app"),
+        (
+            family_imports,
+            "varptq.quant.convert",
+            "from varptq.models.transformer import Transformer",
+        ),
+        (
+            family_imports,
+            "varptq.models.families",
+            "from varptq.models.var.family import VAR_FAMILY",
+        ),
+        (family_imports, "varptq.models.var.family", "from varptq.models.var import checkpoint"),
         (prints, "varptq.cli.main", "print(1)"),
         (pickles, "varptq.models.var", "torch.load(path, weights_only=True)"),
         (global_randomness, "varptq.models.var", "torch.rand(3, generator=g)"),

@@ -56,14 +56,17 @@ def check_layers(pipe: Pipeline, *, hooks: bool = False) -> None:
     that its tensors by name would not be the same model; with `hooks` also one that would lose its
     hooks where layers of the transformer are replaced."""
     for part, title in PARTS.items():
-        for name, module in getattr(pipe, part).named_modules():
-            found = _change(module, hooks=hooks and part == "var")
+        network = getattr(pipe, part)
+        # A family may live in a package of its own.
+        ours = (*OURS, type(network).__module__)
+        for name, module in network.named_modules():
+            found = _change(module, ours, hooks=hooks and part == "var")
             if found:
                 where = f"layer {name}" if name else title
                 raise InputError(f"model {pipe.name!r}: its {where} {found}")
 
 
-def _change(module: nn.Module, *, hooks: bool) -> str | None:
+def _change(module: nn.Module, ours: tuple[str, ...], *, hooks: bool) -> str | None:
     """What somebody did to a layer and how to undo it."""
     kind = type(module)
     held = [name for name, _ in module.named_children()]
@@ -74,7 +77,7 @@ def _change(module: nn.Module, *, hooks: bool) -> str | None:
         type(hook).__module__.startswith(NORMS) for hook in before.values()
     ):
         return "has a computed weight (weight_norm or the like); remove that first"
-    if not kind.__module__.startswith(OURS):
+    if not kind.__module__.startswith(ours):
         return f"is a {kind.__module__}.{kind.__name__}; load the model again, without it"
     if "forward" in vars(module):
         return "has a forward of another's; load the model again, without it"
