@@ -33,6 +33,7 @@ from varptq.errors import InputError
 from varptq.models.bare import bare
 from varptq.models.generate import DEFAULT_BATCH, generate
 from varptq.models.pipeline import Pipeline
+from varptq.models.prompts import Prompts
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.pictures import to_pixels
 from varptq.progress import Progress, silent
@@ -97,8 +98,7 @@ def edit(
     """
     pipe, cfg = bare(pipe), _guidance(task, label, cfg)
     _check_counts(candidates, feather)
-    # An unknown class is named before any work.
-    asked = pipe.pool()[slice(0, 1)].nothing() if label is None else pipe.prompts([label])
+    prompts = _prompts(pipe, label, candidates)  # an unknown class is named before any work
     before, side = read_image(image), pipe.scales.last_side
     frame = Frame.of(before.size, pipe.vae.image_size, fit)
     chosen = _mask(before, frame, side, task, mask, box)
@@ -106,7 +106,7 @@ def edit(
     keep_L = keep_mask(chosen.cells_PP, pipe.scales)
     output = generate(
         pipe,
-        asked[torch.zeros(candidates, dtype=torch.int64, device="cpu")],
+        prompts,
         seed=seed,
         cfg=cfg,
         top_k=top_k,
@@ -155,6 +155,12 @@ def _guidance(task: str, label: int | str | None, cfg: float | None) -> float:
             f"cfg {cfg:g}: {task} has no class to be guided to; leave it out or use task class"
         )
     return 0.0
+
+
+def _prompts(pipe: Pipeline, label: int | str | None, count: int) -> Prompts:
+    """The label, or nothing, for every candidate. Raises `InputError` for an unknown one."""
+    one = pipe.pool()[slice(0, 1)].nothing() if label is None else pipe.prompts([label])
+    return one[torch.zeros(count, dtype=torch.int64, device="cpu")]
 
 
 def _mask(
