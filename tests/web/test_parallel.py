@@ -53,7 +53,8 @@ def drawn(address: str, person: int) -> tuple[list[np.ndarray], str | None]:
     caller = Caller(address)
     model, label = (SMALL, MADE)[person % 2], str(person % 5)
     answer = caller.call("generate", model, "nothing", label, 1, person, *SETTINGS.values())
-    return last_pictures(caller, answer.outputs, r"image\.png"), answer.error
+    name = rf"[^/\"]+-seed{person}-0\.png"
+    return last_pictures(caller, answer.outputs, name), answer.error
 
 
 def test_twenty_pages_draw_at_once_and_none_gets_the_picture_of_another(
@@ -80,7 +81,7 @@ def test_edits_at_once_are_not_mixed_up(served: Any, pipes: dict[str, Pipeline])
         rest = ("In-paint", "", 1, person, 4.0, "crop", True, *BOX)
         answer = caller.call("edit", MADE, image, None, *rest)
         assert answer.ok, answer.error
-        return last_pictures(caller, answer.outputs, rf"edit-{person}-0\.png")
+        return last_pictures(caller, answer.outputs, rf"edit-seed{person}-0\.png")
 
     with ThreadPoolExecutor(len(noise)) as people:
         found = list(people.map(edited, range(len(noise))))

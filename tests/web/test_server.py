@@ -265,7 +265,7 @@ def test_edits_of_a_page_come_back_as_files(caller: Caller) -> None:
     image = file_data(caller.upload("a.png", png(31, 30)))
     answer = edit(caller, image, None, "Out-paint", "", 2, 7, 4.0, "crop", *BOX)
     assert answer.ok, answer.error
-    paths = set(re.findall(r'"(/[^"]+/edit-7-\d\.png)"', json.dumps(answer.outputs)))
+    paths = set(re.findall(r'"(/[^"]+/edit-seed7-\d\.png)"', json.dumps(answer.outputs)))
     assert len(paths) == 2
     for path in paths:
         content = caller.file(path).content
