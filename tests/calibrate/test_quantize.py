@@ -1,4 +1,4 @@
-"""`quantize`: methods by name, their reports, the untouched float model, interruption, quality."""
+"""`quantize`: reports of the methods, the untouched float model, interruption, quality."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from var_oracle import both_rows, trace
-from varptq.calibrate import methods
+from varptq.calibrate import run as run_module
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import Method, measure_attention, quantize
+from varptq.calibrate.quantize import quantize
 from varptq.calibrate.samples import calibration_set
-from varptq.errors import ConfigError, InputError, NonFiniteError, VarptqError
+from varptq.errors import InputError, NonFiniteError, VarptqError
 from varptq.evaluate.tokens import TokenFidelity, token_fidelity
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, load_model
@@ -51,39 +50,13 @@ def codes_of(pipe: Pipeline) -> dict[str, Tensor]:
     return {name: layer.codes for name, layer in quant_linears(pipe.var).items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("rtn", Method()),
-        ("gptq", Method(reconstruct=True, rounding="gptq")),
-        ("brecq", Method(reconstruct=True)),
-        ("sas", Method(reconstruct=True, shift=True, resample=True)),
-        ("brecq+shift", Method(reconstruct=True, shift=True)),
-        ("brecq+resample", Method(reconstruct=True, resample=True)),
-        ("rtn+shift", Method(shift=True)),
-        ("rtn+reconstruct+shift+resample", Method(True, True, True)),
-        ("sas+shift", Method(True, True, True)),
-    ],
-)
-def test_methods_by_name(name: str, parts: Method) -> None:
-    assert Method.parse(name) == parts
-
-
-@pytest.mark.parametrize("name", ["", "SAS", "awq", "sas+", "+shift", "rtn+litevar", "rtn shift"])
-def test_unknown_methods_list_the_known(tiny: Pipeline, name: str) -> None:
-    message = r"unknown; methods are rtn, gptq, brecq, sas, each with any of \+reconstruct, \+shift"
-    with pytest.raises(ConfigError, match=message) as caught:
-        quantize(tiny, W4A4, method=name)
-    assert "\n" not in str(caught.value)
-
-
 def test_nearest_rounding_needs_no_samples(
     any_tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("rtn makes no samples")
 
-    monkeypatch.setattr(methods, "calibration_set", refuse)
+    monkeypatch.setattr(run_module, "calibration_set", refuse)
     result = run(any_tiny, "rtn")
     assert result.theta is None and result.report == {}
     plain = {
@@ -162,44 +135,12 @@ def test_a_block_with_float_attention_keeps_the_others_numbers(tiny: Pipeline) -
     assert {stat["block"] for stat in copies} == {1}
 
 
-def test_attention_is_measured_before_its_quantization(tiny: Pipeline) -> None:
-    """With everything else in float, abar is the mean of the float model's softmax."""
-    linears = (LayerRule(targets=t, weight=None, input=None) for t in ("*", "blocks.*.ffn.fc2"))
-    spec = W4A4.attention
-    assert spec is not None
-    attention = spec.replace(query=None, key=None)
-    model = convert(tiny.var, W4A4.replace(attention=attention).with_rules(*linears))
-    samples = calibration_set(tiny, CONFIG, seed=0, resampled=False)
-    masses = measure_attention(tiny, model, samples, 3)
-    exact = trace(tiny.var, *both_rows(tiny, samples.labels_N[:3], samples.ids_NL[:3]))
-    for mass in [m for m in masses if m.block == 0]:  # block 1 reads quantized products
-        part, end = tiny.scales.slices()[mass.scale], tiny.scales.ends[mass.scale]
-        expected = exact.probabilities[0][:, :, part, :end].mean(2)
-        torch.testing.assert_close(mass.abar_BHl.double(), expected, rtol=0, atol=1e-5)
-        assert (mass.num_queries, mass.head_dim) == (tiny.scales.lengths[mass.scale], 64)
-        assert (mass.probability_bits, mass.value_bits) == (4, 4)
-    assert not any(mix._forward_pre_hooks for mix in quant_mixes(model))
-
-
 @pytest.mark.parametrize("method", ["brecq", "sas"])
 def test_same_seed_same_model(tiny: Pipeline, method: str) -> None:
     first, again, other = (run(tiny, method, seed=seed) for seed in (3, 3, 4))
     assert first.report == again.report and first.theta == again.theta
     assert all(torch.equal(c, codes_of(again)[name]) for name, c in codes_of(first).items())
     assert any(not torch.equal(c, codes_of(other)[name]) for name, c in codes_of(first).items())
-
-
-@pytest.mark.parametrize(
-    "method", ["brecq+shift", "brecq+resample", "rtn+shift", "rtn+reconstruct"]
-)
-def test_single_parts_switch_on(tiny: Pipeline, method: str) -> None:
-    parts = Method.parse(method)
-    report = run(tiny, method).report
-    assert ("theta" in report, "units" in report, "resampling" in report) == (
-        parts.shift,
-        parts.reconstruct,
-        parts.resample,
-    )
 
 
 def test_one_sample_is_enough(tiny: Pipeline) -> None:
@@ -334,7 +275,7 @@ def test_weights_with_nan_are_named(make_tiny: Callable[..., Pipeline]) -> None:
 def test_a_config_that_does_not_fit_is_refused_before_any_work(
     tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods, "calibration_set", None)
+    monkeypatch.setattr(run_module, "calibration_set", None)
     with pytest.raises(VarptqError, match=r"rule 'layers\.\*': matches no layer"):
         run(tiny, config=W4A4.with_rules(LayerRule(targets="layers.*", input=None)))
 

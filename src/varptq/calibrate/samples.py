@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.resample import ResampleReport, resample
+from varptq.calibrate.resample import ResampleReport, resample_tokens
 from varptq.models.generate import DEFAULT_BATCH, ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
 from varptq.progress import Progress, silent
@@ -172,4 +172,4 @@ def _joined(
         stored = (work.read(name, keys).tensors for name in batches)
         return FilteredProbabilities.unpack(pipe.var.arch.codebook_size, scale, stored).dense(scale)
 
-    return resample(ids_NL, dense, pipe.scales, seed)
+    return resample_tokens(ids_NL, dense, pipe.scales, seed)
