@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_the_steps_of_a_name(name: str, steps: tuple[Step, ...]) -> None:
     assert method.steps == steps
     assert method.shift == (choose_theta in steps)
     assert method.rounding == ("gptq" if name == "gptq" else None)
+
+
+def test_the_page_shows_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([a-z, ]+) \|$", page, re.MULTILINE)
+    steps = {name: [s.__name__.replace("_", " ") for s in m.steps] for name, m in METHODS.items()}
+    assert {name: text.split(", ") for name, text in rows} == steps
 
 
 @pytest.mark.parametrize("name", ["", "SAS", "awq", "sas+", "+shift", "rtn+litevar", "rtn shift"])

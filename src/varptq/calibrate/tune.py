@@ -97,7 +97,8 @@ def tune_model(
     on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[TuneReport, dict[str, Tensor]]:
     """Tune `quantized` in place against `pipe`, and give the tensors it ends with by name, to be
-    handed to `put`. Raises `NonFiniteError` where the loss is none."""
+    handed to `put`. Raises `NonFiniteError` where the loss is
+    not finite."""
     generator = unit_generator(seed, "tuning")
     count = min(MAX_IMAGES, BATCH * config.tune_steps) + HELD_OUT
     images = calibration_set(
