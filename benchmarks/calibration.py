@@ -106,7 +106,7 @@ def memory(samples: int, gibibytes: float, dtype: str) -> dict[str, Any]:
         )
         for unit in Recorder(pipe, model, random_samples(pipe, samples), config).units():
             if unit.name.endswith((".attn", ".ffn")):
-                reconstruct_module.reconstruct(unit, config, 0)
+                reconstruct_module.reconstruct_unit(unit, config, 0)
                 print(f"{unit.name}: peak so far {peak():.1f} GiB", flush=True)
     return {
         "samples": samples,

@@ -16,7 +16,7 @@ from proof import CALIBRATION, HERE
 from proof_report import DOCS, replace
 
 import varptq
-from varptq.calibrate.reconstruct import reconstruct
+from varptq.calibrate.reconstruct import reconstruct_unit
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import calibration_set
 from varptq.quant.config import QuantConfig
@@ -49,7 +49,7 @@ def measure() -> list[dict[str, Any]]:
         set_theta(model, THETA)
         for unit in Recorder(pipe, model, samples, config).units():
             if unit.name in UNITS:
-                report = reconstruct(unit, config, seed=0)
+                report = reconstruct_unit(unit, config, seed=0)
                 assert report is not None
                 lines.append({**settings, **report.to_dict()})
                 print(lines[-1], flush=True)

@@ -18,7 +18,7 @@ import torch
 from conftest import build_tiny
 from varptq.artifact import save
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.distributed import Ranks
 from varptq.quant.config import QuantConfig
 from varptq.work import Piece, Work

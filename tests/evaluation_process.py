@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import build_tiny
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.distributed import Ranks
 from varptq.evaluate import sampling
 from varptq.evaluate.features import ModuleFeatures

@@ -18,7 +18,7 @@ import varptq
 from calibration_process import CONFIG, QUANT
 from evaluation_process import document
 from varptq.artifact import save
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.distributed import Ranks, local_device
 from varptq.evaluate.sampling import SampleSet, sample_set
 from varptq.models.pipeline import Pipeline

@@ -13,7 +13,7 @@ import torch
 from calibration_process import CONFIG, QUANT
 from varptq.artifact import save
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.distributed import Ranks
 from varptq.errors import ConfigError, OutputError
 from varptq.models.pipeline import Pipeline

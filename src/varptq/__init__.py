@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from varptq.artifact import save
     from varptq.calibrate.config import CalibrationConfig
-    from varptq.calibrate.methods import quantize
+    from varptq.calibrate.quantize import quantize
     from varptq.editing import EditResult, edit
     from varptq.errors import VarptqError
     from varptq.models.generate import Output, generate
@@ -53,7 +53,7 @@ _HOMES = {
     "generate": "models.generate",
     "load": "runtime",
     "load_model": "models.pipeline",
-    "quantize": "calibrate.methods",
+    "quantize": "calibrate.quantize",
     "save": "artifact",
 }
 

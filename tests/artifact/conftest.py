@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varptq.artifact import save
 from varptq.artifact.schema import digest
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.var.transformer import VAR, VARArch, randomize

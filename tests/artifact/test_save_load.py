@@ -20,7 +20,7 @@ from torch import Tensor
 from artifact.conftest import tiny_pipeline, tiny_quantized
 from varptq.artifact import load, save
 from varptq.artifact.format import pack_linear, unpack_linear
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError, NonFiniteError, OutputError
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, load_model

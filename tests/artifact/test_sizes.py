@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from artifact.conftest import tiny_pipeline, tiny_quantized
 from varptq.artifact import load, save
 from varptq.artifact.sizes import KINDS, KindSize, quantized_size, sizes, total
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.models.pipeline import load_model
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import quant_linears

@@ -14,7 +14,7 @@ from torch import Tensor
 from varptq.calibrate import reconstruct as module
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.gptq import gptq_codes, inverse_factor, quadratic_loss
-from varptq.calibrate.reconstruct import Schedule, input_moments, reconstruct, unit_layers
+from varptq.calibrate.reconstruct import Schedule, input_moments, reconstruct_unit, unit_layers
 from varptq.calibrate.record import Recorder, Unit
 from varptq.calibrate.samples import calibration_set
 from varptq.models.pipeline import Pipeline
@@ -140,7 +140,7 @@ def test_units_improve(tiny: Pipeline, rounding: str) -> None:
     config = CONFIG.replace(rounding=rounding)
     kinds = set()
     for name, unit in units(tiny, model).items():
-        report = reconstruct(unit(), config, 0)
+        report = reconstruct_unit(unit(), config, 0)
         assert report is not None and report.loss_gptq is not None, name
         kinds.add(report.kept)
         assert report.steps == (12 if rounding == "gptq+adaround" else 0)
@@ -154,7 +154,7 @@ def test_learning_starts_at_the_codes_gptq_found(
 ) -> None:
     monkeypatch.setattr(module, "train", lambda *_: 0)
     model = convert(tiny.var, QuantConfig.preset("w4a4+paper"))
-    report = reconstruct(
+    report = reconstruct_unit(
         units(tiny, model)["blocks.0.ffn"](), CONFIG.replace(rounding="gptq+adaround"), 0
     )
     assert report is not None and report.loss_hard == report.loss_gptq != report.loss_nearest
@@ -163,7 +163,7 @@ def test_learning_starts_at_the_codes_gptq_found(
 def test_nearest_leaves_all_as_it_is(tiny: Pipeline) -> None:
     model = convert(tiny.var, QuantConfig.preset("w4a4+paper"))
     unit = units(tiny, model)["blocks.0.ffn"]()
-    assert reconstruct(unit, CONFIG.replace(rounding="nearest"), 0) is None
+    assert reconstruct_unit(unit, CONFIG.replace(rounding="nearest"), 0) is None
 
 
 def phases(steps: int, patience: int | None, losses: Callable[[int], float]) -> list[float]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.means import center_inputs, token_means
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import LayerRule, QuantConfig

@@ -16,7 +16,7 @@ from varptq.calibrate import reconstruct as module
 from varptq.calibrate.config import PRESETS, CalibrationConfig
 from varptq.calibrate.reconstruct import (
     evaluate,
-    reconstruct,
+    reconstruct_unit,
     unit_generator,
     unit_layers,
     unit_loss,
@@ -68,7 +68,7 @@ def run_all(
     model = quantized(pipe, preset)
     before, reports = codes_of(model), {}
     for unit in Recorder(pipe, model, samples, config).units():
-        reports[unit.name] = reconstruct(unit, config, seed)
+        reports[unit.name] = reconstruct_unit(unit, config, seed)
     return reports, before, codes_of(model)
 
 
@@ -166,7 +166,7 @@ def test_codes_of_a_worse_outcome_are_thrown_away(
     unit, before = toy_unit(tiny, model), codes_of(model)
     with torch.no_grad():
         output = unit.run(unit.inputs)
-    report = reconstruct(unit, CONFIG, 0)
+    report = reconstruct_unit(unit, CONFIG, 0)
     assert report is not None and report.kept == "nearest"
     assert report.loss_hard > 2 * report.loss_nearest
     assert all(torch.equal(codes, before[name]) for name, codes in codes_of(model).items())
@@ -193,7 +193,7 @@ def test_units_do_not_depend_on_each_other(tiny: Pipeline, samples: CalibrationS
     model = quantized(tiny)
     for unit in Recorder(tiny, model, samples, CONFIG).units():
         if unit.name == "blocks.1.attn":
-            reconstruct(unit, CONFIG, 0)
+            reconstruct_unit(unit, CONFIG, 0)
     for name in ("blocks.1.attn.mat_qkv", "blocks.1.attn.proj"):
         assert torch.equal(codes_of(model)[name], after[name])
 
@@ -236,7 +236,7 @@ def test_the_regularizer_drives_soft_to_hard(tiny: Pipeline) -> None:
     for strength in (0.0, 1.0):
         unit = toy_unit(tiny, quantized(tiny, "w3a8+paper"))
         config = CONFIG.replace(forward="soft", regularizer=strength, steps=60)
-        report = reconstruct(unit, config, 0)
+        report = reconstruct_unit(unit, config, 0)
         assert report is not None
         gaps.append(abs(report.loss_hard - report.loss_soft) / report.loss_hard)
     assert gaps[1] < 0.02 < gaps[0]
@@ -245,7 +245,7 @@ def test_the_regularizer_drives_soft_to_hard(tiny: Pipeline) -> None:
 def test_no_learned_state_is_left(tiny: Pipeline, samples: CalibrationSet) -> None:
     model = quantized(tiny)
     for unit in Recorder(tiny, model, samples, CONFIG).units():
-        reconstruct(unit, CONFIG, 0)
+        reconstruct_unit(unit, CONFIG, 0)
     assert all(layer.rounding is None for layer in quant_linears(model).values())
     assert not any("alpha" in name for name, _ in model.named_parameters())
 
@@ -254,12 +254,14 @@ def test_a_loss_that_is_not_finite_names_the_unit(tiny: Pipeline) -> None:
     unit = toy_unit(tiny, quantized(tiny))
     unit = dataclasses.replace(unit, targets=torch.full_like(unit.inputs, torch.inf))
     with pytest.raises(NonFiniteError, match="unit toy: reconstruction loss is inf"):
-        reconstruct(unit, CONFIG, 0)
+        reconstruct_unit(unit, CONFIG, 0)
 
 
 def test_steps_are_reported_from_zero(tiny: Pipeline) -> None:
     seen: list[int] = []
-    reconstruct(toy_unit(tiny, quantized(tiny)), CONFIG, 0, lambda step, loss: seen.append(step))
+    reconstruct_unit(
+        toy_unit(tiny, quantized(tiny)), CONFIG, 0, lambda step, loss: seen.append(step)
+    )
     assert seen == list(range(CONFIG.steps + 1))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.means import input_moments
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.smoothing import diagonal, smoothed
 from varptq.evaluate.tokens import token_fidelity

@@ -10,17 +10,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from var_oracle import both_rows, trace
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.samples import calibration_set
 from varptq.calibrate.theta import (
     AttentionMass,
     copy_stat,
+    measure_attention,
     overhead_curve,
     search_theta,
     theta_grid,
 )
 from varptq.errors import ConfigError, NonFiniteError
+from varptq.models.pipeline import Pipeline
+from varptq.quant.config import LayerRule, QuantConfig
+from varptq.quant.convert import convert, quant_mixes
 from varptq.quant.shift_sum import orders
 
 HUGE = 10**15
+PAPER, FEW = QuantConfig.preset("w4a4+paper"), CalibrationConfig(num_samples=5)
 
 
 def masses(seed: int, rows: int = 2, heads: int = 3, scales: int = 3) -> list[AttentionMass]:
@@ -143,3 +151,22 @@ def test_broken_attention_is_named(bad):
 def test_bad_settings_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         search_theta(masses(0), HUGE, **change)
+
+
+def test_attention_is_measured_before_its_quantization(tiny: Pipeline) -> None:
+    """With everything else in float, abar is the mean of the float model's softmax."""
+    linears = (LayerRule(targets=t, weight=None, input=None) for t in ("*", "blocks.*.ffn.fc2"))
+    spec = PAPER.attention
+    assert spec is not None
+    attention = spec.replace(query=None, key=None)
+    model = convert(tiny.var, PAPER.replace(attention=attention).with_rules(*linears))
+    samples = calibration_set(tiny, FEW, seed=0, resampled=False)
+    measured = measure_attention(tiny, model, samples, 3)
+    exact = trace(tiny.var, *both_rows(tiny, samples.labels_N[:3], samples.ids_NL[:3]))
+    for mass in [m for m in measured if m.block == 0]:  # block 1 reads quantized products
+        part, end = tiny.scales.slices()[mass.scale], tiny.scales.ends[mass.scale]
+        expected = exact.probabilities[0][:, :, part, :end].mean(2)
+        torch.testing.assert_close(mass.abar_BHl.double(), expected, rtol=0, atol=1e-5)
+        assert (mass.num_queries, mass.head_dim) == (tiny.scales.lengths[mass.scale], 64)
+        assert (mass.probability_bits, mass.value_bits) == (4, 4)
+    assert not any(mix._forward_pre_hooks for mix in quant_mixes(model))

@@ -13,14 +13,14 @@ import varptq
 from varptq.artifact import save
 from varptq.calibrate import tune as tuning
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.tune import (
     TUNED,
     all_logits,
     mean_kl,
     put,
-    tune,
+    tune_model,
     tuned_tensors,
 )
 from varptq.errors import ConfigError
@@ -90,7 +90,7 @@ def test_the_gate_keeps_what_was_there(tiny: Pipeline, monkeypatch: pytest.Monke
         monkeypatch.setattr(tuning, rate, 1.0)
     model = convert(tiny.var, W4A4)
     before = copy.deepcopy(model.state_dict())
-    report, tensors = tune(tiny, model, CONFIG, 0)
+    report, tensors = tune_model(tiny, model, CONFIG, 0)
     assert not report.kept and report.kl_after > report.kl_before
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(torch.equal(t, before[name]) for name, t in tensors.items())
@@ -113,7 +113,7 @@ def test_the_gate_sees_images_that_tuning_does_not(
 
     monkeypatch.setattr(tuning, "mean_kl", gate)
     monkeypatch.setattr(tuning, "all_logits", step)
-    tune(tiny, convert(tiny.var, W4A4), CONFIG.replace(tune_steps=2), 0)
+    tune_model(tiny, convert(tiny.var, W4A4), CONFIG.replace(tune_steps=2), 0)
     assert len(seen["gate"]) == 2 * tuning.HELD_OUT and len(seen["steps"]) == 2 * tuning.BATCH
     keys = {name: {tuple(ids.tolist()) for ids in rows} for name, rows in seen.items()}
     assert len(keys["steps"]) == 2 * tuning.BATCH and not keys["gate"] & keys["steps"]
@@ -170,7 +170,7 @@ def test_a_second_run_takes_the_tuned_tensors(tiny: Pipeline, tmp_path: Path, me
     with Work(tmp_path / "work") as work:
         first = tuned(tiny, method, calibration=small, work=work)
     with Work(tmp_path / "work") as work, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("varptq.calibrate.methods.tune", None)
+        patch.setattr(tuning, "tune_model", None)
         second = tuned(tiny, method, calibration=small, work=work)
     assert not differing(first.var, second.var)
     assert first.report["tuning"] == second.report["tuning"]

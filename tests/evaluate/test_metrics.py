@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError
 from varptq.evaluate.catalogue import METRICS, NEEDS
 from varptq.evaluate.features import Features, ModuleFeatures

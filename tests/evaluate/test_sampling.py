@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError, OutputError
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.sampling import SampleSet, model_sha256, sample_set

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resample_oracle import replay
-from varptq.calibrate.resample import Move, resample, target_counts
+from varptq.calibrate.resample import Move, resample_tokens, target_counts
 from varptq.models.scales import Scales
 
 L1_TOLERANCE = 1e-5  # the reference sums V float32 terms
@@ -22,8 +22,9 @@ def test_counts_and_distances(data):
     scales = Scales.of(data["patch_nums"])
     probs_NLV = torch.from_numpy(data["prob_BlV"])
     ids_NL = torch.from_numpy(data["sampled_ids"])
-    parts = scales.slices()
-    new_NL, report = resample(ids_NL, lambda k: probs_NLV[:, parts[k]], scales.lengths, seed=0)
+    new_NL, report = resample_tokens(
+        ids_NL, lambda k: probs_NLV[:, scales.slices()[k]], scales, seed=0
+    )
     for k, (part, scale) in enumerate(zip(scales.slices(), report.scales, strict=True)):
         assert np.array_equal(scale.target_count, data["target_count"][k])
         assert np.array_equal(scale.count_before, data["sampled_count"][k])

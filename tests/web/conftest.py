@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from studio_pages import CHROMIUM, DEMO_ARTIFACT, DESK, FLAGS, PATIENCE
 from varptq.artifact import save
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
 

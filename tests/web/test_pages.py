@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import quantize
+from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig

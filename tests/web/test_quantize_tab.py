@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.methods import Method, quantize
+from varptq.calibrate.methods import METHODS, Method
+from varptq.calibrate.quantize import quantize
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
 from varptq.web.losses import Losses
-from varptq.web.quantize_tab import DEFAULT, Request, rows_of, suggested_name
+from varptq.web.quantize_tab import DEFAULT, Request, method_choices, rows_of, suggested_name
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,10 @@ def test_a_closed_form_has_a_curve_per_unit_and_says_what_it_runs_on(
     assert curves.keys() == {unit["name"] for unit in made.report["units"]}
     assert all([step for step, _ in points] == [0, 1] for points in curves.values())
     assert ("Runs on", "cpu") in rows_of(made, 1.0)
+
+
+def test_methods_are_offered_as_the_table_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "own", Method((), "one of my own"))
+    offered = method_choices()
+    assert list(offered) == [DEFAULT, *METHODS] and all(offered.values())
+    assert offered["own"] == "one of my own"

@@ -15,12 +15,22 @@ import torch
 from torch import Tensor
 
 from varptq.calibrate.record import ROWS_PER_BATCH
+from varptq.calibrate.run import Run
 from varptq.calibrate.samples import CalibrationSet
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
 from varptq.models.seams import SeamLinear, Span
 from varptq.models.transformer import Transformer
 from varptq.quant.convert import quant_linears
+
+
+def center(run: Run) -> None:
+    """Step: set the means of centred inputs, if the config asks for any."""
+    if any(layer.centred for layer in quant_linears(run.quantized).values()):
+        samples = run.samples
+        run.progress("means", 0, 1)
+        center_inputs(run.pipe, run.quantized, samples)
+        run.progress("means", 1, 1)
 
 
 @torch.no_grad()

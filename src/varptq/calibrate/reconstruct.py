@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,10 +25,13 @@ from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.gptq import gptq_codes
-from varptq.calibrate.record import ROWS_PER_BATCH, Unit
+from varptq.calibrate.record import ROWS_PER_BATCH, Recorder, Unit
+from varptq.calibrate.run import Run
 from varptq.errors import NonFiniteError
 from varptq.quant import adaround
+from varptq.quant.convert import quant_linears
 from varptq.quant.layers import LearnedRounding, QuantLinear
+from varptq.work import Piece
 
 # Rows the loss before and after is measured on: enough for two digits, little next to the training
 # itself.
@@ -61,6 +64,46 @@ class UnitReport:
         return asdict(self)
 
 
+def reconstruct(run: Run) -> None:
+    """Step: reconstruct the units dealt to this process, then take the codes of all units."""
+    recorder = Recorder(run.pipe, run.quantized, run.samples, run.calibration)
+    costs, piece = recorder.costs(), run.piece("unit")
+    pieces = {name: f"{piece}-{name}" for name in costs}
+    missing = set(run.work.missing(list(pieces.values())))
+    left = {name: cost for name, cost in costs.items() if pieces[name] in missing}
+    mine = run.work.ranks.share_by_cost(left)
+    with closing(recorder.units(mine)) as units:  # its files go at once, whatever happens
+        for index, unit in enumerate(units):
+            listen = _step_listener(run, unit.name, index, len(mine))
+            listen(0, math.nan)
+            report = reconstruct_unit(unit, run.calibration, run.seed, listen)
+            codes = {layer.layer: layer.codes for layer in unit_layers(unit)}
+            facts = {"report": report.to_dict() if report else None}
+            run.work.write(pieces[unit.name], Piece(codes, facts))
+            # A unit with nothing to learn is done too, or the stage might never end.
+            listen(run.calibration.steps_per_unit, report.loss_hard if report else math.nan)
+    run.work.ranks.barrier()
+    layers = quant_linears(run.quantized)
+    found = [run.work.read(name) for name in pieces.values()]
+    for name, codes in ((n, c) for piece in found for n, c in piece.tensors.items()):
+        layer = layers[name]
+        layer.load_codes(codes.to(layer.codes.device), layer.scale, layer.zero_point)
+    reports = [piece.facts["report"] for piece in found]
+    run.report["units"] = [report for report in reports if report is not None]
+
+
+def _step_listener(run: Run, name: str, index: int, num_units: int) -> Callable[[int, float], None]:
+    """Progress over the steps of all units together: one bar, whatever the depth. A unit that
+    learns nothing is one step."""
+    steps = run.calibration.steps_per_unit
+
+    def listen(step: int, loss: float) -> None:
+        info = name if math.isnan(loss) else f"{name}, loss {loss:.4g}"
+        run.progress("reconstruct", index * steps + step, num_units * steps, info)
+
+    return listen
+
+
 def unit_loss(output: Tensor, target: Tensor, token_weights: Tensor | None) -> Tensor:
     """Channel-summed squared error, mean over rows, tokens weighted by 1 / l_k (sum over scales of
     means)."""
@@ -80,7 +123,7 @@ def unit_layers(unit: Unit) -> list[QuantLinear]:
     return [m for m in unit.module.modules() if isinstance(m, QuantLinear) and m.weight_bits]
 
 
-def reconstruct(
+def reconstruct_unit(
     unit: Unit,
     config: CalibrationConfig,
     seed: int,

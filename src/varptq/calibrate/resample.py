@@ -15,13 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from varptq.errors import InputError, NonFiniteError
 from varptq.models.sampling import ImageRandom, image_randoms
+
+if TYPE_CHECKING:
+    from varptq.calibrate.run import Run
+
+
+def resample(run: Run) -> None:
+    """Step: the calibration set of this run is resampled when it is drawn."""
+    run.resample()
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ def _draw(weight: Tensor, still_short: Tensor, u: float) -> tuple[int, bool]:
     return min(int(chosen), int(weight.nonzero()[-1])), uniform
 
 
-def resample(
+def resample_tokens(
     ids_NL: Tensor, probs_of_scale: Callable[[int], Tensor], lengths: Sequence[int], seed: int
 ) -> tuple[Tensor, ResampleReport]:
     """Resample all scales, coarse to fine: (N, L) int64 -> new (N, L) ids and the report.

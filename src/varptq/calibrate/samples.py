@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.resample import ResampleReport, resample
+from varptq.calibrate.resample import ResampleReport, resample_tokens
 from varptq.models.generate import DEFAULT_BATCH, ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts, dealt
@@ -168,5 +168,5 @@ def _joined(
         return FilteredProbabilities.unpack(alphabet.size, scale, stored).dense(scale)
 
     lengths = [alphabet.draws * length for length in pipe.scales.lengths]
-    symbols, report = resample(alphabet.symbols(tokens), dense, lengths, seed)
+    symbols, report = resample_tokens(alphabet.symbols(tokens), dense, lengths, seed)
     return alphabet.tokens(symbols), report

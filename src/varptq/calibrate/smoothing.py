@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from varptq.calibrate.means import input_moments
+from varptq.calibrate.run import Run
 from varptq.calibrate.samples import CalibrationSet
 from varptq.models.pipeline import Pipeline
 from varptq.models.seams import NormFold
@@ -30,6 +31,13 @@ from varptq.quant.folds import scale_input, scale_values
 FLOOR = 1e-4
 # Root mean squares need few images.
 SAMPLES = 64
+
+
+def smooth(run: Run) -> None:
+    """Step: go on with a float model whose inputs are smoothed, if the config asks for any."""
+    pipe, count = smoothed(run.pipe, run.config, lambda: run.samples)
+    if count:
+        run.go_on_with(pipe)
 
 
 def wants_smoothing(config: QuantConfig, layer: str) -> bool:

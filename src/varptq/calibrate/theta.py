@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from varptq.calibrate.run import Run
 from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
@@ -31,7 +32,9 @@ from varptq.models.transformer import Transformer
 from varptq.quant.attention import QuantMix
 from varptq.quant.bops import FLOAT_BITS
 from varptq.quant.config import MAX_ORDER
+from varptq.quant.convert import bops_account, set_theta
 from varptq.quant.shift_sum import orders, token_scores
+from varptq.work import Piece
 
 # Widths the paper's account gives to the bookkeeping of shift-and-sum.
 MEAN_BITS, DIVISION_BITS, ORDER_BITS, SHIFT_BITS = 16, 16, 4, 16
@@ -109,6 +112,26 @@ class ThetaResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "fraction": self.fraction}
+
+
+def choose_theta(run: Run) -> None:
+    """Step: measure attention on the quantized model as it is now, choose theta and set it."""
+    stage = "theta after reconstruction" if "units" in run.report else "theta"
+    samples = run.samples
+    run.progress(stage, 0, 1)
+    found = run.once(stage.replace(" ", "-"), lambda: _found(run, samples)).facts
+    # A budget below the price of finding the orders buys no copies: shift-and-sum is off.
+    run.theta = None if found["status"] in ("over_budget", "off") else found["theta"]
+    set_theta(run.quantized, run.theta)
+    run.report["theta"] = found
+    run.progress(stage, 1, 1, f"theta {found['theta']:.4f}, {found['status']}")
+
+
+def _found(run: Run, samples: CalibrationSet) -> Piece:
+    settings = run.calibration
+    masses = measure_attention(run.pipe, run.quantized, samples, settings.theta_samples)
+    total = bops_account(run.pipe.var, run.config).total
+    return Piece(facts=search_theta(masses, total, settings.budget, settings.theta_grid).to_dict())
 
 
 def theta_grid(num_grid: int) -> Tensor:

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.reconstruct import unit_generator
+from varptq.calibrate.run import Run
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.transformer import Transformer
 from varptq.quant.convert import quant_linears
+from varptq.work import Piece
 
 # Last parts of the names of what is tuned.
 TUNED = ("scale", "bias", "q_bias", "v_bias", "mean_bias")
@@ -55,6 +57,28 @@ class TuneReport:
         return asdict(self)
 
 
+def tune(run: Run) -> None:
+    """Step: tune scales and biases end to end, if the settings ask for steps of it. One process
+    does it, all take what it found."""
+    steps = run.calibration.tune_steps
+    if not steps:
+        return
+
+    def listen(step: int, loss: float) -> None:
+        run.progress("tuning", step, steps, f"KL {loss:.4g}")
+
+    def make() -> Piece:
+        report, tensors = tune_model(run.pipe, run.quantized, run.calibration, run.seed, listen)
+        return Piece(tensors, report.to_dict())
+
+    run.progress("tuning", 0, steps)
+    found = run.once("tuning", make)
+    put(run.quantized, found.tensors)
+    run.report["tuning"] = found.facts
+    # Of a piece that was there already, too.
+    run.progress("tuning", steps, steps)
+
+
 def check_tunable(pipe: Pipeline, config: CalibrationConfig) -> None:
     """Raises `ConfigError` where steps of tuning are asked for that the model's dtype would
     swallow."""
@@ -65,7 +89,7 @@ def check_tunable(pipe: Pipeline, config: CalibrationConfig) -> None:
         )
 
 
-def tune(
+def tune_model(
     pipe: Pipeline,
     quantized: Transformer,
     config: CalibrationConfig,
@@ -73,7 +97,8 @@ def tune(
     on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[TuneReport, dict[str, Tensor]]:
     """Tune `quantized` in place against `pipe`, and give the tensors it ends with by name, to be
-    handed to `put`. Raises `NonFiniteError` where the loss is none."""
+    handed to `put`. Raises `NonFiniteError` where the loss is
+    not finite."""
     generator = unit_generator(seed, "tuning")
     count = min(MAX_IMAGES, BATCH * config.tune_steps) + HELD_OUT
     images = calibration_set(

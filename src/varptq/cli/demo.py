@@ -155,7 +155,7 @@ def quantize(recipe: Recipe, pipe: Pipeline, artifact: Path, clock: Clock) -> di
     """Calibrate, quantize and save; returns the summary that `varptq quantize` prints."""
     from varptq.artifact import save
     from varptq.calibrate.config import CalibrationConfig
-    from varptq.calibrate.methods import quantize
+    from varptq.calibrate.quantize import quantize
     from varptq.progress import RichProgress
     from varptq.quant.config import QuantConfig
 

@@ -201,7 +201,7 @@ def varptq(
         typer.echo(ctx.get_help())
 
 
-app.command("quantize")(quantize.command)
+app.command("quantize", cls=quantize.Command)(quantize.command)
 app.command("generate")(generate.command)
 app.command("edit")(edit.command)
 app.command("evaluate")(evaluate.command)

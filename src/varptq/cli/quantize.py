@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from varptq.cli import common
 from varptq.errors import ConfigError, InputError
@@ -56,8 +57,8 @@ CalibrationName = Annotated[
 MethodName = Annotated[
     str | None,
     typer.Option(
-        help="rtn, gptq, brecq or sas; default: sas for +paper, else gptq, or brecq where steps or "
-        "an effort ask for learned rounding."
+        help="{methods}; default: sas for +paper, else gptq, or brecq where steps or an effort ask "
+        "for learned rounding."
     ),
 ]
 Budget = Annotated[float | None, typer.Option(help="Share of BOPs shift-and-sum may add.")]
@@ -67,6 +68,19 @@ Memory = Annotated[
 WorkFolder = Annotated[
     Path | None, typer.Option(help="Folder for what is finished; default: OUT.work.")
 ]
+
+
+class Command(TyperCommand):
+    """The verb, whose help names the methods there are: their table needs torch, so it is read when
+    help is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from varptq.calibrate.methods import METHODS
+
+        for option in self.params:
+            if option.name == "method" and isinstance(option, TyperOption) and option.help:
+                option.help = option.help.format(methods=", ".join(METHODS))
+        super().format_help(ctx, formatter)
 
 
 def command(
@@ -156,7 +170,7 @@ class Job:
         typer.echo(f"method {self.method}, runs on: {choice.runs_on}", err=True)
 
     def run(self, pipe: Pipeline, work: Work) -> QuantizedPipeline:
-        from varptq.calibrate.methods import quantize
+        from varptq.calibrate.quantize import quantize
         from varptq.progress import RichProgress, silent
 
         if work.ranks.first:

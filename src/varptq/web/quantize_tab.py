@@ -20,7 +20,8 @@ from varptq.artifact.format import CONFIG_FILE
 from varptq.artifact.sizes import VAE, quantized_size, sizes, total
 from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.config import PRESETS as CALIBRATIONS
-from varptq.calibrate.methods import METHODS, Method, default_method, quantize
+from varptq.calibrate.methods import METHODS, Method, default_method
+from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError, OutputError
 from varptq.quant.config import QuantConfig
 from varptq.quant.pipeline import QuantizedPipeline
@@ -37,13 +38,7 @@ KIND = "quantize"
 CONFIGS = ("w4a4", "w4a8", "w6a6", "w8a8", "w4a4+litevar", "w6a6+litevar", "w4a4+paper", "best")
 # The choice that leaves the method to `default_method`.
 DEFAULT = "default"
-METHOD_HINTS = {
-    DEFAULT: ("the one these bits were measured with",),
-    "rtn": ("nearest rounding; draws the images first, unless +paper",),
-    "gptq": ("reconstruction in closed form",),
-    "brecq": ("reconstruction, block by block",),
-    "sas": ("reconstruction, shift-and-sum, resampled calibration",),
-}
+DEFAULT_SUMMARY = "the one these bits were measured with"
 EFFORTS_FIRST = (*EFFORTS, *(name for name in CALIBRATIONS if name not in EFFORTS))
 MAX_SAMPLES, MAX_STEPS = 4096, 20_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -181,6 +176,11 @@ def units_of(pipe: QuantizedPipeline) -> dict[str, str]:
     return says
 
 
+def method_choices() -> dict[str, str]:
+    """Names of methods with a summary of each, the default first."""
+    return {DEFAULT: DEFAULT_SUMMARY, **{name: m.summary for name, m in METHODS.items()}}
+
+
 class QuantizeTab:
     """Builds the tab where it is made, with its events."""
 
@@ -214,8 +214,8 @@ class QuantizeTab:
         )
         self.method = gr.Radio(
             [
-                (": ".join((name, *METHOD_HINTS.get(name, ()))), name)
-                for name in (DEFAULT, *METHODS)
+                (f"{name}: {summary}" if summary else name, name)
+                for name, summary in method_choices().items()
             ],
             value=DEFAULT,
             label="Method",

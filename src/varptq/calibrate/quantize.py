@@ -1,0 +1,107 @@
+"""`quantize`: the whole path from a float pipeline to a quantized one, by the steps of a method.
+
+Which methods there are, which steps each has, and which one stands where none is named are
+methods.py's to say; what a step sees is run.py's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.methods import Method, default_method
+from varptq.calibrate.run import Run
+from varptq.calibrate.tune import check_tunable
+from varptq.errors import InputError
+from varptq.models.bare import bare, check_layers
+from varptq.models.pipeline import Pipeline
+from varptq.models.state_file import networks_sha256
+from varptq.progress import Progress, silent
+from varptq.quant.config import QuantConfig
+from varptq.quant.convert import release_float_weights
+from varptq.quant.pipeline import QuantizedPipeline
+from varptq.torch_state import plain_torch
+from varptq.work import Work
+
+# Raised when what a piece of a work folder holds, or how it is computed, changes.
+WORK_FORMAT = 2
+
+
+@plain_torch()
+def quantize(
+    pipe: Pipeline,
+    config: QuantConfig,
+    *,
+    method: str | None = None,
+    calibration: CalibrationConfig | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    work: Work | None = None,
+) -> QuantizedPipeline:
+    """Quantize the transformer of a float pipeline.
+
+    method: a name in `METHODS`, such as "sas", or one with single parts switched on
+    ("brecq+shift"); None is the `default_method` of config and calibration. The float pipeline is
+    left as it is; the result shares what stays in float with it. `report` of the result holds what
+    the steps found: the resampling statistic, theta with its bit-operation account, the losses of
+    every unit, what end-to-end tuning changed. Same seed, settings and thread count give the same
+    result. `work`, entered, keeps what is finished, and says which of several processes on the same
+    call this is (work.py). Raises `ConfigError` for an unknown method and for settings that
+    contradict the model, `InputError` for a pipeline that is quantized already or that another
+    program has changed, `NonFiniteError` for NaN or infinity by layer.
+    """
+    method = default_method(config, calibration) if method is None else method
+    recipe = Method.parse(method)
+    calibration = recipe.settle(calibration or CalibrationConfig())
+    if isinstance(pipe, QuantizedPipeline):
+        raise InputError(f"model {pipe.name!r}: already quantized; give the float pipeline")
+    pipe = bare(pipe)
+    check_layers(pipe, hooks=True)
+    check_tunable(pipe, calibration)
+    work = work or Work()
+    # Before the work folder is touched: it finds settings that contradict the model.
+    run = Run(pipe, config, calibration, seed, progress, work)
+    if work.folder is not None:
+        work.begin(identity(pipe, config, method, calibration, seed), progress)
+    for step in recipe.steps:
+        step(run)
+    release_float_weights(run.quantized)
+    return QuantizedPipeline(
+        run.quantized,
+        pipe.vae,
+        pipe.name,
+        pipe.class_names,
+        dict(pipe.sources),
+        family=pipe.family,
+        config=config,
+        method=method,
+        theta=run.theta,
+        seed=seed,
+        calibration=calibration.to_dict(),
+        report=run.report,
+    )
+
+
+def identity(
+    pipe: Pipeline, config: QuantConfig, method: str, calibration: CalibrationConfig, seed: int
+) -> dict[str, Any]:
+    """What decides the result of `quantize`, bit for bit on one machine, as plain values.
+
+    Where activations spool to is left out; how much memory there is decides their dtype.
+    """
+    return {
+        "format": WORK_FORMAT,
+        "model": pipe.name,
+        "model_sha256": networks_sha256(pipe.var, pipe.vae),
+        "sources": pipe.sources,
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype),
+        "config": config.to_dict(),
+        "method": method,
+        "calibration": calibration.replace(spool_dir=None).to_dict(),
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
