@@ -20,13 +20,13 @@ import torch
 from proof import HERE, held_out
 from proof_report import DOCS, replace
 from torch import Tensor
+from varptq.quant.probability import probability_fake, row_max
 
 import varptq
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
 from varptq.models.seams import Mix, Span
 from varptq.quant.config import TensorSpec
-from varptq.quant.probability import probability_fake, row_max
 
 WIDTH, QUERIES, IMAGES = 64, 64, 4
 KEYS, TEMPERATURES = (680, 2240), (4, 12, 24, 48)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from varptq.quant.probability import probability_fake, row_max
 
 from golden.conftest import Golden
 from varptq.quant.affine import (
@@ -23,7 +24,6 @@ from varptq.quant.affine import (
     to_groups,
 )
 from varptq.quant.config import TensorSpec
-from varptq.quant.probability import probability_fake, row_max
 from varptq.quant.shift_sum import shift_sum_fake
 from varptq.quant.sign_split import sign_split_fake, sign_split_grid
 

@@ -34,7 +34,8 @@ from varptq.quant.config import (
     QuantConfig,
     TensorSpec,
 )
-from varptq.quant.convert import REGISTRY, convert, set_theta
+from varptq.quant.convert import REGISTRY, convert
+from varptq.quant.find import set_theta
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 

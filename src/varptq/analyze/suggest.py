@@ -34,7 +34,8 @@ from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.progress import Progress, silent
 from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
-from varptq.quant.convert import bops_account, convert, float_layout
+from varptq.quant.convert import convert
+from varptq.quant.describe import bops_account, float_layout
 
 GAINS, STEPS = "gains", "suggestion"
 KEPT_BITS = 8

@@ -22,7 +22,8 @@ from varptq.artifact.format import (
 )
 from varptq.models.pipeline import Pipeline
 from varptq.models.seams import SeamLinear
-from varptq.quant.convert import convert, float_layout
+from varptq.quant.convert import convert
+from varptq.quant.describe import float_layout
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 

@@ -38,13 +38,9 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import networks_sha256
 from varptq.progress import Progress, silent
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import (
-    bops_account,
-    convert,
-    quant_linears,
-    release_float_weights,
-    set_theta,
-)
+from varptq.quant.convert import convert
+from varptq.quant.describe import bops_account
+from varptq.quant.find import quant_linears, release_float_weights, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.quant.presets import BASE_NAME, MODIFIERS, NAMES
 from varptq.torch_state import plain_torch

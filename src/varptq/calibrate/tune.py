@@ -30,7 +30,7 @@ from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.transformer import Transformer
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 
 # Last parts of the names of what is tuned.
 TUNED = ("scale", "bias", "q_bias", "v_bias", "mean_bias")

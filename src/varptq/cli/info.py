@@ -118,7 +118,7 @@ def runtimes(folder: Path | None) -> dict[str, Any]:
 
 def describe(pipe: Pipeline) -> dict[str, Any]:
     """Everything `info` knows, as plain JSON values."""
-    from varptq.quant.convert import bops_account
+    from varptq.quant.describe import bops_account
     from varptq.quant.pipeline import QuantizedPipeline
 
     config = pipe.config if isinstance(pipe, QuantizedPipeline) else None
@@ -178,7 +178,7 @@ def duplicated_per_scale(copies: Sequence[dict[str, Any]]) -> list[dict[str, flo
 
 def bits(var: Transformer, config: QuantConfig | None) -> dict[str, dict[str, str]]:
     """Kind of layer -> operand -> what it is stored as; layers of a kind that differ are joined."""
-    from varptq.quant.convert import describe_linears, describe_products, float_layout
+    from varptq.quant.describe import describe_linears, describe_products, float_layout
 
     found: dict[str, dict[str, list[str]]] = {}
 

@@ -21,7 +21,7 @@ from varptq.models.blocks import Attention
 from varptq.models.pyramid import Phi
 from varptq.models.seams import ModulatedNorm
 from varptq.models.transformer import Transformer
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.attention import IntAttention, attention_rule

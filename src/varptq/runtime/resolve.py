@@ -22,7 +22,9 @@ from varptq.artifact.load import WithoutInit
 from varptq.errors import InputError
 from varptq.models.transformer import Transformer
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, float_layout, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.describe import float_layout
+from varptq.quant.find import set_theta
 from varptq.runtime.convert import refusal
 from varptq.runtime.kernels import Kernels
 
