@@ -3,8 +3,8 @@
     alone      KL of the float model with this one tensor at b bits
     put back   KL of the whole config without this one; its cost there is KL(config) - that
 
-The two rank differently where errors mask each other. Probabilities are measured under both of
-their rules, since the error of log2 hardly depends on bits.
+The two rank differently where errors mask each other. Probabilities are measured under every
+type that serves them, since the error of log2 hardly depends on bits.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 from varptq.analyze.bench import Bench, Divergence, Site, sites, spec_of, stripped, with_specs
 from varptq.progress import Progress, silent
-from varptq.quant.config import ATTENTION_OPERANDS, MAX_BITS, POLICIES, QuantConfig, TensorSpec
+from varptq.quant.config import POLICIES, QuantConfig, TensorSpec
 from varptq.quant.presets import from_bits
+from varptq.quant.quantizers import ATTENTION_OPERANDS, MAX_BITS, types_of
 
 STAGE = "sensitivity"
-# The rule of probabilities that a config does not use is measured as well.
-OTHER_RULE = {"log2": "uniform", "uniform": "log2"}
 GROUPS: dict[str, Callable[[Site], bool]] = {
     "weights": lambda site: site.operand == "weight",
     "Linear inputs": lambda site: site.operand == "input",
@@ -119,4 +118,6 @@ def put_back_groups(
 
 def _types(config: QuantConfig, site: Site) -> list[str]:
     own = spec_at(config, site, MAX_BITS).type
-    return [own, OTHER_RULE[own]] if site.operand == "probability" else [own]
+    if site.operand != "probability":
+        return [own]
+    return [own, *(name for name in types_of("probability") if name != own)]

@@ -24,6 +24,7 @@ from varptq.models.var import VARArch
 from varptq.models.vqvae import NORM_GROUPS, VQVAEArch
 from varptq.quant.config import QuantConfig, TensorSpec
 from varptq.quant.layers import QuantLinear
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.settings import Settings
 
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -227,7 +228,7 @@ def _arguments(
     return {
         "num_bits": spec.num_bits,
         "type": "int",
-        "symmetric": spec.type == "sign_split",
+        "symmetric": QUANTIZERS[spec.type].symmetric,
         "strategy": "group" if group else whole_row,
         "group_size": group,
         "dynamic": dynamic,

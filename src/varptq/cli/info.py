@@ -207,10 +207,12 @@ def bits(var: Transformer, config: QuantConfig | None) -> dict[str, dict[str, st
 
 def stored_as(spec: TensorSpec | None, row: int | None = None, layer: str = "") -> str:
     """A spec in words, e.g. "4 bits, groups of 128", after the fallback of its groups."""
+    from varptq.quant.config import USUAL_TYPE
+
     if spec is None:
         return "float"
     words = [f"{spec.num_bits} bits"]
-    if spec.type != "affine":
+    if spec.type != USUAL_TYPE:
         words.append(spec.type.replace("_", "-"))
     group = spec.group_for(row, layer) if row is not None else None
     if group:
