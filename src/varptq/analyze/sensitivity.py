@@ -17,7 +17,7 @@ from varptq.analyze.bench import Bench, Divergence, Site, sites, spec_of, stripp
 from varptq.progress import Progress, silent
 from varptq.quant.config import POLICIES, QuantConfig, TensorSpec
 from varptq.quant.presets import from_bits
-from varptq.quant.quantizers import ATTENTION_OPERANDS, MAX_BITS, types_of
+from varptq.quant.quantizers import ATTENTION_OPERANDS, MAX_BITS, QUANTIZERS, types_of
 
 STAGE = "sensitivity"
 GROUPS: dict[str, Callable[[Site], bool]] = {
@@ -55,18 +55,19 @@ class Sensitivity:
 def spec_at(config: QuantConfig, site: Site, bits: int, type_: str | None = None) -> TensorSpec:
     """The quantizer of a tensor at `bits`: the config's own where the width is the same, else the
     usual one for that width with the config's type and range rule, and in attention its strategy.
+    A type that does not exist at `bits` gives way to the usual one.
     """
-    own = spec_of(config, site)
-    if own is None or own.num_bits != bits:
-        usual = spec_of(from_bits(bits, bits), site)
-        assert usual is not None
-        own = _like(usual, own, site) if own else _allowed(usual, config, site)
-    return own if type_ is None else own.replace(type=type_)
-
-
-def _like(usual: TensorSpec, own: TensorSpec, site: Site) -> TensorSpec:
+    own, usual = spec_of(config, site), spec_of(from_bits(bits, bits), site)
+    assert usual is not None
+    kind = type_ or (own or usual).type
+    if bits not in QUANTIZERS[kind].widths:
+        kind = usual.type
+    if own is None:
+        return _allowed(usual, config, site).replace(type=kind)
+    if own.num_bits == bits:
+        return own.replace(type=kind)
     strategy = {"strategy": own.strategy} if site.operand in ATTENTION_OPERANDS else {}
-    return usual.replace(type=own.type, range_rule=own.range_rule, **strategy)
+    return usual.replace(type=kind, range_rule=own.range_rule, **strategy)
 
 
 def _allowed(usual: TensorSpec, config: QuantConfig, site: Site) -> TensorSpec:
@@ -117,7 +118,7 @@ def put_back_groups(
 
 
 def _types(config: QuantConfig, site: Site) -> list[str]:
-    own = spec_at(config, site, MAX_BITS).type
+    own = (spec_of(config, site) or spec_at(config, site, MAX_BITS)).type
     if site.operand != "probability":
         return [own]
     return [own, *(name for name in types_of("probability") if name != own)]

@@ -58,7 +58,8 @@ class Quantizer:
     symmetric: as many codes below 0 as above, and no zero point.
     even_steps: on a `Grid`, values are (code - zero point) scale and codes the nearest; learned
         rounding and attention values need that.
-    nearest: a code stands for the value nearest to x. unitless: 2^k x has the codes of x.
+    nearest: a code stands for the value nearest to x. unitless: 2^k x has the codes of x, under
+        the range rule "with_zero".
     widths: the numbers of bits it exists for.
     kernels: the runtimes that execute it on integers; "simulated" executes every row.
     """
