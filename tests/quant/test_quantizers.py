@@ -186,6 +186,8 @@ def test_a_new_row_goes_from_config_to_artifact(tiny: Pipeline, tmp_path: Path) 
     layer = quant_linears(pipe.var)["blocks.0.ffn.fc1"]
     nearest = quant_linears(convert(tiny.var, config))[layer.layer]
     assert layer.weight_bits == 4 and not torch.equal(layer.codes, nearest.codes)
+    # Codes of another row would make it worse, and nearest ones be kept.
+    assert all(unit["loss_gptq"] < unit["loss_nearest"] for unit in pipe.report["units"])
     assert torch.equal(
         layer.dequantized(), toy_values(layer.codes_grouped, layer.grid, 4).flatten(1)
     )
