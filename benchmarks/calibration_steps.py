@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -30,9 +30,10 @@ from varptq.models.presets import PRESETS
 from varptq.models.seams import Span, spans_of
 from varptq.models.var.transformer import VAR, randomize
 from varptq.models.var.vqvae import VQVAE
-from varptq.quant import adaround, affine, attention, layers, probability, sign_split
+from varptq.quant import adaround, affine, layers
 from varptq.quant.config import LayerRule, QuantConfig
 from varptq.quant.convert import convert
+from varptq.quant.quantizers import QUANTIZERS
 
 CONFIG = "w4a4+paper"
 # Sums of products of powers of two and grid values often lie exactly between two codes, where the
@@ -142,16 +143,9 @@ def plain_gradients() -> Iterator[None]:
         codes = adaround.straight_through_codes(floor, alpha, num_bits)
         return affine.affine_values(codes, grid)
 
-    replaced = {
-        "affine_fake": (affine.affine_fake, (attention, layers)),
-        "probability_fake": (probability.probability_fake, (attention,)),
-        "sign_split_fake": (sign_split.sign_split_fake, (layers,)),
-        "rounded_weight": (weight, (layers,)),
-    }
-    with ExitStack() as stack:
-        for name, (plain, modules) in replaced.items():
-            for module in modules:
-                stack.enter_context(mock.patch.object(module, name, plain))
+    plain = {name: dataclasses.replace(row, trained=None) for name, row in QUANTIZERS.items()}
+    rounded = mock.patch.object(layers, "rounded_weight", weight)
+    with mock.patch.dict(QUANTIZERS, plain), rounded:
         yield
 
 

@@ -9,21 +9,15 @@ stay what they were; products of matrices stay as they are. Compiling takes abou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo import config
 
-from varptq.quant import attention, layers
+from varptq.quant.quantizers import QUANTIZERS
 
-# Where the simulated layers look their quantizers up.
-SEAMS = (
-    (layers, "affine_fake"),
-    (layers, "sign_split_fake"),
-    (attention, "affine_fake"),
-    (attention, "probability_fake"),
-)
 # Number of dimensions, widths in bits and range rules make one version each.
 VERSIONS = 512
 
@@ -41,5 +35,6 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def compile_quantizers() -> None:
     """From here on, all simulated layers of this process use compiled quantizers."""
     config.recompile_limit = VERSIONS
-    for module, name in SEAMS:
-        setattr(module, name, compiled(getattr(module, name)))
+    for name, row in QUANTIZERS.items():
+        if row.trained is not None:
+            QUANTIZERS[name] = replace(row, trained=compiled(row.trained))

@@ -19,7 +19,7 @@ import varptq
 from varptq.calibrate.config import CalibrationConfig
 from varptq.evaluate.tokens import token_fidelity
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import bops_account
+from varptq.quant.describe import bops_account
 
 BASE = "w4a4+paper+p8"
 TRANSFORMED = f"{BASE}+center+rotate"

@@ -26,7 +26,8 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
 from varptq.models.seams import Mix, Span
 from varptq.quant.config import TensorSpec
-from varptq.quant.probability import probability_fake, row_max
+from varptq.quant.quantizers import QUANTIZERS
+from varptq.quant.uniform import row_max
 
 WIDTH, QUERIES, IMAGES = 64, 64, 4
 KEYS, TEMPERATURES = (680, 2240), (4, 12, 24, 48)
@@ -35,7 +36,7 @@ Rule = Callable[[Tensor], Tensor]
 
 def library_rule(kind: str, bits: int) -> Rule:
     spec = TensorSpec.from_dict({"num_bits": bits, "type": kind})
-    return lambda p: probability_fake(p, spec)
+    return lambda p: QUANTIZERS[kind].fake(p, spec)
 
 
 def log_sqrt2(p: Tensor, bits: int = 5) -> Tensor:

@@ -25,7 +25,7 @@ from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.evaluate.attention import product_errors
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
-from varptq.quant.convert import quant_mixes
+from varptq.quant.find import quant_mixes
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "proof.jsonl"

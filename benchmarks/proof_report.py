@@ -23,7 +23,9 @@ from varptq.calibrate.samples import calibration_set
 from varptq.evaluate.attention import product_errors
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import bops_account, convert, quant_mixes, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.describe import bops_account
+from varptq.quant.find import quant_mixes, set_theta
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -44,7 +44,7 @@ from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.seams import NormFold, ValueFold
 from varptq.models.var.transformer import VAR
 from varptq.quant.config import InputTransform, LayerRule, QuantConfig, TensorSpec
-from varptq.quant.convert import bops_account
+from varptq.quant.describe import bops_account
 from varptq.quant.folds import scale_input, scale_values, shift_input
 from varptq.quant.presets import FC2
 

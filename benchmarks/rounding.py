@@ -20,7 +20,8 @@ from varptq.calibrate.reconstruct import reconstruct_unit
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import calibration_set
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import set_theta
 
 UNITS = ("blocks.1.attn", "blocks.1.ffn")
 THETA = 0.0166

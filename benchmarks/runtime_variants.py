@@ -30,7 +30,8 @@ from varptq.models.sampling import Sampler
 from varptq.models.seams import Stage
 from varptq.models.var.transformer import VAR, Condition
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, release_float_weights
+from varptq.quant.convert import convert
+from varptq.quant.find import release_float_weights
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.attention import IntAttention

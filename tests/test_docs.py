@@ -170,8 +170,9 @@ if CASES:
         if reason := reader.blocks[index].not_run:
             pytest.skip(f"not run: {reason}")
         monkeypatch.chdir(reader.folder)
-        # An example adds a method; other tests list those there are.
-        with patch.dict("varptq.calibrate.methods.METHODS"):
+        # What an example adds to a table is gone after it.
+        tables = ("calibrate.methods.METHODS", "quant.quantizers.QUANTIZERS")
+        with patch.dict(f"varptq.{tables[0]}"), patch.dict(f"varptq.{tables[1]}"):
             reader.read_to(index)
 
 

@@ -17,7 +17,8 @@ from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.models.seams import Mix
 from varptq.quant.config import QuantConfig, TensorSpec
-from varptq.quant.convert import convert, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.quant.presets import from_bits
 

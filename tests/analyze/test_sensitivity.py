@@ -12,6 +12,7 @@ from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
+from varptq.quant.quantizers import QUANTIZERS
 
 W4A4 = QuantConfig.preset("w4a4+paper")
 
@@ -66,6 +67,18 @@ def test_a_spec_at_another_width_keeps_type_and_ranges(preset: str, tiny: Pipeli
         other = spec_at(config, site, 5)
         assert (other.num_bits, other.type, other.range_rule) == (5, own.type, own.range_rule)
         assert site.operand in ("weight", "input") or other.strategy == own.strategy
+
+
+def test_a_type_gives_way_at_a_width_it_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for 2 to 6 bits is measured at 8 as the usual one, which a suggestion may pick."""
+    few = dataclasses.replace(QUANTIZERS["affine"], widths=range(2, 7))
+    monkeypatch.setitem(QUANTIZERS, "few", few)
+    site = Site("head", "weight")
+    own = spec_of(W4A4, site)
+    assert own is not None
+    config = with_specs(W4A4, {site: own.replace(type="few")})
+    assert [spec_at(config, site, bits).type for bits in (4, 6, 8)] == ["few", "few", "affine"]
+    assert spec_at(config, site, 8, "few").num_bits == 8
 
 
 @pytest.mark.parametrize("policy", ["release", "segment", "token"])

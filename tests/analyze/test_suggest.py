@@ -23,7 +23,8 @@ from varptq.artifact.sizes import sizes, total
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import bops_account, check_rules, convert
+from varptq.quant.convert import check_rules, convert
+from varptq.quant.describe import bops_account
 
 W4A4 = QuantConfig.preset("w4a4+paper")
 UNITS = ("bytes", "bops")

@@ -25,7 +25,7 @@ from varptq.errors import InputError, NonFiniteError, OutputError
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.quant.config import LinearSpec, QuantConfig, TensorSpec
-from varptq.quant.convert import quant_linears, quant_mixes, set_theta
+from varptq.quant.find import quant_linears, quant_mixes, set_theta
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 

@@ -16,7 +16,7 @@ from varptq.artifact.sizes import KINDS, KindSize, quantized_size, sizes, total
 from varptq.calibrate.quantize import quantize
 from varptq.models.pipeline import load_model
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ import torch
 
 import varptq
 from varptq.evaluate.frechet import Gaussian, frechet_distance
-from varptq.quant import affine, probability, sign_split
-from varptq.quant.config import TensorSpec
+from varptq.quant import affine, log2, sign_split
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -85,7 +84,7 @@ def test_the_error_is_that_of_repeated_draws(methods: ModuleType) -> None:
     [
         (affine.affine_fake, (4, -1, "min_max")),
         (sign_split.sign_split_fake, (4,)),
-        (probability.probability_fake, (TensorSpec(num_bits=4, type="log2"),)),
+        (log2.log2_fake, (4,)),
     ],
 )
 def test_compiled_quantizers_give_the_same_bits(
@@ -94,6 +93,6 @@ def test_compiled_quantizers_give_the_same_bits(
     compiled = import_module("compiled").compiled(function)
     for size in (33, 40):
         x = torch.randn(3, size, 48, generator=torch.Generator().manual_seed(size))
-        if function is probability.probability_fake:
+        if function is log2.log2_fake:
             x = x.mul(3).softmax(-1)
         assert torch.equal(compiled(x, *rest), function(x, *rest))

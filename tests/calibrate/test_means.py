@@ -15,7 +15,8 @@ from varptq.calibrate.quantize import quantize
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import LayerRule, QuantConfig
-from varptq.quant.convert import convert, quant_linears
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_linears
 
 CONFIG = CalibrationConfig(num_samples=11, steps=0)
 

@@ -25,7 +25,7 @@ from varptq.calibrate.tune import tune
 from varptq.errors import ConfigError
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 from varptq.work import Piece, Work
 
 W4A4 = QuantConfig.preset("w4a4+paper")

@@ -24,7 +24,9 @@ from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.scales import Scales
 from varptq.quant.config import LayerRule, QuantConfig
-from varptq.quant.convert import bops_account, convert, quant_linears, quant_mixes
+from varptq.quant.convert import convert
+from varptq.quant.describe import bops_account
+from varptq.quant.find import quant_linears, quant_mixes
 from varptq.quant.pipeline import QuantizedPipeline
 
 W4A4, W8A8 = QuantConfig.preset("w4a4+paper"), QuantConfig.preset("w8a8+paper+p8")

@@ -29,7 +29,8 @@ from varptq.models.scales import Scales
 from varptq.models.seams import spans_of
 from varptq.models.var.transformer import VAR
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, quant_linears, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_linears, set_theta
 from varptq.quant.layers import LearnedRounding
 
 # Few rows and steps: what is tested holds after any number of them.

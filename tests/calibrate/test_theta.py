@@ -24,7 +24,8 @@ from varptq.calibrate.theta import (
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import LayerRule, QuantConfig
-from varptq.quant.convert import convert, quant_mixes
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_mixes
 from varptq.quant.shift_sum import orders
 
 HUGE = 10**15

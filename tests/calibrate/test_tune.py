@@ -29,7 +29,8 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.reading import kl_divergence
 from varptq.models.var.transformer import VAR
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, quant_linears
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_linears
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.work import Work
 

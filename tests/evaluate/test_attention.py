@@ -14,7 +14,8 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.seams import Span, spans_of
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, quant_mixes, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_mixes, set_theta
 
 LABELS = torch.tensor([0, 3, 4])
 

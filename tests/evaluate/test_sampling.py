@@ -23,7 +23,7 @@ from varptq.models.prompts import balanced
 from varptq.models.sampling import SamplingSettings
 from varptq.pictures import to_pixels
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 
 SRC = Path(__file__).parents[2] / "src"
 SETTINGS = SamplingSettings(cfg=2, top_k=20)

@@ -15,7 +15,8 @@ from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.seams import Span
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, quant_linears, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_linears, set_theta
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 

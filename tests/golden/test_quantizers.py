@@ -22,10 +22,10 @@ from varptq.quant.affine import (
     from_groups,
     to_groups,
 )
-from varptq.quant.config import TensorSpec
-from varptq.quant.probability import probability_fake, row_max
+from varptq.quant.log2 import log2_fake
 from varptq.quant.shift_sum import shift_sum_fake
 from varptq.quant.sign_split import sign_split_fake, sign_split_grid
+from varptq.quant.uniform import row_max
 
 ALL_BITS = range(2, 9)
 # Equal up to float32 rounding, relative to the largest value of a row.
@@ -97,7 +97,7 @@ def test_sign_split(
 @pytest.mark.parametrize("num_bits", ALL_BITS)
 def test_log2(arrays: dict[str, Tensor], num_bits: int) -> None:
     assert_rows_equal(row_max(arrays["in_p"]), arrays[f"log2.b{num_bits}.delta"])
-    values = probability_fake(arrays["in_p"], TensorSpec(num_bits=num_bits, type="log2"))
+    values = log2_fake(arrays["in_p"], num_bits)
     assert_rows_equal(values, arrays[f"log2.b{num_bits}.out"])
 
 

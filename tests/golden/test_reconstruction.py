@@ -15,7 +15,8 @@ from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.seams import spans_of
 from varptq.quant import adaround
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, quant_linears, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_linears, set_theta
 from varptq.quant.layers import LearnedRounding
 
 FILE = "g_reconstruction.npz"

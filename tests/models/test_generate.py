@@ -22,7 +22,8 @@ from varptq.models.sampling import filter_logits, gumbel_noise, image_randoms, s
 from varptq.models.scales import Scales
 from varptq.models.seams import LayerCache
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 
 LABELS = [0, 3, 1, 4, 2]

@@ -12,8 +12,9 @@ import huggingface_hub
 import pytest
 
 from varptq.errors import CheckpointError, InputError
-from varptq.models.presets import HUB_REPO, PRESETS, preset, resolve
+from varptq.models.presets import PRESETS, preset, resolve
 from varptq.models.var.checkpoint import check_pair, infer_var, infer_vqvae, read_state
+from varptq.models.var.presets import HUB_REPO
 
 RELEASED = [name for name, entry in PRESETS.items() if entry.repo]
 COMMIT = "0" * 40

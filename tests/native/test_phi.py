@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from varptq.models.var.pyramid import Phi
+from varptq.models.seams import Phi
 from varptq.native import binding
 
 pytestmark = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from varptq.models.scales import Scales
 from varptq.models.var.transformer import VAR, VARArch
 from varptq.quant.bops import LayerShape, ProductShape, account
-from varptq.quant.convert import describe_linears
+from varptq.quant.describe import describe_linears
 
 BITS = st.one_of(st.none(), st.integers(2, 8))
 

@@ -218,8 +218,7 @@ def test_unknown_presets_name_the_known_ones(name: str, words: list[str]) -> Non
         ({"num_bits": 4, "tpye": "log2"}, "TensorSpec: unknown field 'tpye'"),
         (
             {"num_bits": 4, "type": "fp4"},
-            "TensorSpec: type is 'fp4': "
-            "Input should be 'affine', 'sign_split', 'log2' or 'uniform'",
+            "TensorSpec: type is 'fp4': expected one of affine, sign_split, log2, uniform",
         ),
         (
             {"num_bits": 4, "strategy": "group"},

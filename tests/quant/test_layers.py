@@ -14,7 +14,8 @@ from varptq.models.scales import Scales
 from varptq.models.seams import LayerCache, Span, TokenLinear, spans_of
 from varptq.models.var.transformer import VAR, VARArch, randomize
 from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
-from varptq.quant.convert import convert, quant_linears, quant_mixes, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_linears, quant_mixes, set_theta
 from varptq.quant.layers import QuantLinear
 
 ARCH = VARArch(

@@ -19,7 +19,7 @@ from varptq.errors import ConfigError
 from varptq.models.pipeline import Pipeline
 from varptq.native.binding_attention import MAX_STORED, AttentionScheme
 from varptq.quant.config import LayerRule, QuantConfig
-from varptq.quant.convert import quant_mixes
+from varptq.quant.find import quant_mixes
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.quant.presets import BEYOND_PAPER, MODIFIERS, NAMES
 from varptq.runtime.resolve import ENVIRONMENT, fastest, foreseen

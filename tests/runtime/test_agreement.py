@@ -19,7 +19,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.seams import TokenLinear, spans_of
 from varptq.native import binding
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.convert import on_integers
 from varptq.runtime.cpu import NativeKernels, cpu_kernels

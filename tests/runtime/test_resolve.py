@@ -17,9 +17,10 @@ from varptq.models.var.transformer import VAR
 from varptq.native import binding
 from varptq.quant.config import LayerRule, QuantConfig, TensorSpec
 from varptq.quant.convert import convert
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.runtime import RUNTIMES, resolve
-from varptq.runtime.convert import on_integers
-from varptq.runtime.resolve import ENVIRONMENT, asked_for, survey
+from varptq.runtime.convert import on_integers, without_kernel
+from varptq.runtime.resolve import ENVIRONMENT, INTEGER, asked_for, survey
 
 Make = Callable[..., Pipeline]
 
@@ -100,6 +101,18 @@ def test_groups_that_do_not_nest_are_refused_by_the_cpu(make_tiny: Make) -> None
     assert resolve(var, "reference").name == "reference"
     with pytest.raises(InputError, match=r"fc1: input groups of 64 and weight groups of 96"):
         resolve(var, "cpu")
+
+
+@pytest.mark.parametrize("runtime", INTEGER)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_type_without_a_kernel_is_refused_by_name(name: str, runtime: str) -> None:
+    spec, row = TensorSpec(num_bits=4, type=name), QUANTIZERS[name]
+    for operand in row.operands:
+        reason = without_kernel({"weight": None, operand: spec}, runtime)
+        if runtime in row.kernels:
+            assert reason is None
+        else:
+            assert reason is not None and f"{operand} type {name!r}, expected '" in reason
 
 
 @pytest.mark.parametrize("runtime", ["reference", "cpu"])

@@ -26,17 +26,17 @@ from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.seams import Mix, SeamLinear
 from varptq.models.transformer import Transformer
 from varptq.quant.config import (
-    ATTENTION_OPERANDS,
-    LINEAR_OPERANDS,
     AttentionSpec,
     LayerRule,
     LinearSpec,
     QuantConfig,
     TensorSpec,
 )
-from varptq.quant.convert import REGISTRY, convert, set_theta
+from varptq.quant.convert import REGISTRY, convert
+from varptq.quant.find import set_theta
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.quant.quantizers import ATTENTION_OPERANDS, LINEAR_OPERANDS
 
 NOTHING = AttentionSpec(query=None, key=None, probability=None, value=None)
 FLOAT = QuantConfig(name="float", linear=LinearSpec(weight=None, input=None), attention=None)
@@ -119,7 +119,7 @@ def with_specs(config: QuantConfig, specs: Mapping[Site, TensorSpec | None]) -> 
         layers.setdefault(site.layer, {})[site.operand] = spec
     rules = []
     for layer, operands in layers.items():
-        if operands.keys() <= LINEAR_OPERANDS.keys():
+        if operands.keys() <= set(LINEAR_OPERANDS):
             rules.append(LayerRule(targets=layer).replace(**operands))
         else:
             attention = (config.attention_for(layer) or NOTHING).replace(**operands)

@@ -15,8 +15,7 @@ from typing import Any
 from PIL import Image
 
 from varptq.analyze.charts import Bar, Curves, HeatMap, Point, bars, log_share, number, stacked
-from varptq.analyze.sensitivity import OTHER_RULE
-from varptq.quant.config import ATTENTION_OPERANDS
+from varptq.quant.quantizers import ATTENTION_OPERANDS, types_of
 
 Document = dict[str, Any]
 
@@ -82,8 +81,8 @@ def sensitivity(document: Document) -> Image.Image:
 
 
 def with_rules(kind: str) -> list[str]:
-    """Probabilities have a row for each of their rules."""
-    return [f"{kind} ({rule})" for rule in OTHER_RULE] if kind == "probability" else [kind]
+    """Probabilities have a row for each of their types."""
+    return [f"{kind} ({name})" for name in types_of(kind)] if kind == "probability" else [kind]
 
 
 def over_blocks(

@@ -26,7 +26,8 @@ from varptq.models.prompts import Prompts, spread
 from varptq.models.sampling import SamplingSettings
 from varptq.models.seams import Mix
 from varptq.progress import Progress, silent
-from varptq.quant.config import MAX_BITS, MIN_BITS, QuantConfig
+from varptq.quant.config import QuantConfig
+from varptq.quant.quantizers import MAX_BITS, MIN_BITS
 from varptq.settings import Settings
 from varptq.torch_state import plain_torch
 

@@ -3,8 +3,8 @@
     alone      KL of the float model with this one tensor at b bits
     put back   KL of the whole config without this one; its cost there is KL(config) - that
 
-The two rank differently where errors mask each other. Probabilities are measured under both of
-their rules, since the error of log2 hardly depends on bits.
+The two rank differently where errors mask each other. Probabilities are measured under every
+type that serves them, since the error of log2 hardly depends on bits.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 from varptq.analyze.bench import Bench, Divergence, Site, sites, spec_of, stripped, with_specs
 from varptq.progress import Progress, silent
-from varptq.quant.config import ATTENTION_OPERANDS, MAX_BITS, POLICIES, QuantConfig, TensorSpec
+from varptq.quant.config import POLICIES, QuantConfig, TensorSpec
 from varptq.quant.presets import from_bits
+from varptq.quant.quantizers import ATTENTION_OPERANDS, MAX_BITS, QUANTIZERS, types_of
 
 STAGE = "sensitivity"
-# The rule of probabilities that a config does not use is measured as well.
-OTHER_RULE = {"log2": "uniform", "uniform": "log2"}
 GROUPS: dict[str, Callable[[Site], bool]] = {
     "weights": lambda site: site.operand == "weight",
     "Linear inputs": lambda site: site.operand == "input",
@@ -56,18 +55,19 @@ class Sensitivity:
 def spec_at(config: QuantConfig, site: Site, bits: int, type_: str | None = None) -> TensorSpec:
     """The quantizer of a tensor at `bits`: the config's own where the width is the same, else the
     usual one for that width with the config's type and range rule, and in attention its strategy.
+    A type that does not exist at `bits` gives way to the usual one.
     """
-    own = spec_of(config, site)
-    if own is None or own.num_bits != bits:
-        usual = spec_of(from_bits(bits, bits), site)
-        assert usual is not None
-        own = _like(usual, own, site) if own else _allowed(usual, config, site)
-    return own if type_ is None else own.replace(type=type_)
-
-
-def _like(usual: TensorSpec, own: TensorSpec, site: Site) -> TensorSpec:
+    own, usual = spec_of(config, site), spec_of(from_bits(bits, bits), site)
+    assert usual is not None
+    kind = type_ or (own or usual).type
+    if bits not in QUANTIZERS[kind].widths:
+        kind = usual.type
+    if own is None:
+        return _allowed(usual, config, site).replace(type=kind)
+    if own.num_bits == bits:
+        return own.replace(type=kind)
     strategy = {"strategy": own.strategy} if site.operand in ATTENTION_OPERANDS else {}
-    return usual.replace(type=own.type, range_rule=own.range_rule, **strategy)
+    return usual.replace(type=kind, range_rule=own.range_rule, **strategy)
 
 
 def _allowed(usual: TensorSpec, config: QuantConfig, site: Site) -> TensorSpec:
@@ -118,5 +118,7 @@ def put_back_groups(
 
 
 def _types(config: QuantConfig, site: Site) -> list[str]:
-    own = spec_at(config, site, MAX_BITS).type
-    return [own, OTHER_RULE[own]] if site.operand == "probability" else [own]
+    own = (spec_of(config, site) or spec_at(config, site, MAX_BITS)).type
+    if site.operand != "probability":
+        return [own]
+    return [own, *(name for name in types_of("probability") if name != own)]

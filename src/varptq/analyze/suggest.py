@@ -35,7 +35,8 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.transformer import float_layout
 from varptq.progress import Progress, silent
 from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
-from varptq.quant.convert import bops_account, convert
+from varptq.quant.convert import convert
+from varptq.quant.describe import bops_account
 
 GAINS, STEPS = "gains", "suggestion"
 KEPT_BITS = 8

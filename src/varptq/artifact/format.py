@@ -23,7 +23,7 @@ from torch import Tensor
 from varptq.models.autoencoder import Autoencoder
 from varptq.models.transformer import Transformer
 from varptq.quant.config import TensorSpec
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.packing import WORD_BITS, pack, packed_words, unpack
 

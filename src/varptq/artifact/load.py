@@ -49,7 +49,8 @@ from varptq.models.families import family
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.state_file import file_sha256
 from varptq.models.transformer import Transformer
-from varptq.quant.convert import convert, release_float_weights, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import release_float_weights, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.torch_state import plain_torch
 

@@ -22,6 +22,7 @@ from varptq.models.families import family
 from varptq.models.family import ArchitectureDocument
 from varptq.quant.config import QuantConfig, TensorSpec
 from varptq.quant.layers import QuantLinear
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.settings import Settings
 
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -168,7 +169,7 @@ def _arguments(
     return {
         "num_bits": spec.num_bits,
         "type": "int",
-        "symmetric": spec.type == "sign_split",
+        "symmetric": QUANTIZERS[spec.type].symmetric,
         "strategy": "group" if group else whole_row,
         "group_size": group,
         "dynamic": dynamic,

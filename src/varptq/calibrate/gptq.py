@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varptq.quant.affine import Grid, affine_codes, affine_values
+from varptq.quant.affine import Grid
+from varptq.quant.quantizers import QUANTIZERS, Quantizer
 
 # Share of the mean diagonal added to the diagonal: directions no input has are left alone.
 DAMPING = 0.01
@@ -35,11 +36,17 @@ def inverse_factor(moments_II: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def gptq_codes(
-    weight_OGg: Tensor, grid: Grid, num_bits: int, moments_II: Tensor, damping: float = DAMPING
+    weight_OGg: Tensor,
+    grid: Grid,
+    num_bits: int,
+    moments_II: Tensor,
+    damping: float = DAMPING,
+    quantizer: Quantizer = QUANTIZERS["affine"],
 ) -> Tensor:
     """Integer-valued codes (O, G, g) float32 of a weight (O, G, g) float32.
 
-    grid: scale and zero point (O, G, 1); moments_II (I, I), I = G g, the H above.
+    grid: scale and zero point (O, G, 1); moments_II (I, I), I = G g, the H above. quantizer: who
+    is asked for the nearest code of a value, and for the value of a code.
     """
     group = weight_OGg.shape[-1]
     order = moments_II.diagonal().argsort(descending=True, stable=True)
@@ -54,8 +61,8 @@ def gptq_codes(
         errors = torch.empty_like(left[start:end])
         for i in range(start, end):
             column = Grid(scale[i], zero_point[i])
-            codes[i] = affine_codes(left[i], column, num_bits)
-            error = (left[i] - affine_values(codes[i], column)) / factor[i, i]
+            codes[i] = quantizer.codes(left[i], column, num_bits)
+            error = (left[i] - quantizer.values(codes[i], column, num_bits)) / factor[i, i]
             left[i + 1 : end] -= torch.outer(factor[i, i + 1 : end], error)
             errors[i - start] = error
         left[end:] -= factor[start:end, end:].T @ errors

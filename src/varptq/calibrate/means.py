@@ -21,7 +21,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
 from varptq.models.seams import SeamLinear, Span
 from varptq.models.transformer import Transformer
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 
 
 def center(run: Run) -> None:

@@ -20,7 +20,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.state_file import networks_sha256
 from varptq.progress import Progress, silent
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import release_float_weights
+from varptq.quant.find import release_float_weights
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.torch_state import plain_torch
 from varptq.work import Work

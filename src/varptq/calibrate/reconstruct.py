@@ -29,7 +29,7 @@ from varptq.calibrate.record import ROWS_PER_BATCH, Recorder, Unit
 from varptq.calibrate.run import Run
 from varptq.errors import NonFiniteError
 from varptq.quant import adaround
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 from varptq.quant.layers import LearnedRounding, QuantLinear
 from varptq.work import Piece
 
@@ -210,7 +210,7 @@ def solve(unit: Unit, layers: list[QuantLinear]) -> None:
         assert weight is not None and layer.weight_bits is not None
         rows = weight.float().unflatten(1, (layer.scale.shape[1], -1))
         moments = input_moments(unit, layer)
-        codes = gptq_codes(rows, layer.grid, layer.weight_bits, moments)
+        codes = gptq_codes(rows, layer.grid, layer.weight_bits, moments, quantizer=layer.quantizer)
         layer.load_codes(codes.flatten(1).to(torch.uint8), layer.scale, layer.zero_point)
 
 

@@ -32,7 +32,8 @@ from varptq.models.transformer import Transformer
 from varptq.quant.attention import QuantMix
 from varptq.quant.bops import FLOAT_BITS
 from varptq.quant.config import MAX_ORDER
-from varptq.quant.convert import bops_account, set_theta
+from varptq.quant.describe import bops_account
+from varptq.quant.find import set_theta
 from varptq.quant.shift_sum import orders, token_scores
 from varptq.work import Piece
 

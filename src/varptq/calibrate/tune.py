@@ -31,7 +31,7 @@ from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.transformer import Transformer
-from varptq.quant.convert import quant_linears
+from varptq.quant.find import quant_linears
 from varptq.work import Piece
 
 # Last parts of the names of what is tuned.

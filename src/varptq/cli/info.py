@@ -117,7 +117,7 @@ def runtimes(folder: Path | None) -> dict[str, Any]:
 
 def describe(pipe: Pipeline) -> dict[str, Any]:
     """Everything `info` knows, as plain JSON values."""
-    from varptq.quant.convert import bops_account
+    from varptq.quant.describe import bops_account
     from varptq.quant.pipeline import QuantizedPipeline
 
     config = pipe.config if isinstance(pipe, QuantizedPipeline) else None
@@ -181,7 +181,7 @@ def duplicated_per_scale(copies: Sequence[dict[str, Any]]) -> list[dict[str, flo
 def bits(var: Transformer, config: QuantConfig | None) -> dict[str, dict[str, str]]:
     """Kind of layer -> operand -> what it is stored as; layers of a kind that differ are joined."""
     from varptq.models.transformer import float_layout
-    from varptq.quant.convert import describe_linears, describe_products
+    from varptq.quant.describe import describe_linears, describe_products
 
     found: dict[str, dict[str, list[str]]] = {}
 
@@ -210,10 +210,12 @@ def bits(var: Transformer, config: QuantConfig | None) -> dict[str, dict[str, st
 
 def stored_as(spec: TensorSpec | None, row: int | None = None, layer: str = "") -> str:
     """A spec in words, e.g. "4 bits, groups of 128", after the fallback of its groups."""
+    from varptq.quant.config import USUAL_TYPE
+
     if spec is None:
         return "float"
     words = [f"{spec.num_bits} bits"]
-    if spec.type != "affine":
+    if spec.type != USUAL_TYPE:
         words.append(spec.type.replace("_", "-"))
     group = spec.group_for(row, layer) if row is not None else None
     if group:

@@ -10,17 +10,15 @@ code keep its floor, s >= 1e-6.
 Pure functions on tensors; the extent of one scale is the set of dimensions the range is taken
 over. Gradients flow through everything, rounding passes them straight: a caller who wants a fixed
 grid detaches it. Inputs narrower than float32 are quantized in float32. Which tensor gets which
-quantizer is decided in config.py, not here.
+quantizer is decided in config.py, not here; what a quantizer is asked for, in quantizers.py.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-from varptq.quant.config import RangeRule
 
 # Of the released code's rules, and of quantizers whose input has units of its own.
 SCALE_FLOOR = 1e-6
@@ -28,6 +26,8 @@ SCALE_FLOOR = 1e-6
 # every other and still gives normal numbers when multiplied by one.
 LEAST_SCALE, EMPTY_SCALE = 2.0**-126, 2.0**-64
 Dims = int | tuple[int, ...]
+# What is taken for the range of a slice; `TensorSpec` says what each does.
+RangeRule = Literal["with_zero", "min_max", "min_max_clamped"]
 
 
 class Grid(NamedTuple):

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from varptq.models.seams import Mix, Scores, Span
-from varptq.quant.affine import (
-    LEAST_SCALE,
-    Grid,
-    affine_codes,
-    affine_grid,
-    affine_values,
-    wide,
-)
+from varptq.quant.affine import LEAST_SCALE, Grid, affine_codes, affine_values, wide
 from varptq.quant.config import AttentionSpec, TensorSpec
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.quant.shift_sum import copies_of, fixed_codes, orders, shift_sum_fake, token_scores
-from varptq.quant.straight_through import affine_fake, probability_fake
 
 
 class QuantScores(Scores):
@@ -37,10 +30,10 @@ class QuantScores(Scores):
     def forward(self, q_BHlc: Tensor, k_BHLc: Tensor, span: Span) -> Tensor:
         query, key = self.spec.query, self.spec.key
         if query is not None:
-            q_BHlc = affine_fake(q_BHlc, query.num_bits, -1, query.range_rule)
+            q_BHlc = QUANTIZERS[query.type].straight_through(q_BHlc, query)
         if key is not None:
             dim = -2 if key.strategy == "channel" else -1
-            k_BHLc = affine_fake(k_BHLc, key.num_bits, dim, key.range_rule)
+            k_BHLc = QUANTIZERS[key.type].straight_through(k_BHLc, key, dim)
         return super().forward(q_BHlc, k_BHLc, span)
 
 
@@ -68,7 +61,7 @@ class QuantMix(Mix):
 
     def _fake_probability(self, p_BHlL: Tensor) -> Tensor:
         spec = self.spec.probability
-        return p_BHlL if spec is None else probability_fake(p_BHlL, spec)
+        return p_BHlL if spec is None else QUANTIZERS[spec.type].straight_through(p_BHlL, spec)
 
     def orders(self, p_BHlL: Tensor) -> Tensor:
         """(B, H, L) order of each key; 0 without shift-and-sum."""
@@ -83,7 +76,7 @@ class QuantMix(Mix):
         if self.spec.policy == "segment":
             return segment_grid(v_BHLc, spec, span.ends)
         dims = -1 if self.spec.policy == "token" else (-2, -1)
-        return affine_grid(v_BHLc, spec.num_bits, dims, spec.range_rule)
+        return QUANTIZERS[spec.type].grid_of(v_BHLc, spec, dims)
 
     def fake_value(self, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> Tensor:
         """v on its grid, N times finer where the attention p says so."""
@@ -91,7 +84,7 @@ class QuantMix(Mix):
         if spec is None:
             return v_BHLc
         if self.theta is None and self.spec.policy == "release":
-            return affine_fake(v_BHLc, spec.num_bits, (-2, -1), spec.range_rule)
+            return QUANTIZERS[spec.type].straight_through(v_BHLc, spec, (-2, -1))
         grid = self.value_grid(v_BHLc, span)
         if self.theta is None:
             return affine_values(affine_codes(v_BHLc, grid, spec.num_bits), grid).to(v_BHLc.dtype)
@@ -132,10 +125,8 @@ def segment_grid(v_BHLc: Tensor, spec: TensorSpec, ends: tuple[int, ...]) -> Gri
     """One range per head and scale, whose tokens end at `ends`: scale and zero_point (B, H, L,
     1)."""
     lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
-    grids = [
-        affine_grid(part, spec.num_bits, (-2, -1), spec.range_rule)
-        for part in v_BHLc.split(lengths, dim=-2)
-    ]
+    parts = v_BHLc.split(lengths, dim=-2)
+    grids = [QUANTIZERS[spec.type].grid_of(part, spec, (-2, -1)) for part in parts]
     repeats = [
         [grid[i].expand(-1, -1, length, -1) for grid, length in zip(grids, lengths, strict=True)]
         for i in (0, 1)

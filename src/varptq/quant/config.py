@@ -15,20 +15,22 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_serializer, model_validator
 
 from varptq.errors import ConfigError
+from varptq.quant.affine import RangeRule
+from varptq.quant.quantizers import MAX_BITS, MIN_BITS, QUANTIZERS, types_of
 from varptq.settings import Settings
 
-MIN_BITS, MAX_BITS = 2, 8
 # Shift-and-sum cuts a step into 2^3 at most (the paper); integer kernels keep values in a signed
 # byte.
 MAX_ORDER, MAX_STORED = 3, 127
-RangeRule = Literal["with_zero", "min_max", "min_max_clamped"]
+# The type of a spec that names none.
+USUAL_TYPE = "affine"
 
 
 class TensorSpec(Settings):
     """How one kind of tensor becomes codes; field names follow compressed-tensors where it has one.
 
-    type: "affine" (scale and zero point), "sign_split" (a scale per sign), "log2" and "uniform"
-        (attention probabilities, scaled by their row maximum).
+    type: a row of `QUANTIZERS`: "affine" (scale and zero point), "sign_split" (a scale per sign),
+        "log2" and "uniform" (attention probabilities, scaled by their row maximum).
     strategy: the extent of one scale. "channel" = one output row of a weight, or one head channel
         of the keys; "token" = the last axis; "group" = `group_size` neighbours on the last axis;
         "head" = all tokens and channels of one head.
@@ -42,15 +44,28 @@ class TensorSpec(Settings):
     """
 
     num_bits: int = Field(ge=MIN_BITS, le=MAX_BITS)
-    type: Literal["affine", "sign_split", "log2", "uniform"] = "affine"
+    type: str = USUAL_TYPE
     strategy: Literal["channel", "token", "group", "head"] = "token"
     group_size: int | None = Field(default=None, ge=8)
     fallback: bool = True
     row_multiple: int | None = Field(default=None, ge=1)
     range_rule: RangeRule = "with_zero"
 
+    @field_validator("type")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in QUANTIZERS:
+            raise ValueError(f"expected one of {', '.join(QUANTIZERS)}")
+        return name
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        widths = QUANTIZERS[self.type].widths
+        if self.num_bits not in widths:
+            raise ValueError(
+                f"num_bits {self.num_bits} with type {self.type!r}, "
+                f"expected {widths[0]} to {widths[-1]}"
+            )
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError(
                 f"strategy {self.strategy!r} with group_size {self.group_size}: "
@@ -98,27 +113,14 @@ def _usual_order(fields: dict[str, Any]) -> int:
     return finest_order(value.num_bits)
 
 
-# Types and strategies that exist for each operand.
-ATTENTION_OPERANDS = {
-    "query": (("affine",), ("token",)),
-    "key": (("affine",), ("channel", "token")),
-    "probability": (("log2", "uniform"), ("token",)),
-    "value": (("affine",), ("head", "token")),
-}
-LINEAR_OPERANDS = {
-    "weight": (("affine",), ("channel", "group")),
-    "input": (("affine", "sign_split"), ("group", "token")),
-}
-
-
-def _allowed(
-    spec: TensorSpec | None, types: tuple[str, ...], strategies: tuple[str, ...]
-) -> TensorSpec | None:
-    """`spec` as it is, or ValueError where no quantizer of that kind exists for the operand."""
-    if spec is None or (spec.type in types and spec.strategy in strategies):
+def _allowed(spec: TensorSpec | None, operand: str) -> TensorSpec | None:
+    """`spec` where a quantizer of that type serves the operand with that strategy."""
+    served = types_of(operand)
+    if spec is None or spec.strategy in served.get(spec.type, ()):
         return spec
+    strategies = dict.fromkeys(served.get(spec.type) or (s for own in served.values() for s in own))
     raise ValueError(
-        f"type {spec.type!r} with strategy {spec.strategy!r}, expected type {' or '.join(types)} "
+        f"type {spec.type!r} with strategy {spec.strategy!r}, expected type {' or '.join(served)} "
         f"and strategy {' or '.join(strategies)}"
     )
 
@@ -155,7 +157,7 @@ class AttentionSpec(Settings):
     @field_validator("query", "key", "probability", "value")
     @classmethod
     def _operand(cls, spec: TensorSpec | None, info: ValidationInfo) -> TensorSpec | None:
-        return _allowed(spec, *ATTENTION_OPERANDS[info.field_name or ""])
+        return _allowed(spec, info.field_name or "")
 
     @model_validator(mode="after")
     def _policy_fits(self) -> Self:
@@ -222,7 +224,7 @@ class LinearSpec(Settings):
     @field_validator("weight", "input")
     @classmethod
     def _operand(cls, spec: TensorSpec | None, info: ValidationInfo) -> TensorSpec | None:
-        return _allowed(spec, *LINEAR_OPERANDS[info.field_name or ""])
+        return _allowed(spec, info.field_name or "")
 
 
 class LayerRule(Settings):

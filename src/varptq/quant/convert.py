@@ -1,30 +1,23 @@
 """Conversion: one registry and one walk over the float model, replacing the modules in its seams.
 
 What it does not replace shares its memory with the float model; no forward pass is written again.
-A new kind of layer is one entry in `REGISTRY`.
+A new kind of layer is one entry in `REGISTRY`. The modules it put there are found by find.py.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from varptq.errors import ConfigError, NonFiniteError
-from varptq.models.blocks import Attention
 from varptq.models.scales import Scales
 from varptq.models.seams import ConditionLinear, Mix, Scores, SeamLinear, TokenLinear
-from varptq.models.transformer import Transformer, float_layout
+from varptq.models.transformer import Transformer
 from varptq.quant.attention import QuantMix, QuantScores
-from varptq.quant.bops import (
-    BopsAccount,
-    LayerShape,
-    ProductShape,
-    account,
-)
 from varptq.quant.config import QuantConfig
 from varptq.quant.layers import QuantLinear
 
@@ -103,65 +96,3 @@ def check_rules(var: Transformer, config: QuantConfig) -> None:
                 f"rule {rule.targets!r}: matches no layer; layers are named like {linears[0]!r}, "
                 f"{linears[-1]!r} and {attentions[0]!r}"
             )
-
-
-def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """Quantized Linear layers by full name."""
-    return {m.layer: m for m in model.modules() if isinstance(m, QuantLinear)}
-
-
-def quant_mixes(model: nn.Module) -> list[QuantMix]:
-    """Attention-value products in block order."""
-    return [m for m in model.modules() if isinstance(m, QuantMix)]
-
-
-def set_theta(model: nn.Module, theta: float | None) -> None:
-    """One threshold for the whole model; None switches shift-and-sum off, as no order above 0 does
-    for a layer."""
-    for mix in quant_mixes(model):
-        mix.theta = theta if mix.spec.max_order else None
-
-
-def release_float_weights(model: nn.Module) -> None:
-    for linear in quant_linears(model).values():
-        linear.drop_float_weight()
-
-
-def describe_linears(var: Transformer, config: QuantConfig | None) -> Iterator[LayerShape]:
-    """Every Linear with its size, tokens per image and widths; `config` None describes the float
-    model."""
-    for name, module in float_layout(var).named_modules():
-        if isinstance(module, SeamLinear):
-            spec = config.linear_for(name) if config else None
-            weight, input_ = (spec.weight, spec.input) if spec else (None, None)
-            transform = spec.input_transform if spec and (weight or input_) else None
-            yield LayerShape(
-                name,
-                module.kind,
-                module.out_features,
-                module.in_features,
-                module.tokens_per_image(var.scales),
-                weight.num_bits if weight else None,
-                input_.num_bits if input_ else None,
-                transform.block_for(module.in_features, name) if transform else None,
-            )
-
-
-def describe_products(var: Transformer, config: QuantConfig | None) -> Iterator[ProductShape]:
-    layout = float_layout(var)
-    for name, module in layout.named_modules():
-        if isinstance(module, Mix):
-            attention = name.rpartition(".")[0]
-            parent = layout.get_submodule(attention)
-            assert isinstance(parent, Attention)
-            spec = config.attention_for(attention) if config else None
-            operands = (spec.query, spec.key, spec.probability, spec.value) if spec else (None,) * 4
-            bits = [operand.num_bits if operand else None for operand in operands]
-            yield ProductShape(attention, parent.num_heads, parent.head_width, *bits)
-
-
-def bops_account(var: Transformer, config: QuantConfig | None) -> BopsAccount:
-    """Bit operations for one image, no guidance, no shift-and-sum (paper: BOP budget)."""
-    return account(
-        list(describe_linears(var, config)), list(describe_products(var, config)), var.scales
-    )

@@ -1,10 +1,10 @@
 """The simulated quantized Linear: what stands in the Linear seams of the float model.
 
-    y = fake(t(x)) W^T + b,    W = (codes - zero_point) * scale per output row and group,
+    y = fake(t(x)) W^T + b,    W the values of codes on a grid per output row and group,
                                t an optional transform of the input (transforms.py)
 
-It computes in float on dequantized codes ("simulated"): the arithmetic of every quantizer is the
-pure function in its own file, and runtimes on integers are held against this layer. The attention
+It computes in float on dequantized codes ("simulated"): what a type computes is in its row of
+quantizers.py, and runtimes on integers are held against this layer. The attention
 products are in attention.py. Shapes as in models/seams.py; G groups of g input channels.
 """
 
@@ -18,20 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from varptq.errors import NonFiniteError
+from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.seams import Span
 from varptq.quant import adaround
-from varptq.quant.affine import (
-    Grid,
-    affine_codes,
-    affine_grid,
-    affine_values,
-    all_finite,
-    from_groups,
-    to_groups,
-)
+from varptq.quant.affine import Grid, affine_values, all_finite, from_groups, to_groups
 from varptq.quant.config import InputTransform, LinearSpec, TensorSpec
-from varptq.quant.straight_through import affine_fake, rounded_weight, sign_split_fake
+from varptq.quant.quantizers import QUANTIZERS, Quantizer
+from varptq.quant.straight_through import rounded_weight
 from varptq.quant.transforms import (
     centred_bias,
     hadamard,
@@ -54,7 +47,7 @@ def weight_grid(weight: Tensor, spec: TensorSpec, layer: str) -> tuple[Tensor, G
         return rows, Grid(
             *(torch.empty(shape, dtype=rows.dtype, device=rows.device) for _ in range(2))
         )
-    grid = affine_grid(rows, spec.num_bits, -1, spec.range_rule)
+    grid = QUANTIZERS[spec.type].grid_of(rows, spec)
     if not bool(torch.isfinite(grid.scale).all()):
         raise NonFiniteError(f"layer {layer}: weight holds NaN or infinity; repair the checkpoint")
     return rows, grid
@@ -83,11 +76,12 @@ class LearnedRounding(nn.Module):
 
 
 class TunedScales(nn.Module):
-    """A weight while its scales are tuned: (codes - z) s exp(change), the codes as they are."""
+    """A weight while its scales are tuned: s exp(change) for s, the codes as they are."""
 
-    def __init__(self, codes_OGg: Tensor, grid: Grid) -> None:
+    def __init__(self, codes_OGg: Tensor, grid: Grid, quantizer: Quantizer, num_bits: int) -> None:
         super().__init__()
         self.codes, self.grid = codes_OGg.float(), grid
+        self.quantizer, self.num_bits = quantizer, num_bits
         self.change = nn.Parameter(torch.zeros_like(grid.scale))
 
     def scale(self) -> Tensor:
@@ -96,7 +90,8 @@ class TunedScales(nn.Module):
 
     def weight(self) -> Tensor:
         """(out, in) float32 weight, differentiable in `change`."""
-        return affine_values(self.codes, Grid(self.scale(), self.grid.zero_point)).flatten(1)
+        grid = Grid(self.scale(), self.grid.zero_point)
+        return self.quantizer.values(self.codes, grid, self.num_bits).flatten(1)
 
 
 class QuantLinear(nn.Module):
@@ -142,12 +137,19 @@ class QuantLinear(nn.Module):
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8))
         self.register_buffer("scale", grid.scale.squeeze(-1))
         self.register_buffer("zero_point", grid.zero_point.squeeze(-1))
-        codes = rows if rows.is_meta else affine_codes(rows, grid, spec.weight.num_bits)
-        self._set_codes(codes)
+        if not rows.is_meta:
+            rows = self.quantizer.codes(rows, grid, spec.weight.num_bits)
+        self._set_codes(rows)
 
     @property
     def weight_bits(self) -> int | None:
         return self.spec.weight.num_bits if self.spec.weight else None
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """That of the weight."""
+        assert self.spec.weight is not None
+        return QUANTIZERS[self.spec.weight.type]
 
     @property
     def grid(self) -> Grid:
@@ -191,8 +193,15 @@ class QuantLinear(nn.Module):
         self.mean_bias = centred_bias(self.float_weight, rotated)
 
     def start_rounding(self, *, hard: bool) -> LearnedRounding:
-        """Make the rounding of this weight learnable, starting at the float weight."""
+        """Make the rounding of this weight learnable, starting at the float weight.
+
+        Raises `ConfigError` for a type whose codes are no even steps."""
         assert self.spec.weight is not None and self.float_weight is not None
+        if not self.quantizer.even_steps:
+            raise ConfigError(
+                f"layer {self.layer}: weight type {self.spec.weight.type!r} has no learned "
+                "rounding; use rounding gptq or nearest"
+            )
         rows = to_groups(self.float_weight.float(), self.codes_grouped.shape[-1])
         self.rounding = LearnedRounding(rows, self.grid, self.spec.weight.num_bits, hard)
         return self.rounding
@@ -205,7 +214,8 @@ class QuantLinear(nn.Module):
 
     def start_tuning(self) -> TunedScales:
         """Make the scales of this weight learnable, its codes fixed."""
-        self.tuning = TunedScales(self.codes_grouped, self.grid)
+        assert self.weight_bits is not None
+        self.tuning = TunedScales(self.codes_grouped, self.grid, self.quantizer, self.weight_bits)
         return self.tuning
 
     def finish_tuning(self) -> None:
@@ -221,7 +231,9 @@ class QuantLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """(out, in) float32 weight from the codes."""
-        return affine_values(self.codes_grouped.float(), self.grid).flatten(1)
+        assert self.weight_bits is not None
+        codes = self.codes_grouped.float()
+        return self.quantizer.values(codes, self.grid, self.weight_bits).flatten(1)
 
     def current_weight(self, dtype: torch.dtype) -> Tensor:
         if self.spec.weight is None:
@@ -246,10 +258,7 @@ class QuantLinear(nn.Module):
             raise NonFiniteError(f"layer {self.layer}: input holds NaN or infinity")
         group = self.input_group
         rows = to_groups(transformed(x, mean, self.block), group)
-        if spec.type == "sign_split":
-            fake = sign_split_fake(rows, spec.num_bits)
-        else:
-            fake = affine_fake(rows, spec.num_bits, -1, spec.range_rule)
+        fake = QUANTIZERS[spec.type].straight_through(rows, spec)
         return from_groups(fake) if group else fake
 
     def quantized_input(self, x: Tensor, spans: Sequence[Span] | None = None) -> Tensor:

@@ -25,17 +25,16 @@ from collections.abc import Callable
 from typing import Any
 
 from varptq.errors import ConfigError
+from varptq.quant.affine import RangeRule
 from varptq.quant.config import (
-    MAX_BITS,
-    MIN_BITS,
     AttentionSpec,
     InputTransform,
     LayerRule,
     LinearSpec,
     QuantConfig,
-    RangeRule,
     TensorSpec,
 )
+from varptq.quant.quantizers import MAX_BITS, MIN_BITS
 
 # The released code switches to groups below this width (docs/method.md section 2: "b >= 6" against
 # "b <= 5").

@@ -31,6 +31,12 @@ def sign_split_levels(num_bits: int) -> int:
     return 2 ** (num_bits - 1) - 1
 
 
+def sign_split_range(num_bits: int) -> range:
+    """-L to L: the codes."""
+    levels = sign_split_levels(num_bits)
+    return range(-levels, levels + 1)
+
+
 def sign_split_grid(x: Tensor, num_bits: int, dims: Dims = -1) -> SignGrid:
     """A scale per side and slice of x over `dims`, which stay as dimensions of size 1."""
     levels = sign_split_levels(num_bits)

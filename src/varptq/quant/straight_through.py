@@ -1,8 +1,8 @@
 """Fake quantizers with their gradients written out, for reconstruction.
 
 Same signatures, the same values to the bit and the same gradients as the plain ones (affine.py,
-probability.py, sign_split.py, adaround.py), which say what is computed. Autograd keeps and passes
-over a dozen temporaries of each; most cancel. With x^ = (q - z) s and gradient g of x^,
+sign_split.py, log2.py, uniform.py, adaround.py), which say what is computed. Autograd keeps and
+passes over a dozen temporaries of each; most cancel. With x^ = (q - z) s and gradient g of x^,
 
     dx = g m,    ds = sum(g (x^ - m x)) / s,    m = 1 where the code was not clamped
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varptq.quant import adaround, affine, probability, sign_split
+from varptq.quant import adaround, affine, log2, sign_split, uniform
 from varptq.quant.affine import (
     LEAST_SCALE,
     SCALE_FLOOR,
@@ -27,7 +27,6 @@ from varptq.quant.affine import (
     affine_values,
     wide,
 )
-from varptq.quant.config import TensorSpec
 
 
 def _wanted(x: Tensor) -> bool:
@@ -43,18 +42,30 @@ def affine_fake(
     return _Affine.apply(x, num_bits, dims, range_rule)
 
 
-def probability_fake(p: Tensor, spec: TensorSpec) -> Tensor:
-    """p (..., n) after the rule `spec.type`, as `probability.probability_fake`."""
-    if not _wanted(p):
-        return probability.probability_fake(p, spec)
-    return (_Log2 if spec.type == "log2" else _Uniform).apply(p, spec)
-
-
 def sign_split_fake(x: Tensor, num_bits: int, dims: Dims = -1) -> Tensor:
     """x on its own grid of two sides, as `sign_split.sign_split_fake`."""
     if not _wanted(x):
         return sign_split.sign_split_fake(x, num_bits, dims)
     return _SignSplit.apply(x, num_bits, dims)
+
+
+def log2_fake(p: Tensor, num_bits: int, dims: Dims = -1) -> Tensor:
+    """p as powers of two of its row maximum, as `log2.log2_fake`."""
+    if not _wanted(p):
+        return log2.log2_fake(p, num_bits, dims)
+    return _Log2.apply(p, num_bits, dims)
+
+
+def uniform_fake(p: Tensor, num_bits: int, dims: Dims = -1) -> Tensor:
+    """p on the steps of its rows, as `uniform.uniform_fake`."""
+    if not _wanted(p):
+        return uniform.uniform_fake(p, num_bits, dims)
+    return _Uniform.apply(p, num_bits, dims)
+
+
+def passed(x: Tensor, values: Tensor) -> Tensor:
+    """`values`, same shape and dtype as x; their gradient goes to x as if they were x."""
+    return _Passed.apply(x, values) if _wanted(x) else values
 
 
 def rounded_weight(floor: Tensor, alpha: Tensor, grid: Grid, num_bits: int) -> Tensor:
@@ -73,6 +84,16 @@ def _add_to_extreme(dx: Tensor, x: Tensor, extreme: Tensor, gradient: Tensor, di
     """Add `gradient` of an extreme of x over `dims` to dx in place, shared evenly between ties."""
     at = (x == extreme).to(dx.dtype)
     dx.addcmul_(at, gradient / at.sum(dims, keepdim=True))
+
+
+class _Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
 
 
 class _Affine(torch.autograd.Function):
@@ -135,31 +156,37 @@ class _SignSplit(torch.autograd.Function):
         return dx.to(x.dtype), None, None
 
 
-class _Probability(torch.autograd.Function):
+class _Log2(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, p: Tensor, spec: TensorSpec) -> Tensor:
-        out = probability.probability_fake(p.detach(), spec)
+    def forward(ctx: Any, p: Tensor, num_bits: int, dims: Dims) -> Tensor:
+        out = log2.log2_fake(p.detach(), num_bits, dims)
         ctx.save_for_backward(p, out)
+        ctx.dims = dims
         return out
 
-
-class _Log2(_Probability):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         p, out = ctx.saved_tensors
-        shift = probability.LOG2_SHIFT * probability.row_max(p)
-        return _incoming(gradients).mul_(out).div_(p + shift).to(p.dtype), None
+        shift = log2.LOG2_SHIFT * uniform.row_max(p, ctx.dims)
+        return _incoming(gradients).mul_(out).div_(p + shift).to(p.dtype), None, None
 
 
-class _Uniform(_Probability):
+class _Uniform(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, num_bits: int, dims: Dims) -> Tensor:
+        out = uniform.uniform_fake(p.detach(), num_bits, dims)
+        ctx.save_for_backward(p, out)
+        ctx.dims = dims
+        return out
+
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         p, out = ctx.saved_tensors
-        highest, dp = p.amax(-1, keepdim=True), _incoming(gradients)
-        error = (wide(out) - p).mul_(dp).sum(-1, keepdim=True)
-        gradient = error / highest * (highest >= SCALE_FLOOR)
-        _add_to_extreme(dp, p, highest, gradient, -1)
-        return dp.to(p.dtype), None
+        highest, dp = p.amax(ctx.dims, keepdim=True), _incoming(gradients)
+        error = (wide(out) - p).mul_(dp).sum(ctx.dims, keepdim=True)
+        gradient = error / highest.clamp(min=SCALE_FLOOR) * (highest >= SCALE_FLOOR)
+        _add_to_extreme(dp, p, highest, gradient, ctx.dims)
+        return dp.to(p.dtype), None, None
 
 
 class _RoundedWeight(torch.autograd.Function):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from varptq.errors import InputError
 from varptq.models.blocks import Attention
 from varptq.models.seams import ModulatedNorm, Phi
 from varptq.models.transformer import Transformer
-from varptq.quant.convert import quant_linears
+from varptq.quant.config import TensorSpec
+from varptq.quant.find import quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.quant.quantizers import ATTENTION_OPERANDS, QUANTIZERS, types_of
 from varptq.runtime.attention import IntAttention, attention_rule
 from varptq.runtime.kernels import Kernels
 from varptq.runtime.layers import (
@@ -43,12 +46,25 @@ def refusal(var: Transformer, kernels: Kernels) -> str | None:
         if rule is None:
             side = "weight" if linear.spec.weight is None else "input"
             return f"layer {name}: {side} in float, the other side in integers"
-        if (reason := kernels.refuse_linear(rule)) is not None:
+        operands = {"weight": linear.spec.weight, "input": linear.spec.input}
+        if reason := kernels.refuse_linear(rule) or without_kernel(operands, kernels.name):
             return f"layer {name}: {reason}"
     for attention in _attentions(var).values():
         rule = attention_rule(attention)
-        if rule is not None and (reason := kernels.refuse_attention(rule)) is not None:
+        if rule is None:
+            continue
+        operands = {name: getattr(rule.spec, name) for name in ATTENTION_OPERANDS}
+        if reason := kernels.refuse_attention(rule) or without_kernel(operands, kernels.name):
             return f"layer {rule.layer}: {reason}"
+    return None
+
+
+def without_kernel(operands: Mapping[str, TensorSpec | None], runtime: str) -> str | None:
+    """The first of these operands whose type has no kernel in `runtime`, for an error message."""
+    for operand, spec in operands.items():
+        if spec is not None and runtime not in QUANTIZERS[spec.type].kernels:
+            executed = [t for t in types_of(operand) if runtime in QUANTIZERS[t].kernels]
+            return f"{operand} type {spec.type!r}, expected {' or '.join(map(repr, executed))}"
     return None
 
 

@@ -58,11 +58,9 @@ def refuse_attention(rule: AttentionRule) -> str | None:
             return f"{name} in float"
         if operand.range_rule != "with_zero" and name != "probability":
             return f"{name} range rule {operand.range_rule!r}, whose zero points need not be codes"
-    assert spec.key is not None and spec.probability is not None
+    assert spec.key is not None
     if spec.key.strategy == "channel":
         return "key strategy 'channel', a scale along the axis that is summed"
-    if spec.probability.type != "uniform":
-        return f"probability type {spec.probability.type!r}, expected 'uniform'"
     if spec.renormalize:
         return "renormalized probabilities"
     return scheme(rule).lacks(rule.theta)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from varptq.models.sampling import Sampler
 from varptq.models.seams import Span
-from varptq.quant.config import AttentionSpec, RangeRule
+from varptq.quant.affine import RangeRule
+from varptq.quant.config import AttentionSpec
 
 
 class Pending(NamedTuple):
@@ -34,18 +35,24 @@ class Pending(NamedTuple):
 @dataclass(frozen=True)
 class InputRule:
     """How the input of one Linear becomes codes, in this order: `gelu`, means, rotation in blocks
-    of `block`, codes; and how its weight was cut. Groups None: one scale per row."""
+    of `block`, codes; and how its weight was cut. `type` is a row of `QUANTIZERS`. Groups None: one
+    scale per row."""
 
     layer: str
     inputs: int
+    type: str
     num_bits: int
     range_rule: RangeRule
-    sign_split: bool
     group: int | None
     weight_group: int | None
     weight_zero_is_code: bool
     block: int | None
     gelu: bool = False
+
+    @property
+    def sign_split(self) -> bool:
+        """Whether codes are signed, with a scale per side."""
+        return self.type == "sign_split"
 
 
 class Weight(NamedTuple):

@@ -110,9 +110,9 @@ def input_rule(linear: QuantLinear, *, gelu: bool = False) -> InputRule | None:
     return InputRule(
         layer=linear.layer,
         inputs=linear.in_features,
+        type=input_.type,
         num_bits=input_.num_bits,
         range_rule=input_.range_rule,
-        sign_split=input_.type == "sign_split",
         group=linear.input_group,
         weight_group=weight.group_for(linear.in_features, linear.layer),
         weight_zero_is_code=weight.range_rule != "min_max",

@@ -22,14 +22,9 @@ from varptq.errors import NonFiniteError
 from varptq.models.seams import Span
 from varptq.quant.affine import LEAST_SCALE, Grid, affine_codes, affine_grid, wide
 from varptq.quant.config import TensorSpec
-from varptq.quant.probability import (
-    log2_codes,
-    log2_values,
-    row_max,
-    uniform_codes,
-    uniform_scale,
-)
+from varptq.quant.log2 import log2_codes, log2_values
 from varptq.quant.shift_sum import copies_of, orders, shift_sum_codes, token_scores
+from varptq.quant.uniform import row_max, uniform_codes, uniform_scale
 from varptq.runtime.kernels import AttentionRule
 
 

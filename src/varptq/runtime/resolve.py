@@ -22,7 +22,8 @@ from varptq.artifact.load import WithoutInit
 from varptq.errors import InputError
 from varptq.models.transformer import Transformer, float_layout
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, set_theta
+from varptq.quant.convert import convert
+from varptq.quant.find import set_theta
 from varptq.runtime.convert import refusal
 from varptq.runtime.kernels import Kernels
 

@@ -71,8 +71,8 @@ class CudaKernels:
         q, k, p, v = spec.query, spec.key, spec.probability, spec.value
         if q is None or k is None or p is None or v is None:
             return "an operand in float"
-        if p.type != "uniform" or spec.renormalize:
-            return "probabilities that are not uniform, or renormalised rows"
+        if spec.renormalize:
+            return "renormalized probabilities"
         if any(x.range_rule != "with_zero" for x in (q, k, v)):
             return "ranges without zero"
         if rule.theta is not None and largest_stored(v.num_bits, spec.max_order) > MAX_STORED:

@@ -1,4 +1,5 @@
-"""Quantizers of attention probabilities: exact powers of two, error bounds, zeros, gradients."""
+"""The log2 quantizer: exact powers of two, error bounds, zeros, gradient. What it shares with the
+others is in test_quantizers.py."""
 
 from __future__ import annotations
 
@@ -10,20 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from varptq.quant.config import TensorSpec
-from varptq.quant.probability import (
-    log2_codes,
-    log2_values,
-    probability_fake,
-    row_max,
-    uniform_codes,
-    uniform_scale,
-    uniform_values,
-)
+from varptq.quant.log2 import log2_codes, log2_fake, log2_values
+from varptq.quant.uniform import row_max, uniform_fake
 
 BITS = range(2, 9)
-LOG2 = {b: TensorSpec(num_bits=b, type="log2") for b in BITS}
-UNIFORM = {b: TensorSpec(num_bits=b, type="uniform") for b in BITS}
 FLOAT32_ROUNDING = 1e-5
 
 
@@ -39,7 +30,7 @@ def test_log2_is_exact_on_powers_of_two_of_the_maximum(num_bits: int, largest: f
     p = (largest * torch.exp2(-exponents)).unsqueeze(0)
     codes = log2_codes(p, row_max(p), num_bits)
     assert torch.equal(codes, exponents.unsqueeze(0))
-    assert torch.equal(probability_fake(p, LOG2[num_bits]), p)
+    assert torch.equal(log2_fake(p, num_bits), p)
 
 
 @settings(deadline=None)
@@ -51,8 +42,6 @@ def test_log2_error_is_half_a_power_and_the_tail_is_zero(
     largest = row_max(p)
     codes = log2_codes(p, largest, num_bits)
     values = log2_values(codes, largest, num_bits)
-    assert torch.equal(values, probability_fake(p, LOG2[num_bits]))
-    assert torch.equal(codes, codes.round())
     zero = codes == 2**num_bits
     assert bool((values[zero] == 0).all()) and bool((values[~zero] > 0).all())
     # Below m 2^-45 the shift inside the logarithm shows; such values do not matter to a row.
@@ -65,7 +54,7 @@ def test_log2_error_is_half_a_power_and_the_tail_is_zero(
 
 def test_log2_at_two_bits_has_four_powers_and_zero() -> None:
     p = torch.tensor([[1.0, 0.5, 0.25, 0.125, 0.0625, 0.0]])
-    assert probability_fake(p, LOG2[2]).tolist() == [[1.0, 0.5, 0.25, 0.125, 0.0, 0.0]]
+    assert log2_fake(p, 2).tolist() == [[1.0, 0.5, 0.25, 0.125, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("num_bits", BITS)
@@ -74,48 +63,11 @@ def test_zeros(num_bits: int) -> None:
     is no NaN.
     """
     p = torch.tensor([[0.0, 0.3, 0.7], [0.0, 0.0, 0.0]])
-    for spec in (LOG2[num_bits], UNIFORM[num_bits]):
-        values = probability_fake(p, spec)
+    for fake in (log2_fake, uniform_fake):
+        values = fake(p, num_bits)
         assert float(values[0, 0]) <= 0.7 * 2.0**-66
         assert float(values[1].max()) <= 1e-25
     assert float(log2_codes(p, row_max(p), num_bits).max()) <= 255, "codes fit uint8"
-
-
-@settings(deadline=None)
-@given(st.integers(2, 8), st.sampled_from([1, 3, 37, 130]), st.integers(0, 99))
-def test_uniform_error_is_half_a_step_and_the_maximum_exact(
-    num_bits: int, width: int, seed: int
-) -> None:
-    p = probabilities(3, width, seed)
-    scale = uniform_scale(p, num_bits)
-    codes = uniform_codes(p, scale, num_bits)
-    assert torch.equal(codes, codes.round())
-    assert float(codes.min()) >= 0 and bool((codes.amax(-1) == 2**num_bits - 1).all())
-    values = uniform_values(codes, scale)
-    assert torch.equal(values, probability_fake(p, UNIFORM[num_bits]))
-    assert bool(((values - p).abs() <= (0.5 + 1e-4) * scale).all())
-    torch.testing.assert_close(values.amax(-1), p.amax(-1), rtol=1e-6, atol=0)
-    assert torch.equal(uniform_codes(values, scale, num_bits), codes)
-
-
-@pytest.mark.parametrize("spec", [LOG2[4], UNIFORM[8]])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_quantized_in_float32(spec: TensorSpec, dtype: torch.dtype) -> None:
-    p = probabilities(3, 37, 1).to(dtype)
-    fake = probability_fake(p, spec)
-    assert fake.dtype == dtype
-    assert torch.equal(fake, probability_fake(p.float(), spec).to(dtype))
-
-
-@pytest.mark.parametrize("spec", [LOG2[2], LOG2[8], UNIFORM[8]])
-def test_gradients_are_finite_at_zero_and_numbers_are_the_same(spec: TensorSpec) -> None:
-    p = probabilities(3, 37, 2)
-    p[0, :5] = 0.0
-    tracked = p.clone().requires_grad_()
-    values = probability_fake(tracked, spec)
-    assert torch.equal(values.detach(), probability_fake(p, spec))
-    values.sum().backward()
-    assert tracked.grad is not None and bool(torch.isfinite(tracked.grad).all())
 
 
 def test_log2_gradient_is_value_over_probability() -> None:
