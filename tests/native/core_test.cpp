@@ -8,7 +8,8 @@
 #include <random>
 #include <vector>
 
-#include "varptq.h"
+#include "linear/linear.h"
+#include "quantize/quantize.h"
 
 namespace {
 

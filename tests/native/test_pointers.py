@@ -46,7 +46,7 @@ def attend(cache_rows: int = 2, **changes: torch.Tensor) -> torch.Tensor:
     }
     cache = binding_attention.AttentionCache(scheme, cache_rows)
     qkv = torch.zeros(2, 1, 96)
-    return binding_attention.attend(scheme, qkv, cache, [(slice(0, 1), 1, 0)], **operands)
+    return binding_attention.attend(scheme, qkv, cache, [(slice(0, 1), (1,))], **operands)
 
 
 CALLS: dict[str, Callable[[], object]] = {
