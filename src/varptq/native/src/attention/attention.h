@@ -57,7 +57,6 @@ typedef struct {
   const float* query_bias;        // (C)
   const float* value_bias;        // (C)
   const float* query_factor;      // (H)
-  const float* key_mean;          // (H, c), subtracted from k before its codes, or NULL
   uint8_t* cache;                 // (B, H, vq_attention_cache_bytes)
   float* out;                     // (B, l, C)
   const vq_attention_trace* trace;

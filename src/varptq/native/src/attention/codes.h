@@ -211,16 +211,11 @@ inline void trace_value(const Head& head, int64_t token, Grid grid) {
 inline bool append_keys(const Head& head) {
   const vq_attention_args& args = head.args;
   const int64_t channels = head.call.layout.channels;
-  Channels x, mean;
-  if (args.key_mean)
-    load_channels(mean, args.key_mean + head.head * args.width, nullptr, args.width, channels);
+  Channels x;
   for (int64_t t = 0; t < args.tokens; ++t) {
     head.fetch(t + kAhead, 1);
     if (!load_channels(x, head.input(t, 1), nullptr, args.width, channels)) return false;
     if (args.l2_norm) make_unit(x, channels);
-    if (args.key_mean)
-      for (int64_t c = 0; c < channels; c += kLanes)
-        store(x.v + c, load(x.v + c) - load(mean.v + c));
     Range range;
     widen(range, x, channels);
     const Grid grid = grid_of(range, args.key_bits);
