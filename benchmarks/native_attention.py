@@ -24,7 +24,9 @@ from torch.nn import functional as F
 
 from varptq.models.sampling import filter_logits, guided, image_randoms, sample_ids
 from varptq.native import binding
-from varptq.native.binding_attention import AttentionCache, AttentionScheme, add_phi, attend, sample
+from varptq.native.attention import AttentionCache, AttentionScheme, attend
+from varptq.native.phi import add_phi
+from varptq.native.sampler import sample
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 HEADS, WIDTH, VOCABULARY = 16, 64, 4096

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from varptq.native import binding
+from varptq.native.linear import linear, pack
+from varptq.native.quantize import quantize
 
 ROWS = (2, 8, 18, 32, 50, 72, 128, 200, 338, 512)
 QUICK_ROWS = (2, 32, 128, 512)
@@ -70,7 +72,7 @@ def integer_call(scheme: str, x: Tensor, outputs: int, bias: Tensor) -> Callable
     row_bits, weight_bits, row_group, weight_group = SCHEMES[scheme]
     g = torch.Generator().manual_seed(0)
     groups, top = x.shape[1] // (weight_group or x.shape[1]), 2**weight_bits
-    weight = binding.pack(
+    weight = pack(
         torch.randint(0, top, (outputs, x.shape[1]), generator=g, dtype=torch.uint8),
         torch.rand(outputs, groups, generator=g),
         torch.randint(0, top, (outputs, groups), generator=g).float(),
@@ -79,10 +81,8 @@ def integer_call(scheme: str, x: Tensor, outputs: int, bias: Tensor) -> Callable
     )
 
     def call() -> Tensor:
-        rows = binding.quantize(
-            x, num_bits=row_bits, row_group=row_group, weight_group=weight_group
-        )
-        return binding.linear(rows, weight, bias)
+        rows = quantize(x, num_bits=row_bits, row_group=row_group, weight_group=weight_group)
+        return linear(rows, weight, bias)
 
     return call
 

@@ -8,8 +8,10 @@
 #include <random>
 #include <vector>
 
-#include "attention.h"
-#include "vmath.h"
+#include "attention/attention.h"
+#include "lanes/vmath.h"
+#include "phi/phi.h"
+#include "sampler/sampler.h"
 
 namespace {
 

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(binding.core() is None, reason=binding.reason() or "built"),
 ]
 
-attention = pytest.importorskip("varptq.native.binding_attention")
+attention = pytest.importorskip("varptq.native.attention")
 
 ENDS = (1, 4, 9, 46)  # scales of 1, 3, 5 and 37 tokens
 # A code moves by one step where float32 softmaxes differ in their last bits and it sat on a tie:
@@ -48,14 +48,12 @@ class Case:
         given = {"heads": 3, "head_width": 20, "ends": ENDS, "policy": "token", "l2_norm": False}
         given |= dict.fromkeys(("query_bits", "key_bits", "value_bits", "probability_bits"), 8)
         self.theta = changes.pop("theta", None)
-        self.key_mean = changes.pop("key_mean", False)
         self.scheme = attention.AttentionScheme(**{**given, **changes})
         heads, width = self.scheme.heads, self.scheme.head_width
         g = torch.Generator().manual_seed(seed)
         self.qkv = 2 * torch.randn(rows, ENDS[-1], 3 * heads * width, generator=g)
         self.biases = torch.randn(2, heads * width, generator=g)
         self.factor = torch.rand(heads, generator=g) + 0.5
-        self.mean_Hc = torch.randn(heads, width, generator=g) if self.key_mean else None
 
     def run(
         self, qkv: Tensor, cache: Any, spans: list[Span], trace: Any = None, layer: str = ""
@@ -69,7 +67,6 @@ class Case:
             value_bias_C=self.biases[1],
             query_factor_H=self.factor,
             theta=self.theta,
-            key_mean_Hc=self.mean_Hc,
             trace=trace,
             layer=layer,
         )
@@ -91,7 +88,6 @@ class Case:
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
         if self.scheme.l2_norm:
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        k = k if self.mean_Hc is None else k - self.mean_Hc[:, None]
         return q * self.factor[:, None, None], k, v
 
     def spec(self) -> AttentionSpec:
@@ -120,7 +116,7 @@ CASES = [
     {"value_bits": 4, "theta": 0.01},
     {"policy": "segment", "value_bits": 4, "theta": 0.02, "head_width": 64},
     {"value_bits": 6, "max_order": 1, "theta": 0.0},
-    {"key_mean": True, "l2_norm": True},
+    {"l2_norm": True},
 ]
 
 
@@ -325,10 +321,3 @@ def test_extremes_of_codes_do_not_overflow(isa: str) -> None:
         p = (q[:, :, queries] @ k[:, :, :keys].transpose(-1, -2)).softmax(-1)
         want = (p @ v[:, :, :keys]).transpose(1, 2).flatten(2)
         torch.testing.assert_close(out[:, queries], want, rtol=1e-3, atol=0.02)
-
-
-def test_a_scheme_says_what_it_lacks() -> None:
-    lacks = Case(value_bits=4).scheme.lacks
-    assert lacks() is None and lacks(0.01) is None
-    assert "integers up to 2040, at most 127" in (Case(value_bits=8).scheme.lacks(0.01) or "")
-    assert "head width 129" in (Case(head_width=129).scheme.lacks() or "")

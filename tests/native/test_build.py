@@ -1,5 +1,6 @@
 """The build of the native core: what it says without a compiler, that a stale library is not used,
-and that builds at the same time, or killed on the way, leave a whole one."""
+what is compiled for which processor, and that builds at the same time, or killed on the way, leave
+a whole one."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from varptq.errors import ConfigError
 from varptq.native import binding, build
 
 
@@ -63,6 +65,31 @@ def test_a_library_of_other_sources_is_not_used(
     monkeypatch.setattr(build, "source_hash", lambda: "0123456789abcdef")
     assert binding.core() is None
     assert "built from other sources" in binding.reason()
+
+
+def test_the_table_names_sources_and_instruction_sets_that_exist() -> None:
+    for name, isas in build.ISAS_OF.items():
+        assert (build.SOURCES / name).is_file(), name
+        assert set(isas) <= set(build.FLAGS_OF_ISA), name
+    names = [unit.name for unit in build.units()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.slow
+def test_other_processors_get_the_portable_kernels_alone(
+    loading: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel of x86 that is asked for where there is none would be missing at the load."""
+    monkeypatch.setattr(build, "_is_x86", lambda: False)
+    monkeypatch.setattr(build, "OBJECTS", loading.parent / "build")
+    monkeypatch.setattr(build, "OPTIMIZED", ("-O0",))
+    assert {unit.isa for unit in build.units()} == {build.PORTABLE}
+    try:
+        build.build()
+    except ConfigError as error:
+        assert "no C++ compiler" in str(error)
+        pytest.skip("no C++ compiler")
+    assert binding.core() is not None, binding.reason()
 
 
 SLOW = """#!/bin/sh

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from varptq.native import binding
+from varptq.native.linear import PackedWeight, accumulate, linear, pack
+from varptq.native.quantize import Rows, quantize
 
 pytestmark = [
     pytest.mark.native,
@@ -61,8 +63,8 @@ class Problem(NamedTuple):
     row_group: int | None
     weight_group: int | None
 
-    def rows(self, x: Tensor | None = None, *, sign_split: bool = False) -> binding.Rows:
-        return binding.quantize(
+    def rows(self, x: Tensor | None = None, *, sign_split: bool = False) -> Rows:
+        return quantize(
             self.x if x is None else x,
             num_bits=self.row_bits,
             row_group=self.row_group,
@@ -70,14 +72,14 @@ class Problem(NamedTuple):
             sign_split=sign_split,
         )
 
-    def packed(self) -> binding.PackedWeight:
-        return binding.pack(
+    def packed(self) -> PackedWeight:
+        return pack(
             *(self.codes, self.scale, self.zero_point),
             num_bits=self.weight_bits,
             row_group=self.row_group,
         )
 
-    def products(self, rows: binding.Rows) -> Tensor:
+    def products(self, rows: Rows) -> Tensor:
         """P' (M, N, S) int64 from the definition."""
         segments = rows.sums.shape[1]
         zero = rows.zero_point.repeat_interleave(self.codes.shape[1] // rows.zero_point.shape[1], 1)
@@ -87,7 +89,7 @@ class Problem(NamedTuple):
         cut = (a.unflatten(1, (segments, -1)), w.unflatten(1, (segments, -1)))
         return torch.einsum("msk,nsk->mns", *cut)
 
-    def outputs(self, rows: binding.Rows) -> tuple[Tensor, Tensor]:
+    def outputs(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(y, sum of magnitudes) in float64, without bias; one row per row of codes."""
         spread = self.codes.shape[1] // rows.zero_point.shape[1]
         a = rows.plain_codes.double() - rows.zero_point.repeat_interleave(spread, 1)
@@ -129,8 +131,8 @@ def check(p: Problem) -> None:
         assert binding.select_isa(name)
         rows, weight = p.rows(), p.packed()
         exact = p.products(rows)
-        assert torch.equal(binding.accumulate(rows, weight).long(), exact), name
-        y = binding.linear(rows, weight, p.bias)
+        assert torch.equal(accumulate(rows, weight).long(), exact), name
+        y = linear(rows, weight, p.bias)
         want, size = p.outputs(rows)
         error = (y.double() - want - p.bias).abs() / (size + p.bias.abs() + 1e-9)
         assert error.max() < SUM_ERROR, (name, error.max())
@@ -197,14 +199,14 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(
             continue
         binding.select_isa(name)
         weight = p.packed()
-        whole = binding.linear(p.rows(), weight, p.bias)
+        whole = linear(p.rows(), weight, p.bias)
         for cut in (1, 5, 12, 100):
-            parts = [binding.linear(p.rows(x), weight, p.bias) for x in p.x[:48].split(cut)]
+            parts = [linear(p.rows(x), weight, p.bias) for x in p.x[:48].split(cut)]
             assert torch.equal(torch.cat(parts), whole[:48]), (name, cut)
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(2)
-            assert torch.equal(binding.linear(p.rows(), weight, p.bias), whole), name
+            assert torch.equal(linear(p.rows(), weight, p.bias), whole), name
         finally:
             torch.set_num_threads(before)
 
@@ -217,8 +219,8 @@ def test_the_two_signs_of_a_row_are_added(groups: tuple[int | None, int | None],
     for name in sets():
         binding.select_isa(name)
         rows, weight = p.rows(sign_split=True), p.packed()
-        assert torch.equal(binding.accumulate(rows, weight).long(), p.products(rows))
-        y = binding.linear(rows, weight, p.bias)
+        assert torch.equal(accumulate(rows, weight).long(), p.products(rows))
+        y = linear(rows, weight, p.bias)
         want, size = p.outputs(rows)
         error = (y.double() - want[0::2] - want[1::2] - p.bias).abs()
         assert (error / (size[0::2] + size[1::2] + p.bias.abs())).max() < SUM_ERROR
@@ -234,19 +236,19 @@ def test_bias_may_depend_on_the_token_and_y_may_be_bfloat16() -> None:
         binding.select_isa(name)
         x = p.x.view(2, 5, 130)
         rows, weight = p.rows(x), p.packed()
-        plain = [binding.linear(rows, weight, table[i].contiguous()) for i in range(3)]
+        plain = [linear(rows, weight, table[i].contiguous()) for i in range(3)]
         want = torch.stack([plain[i][:, t] for t, i in enumerate(token_rows.tolist())], dim=1)
-        assert torch.equal(binding.linear(rows, weight, table, token_rows), want)
-        half = binding.linear(rows, weight, table, token_rows, dtype=torch.bfloat16)
+        assert torch.equal(linear(rows, weight, table, token_rows), want)
+        half = linear(rows, weight, table, token_rows, dtype=torch.bfloat16)
         assert torch.equal(half, want.bfloat16())
 
 
 def test_a_weight_packed_for_other_groups_is_refused() -> None:
     p = problem((3, 16, 256), (4, 4), (64, 128))
     with pytest.raises(ValueError, match="packed for 64 and 64"):
-        binding.linear(binding.quantize(p.x, num_bits=4), p.packed())
+        linear(quantize(p.x, num_bits=4), p.packed())
     with pytest.raises(ValueError, match="do not nest"):
-        binding.quantize(p.x, num_bits=4, row_group=96)
+        quantize(p.x, num_bits=4, row_group=96)
 
 
 def test_four_bit_weights_take_half_the_memory() -> None:
@@ -258,12 +260,12 @@ def test_four_bit_weights_take_half_the_memory() -> None:
 @pytest.mark.parametrize("name", ["portable", "avx2", "amx", "nonsense"])
 def test_the_environment_caps_the_instruction_set_and_never_crashes(name: str) -> None:
     program = (
-        "from varptq.native import binding as b; import torch;"
+        "from varptq.native import binding, linear, quantize; import torch;"
         "x = torch.ones(3, 64); w = torch.ones(5, 64, dtype=torch.uint8);"
-        "p = b.pack(w, torch.ones(5, 1), torch.zeros(5, 1), num_bits=8);"
-        "y = b.linear(b.quantize(x, num_bits=8), p);"
+        "p = linear.pack(w, torch.ones(5, 1), torch.zeros(5, 1), num_bits=8);"
+        "y = linear.linear(quantize.quantize(x, num_bits=8), p);"
         "assert abs(float(y.sum()) - 960) < 1e-2, y;"
-        "print(b.isa())"
+        "print(binding.isa())"
     )
     env = {**os.environ, "VARPTQ_ISA": name}
     done = subprocess.run(
@@ -281,10 +283,10 @@ def test_a_child_process_computes_after_a_fork() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        y = binding.linear(p.rows(), p.packed(), p.bias)
+        y = linear(p.rows(), p.packed(), p.bias)
         child = os.fork()
         if child == 0:
-            same = torch.equal(binding.linear(p.rows(), p.packed(), p.bias), y)
+            same = torch.equal(linear(p.rows(), p.packed(), p.bias), y)
             os._exit(0 if same else 1)
         assert os.waitpid(child, 0)[1] == 0
     finally:
@@ -301,8 +303,8 @@ def test_row_numbers_spread_over_many_tokens_outlive_the_call() -> None:
     weight = p.packed()
     for number in (0, 3, 4) * 10:
         one = torch.tensor([number], dtype=torch.int32)
-        rows = binding.quantize(x, num_bits=8, means=means, mean_rows=one)
-        want = binding.quantize(x - means[number], num_bits=8)
+        rows = quantize(x, num_bits=8, means=means, mean_rows=one)
+        want = quantize(x - means[number], num_bits=8)
         assert torch.equal(rows.codes, want.codes)
-        found = binding.linear(rows, weight, table, one)
-        assert torch.equal(found, binding.linear(want, weight, table[number].contiguous()))
+        found = linear(rows, weight, table, one)
+        assert torch.equal(found, linear(want, weight, table[number].contiguous()))

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(binding.core() is None, reason=binding.reason() or "built"),
 ]
 
-native = pytest.importorskip("varptq.native.binding_attention")
+native = pytest.importorskip("varptq.native.phi")
 
 # One sum of 9 C terms in sequence against torch's blocked ones; C = 32 gives 288 terms.
 ERROR_OVER_TORCH = 4

@@ -8,24 +8,27 @@ import pytest
 import torch
 
 from varptq.errors import InputError
-from varptq.native import binding, binding_attention
+from varptq.native import attention, binding
+from varptq.native.linear import PackedWeight, linear, pack
+from varptq.native.phi import add_phi
+from varptq.native.quantize import Rows, quantize
 
 pytestmark = pytest.mark.skipif(binding.core() is None, reason=binding.reason() or "built")
 
 INPUTS, OUTPUTS = 64, 3
 
 
-def packed() -> binding.PackedWeight:
+def packed() -> PackedWeight:
     codes = torch.zeros(OUTPUTS, INPUTS, dtype=torch.uint8)
     ones = torch.ones(OUTPUTS, 1)
-    return binding.pack(codes, ones, torch.zeros(OUTPUTS, 1), num_bits=4)
+    return pack(codes, ones, torch.zeros(OUTPUTS, 1), num_bits=4)
 
 
-def quantized() -> binding.Rows:
-    return binding.quantize(torch.ones(2, INPUTS), num_bits=4)
+def quantized() -> Rows:
+    return quantize(torch.ones(2, INPUTS), num_bits=4)
 
 
-def linear(**changes: object) -> torch.Tensor:
+def product(**changes: object) -> torch.Tensor:
     """A product with fields of rows (`rows_*`) or of the weight replaced."""
     rows, weight = quantized(), packed()
     for name, value in changes.items():
@@ -33,55 +36,53 @@ def linear(**changes: object) -> torch.Tensor:
             rows = rows._replace(**{name.removeprefix("rows_"): value})
         else:
             weight = weight._replace(**{name: value})
-    return binding.linear(rows, weight)
+    return linear(rows, weight)
 
 
 def attend(cache_rows: int = 2, **changes: torch.Tensor) -> torch.Tensor:
-    scheme = binding_attention.AttentionScheme(2, 16, (1, 5), "token", 4, 4, 4, 4, l2_norm=False)
+    scheme = attention.AttentionScheme(2, 16, (1, 5), "token", 4, 4, 4, 4, l2_norm=False)
     operands = {
         "query_bias_C": torch.zeros(32),
         "value_bias_C": torch.zeros(32),
         "query_factor_H": torch.ones(2),
         **changes,
     }
-    cache = binding_attention.AttentionCache(scheme, cache_rows)
+    cache = attention.AttentionCache(scheme, cache_rows)
     qkv = torch.zeros(2, 1, 96)
-    return binding_attention.attend(scheme, qkv, cache, [(slice(0, 1), 1, 0)], **operands)
+    return attention.attend(scheme, qkv, cache, [(slice(0, 1), (1,))], **operands)
 
 
 CALLS: dict[str, Callable[[], object]] = {
-    "input on meta": lambda: binding.quantize(torch.ones(2, INPUTS, device="meta"), num_bits=4),
-    "means of float64": lambda: binding.quantize(
+    "input on meta": lambda: quantize(torch.ones(2, INPUTS, device="meta"), num_bits=4),
+    "means of float64": lambda: quantize(
         torch.ones(2, INPUTS), num_bits=4, means=torch.zeros(1, INPUTS, dtype=torch.float64)
     ),
-    "short means": lambda: binding.quantize(
+    "short means": lambda: quantize(
         torch.ones(2, INPUTS), num_bits=4, means=torch.zeros(1, INPUTS - 1)
     ),
-    "row of no mean": lambda: binding.quantize(
+    "row of no mean": lambda: quantize(
         torch.ones(1, 2, INPUTS),
         num_bits=4,
         means=torch.zeros(2, INPUTS),
         mean_rows=torch.tensor([0, 2], dtype=torch.int32),
     ),
-    "scale of bfloat16": lambda: linear(scale=packed().scale.bfloat16()),
-    "short weight": lambda: linear(packed=packed().packed[:-1]),
-    "weight on meta": lambda: linear(packed=packed().packed.to("meta")),
-    "scale of rows in float64": lambda: linear(rows_scale=quantized().scale.double()),
-    "fewer sums": lambda: linear(rows_sums=quantized().sums[:1]),
-    "short bias": lambda: binding.linear(
-        quantized(), packed(), torch.zeros(OUTPUTS, dtype=torch.float64)
-    ),
+    "scale of bfloat16": lambda: product(scale=packed().scale.bfloat16()),
+    "short weight": lambda: product(packed=packed().packed[:-1]),
+    "weight on meta": lambda: product(packed=packed().packed.to("meta")),
+    "scale of rows in float64": lambda: product(rows_scale=quantized().scale.double()),
+    "fewer sums": lambda: product(rows_sums=quantized().sums[:1]),
+    "short bias": lambda: linear(quantized(), packed(), torch.zeros(OUTPUTS, dtype=torch.float64)),
     "small cache": lambda: attend(cache_rows=1),
     "biases of other size": lambda: attend(value_bias_C=torch.zeros(31)),
     "factor on meta": lambda: attend(query_factor_H=torch.ones(2, device="meta")),
-    "phi of other size": lambda: binding_attention.add_phi(
+    "phi of other size": lambda: add_phi(
         torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 2, 2), torch.zeros(4, 4, 3, 3), torch.zeros(4)
     ),
 }
 
 
 def test_what_fits_is_computed() -> None:
-    assert linear().shape == (2, OUTPUTS)
+    assert product().shape == (2, OUTPUTS)
     assert attend().shape == (2, 1, 32)
 
 

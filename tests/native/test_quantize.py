@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
 from varptq.native import binding
+from varptq.native.quantize import Norm, quantize
 from varptq.quant.affine import affine_codes, affine_grid, to_groups
 from varptq.quant.sign_split import sign_split_codes, sign_split_grid
 from varptq.quant.transforms import hadamard
@@ -81,7 +82,7 @@ def test_affine_codes_are_those_of_the_reference(
     codes = affine_codes(cut, grid, bits).flatten(1)
     for name in sets():
         binding.select_isa(name)
-        rows = binding.quantize(x, num_bits=bits, row_group=group)
+        rows = quantize(x, num_bits=bits, row_group=group)
         assert torch.equal(rows.plain_codes.float(), codes), name
         assert torch.equal(rows.scale, grid.scale.squeeze(-1))
         assert torch.equal(rows.zero_point.float(), grid.zero_point.squeeze(-1))
@@ -101,7 +102,7 @@ def test_sign_split_codes_are_those_of_the_reference(
     codes = sign_split_codes(cut, grid, bits).flatten(1)
     for name in sets():
         binding.select_isa(name)
-        rows = binding.quantize(x, num_bits=bits, row_group=group, sign_split=True)
+        rows = quantize(x, num_bits=bits, row_group=group, sign_split=True)
         positive, negative = rows.plain_codes[0::2].float(), rows.plain_codes[1::2].float()
         assert torch.equal(positive - negative, codes), name
         assert torch.equal(rows.scale[0::2], grid.positive.squeeze(-1))
@@ -119,7 +120,7 @@ def test_the_rotation_is_that_of_the_reference_to_the_bit(block: int) -> None:
     grid = affine_grid(want, 4)
     for name in sets():
         binding.select_isa(name)
-        rows = binding.quantize(
+        rows = quantize(
             *(x,), num_bits=4, means=means, mean_rows=token_rows, hadamard=block, keep_values=True
         )
         assert rows.values is not None
@@ -137,9 +138,9 @@ def test_norm_and_gelu_agree_with_float64_and_on_all_sets(k: int) -> None:
     first: list[Tensor] = []
     for name in sets():
         binding.select_isa(name)
-        norm = binding.Norm(gain, shift)
-        a = binding.quantize(x, num_bits=8, norm=norm, keep_values=True)
-        b = binding.quantize(x, num_bits=8, gelu=True, keep_values=True)
+        norm = Norm(gain, shift)
+        a = quantize(x, num_bits=8, norm=norm, keep_values=True)
+        b = quantize(x, num_bits=8, gelu=True, keep_values=True)
         assert a.values is not None and b.values is not None
         scale = modulated.abs().amax() + normal.abs().amax()
         assert (a.values.view(2, 3, k) - modulated).abs().max() < PROLOGUE_ERROR * scale
@@ -152,7 +153,7 @@ def test_bfloat16_rows_are_their_float32_values() -> None:
     x = data(3, 130, "plain", 0).bfloat16()
     for name in sets():
         binding.select_isa(name)
-        half, full = (binding.quantize(v, num_bits=8) for v in (x, x.float()))
+        half, full = (quantize(v, num_bits=8) for v in (x, x.float()))
         assert torch.equal(half.codes, full.codes) and torch.equal(half.scale, full.scale), name
 
 
@@ -164,16 +165,16 @@ def test_nan_and_infinity_are_refused_by_the_layers_name(bad: float, place: int)
     for name in sets():
         binding.select_isa(name)
         with pytest.raises(NonFiniteError, match=r"layer blocks\.0\.fc1: input holds NaN"):
-            binding.quantize(x, num_bits=8, layer="blocks.0.fc1")
+            quantize(x, num_bits=8, layer="blocks.0.fc1")
 
 
 def test_rows_do_not_depend_on_the_number_of_threads() -> None:
     x = data(67, 130, "plain", 0)
-    one = binding.quantize(x, num_bits=8)
+    one = quantize(x, num_bits=8)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        two = binding.quantize(x, num_bits=8)
+        two = quantize(x, num_bits=8)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one.codes, two.codes) and torch.equal(one.sums, two.sums)

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(binding.core() is None, reason=binding.reason() or "built"),
 ]
 
-native = pytest.importorskip("varptq.native.binding_attention")
+native = pytest.importorskip("varptq.native.sampler")
 
 # Cumulative sums of up to 4096 float32 probabilities, in another order and with another exp.
 BORDER = 2e-5

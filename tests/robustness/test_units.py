@@ -16,6 +16,7 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.models.pipeline import Pipeline
 from varptq.models.seams import Span, ValueFold
 from varptq.native import binding
+from varptq.native.quantize import quantize
 from varptq.quant import straight_through
 from varptq.quant.adaround import init_alpha
 from varptq.quant.affine import LEAST_SCALE, affine_codes, affine_fake, affine_grid
@@ -137,7 +138,7 @@ def test_a_scale_is_a_normal_float(fill: float, counted: Callable[[], None]) -> 
 def test_the_native_core_has_no_units(power: int, counted: Callable[[], None]) -> None:
     counted()
     x = rows()[:, :32].contiguous() * 2.0**power
-    found, grid = binding.quantize(x, num_bits=8), affine_grid(x, 8)
+    found, grid = quantize(x, num_bits=8), affine_grid(x, 8)
     assert torch.equal(found.scale.view(-1), grid.scale.view(-1))
     assert torch.equal(found.zero_point.view(-1).float(), grid.zero_point.view(-1))
 

@@ -14,6 +14,8 @@ import torch
 from cli_calls import run
 from varptq.cli.common import usable_cores
 from varptq.native import binding
+from varptq.native.linear import linear, pack
+from varptq.native.quantize import quantize
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +51,16 @@ def test_the_native_core_takes_no_more_than_there_are_cores() -> None:
     # A number it is never given by torch.
     assert binding.usable_threads(0) == binding.usable_threads(-3) == 1
     g = torch.Generator().manual_seed(0)
-    weight = binding.pack(
+    weight = pack(
         torch.randint(0, 256, (130, 192), generator=g, dtype=torch.uint8),
         *(torch.ones(130, 1), torch.zeros(130, 1)),
         num_bits=8,
     )
     x = torch.randn(37, 192, generator=g)
     torch.set_num_threads(1)
-    expected = binding.linear(binding.quantize(x, num_bits=8), weight)
+    expected = linear(quantize(x, num_bits=8), weight)
     torch.set_num_threads(300)
-    assert torch.equal(binding.linear(binding.quantize(x, num_bits=8), weight), expected)
+    assert torch.equal(linear(quantize(x, num_bits=8), weight), expected)
 
 
 @pytest.mark.native

@@ -1,10 +1,11 @@
 """Build the native core: `python -m varptq.native.build [--sanitize] [--force]`.
 
-Every src/*.cpp is compiled by the first C++17 compiler found ($CXX, g++, clang++, c++); files named
-*_avx2.cpp, *_avx512vnni.cpp and *_amx.cpp get the instruction set of their name and exist on x86-64
-only. Objects are kept in build/ under a hash of what went into them, so a rebuild compiles what
-changed. The result, _core.so, carries the hash of all sources: `source_hash` tells a stale one.
-Builds that run at once take turns by a lock on build/, and whatever is written appears whole.
+Every .cpp below src/ is compiled by the first C++17 compiler found ($CXX, g++, clang++, c++): once
+and for any processor, or for each instruction set that ISAS_OF names; those of x86-64 are left out
+on other machines. Objects are kept in build/ under a hash of what went into them, so a rebuild
+compiles what changed. The result, _core.so, carries the hash of all sources: `source_hash` tells a
+stale one. Builds that run at once take turns by a lock on build/, and whatever is written appears
+whole.
 
 --sanitize builds and runs the C++ tests under the address and undefined-behaviour sanitizers.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -23,6 +25,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from varptq.errors import ConfigError, OutputError, VarptqError
 
@@ -45,10 +48,25 @@ OPTIMIZED = ("-O3",)
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-FLAGS_OF_SUFFIX = {
-    "_avx2": _AVX2,
-    "_avx512vnni": (*_AVX512, "-mprefer-vector-width=512"),
-    "_amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mprefer-vector-width=512"),
+PORTABLE = "portable"
+# Flags of an instruction set; its source sees its name as VQ_ISA, by which src/machine/isa.h keeps
+# the symbols of one source compiled several times apart.
+FLAGS_OF_ISA = {
+    PORTABLE: (),
+    "avx2": _AVX2,
+    "avx512vnni": (*_AVX512, "-mprefer-vector-width=512"),
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mprefer-vector-width=512"),
+}
+_VECTOR = (PORTABLE, "avx2", "avx512vnni")
+# What each source below src/ is compiled for; those without a row are portable.
+ISAS_OF = {
+    "attention/kernel.cpp": _VECTOR,
+    "phi/kernel.cpp": _VECTOR,
+    "quantize/kernel.cpp": _VECTOR,
+    "sampler/kernel.cpp": _VECTOR,
+    "linear/gemm_avx2.cpp": ("avx2",),
+    "linear/gemm_avx512vnni.cpp": ("avx512vnni",),
+    "linear/gemm_amx.cpp": ("amx",),
 }
 
 
@@ -68,12 +86,28 @@ def _is_x86() -> bool:
     return platform.machine().lower() in {"x86_64", "amd64"}
 
 
-def _flags_of(source: Path) -> tuple[str, ...] | None:
-    """The instruction set flags of a file; None for one that this architecture lacks."""
-    for suffix, flags in FLAGS_OF_SUFFIX.items():
-        if source.stem.endswith(suffix):
-            return flags if _is_x86() else None
-    return ()
+class Unit(NamedTuple):
+    """A source compiled for one instruction set."""
+
+    source: Path
+    isa: str = PORTABLE
+
+    @property
+    def name(self) -> str:
+        """Of its object: "attention-kernel-avx2"."""
+        folder = self.source.parent
+        own = folder.relative_to(SOURCES).parts if folder.is_relative_to(SOURCES) else ()
+        return "-".join((*own, self.source.stem, self.isa))
+
+
+def units() -> list[Unit]:
+    """What the core is made of on this machine."""
+    found = [
+        Unit(source, isa)
+        for source in sorted(SOURCES.rglob("*.cpp"))
+        for isa in ISAS_OF.get(source.relative_to(SOURCES).as_posix(), (PORTABLE,))
+    ]
+    return [unit for unit in found if _is_x86() or unit.isa == PORTABLE]
 
 
 def _digest(parts: Sequence[bytes]) -> str:
@@ -85,9 +119,10 @@ def _digest(parts: Sequence[bytes]) -> str:
 
 def source_hash() -> str:
     """Hash of everything that decides what _core.so does, but for the compiler."""
-    files = sorted(p for p in SOURCES.iterdir() if p.suffix in {".h", ".cpp"})
-    flags = repr((COMMON, OPTIMIZED, FLAGS_OF_SUFFIX)).encode()
-    return _digest([flags, *(part for p in files for part in (p.name.encode(), p.read_bytes()))])
+    files = sorted(p for p in SOURCES.rglob("*") if p.suffix in {".h", ".cpp"})
+    named = ((p.relative_to(SOURCES).as_posix().encode(), p.read_bytes()) for p in files)
+    flags = repr((COMMON, OPTIMIZED, FLAGS_OF_ISA, ISAS_OF)).encode()
+    return _digest([flags, *itertools.chain.from_iterable(named)])
 
 
 def _run(command: Sequence[str]) -> None:
@@ -105,25 +140,24 @@ class _Build:
         self.compiler, self.options, self.force = compiler(), tuple(options), force
         self.folder = OBJECTS / folder
         version = subprocess.run([self.compiler, "--version"], capture_output=True, check=False)
-        headers = sorted(SOURCES.glob("*.h"))
+        headers = sorted(SOURCES.rglob("*.h"))
         self.common = [version.stdout, *(p.read_bytes() for p in headers)]
 
-    def objects(self, sources: Sequence[Path]) -> list[Path]:
-        wanted = [s for s in sources if _flags_of(s) is not None]
+    def objects(self, wanted: Sequence[Unit]) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
             return list(workers.map(self._object, wanted))
 
-    def _object(self, source: Path) -> Path:
-        flags = [*COMMON, *self.options, *(_flags_of(source) or ())]
+    def _object(self, unit: Unit) -> Path:
+        flags = [*COMMON, *self.options, *FLAGS_OF_ISA[unit.isa], f"-DVQ_ISA={unit.isa}"]
         if not _is_x86():
             flags.append("-DVQ_PORTABLE_ONLY")
-        if "VQ_SOURCE_HASH" in source.read_text():
+        if "VQ_SOURCE_HASH" in unit.source.read_text():
             flags.append(f'-DVQ_SOURCE_HASH="{source_hash()}"')
-        key = _digest([*self.common, source.read_bytes(), repr(flags).encode()])
-        made = self.folder / f"{source.stem}-{key}.o"
+        key = _digest([*self.common, unit.source.read_bytes(), repr(flags).encode()])
+        made = self.folder / f"{unit.name}-{key}.o"
         if self.force or not made.exists():
-            self._write(made, [*flags, f"-I{SOURCES}", "-c", str(source)])
+            self._write(made, [*flags, f"-I{SOURCES}", "-c", str(unit.source)])
         return made
 
     def forget_old(self, used: Sequence[Path]) -> None:
@@ -164,7 +198,7 @@ def build(*, force: bool = False) -> Path:
         raise OutputError(f"{LIBRARY.parent} cannot be written; build the native core as its owner")
     maker = _Build("release", OPTIMIZED, force=force)
     with _alone():
-        objects = maker.objects(sorted(SOURCES.glob("*.cpp")))
+        objects = maker.objects(units())
         maker.link(objects, LIBRARY, "-shared")
         maker.forget_old(objects)
     return LIBRARY
@@ -177,10 +211,10 @@ def sanitize() -> int:
         raise ConfigError(f"no C++ tests in {NATIVE_TESTS}; run this in a checkout")
     maker = _Build("sanitized", SANITIZED)
     with _alone():
-        core = maker.objects(sorted(SOURCES.glob("*.cpp")))
+        core = maker.objects(units())
         programs = [maker.folder / test.stem for test in tests]
         for test, program in zip(tests, programs, strict=True):
-            maker.link([*core, *maker.objects([test])], program)
+            maker.link([*core, *maker.objects([Unit(test)])], program)
     return max(subprocess.run([str(program)], check=False).returncode != 0 for program in programs)
 
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from varptq.errors import InputError
 
+# Floats that the core reads and writes, by their number in src/varptq.h.
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
 
 def pointer(t: Tensor, what: str, dtype: torch.dtype, *shape: int) -> int:
     """The address of a contiguous CPU tensor of this dtype and shape.
@@ -29,6 +32,15 @@ def row_numbers(t: Tensor, what: str, tokens: int, table: Tensor) -> int:
     if low < 0 or high >= len(table):
         raise InputError(f"native core, {what}: {low}..{high}, expected 0..{len(table) - 1}")
     return address
+
+
+def per_token(rows: Tensor | None, tokens: int) -> Tensor | None:
+    """Row numbers per token, one for all spread over the tokens."""
+    if rows is not None and rows.numel() == 1 and tokens != 1:
+        rows = rows.reshape(1).expand(tokens).contiguous()
+    if rows is not None and rows.numel() != tokens:
+        raise ValueError(f"{rows.numel()} row numbers for {tokens} tokens an image")
+    return rows
 
 
 def dense(x: Tensor, what: str, *shape: int) -> Tensor:

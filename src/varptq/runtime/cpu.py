@@ -1,8 +1,7 @@
 """Runtime "cpu": the native core, or torch's own integer products where there is no core.
 
-Both execute the same configurations, those whose codes and zero points fit the kernels, refuse the
-others by name, and compute the definitions of runtime "reference". What torch does without the core
-is in cpu_torch.py.
+Both execute the same configurations, those that limits.py lets through, and compute the definitions
+of runtime "reference". What torch does without the core is in cpu_torch.py.
 """
 
 from __future__ import annotations
@@ -16,62 +15,27 @@ from torch import Tensor, nn
 
 from varptq.models.sampling import ImageRandom, PerImageSampler, Sampler, SamplingSettings
 from varptq.models.seams import LAYER_NORM_EPS, Span
-from varptq.native import binding, binding_attention
+from varptq.native import attention, binding, linear, quantize, sampler
+from varptq.native.phi import add_phi
+from varptq.runtime.cpu_torch import TorchKernels
 from varptq.runtime.kernels import AttentionRule, InputRule, Kernels, Pending, Weight
-
-# Sums of more products of two 8-bit codes might leave int32.
-MAX_SEGMENT = 2**14
+from varptq.runtime.limits import refuse_attention, refuse_linear
 
 
 def cpu_kernels() -> Kernels:
     """The native core where it is there, else torch's integer products with a warning."""
     if binding.core() is not None:
         return NativeKernels()
-    from varptq.runtime.cpu_torch import TorchKernels
-
     warnings.warn(f"runtime 'cpu' takes its slow path: {binding.reason()}", stacklevel=2)
     return TorchKernels()
 
 
-def refuse_linear(rule: InputRule) -> str | None:
-    """What of a Linear the kernels of this runtime lack."""
-    if rule.range_rule != "with_zero" and not rule.sign_split:
-        return f"input range rule {rule.range_rule!r}, whose zero points need not be codes"
-    if not rule.weight_zero_is_code:
-        return "weight range rule 'min_max', whose zero points need not be codes"
-    group, other = rule.group, rule.weight_group
-    if group and other and max(group, other) % min(group, other):
-        return f"input groups of {group} and weight groups of {other}, which do not nest"
-    if min(group or rule.inputs, other or rule.inputs) > MAX_SEGMENT:
-        return f"{rule.inputs} inputs that share a scale, at most {MAX_SEGMENT}"
-    return None
-
-
-def refuse_attention(rule: AttentionRule) -> str | None:
-    """What of an attention the kernels of this runtime lack."""
-    spec = rule.spec
-    if spec.policy == "release":
-        return "attention policy 'release', whose codes change when the cache grows"
-    for name in ("query", "key", "probability", "value"):
-        operand = getattr(spec, name)
-        if operand is None:
-            return f"{name} in float"
-        if operand.range_rule != "with_zero" and name != "probability":
-            return f"{name} range rule {operand.range_rule!r}, whose zero points need not be codes"
-    assert spec.key is not None
-    if spec.key.strategy == "channel":
-        return "key strategy 'channel', a scale along the axis that is summed"
-    if spec.renormalize:
-        return "renormalized probabilities"
-    return scheme(rule).lacks(rule.theta)
-
-
-def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> binding_attention.AttentionScheme:
+def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> attention.AttentionScheme:
     """The attention of one layer in the words of the native core; a cache needs `ends`."""
     spec = rule.spec
     assert spec.query and spec.key and spec.value and spec.probability
     assert spec.policy != "release"
-    return binding_attention.AttentionScheme(
+    return attention.AttentionScheme(
         heads=rule.num_heads,
         head_width=rule.head_width,
         ends=ends,
@@ -86,8 +50,8 @@ def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> binding_attention
 
 
 class NativeCache(NamedTuple):
-    scheme: binding_attention.AttentionScheme
-    codes: binding_attention.AttentionCache
+    scheme: attention.AttentionScheme
+    codes: attention.AttentionCache
 
 
 class NativeKernels:
@@ -101,8 +65,8 @@ class NativeKernels:
     def refuse_attention(self, rule: AttentionRule) -> str | None:
         return refuse_attention(rule)
 
-    def pack(self, weight: Weight, rule: InputRule) -> binding.PackedWeight:
-        return binding.pack(
+    def pack(self, weight: Weight, rule: InputRule) -> linear.PackedWeight:
+        return linear.pack(
             weight.codes,
             weight.scale,
             weight.zero_point,
@@ -112,11 +76,11 @@ class NativeKernels:
 
     def quantize(
         self, x: Tensor | Pending, rule: InputRule, means: Tensor | None, rows: Tensor | None
-    ) -> binding.Rows:
+    ) -> quantize.Rows:
         norm = None
         if isinstance(x, Pending):
-            x, norm = x.x_BLC, binding.Norm(x.scale_B1C, x.shift_B1C, LAYER_NORM_EPS)
-        return binding.quantize(
+            x, norm = x.x_BLC, quantize.Norm(x.scale_B1C, x.shift_B1C, LAYER_NORM_EPS)
+        return quantize.quantize(
             x,
             num_bits=rule.num_bits,
             row_group=rule.group,
@@ -132,21 +96,21 @@ class NativeKernels:
 
     def linear(
         self,
-        codes: binding.Rows,
-        packed: binding.PackedWeight,
+        codes: quantize.Rows,
+        packed: linear.PackedWeight,
         bias: Tensor | None,
         rows: Tensor | None,
     ) -> Tensor:
-        return binding.linear(codes, packed, bias, rows)
+        return linear.linear(codes, packed, bias, rows)
 
     def new_cache(self, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> NativeCache:
         layout = scheme(rule, ends)
-        return NativeCache(layout, binding_attention.AttentionCache(layout, rows))
+        return NativeCache(layout, attention.AttentionCache(layout, rows))
 
     def attend(
         self, qkv_BlD: Tensor, rule: AttentionRule, cache: NativeCache, spans: Sequence[Span]
     ) -> Tensor:
-        return binding_attention.attend(
+        return attention.attend(
             cache.scheme,
             qkv_BlD,
             cache.codes,
@@ -174,7 +138,7 @@ class NativePhi(nn.Module):
         self.weight, self.bias = phi.weight, phi.bias
 
     def forward(self, h_BCPP: Tensor) -> Tensor:
-        return binding_attention.add_phi(torch.zeros_like(h_BCPP), h_BCPP, self.weight, self.bias)
+        return add_phi(torch.zeros_like(h_BCPP), h_BCPP, self.weight, self.bias)
 
 
 class NativeSampler(PerImageSampler):
@@ -191,7 +155,7 @@ class NativeSampler(PerImageSampler):
     ) -> tuple[Tensor, Tensor | None]:
         length, vocabulary = logits_BlV.shape[1:]
         noise_BlV = torch.stack([random.uniform(length, vocabulary) for random in randoms])
-        drawn = binding_attention.sample(
+        drawn = sampler.sample(
             logits_BlV,
             guidance=guidance,
             top_k=settings.top_k,

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varptq.runtime.cpu import refuse_attention, refuse_linear
 from varptq.runtime.kernels import AttentionRule, InputRule, Weight
+from varptq.runtime.limits import refuse_attention, refuse_linear
 from varptq.runtime.reference import ReferenceKernels, Rows
 
 PROBE = 128

@@ -1,0 +1,272 @@
+// Scores, softmax, probability codes and the value mix of the queries of one row and head. Written
+// on lanes.h, compiled once per instruction set.
+//
+//   sum (q - zq)(k - zk) = sum q k' - zq sum k' + zk' (c zq - sum q)
+//   sum p (v - zv)       = sum p v' - sum p zv',     x' = x - 128 for codes and zero points
+//
+// Products of int16 pairs give the second and third term of a score. A tile of the plan: up to six
+// queries by kVectors vectors of 16 keys (or channels) in registers, over all channels (places).
+#pragma once
+
+#include "attention/codes.h"
+#include "lanes/vmath.h"
+
+#define VQ_APART __attribute__((noinline))
+
+namespace vq {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectors = 4, kTileQueries = 6;
+#else
+constexpr int kVectors = 1, kTileQueries = 2;
+#endif
+constexpr float kLowest = -3.0e38f;
+// e^-60 is nothing beside the largest, which is 1, and keeps products with it normal.
+constexpr float kFarBelow = -60.0f;
+
+alignas(64) constexpr int32_t kIndex[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                8, 9, 10, 11, 12, 13, 14, 15};
+
+// The queries of a tile as codes.
+struct Queries {
+  alignas(64) uint8_t codes[kQueryTile][kMaxHeadWidth];
+  int32_t pair[kQueryTile];  // int16 -zq, c zq - sum q
+  float scale[kQueryTile];
+};
+
+template <int Q, int V>
+struct Sums {
+  Ints of[Q][V];
+};
+
+// 4 consecutive bytes in every lane.
+inline Ints repeated(const uint8_t* four) {
+  int32_t word;
+  std::memcpy(&word, four, 4);
+  return all_int(word);
+}
+
+inline bool quantize_queries(const Head& head, int64_t first, int count, Queries& queries) {
+  const vq_attention_args& args = head.args;
+  const int64_t channels = head.call.layout.channels, width = args.width;
+  const Floats factor = all(args.query_factor[head.head]);
+  Channels x;
+  for (int i = 0; i < count; ++i) {
+    const float* bias = args.query_bias + head.head * width;
+    head.fetch(first + i + kAhead, 0);
+    if (!load_channels(x, head.input(first + i, 0), bias, width, channels)) return false;
+    if (args.l2_norm) make_unit(x, channels);
+    for (int64_t c = 0; c < channels; c += kLanes) store(x.v + c, load(x.v + c) * factor);
+    Range range;
+    widen(range, x, channels);
+    const Grid grid = grid_of(range, args.query_bits);
+    uint8_t* codes = queries.codes[i];
+    for (int64_t c = 0; c < channels; c += kLanes)
+      store_bytes(codes + c, codes_of(load(x.v + c), grid, args.query_bits));
+    int32_t sum = 0;
+    for (int64_t c = 0; c < width; ++c) sum += codes[c];
+    std::memset(codes + width, 0, static_cast<size_t>(channels - width));
+    const int16_t pair[2] = {static_cast<int16_t>(-grid.zero),
+                             static_cast<int16_t>(width * grid.zero - sum)};
+    std::memcpy(&queries.pair[i], pair, sizeof pair);
+    queries.scale[i] = grid.scale;
+    if (args.trace) {
+      const int64_t at = head.index() * args.tokens + first + i;
+      args.trace->query_scale[at] = grid.scale;
+      args.trace->query_zero[at] = grid.zero;
+      std::memcpy(args.trace->query_codes + at * width, codes, static_cast<size_t>(width));
+    }
+  }
+  return true;
+}
+
+// sums[q][v] += over 4 `count` products of u8 rows on the left, s8 vectors on the right. A function
+// of its own with unrolled loops: only then do compilers keep all sums in registers.
+template <int Q, int V>
+VQ_APART void multiply(const uint8_t* left, int64_t left_stride, const int8_t* right,
+                       int64_t vector_stride, int64_t step, int64_t count, Sums<Q, V>& sums) {
+  Ints s[Q][V];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) s[q][v] = sums.of[q][v];
+  for (int64_t k = 0; k < count; ++k, left += 4, right += step) {
+    Ints operand[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      operand[v] = load(reinterpret_cast<const int32_t*>(right + v * vector_stride));
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const Ints four = repeated(left + q * left_stride);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) s[q][v] = dot4(s[q][v], four, operand[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums.of[q][v] = s[q][v];
+}
+
+// Scores of Q queries with V vectors of keys; `best` keeps the running maximum of each query.
+template <int Q, int V>
+inline void score_tile(const Head& head, const Queries& queries, int q0, int64_t vector,
+                       int64_t keys, float* scores, Floats* best) {
+  const CacheLayout& layout = head.call.layout;
+  const int8_t* codes = head.at<int8_t>(layout.keys) + vector * layout.quads * 64;
+  const int32_t* pairs = head.at<int32_t>(layout.pairs) + vector * kLanes;
+  const float* scale = head.at<float>(layout.key_scale) + vector * kLanes;
+  Sums<Q, V> sums;
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < V; ++v)
+      sums.of[q][v] = dot2(all_int(0), load(pairs + v * kLanes), all_int(queries.pair[q0 + q]));
+  multiply<Q, V>(queries.codes[q0], sizeof queries.codes[0], codes, layout.quads * 64, 64,
+                 layout.quads, sums);
+  for (int v = 0; v < V; ++v) {
+    const Floats key_scale = load(scale + v * kLanes);
+    const int64_t at = (vector + v) * kLanes;
+    for (int q = 0; q < Q; ++q) {
+      Floats s = to_float(sums.of[q][v]) * (all(queries.scale[q0 + q]) * key_scale);
+      // Lanes behind the last key hold whatever the cache held.
+      if (at + kLanes > keys)
+        s = where_less(to_float(load(kIndex)), all(static_cast<float>(keys - at)), s, all(kLowest));
+      best[q0 + q] = larger(best[q0 + q], s);
+      store(scores + (q0 + q) * head.call.stride + at, s);
+    }
+  }
+}
+
+template <int Q>
+inline void score_queries(const Head& head, const Queries& queries, int q0, int64_t keys,
+                          float* scores, Floats* best) {
+  const int64_t vectors = (keys + kLanes - 1) / kLanes;
+  int64_t v = 0;
+  for (; v + kVectors <= vectors; v += kVectors)
+    score_tile<Q, kVectors>(head, queries, q0, v, keys, scores, best);
+  for (; v < vectors; ++v) score_tile<Q, 1>(head, queries, q0, v, keys, scores, best);
+}
+
+struct RowSums {
+  float total;    // of exponentials
+  float largest;  // of what the row now holds
+};
+
+// e^(s - max) in place of `count` scores (a multiple of 16), times `factors` unless NULL.
+inline RowSums exponentials(float* row, int64_t count, float largest, const float* factors) {
+  Floats sum = all(0.0f), best = all(0.0f);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Floats e = exp_within(larger(load(row + j) - all(largest), all(kFarBelow)));
+    const Floats x = factors ? e * load(factors + j) : e;
+    sum = sum + e;
+    best = larger(best, x);
+    store(row + j, x);
+  }
+  return {sum_of(sum), largest_of(best)};
+}
+
+// row *= factors, in place; returns the largest product.
+inline float times(float* row, int64_t count, const float* factors) {
+  Floats best = all(0.0f);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Floats x = load(row + j) * load(factors + j);
+    best = larger(best, x);
+    store(row + j, x);
+  }
+  return largest_of(best);
+}
+
+// Codes of one row of probabilities times `sums.total`, places behind a piece 0. Returns the scale.
+inline float probability_codes(const Head& head, const float* row, int64_t keys, RowSums sums,
+                               uint8_t* codes) {
+  const float top = static_cast<float>((1 << head.args.probability_bits) - 1);
+  const float floor = kProbabilityFloor * sums.total;
+  const float peak = sums.largest > floor ? sums.largest : floor;
+  const Floats inverse = all(top / peak);
+  int64_t place = 0;
+  for (const Piece* piece = head.call.pieces;; ++piece) {
+    const int64_t end = piece->end < keys ? piece->end : keys;
+    for (int64_t j = piece->start; j < end; j += kLanes)
+      store_bytes(codes + piece->place + j - piece->start, to_int(load(row + j) * inverse));
+    place = piece->place + end - piece->start;
+    std::memset(codes + place, 0, static_cast<size_t>(-place & 3));
+    if (end == keys) break;
+  }
+  std::memset(codes + place, 0, static_cast<size_t>(-place & 63));
+  return peak / sums.total / top;
+}
+
+// sum p zv' over places first .. last - 1, whose codes behind `last` are another piece's.
+inline int32_t zero_point_sum(const uint8_t* codes, const int8_t* zeros, int64_t first,
+                              int64_t last) {
+  alignas(64) uint8_t tail[64] = {};
+  Ints sum = all_int(0);
+  for (int64_t place = first; place < last; place += 64) {
+    const uint8_t* four = codes + place;
+    if (place + 64 > last) {
+      std::memcpy(tail, four, static_cast<size_t>(last - place));
+      four = tail;
+    }
+    sum = dot4(sum, load(reinterpret_cast<const int32_t*>(four)),
+               load(reinterpret_cast<const int32_t*>(zeros + place)));
+  }
+  return sum_of(sum);
+}
+
+// What the products of one piece are multiplied by, and where they go.
+struct Mixture {
+  const int8_t* values;
+  int64_t channels, places;
+  float scale[kQueryTile];
+  int32_t zero_sum[kQueryTile];
+  float* out;  // (kQueryTile, kMaxHeadWidth)
+  bool first;
+};
+
+template <int Q, int V>
+inline void mix_tile(const Mixture& mix, const uint8_t* codes, int q0, int64_t channel,
+                     int64_t first, int64_t last) {
+  Sums<Q, V> sums;
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < V; ++v) sums.of[q][v] = all_int(-mix.zero_sum[q0 + q]);
+  multiply<Q, V>(codes + q0 * mix.places + first, mix.places,
+                 mix.values + first * mix.channels + 4 * channel, 64, 4 * mix.channels,
+                 (last - first + 3) / 4, sums);
+  for (int q = 0; q < Q; ++q) {
+    for (int v = 0; v < V; ++v) {
+      float* out = mix.out + (q0 + q) * kMaxHeadWidth + channel + v * kLanes;
+      const Floats x = to_float(sums.of[q][v]) * all(mix.scale[q0 + q]);
+      store(out, mix.first ? x : load(out) + x);
+    }
+  }
+}
+
+template <int Q>
+inline void mix_queries(const Mixture& mix, const uint8_t* codes, int q0, int64_t first,
+                        int64_t last) {
+  int64_t channel = 0;
+  for (; channel + kVectors * kLanes <= mix.channels; channel += kVectors * kLanes)
+    mix_tile<Q, kVectors>(mix, codes, q0, channel, first, last);
+  for (; channel < mix.channels; channel += kLanes)
+    mix_tile<Q, 1>(mix, codes, q0, channel, first, last);
+}
+
+// Calls function(Size<Q>, q0) for tiles of queries that cover `count`.
+template <int Q>
+struct Size {
+  static constexpr int value = Q;
+};
+
+template <class Function>
+inline void by_tiles(int count, Function function) {
+  int q = 0;
+  for (; q + kTileQueries <= count; q += kTileQueries) function(Size<kTileQueries>(), q);
+#if defined(__AVX512F__)
+  for (; q + 4 <= count; q += 4) function(Size<4>(), q);
+  for (; q + 2 <= count; q += 2) function(Size<2>(), q);
+#endif
+  for (; q < count; ++q) function(Size<1>(), q);
+}
+
+}  // namespace
+}  // namespace vq

@@ -1,0 +1,100 @@
+// What the Linear kernels need of sixteen lanes beyond lanes.h: the one fused operation, exchange
+// of lanes for rotations, and a look for NaN and infinity.
+#pragma once
+
+#include "lanes/bfloat16.h"
+#include "lanes/lanes.h"
+
+namespace vq {
+namespace {
+
+// a b + c, rounded once: only where a definition says so (linear/linear.h).
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+#elif defined(__AVX2__)
+  return {_mm256_fmadd_ps(a.v, b.v, c.v), _mm256_fmadd_ps(a.w, b.w, c.w)};
+#else
+  return lanewise<Floats>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
+#endif
+}
+
+inline Ints times(Ints a, Ints b) {
+#if defined(__AVX512F__)
+  return {_mm512_mullo_epi32(a.v, b.v)};
+#elif defined(__AVX2__)
+  return {_mm256_mullo_epi32(a.v, b.v), _mm256_mullo_epi32(a.w, b.w)};
+#else
+  return lanewise<Ints>([&](int i) { return a.v[i] * b.v[i]; });
+#endif
+}
+
+// x with the sign bit of `signs` changed where that is set.
+inline Floats flipped(Floats x, Floats signs) {
+#if defined(__AVX512F__)
+  return {_mm512_xor_ps(x.v, signs.v)};
+#elif defined(__AVX2__)
+  return {_mm256_xor_ps(x.v, signs.v), _mm256_xor_ps(x.w, signs.w)};
+#else
+  return lanewise<Floats>([&](int i) { return std::signbit(signs.v[i]) ? -x.v[i] : x.v[i]; });
+#endif
+}
+
+// Lane i takes lane i ^ stride.
+template <int stride>
+inline Floats exchanged(Floats x) {
+#if defined(__AVX512F__)
+  if constexpr (stride == 1) return {_mm512_permute_ps(x.v, 0xB1)};
+  if constexpr (stride == 2) return {_mm512_permute_ps(x.v, 0x4E)};
+  if constexpr (stride == 4) return {_mm512_shuffle_f32x4(x.v, x.v, 0xB1)};
+  return {_mm512_shuffle_f32x4(x.v, x.v, 0x4E)};
+#elif defined(__AVX2__)
+  if constexpr (stride == 1) return {_mm256_permute_ps(x.v, 0xB1), _mm256_permute_ps(x.w, 0xB1)};
+  if constexpr (stride == 2) return {_mm256_permute_ps(x.v, 0x4E), _mm256_permute_ps(x.w, 0x4E)};
+  if constexpr (stride == 4)
+    return {_mm256_permute2f128_ps(x.v, x.v, 1), _mm256_permute2f128_ps(x.w, x.w, 1)};
+  return {x.w, x.v};
+#else
+  return lanewise<Floats>([&](int i) { return x.v[i ^ stride]; });
+#endif
+}
+
+inline Floats load_bfloat16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+#else
+  float wide[kLanes];
+  for (int i = 0; i < kLanes; ++i) wide[i] = from_bfloat16(p[i]);
+  return load(wide);
+#endif
+}
+
+inline void store_bfloat16(uint16_t* p, Floats x) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan,
+                                             _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
+#else
+  float wide[kLanes];
+  store(wide, x);
+  for (int i = 0; i < kLanes; ++i) p[i] = to_bfloat16(wide[i]);
+#endif
+}
+
+// Gathers the largest exponent seen; NaN and infinity have the largest there is.
+class FiniteCheck {
+ public:
+  void see(Floats x) { largest_ = larger(largest_, bits_of(x) & all_int(0x7f800000)); }
+  bool failed() const { return largest_of(largest_) == 0x7f800000; }
+
+ private:
+  Ints largest_ = all_int(0);
+};
+
+}  // namespace
+}  // namespace vq

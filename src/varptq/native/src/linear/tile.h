@@ -1,0 +1,251 @@
+// The product kernel in lanes of 16 columns; compiled once per instruction set.
+//
+//   a tile: R rows x V vectors of 16 columns, all sums in registers for all of K
+//   AVX-512: 6 x 4 = 24 sums, 4 weights, 1 repeated code: 29 of 32 registers
+//   AVX2:    4 x 1 = 8 registers of sums, 2 of weights, 1 code, 3 for the byte product: 14 of 16
+//
+// A segment starts its sums with the correction for zero points and, where there is more than one,
+// leaves for float sums at its end. Weights of 4 bits are decoded in registers for a few rows, else
+// unpacked once per panel into scratch.
+#pragma once
+
+#include <cstring>
+
+#include "linear/tile_finish.h"
+
+namespace vq {
+namespace {
+
+constexpr int64_t kSteps = kBlock / 4;   // of the inner loop for a block
+constexpr int64_t kAhead = 8 * kStep;    // bytes between a load of weights and its prefetch
+
+enum class Store { bytes, halves };  // halves: two codes of 4 bits in a byte
+
+inline Ints load_weights(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
+inline Ints low_half(Ints x) { return x & all_int(0x0f0f0f0f); }
+inline Ints high_half(Ints x) { return shift_right<4>(x) & all_int(0x0f0f0f0f); }
+
+inline Ints repeat_codes(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return all_int(four);
+}
+
+// How the sums of a segment start: at zero, or with the correction of a short segment, row m's pair
+// times each column's.
+struct Start {
+  const int32_t* rows;  // of the tile's first row, rows apart by row_stride
+  int64_t row_stride;
+  const int32_t* columns;
+};
+
+// R x V sums that stay in registers: used inside functions that are not inlined and hand their
+// result over in memory, or compilers move them there.
+template <class Dot, int R, int V>
+struct Registers {
+  Ints s[R][V];
+
+  template <bool shorts>
+  VQ_INLINE void begin(const Start& start) {
+    each<R, V>([&](int r, int v) {
+      s[r][v] = shorts ? dot2(all_int(0), all_int(start.rows[r * start.row_stride]),
+                              load(start.columns + v * kLanes))
+                       : all_int(0);
+    });
+  }
+
+  // s += codes x weights over `steps` times 4 inputs; decode makes weights of bytes.
+  template <class Decode>
+  VQ_INLINE void add(const uint8_t* codes, int64_t stride, const uint8_t* weights, int64_t steps,
+                     Decode decode) {
+    for (; steps > 0; --steps, weights += kStep, codes += 4) {
+      Ints w[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        w[v] = decode(load_weights(weights + v * 64));
+        // Into L1 ahead of use: a panel lies in L2, and the hardware alone falls behind.
+        __builtin_prefetch(weights + v * 64 + kAhead);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Ints code = repeat_codes(codes + r * stride);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) s[r][v] = Dot::dot(s[r][v], code, w[v]);
+      }
+    }
+  }
+
+  VQ_INLINE void end(Sums<R, V>& sums) const {
+    each<R, V>([&](int r, int v) { store(sums.of[r] + v * kLanes, s[r][v]); });
+  }
+};
+
+template <class Dot, bool shorts, int R, int V>
+__attribute__((noinline)) void multiply(Sums<R, V>& sums, const Start& start, const uint8_t* codes,
+                                        int64_t stride, const uint8_t* weights, int64_t steps) {
+  Registers<Dot, R, V> registers;
+  registers.template begin<shorts>(start);
+  registers.add(codes, stride, weights, steps, [](Ints x) { return x; });
+  registers.end(sums);
+}
+
+// The same over blocks first .. last - 1 of a panel of halves.
+template <class Dot, bool shorts, int R, int V>
+__attribute__((noinline)) void multiply_halves(Sums<R, V>& sums, const Start& start,
+                                               const uint8_t* codes, int64_t stride,
+                                               const uint8_t* panel, int64_t first, int64_t last) {
+  Registers<Dot, R, V> registers;
+  registers.template begin<shorts>(start);
+  for (int64_t b = first; b < last; ++b, codes += kBlock) {
+    const uint8_t* block = panel + b / 2 * kSteps * kStep;
+    if (b % 2)
+      registers.add(codes, stride, block, kSteps, high_half);
+    else
+      registers.add(codes, stride, block, kSteps, low_half);
+  }
+  registers.end(sums);
+}
+
+// Products of one segment, with their correction.
+template <class Dot, Store kind, bool shorts, int R, int V>
+VQ_INLINE void segment_sums(const Job& job, int64_t m, int64_t column, const Position& p,
+                            const uint8_t* weights, Sums<R, V>& sums) {
+  const int64_t first = p.segment * job.segment_blocks;
+  const uint8_t* codes = job.args->codes + m * job.code_stride + first * kBlock;
+  const Start start{job.corrections + m * job.segments + p.segment, job.segments,
+                    job.args->panel_sum + panel_index(column, p.segment, job.segments)};
+  if constexpr (kind == Store::bytes)
+    multiply<Dot, shorts, R, V>(sums, start, codes, job.code_stride,
+                                weights + first * kSteps * kStep, job.segment_blocks * kSteps);
+  else
+    multiply_halves<Dot, shorts, R, V>(sums, start, codes, job.code_stride, weights, first,
+                                       first + job.segment_blocks);
+  if constexpr (!shorts) correct<R, V>(job, m, column, p, sums);
+}
+
+template <class Dot, Store kind, int R, int V>
+VQ_INLINE void single_tile(const Job& job, int64_t m, int64_t column, const uint8_t* weights) {
+  const vq_linear_args& a = *job.args;
+  Sums<R, V> sums;
+  segment_sums<Dot, kind, false, R, V>(job, m, column, Position{}, weights, sums);
+  if (a.products) return store_products<R, V>(job, m, column, 0, sums);
+  store_single<R, V>(job, m, column, sums);
+}
+
+template <class Dot, Store kind, Scheme scheme, bool shorts, int R, int V>
+VQ_INLINE void grouped_tile(const Job& job, int64_t m, int64_t column, const uint8_t* weights) {
+  const vq_linear_args& a = *job.args;
+  Totals<R, V> totals, parts;
+  each<R, V>([&](int r, int v) { totals.set(r, v, all(0.0f)); });
+  for (Position p; p.segment < job.segments; p.advance(job)) {
+    Sums<R, V> sums;
+    segment_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, sums);
+    if (a.products)
+      store_products<R, V>(job, m, column, p.segment, sums);
+    else
+      add_segment<scheme, R, V>(job, m, column, p, sums, parts, totals);
+  }
+  if (!a.products) store_totals<scheme, R, V>(job, m, column, totals);
+}
+
+// All rows first .. last - 1 in tiles of R rows, the rest in a lower one.
+template <class Dot, Store kind, Scheme scheme, bool shorts, int R, int V>
+void tiles(const Job& job, int64_t first, int64_t last, int64_t column, const uint8_t* weights) {
+  for (; first + R <= last; first += R) {
+    if constexpr (scheme == Scheme::single)
+      single_tile<Dot, kind, R, V>(job, first, column, weights);
+    else
+      grouped_tile<Dot, kind, scheme, shorts, R, V>(job, first, column, weights);
+  }
+  // Heights 6, 4, 2, 1: even ones keep pairs of rows together, and fewer compile faster.
+  constexpr int kNext = R > 2 ? (R - 1) / 2 * 2 : 1;
+  if constexpr (R > 1) {
+    if (first < last)
+      tiles<Dot, kind, scheme, shorts, kNext, V>(job, first, last, column, weights);
+  }
+}
+
+// Groups of more than 128 inputs are unusual: tiles of a pair of rows, or one, do for them.
+template <class Dot, Store kind, Scheme scheme, int R, int V>
+void grouped_tiles(const Job& job, int64_t first, int64_t last, int64_t column,
+                   const uint8_t* weights) {
+  if (job.short_segments)
+    return tiles<Dot, kind, scheme, true, R, V>(job, first, last, column, weights);
+  if constexpr (kind == Store::bytes)
+    tiles<Dot, kind, scheme, false, 2, V>(job, first, last, column, weights);
+}
+
+// A panel of halves as bytes: block b of 64 inputs at b * 4096.
+inline void unpack(const Job& job, const uint8_t* panel, uint8_t* out) {
+  constexpr int64_t kBytes = kBlock * kPanel;
+  for (int64_t b = 0; b < job.blocks; b += 2, panel += kBytes, out += 2 * kBytes) {
+    const bool both = b + 1 < job.blocks;
+    for (int64_t i = 0; i < kBytes; i += 64) {
+      const Ints x = load_weights(panel + i);
+      store(reinterpret_cast<int32_t*>(out + i), low_half(x));
+      if (both) store(reinterpret_cast<int32_t*>(out + kBytes + i), high_half(x));
+    }
+  }
+}
+
+template <class Dot, Store kind, int R, int V>
+void panel_tiles(const Job& job, int64_t panel, int64_t first, int64_t last,
+                        const uint8_t* weights) {
+  for (int vector = 0; vector < kPanel / kLanes; vector += V) {
+    const int64_t column = panel * kPanel + vector * kLanes;
+    const uint8_t* w = weights + vector * 64;
+    if (job.segments == 1)
+      tiles<Dot, kind, Scheme::single, false, R, V>(job, first, last, column, w);
+    else if (job.args->row_group == job.args->inputs)
+      grouped_tiles<Dot, kind, Scheme::weight_groups, R, V>(job, first, last, column, w);
+    else
+      grouped_tiles<Dot, kind, Scheme::row_groups, R, V>(job, first, last, column, w);
+  }
+}
+
+// A panel with tiles of R x V; up to 2 R rows, halves are decoded in registers.
+template <class Dot, int R, int V>
+inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
+                     uint8_t* unpacked) {
+  const uint8_t* weights = job.args->packed + panel * job.panel_bytes;
+  if (job.args->weight_bits > 4)
+    return panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, weights);
+  const bool simple = job.short_segments || job.segments == 1;
+  if (simple && last - first <= 2 * R)
+    return panel_tiles<Dot, Store::halves, R, V>(job, panel, first, last, weights);
+  unpack(job, weights, unpacked);
+  panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, unpacked);
+}
+
+// Operations (two per multiply-add) a second of the product alone, on registers.
+template <class Dot>
+inline double measured_peak(double (*seconds)()) {
+  constexpr int64_t kTurns = 200000;
+  constexpr int kSums = 12;
+  double best = 0;
+  for (int repeat = 0; repeat < 5; ++repeat) {
+    Ints sums[kSums], a = all_int(0x01010101), b = all_int(0x01010101);
+    for (int i = 0; i < kSums; ++i) sums[i] = all_int(i);
+    const double start = seconds();
+    for (int64_t turn = 0; turn < kTurns; ++turn) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kSums; ++i) {
+        sums[i] = Dot::dot(sums[i], a, b);
+#if defined(__AVX512F__)
+        __asm__ volatile("" : "+v"(sums[i].v));
+#endif
+      }
+    }
+    const double took = seconds() - start;
+    Ints all_sums = sums[0];
+    for (int i = 1; i < kSums; ++i) all_sums = all_sums + sums[i];
+    volatile int32_t keep = sum_of(all_sums);
+    (void)keep;
+    const double rate = 2.0 * 64 * kSums * kTurns / took / 1e9;
+    best = rate > best ? rate : best;
+  }
+  return best;
+}
+
+}  // namespace
+}  // namespace vq

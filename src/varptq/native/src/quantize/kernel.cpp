@@ -1,0 +1,263 @@
+// A row of floats to codes, in lanes of 16; compiled once per instruction set.
+//
+//   row -> prologue -> minus mean -> rotation -> range, scale, codes and sums per group
+//
+// The definitions are those of varptq.quant.affine, sign_split and transforms, to the bit: true
+// division, rounding half to even, and their order of operations. Tails of fewer than 16 numbers go
+// through a small buffer filled with a number that does not matter where they end up.
+#include "quantize/kernel.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "lanes/lanes_more.h"
+#include "lanes/vmath.h"
+#include "quantize/scales.h"
+
+namespace vq {
+namespace {
+
+inline Floats load_tail(const float* x, int64_t count, float fill) {
+  float buffer[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) buffer[i] = i < count ? x[i] : fill;
+  return load(buffer);
+}
+
+// function(Floats) over n floats, the last vector filled up with `fill`.
+template <class Function>
+inline void for_lanes(const float* x, int64_t n, float fill, Function function) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) function(load(x + i));
+  if (i < n) function(load_tail(x + i, n - i, fill));
+}
+
+// Sum over n floats of term(x), in four interleaved sums of 16 lanes: the order is part of the
+// definition, and four are needed to keep the adders busy.
+template <class Term>
+inline float ordered_sum(const float* x, int64_t n, float fill, Term term) {
+  Floats sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) sums[j] = sums[j] + term(load(x + i + j * kLanes));
+  int next = 0;
+  for_lanes(x + i, n - i, fill, [&](Floats v) {
+    sums[next] = sums[next] + term(v);
+    ++next;
+  });
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+inline void normalize(const vq_quantize_args& a, int64_t m, float* row) {
+  const int64_t n = a.width, image = m / a.rows_per_image;
+  const float* gain = a.gain + image * a.modulation_stride;
+  const float* shift = a.shift + image * a.modulation_stride;
+  const float width = static_cast<float>(n);
+  const float mean = ordered_sum(row, n, 0.0f, [](Floats v) { return v; }) / width;
+  const Floats centre = all(mean);
+  const float squares = ordered_sum(row, n, mean, [&](Floats v) {
+    const Floats d = v - centre;
+    return d * d;
+  });
+  const Floats factor = all(1.0f / std::sqrt(squares / width + a.eps));
+  const auto one = [&](Floats x, Floats g, Floats s) {
+    return (x - centre) * factor * (all(1.0f) + g) + s;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(row + i, one(load(row + i), load(gain + i), load(shift + i)));
+  // The row has room beyond its end, gain and shift do not.
+  if (i < n)
+    store(row + i, one(load(row + i), load_tail(gain + i, n - i, 0.0f),
+                       load_tail(shift + i, n - i, 0.0f)));
+}
+
+template <int stride>
+inline Floats butterfly(Floats x) {
+  float signs[kLanes];
+  for (int i = 0; i < kLanes; ++i) signs[i] = i & stride ? -0.0f : 0.0f;
+  return exchanged<stride>(x) + flipped(x, load(signs));
+}
+
+// Strides 1 to 8, as far as they are shorter than the block.
+inline Floats small_butterflies(Floats x, int64_t block) {
+  if (block > 1) x = butterfly<1>(x);
+  if (block > 2) x = butterfly<2>(x);
+  if (block > 4) x = butterfly<4>(x);
+  if (block > 8) x = butterfly<8>(x);
+  return x;
+}
+
+inline void pair_of(float* first, float* second) {
+  const Floats a = load(first), b = load(second);
+  store(first, a + b);
+  store(second, a - b);
+}
+
+inline void rotate(float* row, int64_t n, int64_t block, const float* signs) {
+  const Floats scale = all(static_cast<float>(1.0 / std::sqrt(static_cast<double>(block))));
+  const int64_t span = block < kLanes ? kLanes : block;
+  for (int64_t start = 0; start < n; start += span) {
+    float* x = row + start;
+    for (int64_t i = 0; i < span; i += kLanes)
+      store(x + i, small_butterflies(flipped(load(x + i), load(signs + i)), block));
+    for (int64_t stride = kLanes; stride < block; stride *= 2)
+      for (int64_t i = 0; i < block; i += 2 * stride)
+        for (int64_t j = i; j < i + stride; j += kLanes) pair_of(x + j, x + j + stride);
+    for (int64_t i = 0; i < span; i += kLanes) store(x + i, load(x + i) * scale);
+  }
+}
+
+inline void load_row(const vq_quantize_args& a, int64_t m, float* row) {
+  if (a.x_type == VQ_FLOAT32) {
+    std::memcpy(row, static_cast<const float*>(a.x) + m * a.row_stride, a.width * sizeof(float));
+    return;
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(a.x) + m * a.row_stride;
+  int64_t i = 0;
+  for (; i + kLanes <= a.width; i += kLanes) store(row + i, load_bfloat16(x + i));
+  for (; i < a.width; ++i) row[i] = from_bfloat16(x[i]);
+}
+
+// The row that is quantized: the caller's own where nothing changes it.
+inline const float* prepared(const vq_quantize_args& a, int64_t m, float* row,
+                             const float* signs) {
+  const int64_t n = a.width;
+  const bool plain = a.prologue == VQ_NONE && !a.means && a.hadamard < 2;
+  if (plain && a.x_type == VQ_FLOAT32) return static_cast<const float*>(a.x) + m * a.row_stride;
+  for (int64_t i = n; i < n + kLanes; ++i) row[i] = 0.0f;
+  load_row(a, m, row);
+  if (a.prologue == VQ_NORM) normalize(a, m, row);
+  if (a.prologue == VQ_GELU)
+    for (int64_t i = 0; i < n; i += kLanes) store(row + i, gelu_of(load(row + i)));
+  if (a.means) {
+    const int64_t table = a.mean_row ? a.mean_row[m % a.rows_per_image] : 0;
+    const float* mean = a.means + table * n;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(row + i, load(row + i) - load(mean + i));
+    for (; i < n; ++i) row[i] -= mean[i];
+  }
+  if (a.hadamard > 1) rotate(row, n, a.hadamard, signs);
+  return row;
+}
+
+// Where the codes of one group go: codes and sums of its first segment, and what divides.
+struct Target {
+  uint8_t* codes;
+  int32_t* sum;
+  float scale, zero, low, high;  // code = clamp(rint(x / scale) + zero, low, high)
+  bool negate;                   // codes are the negatives of these numbers
+};
+
+// The codes of one segment, its padding and its sum.
+inline void segment_codes(const float* x, int64_t n, uint8_t* codes, int32_t* sum,
+                          const Target& t) {
+  const Floats scale = all(t.scale), zero = all(t.zero), low = all(t.low), high = all(t.high);
+  const auto code_of = [&](Floats v) {
+    const Floats q = larger(smaller(rounded(v / scale) + zero, high), low);
+    return t.negate ? to_int(all(0.0f) - q) : to_int(q);
+  };
+  Ints sums = all_int(0);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Ints code = code_of(load(x + i));
+    sums = sums + code;
+    store_bytes(codes + i, code);
+  }
+  int32_t rest = 0;
+  if (i < n) {
+    uint8_t buffer[kLanes];
+    store_bytes(buffer, code_of(load_tail(x + i, n - i, 0.0f)));
+    for (int64_t j = i; j < n; ++j) {
+      codes[j] = buffer[j - i];
+      rest += buffer[j - i];
+    }
+  }
+  for (int64_t j = n; j % 64; ++j) codes[j] = 0;
+  *sum = sum_of(sums) + rest;
+}
+
+inline void group_codes(const vq_quantize_args& a, const float* x, const Target& t) {
+  const int64_t stride = (a.segment + 63) / 64 * 64;
+  for (int64_t s = 0; s < a.group / a.segment; ++s)
+    segment_codes(x + s * a.segment, a.segment, t.codes + s * stride, t.sum + s, t);
+}
+
+struct Range {
+  float low, high;  // with 0 inside
+  bool finite;
+};
+
+inline Range range_of(const float* x, int64_t n) {
+  Floats low = all(0.0f), high = all(0.0f);
+  FiniteCheck check;
+  for_lanes(x, n, 0.0f, [&](Floats v) {
+    low = smaller(low, v);
+    high = larger(high, v);
+    check.see(v);
+  });
+  return {smallest_of(low), largest_of(high), !check.failed()};
+}
+
+// Rows of the outputs: index of the first of row m's, and how many group and segment entries a row
+// has.
+struct Place {
+  int64_t row, groups, segments, stride;
+};
+
+inline void affine_group(const vq_quantize_args& a, const Place& p, int64_t g, const float* x,
+                         const Range& range) {
+  const float top = static_cast<float>((1 << a.num_bits) - 1);
+  // Halves of both sides, as affine_grid has them: high - low may overflow.
+  float scale = (0.5f * range.high - 0.5f * range.low) / (0.5f * top);
+  scale = scale < kLeastScale ? kEmptyScale : scale;
+  float zero = -std::nearbyint(range.low / scale);
+  zero = zero < 0.0f ? 0.0f : zero > top ? top : zero;
+  const int64_t first = g * (a.group / a.segment);
+  a.scale[p.row * p.groups + g] = scale;
+  a.zero_point[p.row * p.groups + g] = static_cast<int32_t>(zero);
+  group_codes(a, x,
+              {a.codes + (p.row * p.segments + first) * p.stride,
+               a.sum + p.row * p.segments + first, scale, zero, 0.0f, top, false});
+}
+
+inline void sign_split_group(const vq_quantize_args& a, const Place& p, int64_t g, const float* x,
+                             const Range& range) {
+  const float levels = static_cast<float>((1 << (a.num_bits - 1)) - 1);
+  const int64_t first = g * (a.group / a.segment);
+  for (int side = 0; side < 2; ++side) {
+    const int64_t row = p.row + side;
+    float scale = (side ? -range.low : range.high) / levels;
+    scale = scale < kSignSplitFloor ? kSignSplitFloor : scale;
+    a.scale[row * p.groups + g] = side ? -scale : scale;
+    a.zero_point[row * p.groups + g] = 0;
+    group_codes(a, x,
+                {a.codes + (row * p.segments + first) * p.stride, a.sum + row * p.segments + first,
+                 scale, 0.0f, side ? -levels : 0.0f, side ? 0.0f : levels, side == 1});
+  }
+}
+
+inline bool quantize_row(const vq_quantize_args& a, int64_t m, float* room, const float* signs) {
+  const float* row = prepared(a, m, room, signs);
+  if (a.values) std::memcpy(a.values + m * a.width, row, a.width * sizeof(float));
+  Place place{};
+  place.row = m * (a.sign_split ? 2 : 1);
+  place.groups = a.width / a.group;
+  place.segments = a.width / a.segment;
+  place.stride = (a.segment + 63) / 64 * 64;
+  for (int64_t g = 0; g < place.groups; ++g) {
+    const float* x = row + g * a.group;
+    const Range range = range_of(x, a.group);
+    if (!range.finite) return false;
+    if (a.sign_split)
+      sign_split_group(a, place, g, x, range);
+    else
+      affine_group(a, place, g, x, range);
+  }
+  return true;
+}
+
+}  // namespace
+
+RowKernel quantize_kernel(Set<kIsa>) { return quantize_row; }
+
+}  // namespace vq
