@@ -2,11 +2,11 @@
 
     python benchmarks/attribution.py [--seed N] [--threads N]
 
-Writes results/attribution.json and the text between the "attribution" markers of docs/results.md.
-On the bundled demo model, weights rounded to nearest, ranges as the released code takes them. theta
-is what `varptq quantize --method rtn+shift` finds for the whole config and is kept for all rows. KL
-is from the float model's guided next-token distributions, unfiltered, teacher-forced on images it
-generated itself from seeds no calibration uses. `varptq analyze` does the same tensor by tensor.
+Writes results/attribution.json and, between markers, docs/tables/attribution.md. On the bundled
+demo model, weights rounded to nearest, ranges as the released code takes them. theta is what
+`varptq quantize --method rtn+shift` finds for the whole config and is kept for all rows. KL is from
+the float model's guided next-token distributions, unfiltered, teacher-forced on images it generated
+itself from seeds no calibration uses. `varptq analyze` does the same tensor by tensor.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def main() -> None:
     }
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
     intro = f"{IMAGES} images, cfg {bench.cfg:g}; KL in nats per token, the smallest in bold."
-    replace(DOCS / "results.md", "attribution", [intro, "", *table(columns), reading(columns), ""])
+    lines = [intro, "", *table(columns), reading(columns), ""]
+    replace(DOCS / "tables/attribution.md", "attribution", lines)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/budget.py
 
 Nearest rounding, so that calibration hides nothing; KL and held-out images of proof.py. Writes
-results/budget.json, the table between the "budget" markers of docs/results.md and
+results/budget.json, the table between the "budget" markers of docs/tables/budget.md and
 docs/images/budget.png.
 """
 
@@ -63,7 +63,7 @@ def section(lines: list[Line]) -> list[str]:
             cells.append(f"{kl:.4f} ({100 * (kl / base - 1):+.1f}%)")
         rows.append(cells)
     head = ["budget alpha", *(f"`{name}`" for name in PRESETS)]
-    return [*table(head, rows), "![KL against the budget](images/budget.png)", ""]
+    return [*table(head, rows), "![KL against the budget](../images/budget.png)", ""]
 
 
 def picture(lines: list[Line]) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = measure()
     (HERE / "results" / "budget.json").write_text(json.dumps(lines, indent=1) + "\n")
-    replace(DOCS / "results.md", "budget", section(lines))
+    replace(DOCS / "tables/budget.md", "budget", section(lines))
     picture(lines)
 
 

@@ -5,7 +5,7 @@
 
 Both decode the same tokens: those of the 2,000 real test images, and as many the float model
 samples. FD is to the real images, in ResNet-56 features. Writes results/demo_decoder.json and the
-table between the "decoder" markers of docs/results.md.
+table between the "decoder" markers of docs/tables/demo_decoder.md.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = measure(Judge(Path(os.environ["VARPTQ_WEIGHTS"])), before)
     (HERE / "results" / "demo_decoder.json").write_text(json.dumps(found, indent=1) + "\n")
-    replace(DOCS / "results.md", "decoder", rows(found))
+    replace(DOCS / "tables/demo_decoder.md", "decoder", rows(found))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Needs cifar10_test_2000.npz, lpips_alex.safetensors and resnet56_cifar10.safetensors in that folder
 (docs/metrics.md). One line per model and task goes to results/editing.jsonl, what is there is
 skipped, so it can be stopped and started; artifacts and edited images stay in out/editing. At the
-end the text between the "editing" markers of docs/results.md and docs/images/editing.png are made.
+end docs/tables/editing.md (between its markers) and docs/images/editing.png are made.
 
 Image i draws from the same noise with every model. LPIPS and PSNR compare the regenerated square
 with the original (LPIPS after enlarging it to 64 x 64); FD compares the pasted images
@@ -223,7 +223,7 @@ def grid(measures: Measures, tasks: list[Task]) -> Image.Image:
 
 
 def report(pipe: Pipeline, measures: Measures) -> None:
-    """The section of docs/results.md and its picture, of the tasks that every model has done."""
+    """docs/tables/editing.md and its picture, of the tasks that every model has done."""
     lines = {(line["preset"], line["method"], line["task"]): line for line in read()}
     decoded = measures.of(round_trip(pipe, measures.images), TASKS[0])
     untouched = measures.network(torch.from_numpy(measures.images))
@@ -240,9 +240,9 @@ def report(pipe: Pipeline, measures: Measures) -> None:
         if not task.cfg:
             rows = [("encoded and decoded", decoded), *rows]
         text += [f"**{task.heading}:**", "", *table(rows), ""]
-    text += ["![the first images, edited by every model](images/editing.png)", ""]
+    text += ["![the first images, edited by every model](../images/editing.png)", ""]
     write_png(DOCS / "images" / "editing.png", grid(measures, measured))
-    replace(DOCS / "results.md", "editing", text)
+    replace(DOCS / "tables/editing.md", "editing", text)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Tables and picture of the methods section of docs/results.md, from results/methods.jsonl.
+"""Tables and picture of the page docs/tables/methods.md, from results/methods.jsonl.
 
     python benchmarks/methods_report.py
 
@@ -378,13 +378,13 @@ def main() -> None:
         "",
         *anchors(results),
         *(line for width in widths for line in levels(results, width)),
-        "![methods by width, and KL against FD2FP](images/methods.png)",
+        "![methods by width, and KL against FD2FP](../images/methods.png)",
         "",
         *changes(results),
         *(line for n in sorted(rows) if n != usual for line in beside(Results(lines, proof, n))),
         *others([line for line in lines if line["network"] != RESNET56]),
     ]
-    replace(DOCS / "results.md", "methods", text)
+    replace(DOCS / "tables/methods.md", "methods", text)
 
 
 if __name__ == "__main__":

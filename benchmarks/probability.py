@@ -2,7 +2,7 @@
 
     python benchmarks/probability.py
 
-Writes results/probability.json and the text between the "probability" markers of docs/quality.md.
+Writes results/probability.json and, between markers, docs/tables/probability.md.
 Random attention: q and k uniform on the unit sphere of 64 dimensions, p = softmax(scale q k), 680
 keys (256 x 256 images) and 2240 (512 x 512); values Gaussian, alone or with a common offset of two
 deviations. Demo: the float model's own p and v on held-out images. "error" is the energy of p^ v -
@@ -150,7 +150,7 @@ def main() -> None:
         }
         lines += [f"Random attention, values with a common offset of {offset:g} deviations:", ""]
         lines += table([f"{k}, {s}" for k, s in chosen], list(chosen.values()), "error")
-    replace(DOCS / "quality.md", "probability", lines)
+    replace(DOCS / "tables/probability.md", "probability", lines)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/proof.py [--seeds 0 1 2] [--widths ...] [--methods ...] [--samples N]
 
 Appends one line per calibration to results/proof.jsonl and skips what is there, so it can be
-stopped and started, and split over processes by --seeds. `proof_report.py` makes the pictures and
-tables of docs/results.md from that file. On the bundled demo model; held-out images are of other
-seeds than any calibration's.
+stopped and started, and split over processes by --seeds. `proof_report.py` makes
+docs/tables/proof.md from that file. On the bundled demo model; held-out images are of other seeds
+than any calibration's.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Tables and pictures of docs/results.md from results/proof.jsonl and the demo model.
+"""Tables and pictures of docs/tables/proof.md from results/proof.jsonl and the demo model.
 
     python benchmarks/proof_report.py
 
 Writes docs/images/{kl,product_error,resampling}.png and replaces the text between the "proof"
-markers of docs/results.md.
+markers of docs/tables/proof.md.
 """
 
 from __future__ import annotations
@@ -196,11 +196,11 @@ def main() -> None:
         "**Top-1 agreement:**",
         "",
         *table(lines, lambda x: x["fidelity"]["top1"]),
-        "![KL per scale](images/kl.png)",
+        "![KL per scale](../images/kl.png)",
         "",
-        "![error of the attention-value product per scale](images/product_error.png)",
+        "![error of the attention-value product per scale](../images/product_error.png)",
         "",
-        "![codebook counts before and after resampling](images/resampling.png)",
+        "![codebook counts before and after resampling](../images/resampling.png)",
         "",
         *resampling,
         *few_samples(),
@@ -208,7 +208,7 @@ def main() -> None:
         "",
         *beyond(pipe, lines),
     ]
-    replace(DOCS / "results.md", "proof", text)
+    replace(DOCS / "tables/proof.md", "proof", text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ teacher-forced on images it generated itself from seeds no calibration uses. Run
 sample images with common random numbers, with calibration seed 0: their Frechet distance to the
 float model's in 64 features of the VQVAE's encoder (mean of its 16 channels in each quarter of the
 image).
-`quality_report.py` makes docs/quality.md from the file.
+`quality_report.py` makes docs/tables/quality4bit.md from the file.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Tables and pictures of docs/quality.md from results/quality4bit.jsonl.
+"""Tables and pictures of docs/tables/quality4bit.md from results/quality4bit.jsonl.
 
     python benchmarks/quality_report.py
 
 Prints the targets and writes docs/images/quality_{attribution,frontier,scales}.png and the text
-between the "targets" and "runs" markers of docs/quality.md. Ratios are to the released quantizers
-at the same nominal bits: nearest rounding, theta from the 1% budget. KL is the mean over
+between the "targets" and "runs" markers of docs/tables/quality4bit.md. Ratios are to the released
+quantizers at the same nominal bits: nearest rounding, theta from the 1% budget. KL is the mean over
 calibration seeds, behind +- half of what lies between the smallest and the largest.
 """
 
@@ -225,15 +225,15 @@ def main(say: Callable[[str], None] = print) -> None:
     rows = targets(lines)
     say("\n".join(rows))
     pictures = [
-        "![where the error comes from](images/quality_attribution.png)",
+        "![where the error comes from](../images/quality_attribution.png)",
         "",
-        "![KL over bit operations](images/quality_frontier.png)",
+        "![KL over bit operations](../images/quality_frontier.png)",
         "",
-        "![KL per scale](images/quality_scales.png)",
+        "![KL per scale](../images/quality_scales.png)",
         "",
     ]
-    replace(DOCS / "quality.md", "targets", rows)
-    replace(DOCS / "quality.md", "runs", [*tables(lines), *pictures])
+    replace(DOCS / "tables/quality4bit.md", "targets", rows)
+    replace(DOCS / "tables/quality4bit.md", "runs", [*tables(lines), *pictures])
 
 
 if __name__ == "__main__":

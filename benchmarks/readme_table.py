@@ -1,16 +1,17 @@
-"""The table of README.md: what a preset weighs, computes, costs in quality and takes on a CPU.
+"""The tables of README.md: what a preset weighs, computes, takes on a CPU and costs in quality.
 
     python benchmarks/readme_table.py
 
-Sizes and bit operations follow from the architecture of VAR-d16. KL is from
-results/quality4bit.jsonl (quality4bit.py, the demo model, mean over calibration seeds), seconds
-from results/runtime_cpu.json (runtime_cpu.py, random weights of VAR-d16). Writes between the
-"presets" markers.
+Sizes and bit operations follow from the architecture of VAR-d16. Seconds are from
+results/runtime_cpu.json (runtime_cpu.py, random weights of VAR-d16), KL and top-1 agreement from
+results/quality4bit.jsonl (quality4bit.py, the demo model, mean over calibration seeds). Writes
+between the "size and speed" and "quality" markers.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
@@ -36,7 +37,15 @@ ROWS = {
     "w4a4": "w4a4, gptq",
     "w4a4+paper": "sas",
 }
-HEAD = ("preset", "weights, MB", "bit operations", "KL", "image, s", "over bf16")
+COSTS = (
+    "VAR-d16",
+    "transformer, MB",
+    "with the VQVAE, MB",
+    "bit operations",
+    "one image, s",
+    "speed over bf16",
+)
+QUALITY = ("demo model", "KL to float, nats per token", "same most likely token")
 FLOAT = "eager bf16 autocast"
 
 
@@ -46,9 +55,8 @@ def shapes() -> Pipeline:
         return Pipeline(VAR(preset.var_arch), VQVAE(preset.vae_arch, preset.var_arch.scales), MODEL)
 
 
-def kl(label: str) -> str:
-    found = [x["kl"] for x in read() if (x["model"], x["label"]) == ("demo", label)]
-    return f"{mean(found):.3f}" if found else "-"
+def measured(label: str, what: str) -> float:
+    return mean(x[what] for x in read() if (x["model"], x["label"]) == ("demo", label))
 
 
 def seconds() -> dict[str, float]:
@@ -58,23 +66,42 @@ def seconds() -> dict[str, float]:
     return {name: sum(parts.values()) for name, parts in case["seconds"].items()}
 
 
-def table() -> list[str]:
+def costs() -> list[str]:
+    """Of the transformer alone, and with the VQVAE, which stays in float32 on disk."""
     pipe, taken = shapes(), seconds()
     prices, base = Prices(pipe), QuantConfig.preset("w4a4+paper")
+    decoder = sum(p.numel() for p in pipe.vae.parameters()) * 4 / 1e6
     floats = sum(p.numel() for p in pipe.var.parameters()) * 2 / 1e6
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
-    lines.append(f"| float, bf16 | {floats:.0f} | 16x | 0 | {taken[FLOAT]:.1f} | 1x |")
-    for name, label in ROWS.items():
+    rows = [["float, bf16", *megabytes(floats, decoder), "16x", f"{taken[FLOAT]:.1f}", "1x"]]
+    for name in ROWS:
         config = QuantConfig.preset(name)
-        cells = [f"`{name}`", f"{prices.bytes(config) / 1e6:.0f}"]
-        cells += [f"{prices.bops(config) / prices.bops(base):.2f}x", kl(label)]
+        cells = [f"`{name}`", *megabytes(prices.bytes(config) / 1e6, decoder)]
+        cells.append(f"{prices.bops(config) / prices.bops(base):.2f}x")
         if name in taken:
             cells += [f"{taken[name]:.1f}", f"{taken[FLOAT] / taken[name]:.1f}x"]
         else:
             cells += ["-", "-"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return table(COSTS, rows)
+
+
+def megabytes(transformer: float, decoder: float) -> list[str]:
+    return [f"{transformer:.0f}", f"{transformer + decoder:.0f}"]
+
+
+def quality() -> list[str]:
+    rows = [
+        [f"`{name}`", f"{measured(label, 'kl'):.3f}", f"{100 * measured(label, 'top1'):.0f}%"]
+        for name, label in ROWS.items()
+    ]
+    return table(QUALITY, rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 if __name__ == "__main__":
-    replace(DOCS.parent / "README.md", "presets", table())
+    readme = DOCS.parent / "README.md"
+    replace(readme, "size and speed", costs())
+    replace(readme, "quality", quality())

@@ -2,8 +2,8 @@
 
     python benchmarks/rounding.py
 
-Writes results/rounding.json and the table between the "rounding" markers of docs/results.md. W4A4
-on the demo model, 128 resampled images, 200 steps, theta fixed; losses on 64 rows.
+Writes results/rounding.json and, between markers, docs/tables/rounding.md. W4A4 on
+the demo model, 128 resampled images, 200 steps, theta fixed; losses on 64 rows.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = measure()
     (HERE / "results" / "rounding.json").write_text(json.dumps(lines, indent=1) + "\n")
-    replace(DOCS / "results.md", "rounding", table(lines))
+    replace(DOCS / "tables/rounding.md", "rounding", table(lines))
 
 
 if __name__ == "__main__":

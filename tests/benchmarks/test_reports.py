@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("script", "page"),
     [
-        ("methods_report.py", "docs/results.md"),
-        ("quality_report.py", "docs/quality.md"),
+        ("methods_report.py", "docs/tables/methods.md"),
+        ("quality_report.py", "docs/tables/quality4bit.md"),
         ("readme_table.py", "README.md"),
     ],
 )
