@@ -25,9 +25,9 @@ from proof_report import DOCS, replace
 from torch import Tensor
 
 import varptq
-from varptq.evaluate.features import load_network, part_of
 from varptq.evaluate.frechet import Gaussian, frechet_distance
-from varptq.evaluate.lpips import Lpips
+from varptq.evaluate.networks.features import load_network, part_of
+from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.paired import psnr
 from varptq.evaluate.sampling import balanced_labels
 from varptq.models.pipeline import Pipeline

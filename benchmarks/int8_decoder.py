@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import varptq
-from varptq.evaluate.lpips import Lpips
+from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.paired import psnr
 from varptq.models.vqvae import VQVAE
 from varptq.pictures import to_pixels

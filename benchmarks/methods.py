@@ -41,10 +41,10 @@ from compiled import compile_quantizers
 from proof import CALIBRATION, held_out
 
 import varptq
-from varptq.evaluate.features import load_network, part_of
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.lpips import Lpips
+from varptq.evaluate.networks.features import load_network, part_of
+from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.sampling import SampleSet, sample_set
 from varptq.evaluate.scores import InceptionScore
 from varptq.evaluate.tokens import token_fidelity

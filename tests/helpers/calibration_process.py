@@ -1,6 +1,6 @@
 """A calibration of the tiny model in a process of its own, alone or under torchrun.
 
-    python calibration_process.py OUT SEED [--die]
+    python tests/helpers/calibration_process.py OUT SEED [--die]
 
 One line on stdout per piece written. --die: the last rank kills itself after its first unit, in the
 first attempt of torchrun alone.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, InputError, is_out_of_memory
-from varptq.evaluate import inception, resnet, weights
+from varptq.evaluate.networks import inception, resnet, weights
 from varptq.models.placement import checked_device
 
 DOWNLOAD = "download"

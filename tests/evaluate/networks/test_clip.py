@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from varptq.errors import CheckpointError, InputError, NonFiniteError
-from varptq.evaluate import clip
-from varptq.evaluate.clip import MEAN, STD, TransformersClip, class_prompts, clip_score
+from varptq.evaluate.networks import clip
+from varptq.evaluate.networks.clip import MEAN, STD, TransformersClip, class_prompts, clip_score
 
 
 def pixels(count: int, height: int, width: int) -> Tensor:

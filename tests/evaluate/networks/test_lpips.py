@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from measuring import weight_file
+from helpers.measuring import weight_file
 from varptq.errors import CheckpointError, InputError
-from varptq.evaluate import lpips
-from varptq.evaluate.lpips import Lpips
+from varptq.evaluate.networks import lpips
+from varptq.evaluate.networks.lpips import Lpips
 
 
 def random_state() -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Sampling and measuring of the tiny model in a process of its own, alone or under torchrun.
 
-    python evaluation_process.py FOLDER [--die]
+    python tests/helpers/evaluation_process.py FOLDER [--die]
 
 Writes FOLDER/document-RANK.json; one line on stdout per file written. --die: the last rank kills
 itself after its first shard in torchrun's first attempt, after its first measured part in the
@@ -23,9 +23,9 @@ from conftest import build_tiny
 from varptq.calibrate.methods import quantize
 from varptq.distributed import Ranks
 from varptq.evaluate import sampling
-from varptq.evaluate.features import ModuleFeatures
 from varptq.evaluate.image_files import ImageFiles, write_npz
 from varptq.evaluate.metrics import Subject, evaluate
+from varptq.evaluate.networks.features import ModuleFeatures
 from varptq.evaluate.preflight import Instruments
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings

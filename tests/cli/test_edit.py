@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import varptq
-from cli_calls import run, succeed
-from picture_files import png_header
+from helpers.cli_calls import run, succeed
+from helpers.picture_files import png_header
 
 pytestmark = pytest.mark.xdist_group("cli-edit")
 

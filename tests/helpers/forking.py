@@ -1,7 +1,7 @@
 """Run by tests/robustness/test_fork.py: a program that computes on two threads, forks, and draws in
 its children. Prints one line per child; a child that hangs is ended by its alarm.
 
-    python forking.py ARTIFACT
+    python tests/helpers/forking.py ARTIFACT
 """
 
 from __future__ import annotations

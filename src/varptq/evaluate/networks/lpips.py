@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varptq.errors import InputError
-from varptq.evaluate.features import planes
-from varptq.evaluate.weights import check_shapes, read_tensors
+from varptq.evaluate.networks.features import planes
+from varptq.evaluate.networks.weights import check_shapes, read_tensors
 from varptq.models.placement import checked_device
 
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)

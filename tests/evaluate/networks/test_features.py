@@ -12,11 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from measuring import weight_file
+from helpers.measuring import weight_file
 from varptq.errors import CheckpointError, InputError, NonFiniteError
-from varptq.evaluate import features, inception, weights
-from varptq.evaluate.features import Features, InceptionFeatures, ModuleFeatures, load_network
-from varptq.evaluate.resnet import ResNet56
+from varptq.evaluate.networks import features, inception, weights
+from varptq.evaluate.networks.features import (
+    Features,
+    InceptionFeatures,
+    ModuleFeatures,
+    load_network,
+)
+from varptq.evaluate.networks.resnet import ResNet56
 
 State = dict[str, Tensor]
 # Two float32 evaluations of the same convolutions in another order; features are about 1.

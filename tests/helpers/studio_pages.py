@@ -16,7 +16,7 @@ from PIL import Image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-PICTURES = Path(__file__).parents[1] / "out" / "studio"
+PICTURES = Path(__file__).parents[2] / "out" / "studio"
 PATIENCE = 60_000
 DESK, PHONE = (1280, 860), (390, 844)
 DEMO_ARTIFACT = "made/demo-w4a4"
