@@ -1,13 +1,13 @@
 """Wall time of a calibration on several GPUs: a model with measured steps and stated assumptions.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.speed.scaling
 
     wall = samples / ranks + pass of the float model (on every rank) + longest share of the units
     step = 3 b multiply-adds (forward, and backward at twice its cost) / rate, b rows
 
 Units are dealt as `Ranks.share_by_cost` deals them. The rate of one thread of the machine is what
-results/calibration.json (benchmarks/calibration.py) found per kind of unit, quantizers included;
-that of a GPU is assumed. Writes the tables between the markers of docs/scaling.md, those of
+results/calibration.json (calibration.py) found per kind of unit, quantizers included; that of a GPU
+is assumed. Writes the tables between the markers of docs/scaling.md, those of
 results/calibration.json alone too.
 """
 
@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from calibration import RESULTS
-from calibration_steps import FULL_SAMPLES, FULL_STEPS
-from proof_report import DOCS, replace
-
+from benchmarks.common.calibration_steps import FULL_SAMPLES, FULL_STEPS
+from benchmarks.quality.proof_report import DOCS, replace
+from benchmarks.speed.calibration import RESULTS
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.tune import BATCH
 from varptq.distributed import Ranks

@@ -1,8 +1,8 @@
 """The methods table: what each way to quantize does to tokens, to images and to their distribution.
 
-    python benchmarks/methods.py [--count 1000] [--seeds 0 1 2] [--widths ...] [--methods ...]
-    python benchmarks/methods.py --network inception:FILE --float-images 1000      # once more
-    python benchmarks/methods.py --compile ...             # the same images, sampled a third faster
+    python -m benchmarks.quality.methods [--count N] [--seeds 0 1 2] [--widths ...] [--methods ...]
+    python -m benchmarks.quality.methods --network inception:FILE --float-images 1000   # once more
+    python -m benchmarks.quality.methods --compile ...  # the same images, sampled a third faster
 
 Per row (width, method, calibration seed): calibrate as proof.py does, keep the artifact, sample
 `count` images, and measure
@@ -37,10 +37,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from compiled import compile_quantizers
-from proof import CALIBRATION, held_out
 
 import varptq
+from benchmarks.common.compiled import compile_quantizers
+from benchmarks.quality.proof import CALIBRATION, held_out
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.networks.features import load_network, part_of
@@ -51,7 +51,7 @@ from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.pictures import to_pixels
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results" / "methods.jsonl"
 WIDTHS = ("w4a4", "w4a6", "w6a6", "w4a8", "w8a8")
 # Takes nothing from calibration, so one row says all.

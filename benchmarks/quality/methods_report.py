@@ -1,6 +1,6 @@
 """Tables and picture of the methods section of docs/results.md, from results/methods.jsonl.
 
-    python benchmarks/methods_report.py
+    python -m benchmarks.quality.methods_report
 
 Token measures of further calibration seeds come from results/proof.jsonl, whose calibrations are
 the same. The paper's numbers stand beside ours as changes against BRECQ at the same width, since
@@ -18,7 +18,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from methods import (
+
+from benchmarks.quality.methods import (
     ABLATED_WIDTHS,
     ABLATION,
     FLOAT,
@@ -31,8 +32,8 @@ from methods import (
     read,
     standard_error,
 )
-from proof import RESULTS as PROOF
-from proof_report import DOCS, replace, save
+from benchmarks.quality.proof import RESULTS as PROOF
+from benchmarks.quality.proof_report import DOCS, replace, save
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,6 +1,6 @@
 """What each technique is worth, on the demo model and on a twin of it with outlier channels.
 
-    python benchmarks/quality4bit.py [--runs 2 3 ...] [--models demo twin] [--seeds 0 1 2]
+    python -m benchmarks.quality.quality4bit [--runs 2 3 ...] [--models demo twin] [--seeds 0 1 2]
 
 The runs, nearest rounding unless said (docs/quality.md tells what came out):
     1 attribution   2 centring   3 rotation   4 the fc2 input   5 smoothing   6 attention policies
@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fpqvar import account_config, fpqvar
-from proof import HELD_OUT_SEED
 from torch import Tensor
 
 import varptq
+from benchmarks.common.fpqvar import account_config, fpqvar
+from benchmarks.quality.proof import HELD_OUT_SEED
 from varptq.analyze.bench import Bench
 from varptq.analyze.sensitivity import GROUPS, put_back_groups
 from varptq.calibrate.config import CalibrationConfig
@@ -48,7 +48,7 @@ from varptq.quant.convert import bops_account
 from varptq.quant.folds import scale_input, scale_values, shift_input
 from varptq.quant.presets import FC2
 
-RESULTS = Path(__file__).parent / "results" / "quality4bit.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "quality4bit.jsonl"
 CFG, IMAGES, SAMPLED, SEEDS = 1.5, 24, 60, (0, 1, 2)
 NEAREST = CalibrationConfig(num_samples=24, steps=0)
 CLOSED_FORM = CalibrationConfig.preset("fast").replace(num_samples=64)

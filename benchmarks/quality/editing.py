@@ -1,6 +1,6 @@
 """Editing with quantized models: CIFAR-10 test images, the centre regenerated, demo model.
 
-    VARPTQ_WEIGHTS=/folder python benchmarks/editing.py
+    VARPTQ_WEIGHTS=/folder python -m benchmarks.quality.editing
 
 Needs cifar10_test_2000.npz, lpips_alex.safetensors and resnet56_cifar10.safetensors in that folder
 (docs/metrics.md). One line per model and task goes to results/editing.jsonl, what is there is
@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from proof_report import DOCS, replace
 from torch import Tensor
 from torch.nn import functional as F
 
 import varptq
+from benchmarks.quality.proof_report import DOCS, replace
 from varptq.calibrate.config import CalibrationConfig
 from varptq.editing.call import encode
 from varptq.editing.frame import Frame
@@ -41,7 +41,7 @@ from varptq.evaluate.paired import psnr
 from varptq.models.pipeline import UNCONDITIONAL, Pipeline
 from varptq.pictures import Block, Pixels, Row, sheet, to_pixels, write_png
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results" / "editing.jsonl"
 CACHE = HERE.parent / "out" / "editing"
 PRESETS = ("w6a6+paper", "w4a4+paper")

@@ -1,6 +1,6 @@
 """Is the budget what limits shift-and-sum? The KL against alpha, and with every token copied.
 
-    python benchmarks/budget.py
+    python -m benchmarks.quality.budget
 
 Nearest rounding, so that calibration hides nothing; KL and held-out images of proof.py. Writes
 results/budget.json, the table between the "budget" markers of docs/results.md and
@@ -14,11 +14,11 @@ from typing import Any
 
 import matplotlib
 import torch
-from methods_report import table
-from proof import HERE, held_out
-from proof_report import DOCS, replace, save
 
 import varptq
+from benchmarks.quality.methods_report import table
+from benchmarks.quality.proof import HERE, held_out
+from benchmarks.quality.proof_report import DOCS, replace, save
 from varptq.calibrate.config import CalibrationConfig
 from varptq.evaluate.tokens import token_fidelity
 from varptq.quant.config import QuantConfig

@@ -1,7 +1,7 @@
 """What int8 convolutions in the image decoder would cost, and gain: an experiment.
 
-    python benchmarks/int8_decoder.py [--quick] [--lpips FILE] [--json FILE]
-    python benchmarks/int8_decoder.py --report        # its section of docs/benchmarks.md
+    python -m benchmarks.speed.int8_decoder [--quick] [--lpips FILE] [--json FILE]
+    python -m benchmarks.speed.int8_decoder --report        # its section of docs/benchmarks.md
 
 Cost: the demo decoder on the float model's own tokens, with every convolution's weight in 8 bits
 per output channel and its input in 8 bits per image, range taken anew for every image (dynamic), as
@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from proof_report import replace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import varptq
+from benchmarks.quality.proof_report import replace
 from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.paired import psnr
 from varptq.models.vqvae import VQVAE
 from varptq.pictures import to_pixels
 from varptq.quant.affine import affine_codes, affine_fake, affine_grid
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results" / "int8_decoder.json"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 # Channels in and out and side of the 3x3 convolutions that do most of the d16 decoder's work.

@@ -1,7 +1,7 @@
 """Integer Linear layers of the native core against prepacked float32 and bfloat16, at the shapes of
 VAR-d16.
 
-    python benchmarks/native_linear.py [--quick] [--threads N] [--isa NAME] [--json FILE]
+    python -m benchmarks.speed.native_linear [--quick] [--threads N] [--isa NAME] [--json FILE]
 
 Quantization of the input is included; the floats are oneDNN's with weights packed beforehand, the
 best torch offers. All variants of a shape alternate in one process and medians are compared, so a

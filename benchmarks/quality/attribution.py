@@ -1,6 +1,6 @@
 """Where the released quantizers' error comes from: put one thing back to float, or replace it.
 
-    python benchmarks/attribution.py [--seed N] [--threads N]
+    python -m benchmarks.quality.attribution [--seed N] [--threads N]
 
 Writes results/attribution.json and the text between the "attribution" markers of docs/results.md.
 On the bundled demo model, weights rounded to nearest, ranges as the released code takes them. theta
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from proof import HELD_OUT_SEED
-from proof_report import DOCS, replace
 
 import varptq
+from benchmarks.quality.proof import HELD_OUT_SEED
+from benchmarks.quality.proof_report import DOCS, replace
 from varptq.analyze.bench import Bench
 from varptq.analyze.sensitivity import put_back_groups
 from varptq.calibrate.config import CalibrationConfig
@@ -30,7 +30,7 @@ from varptq.calibrate.samples import calibration_set
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig, TensorSpec
 
-RESULTS = Path(__file__).parent / "results" / "attribution.json"
+RESULTS = Path(__file__).parents[1] / "results" / "attribution.json"
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4")
 IMAGES = 40
 THETA_SAMPLES = 8

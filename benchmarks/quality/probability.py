@@ -1,6 +1,6 @@
 """Rules for attention probabilities: what each loses on random attention and on the demo model.
 
-    python benchmarks/probability.py
+    python -m benchmarks.quality.probability
 
 Writes results/probability.json and the text between the "probability" markers of docs/quality.md.
 Random attention: q and k uniform on the unit sphere of 64 dimensions, p = softmax(scale q k), 680
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from proof import HERE, held_out
-from proof_report import DOCS, replace
 from torch import Tensor
 
 import varptq
+from benchmarks.quality.proof import HERE, held_out
+from benchmarks.quality.proof_report import DOCS, replace
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
 from varptq.models.seams import Mix, Span

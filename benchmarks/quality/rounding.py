@@ -1,6 +1,6 @@
 """Learned rounding: is what is trained what is deployed? Losses of two units by settings.
 
-    python benchmarks/rounding.py
+    python -m benchmarks.quality.rounding
 
 Writes results/rounding.json and the table between the "rounding" markers of docs/results.md. W4A4
 on the demo model, 128 resampled images, 200 steps, theta fixed; losses on 64 rows.
@@ -12,10 +12,10 @@ import json
 from typing import Any
 
 import torch
-from proof import CALIBRATION, HERE
-from proof_report import DOCS, replace
 
 import varptq
+from benchmarks.quality.proof import CALIBRATION, HERE
+from benchmarks.quality.proof_report import DOCS, replace
 from varptq.calibrate.reconstruct import reconstruct
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import calibration_set

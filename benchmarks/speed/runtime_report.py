@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proof_report import replace
-from runtime_variants import PARTS
+from benchmarks.common.runtime_variants import PARTS
+from benchmarks.quality.proof_report import replace
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 # The Linear whose row counts are shown one by one.
 SHOWN = "fc1"
 SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4")

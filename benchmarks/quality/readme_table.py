@@ -1,6 +1,6 @@
 """The table of README.md: what a preset weighs, computes, costs in quality and takes on a CPU.
 
-    python benchmarks/readme_table.py
+    python -m benchmarks.quality.readme_table
 
 Sizes and bit operations follow from the architecture of VAR-d16. KL is from
 results/quality4bit.jsonl (quality4bit.py, the demo model, mean over calibration seeds), seconds
@@ -15,10 +15,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-from proof_report import DOCS, replace
-from quality4bit import read
-from runtime_cpu import RESULTS
 
+from benchmarks.quality.proof_report import DOCS, replace
+from benchmarks.quality.quality4bit import read
+from benchmarks.speed.runtime_cpu import RESULTS
 from varptq.analyze.suggest import Prices
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import PRESETS

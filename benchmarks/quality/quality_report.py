@@ -1,6 +1,6 @@
 """Tables and pictures of docs/quality.md from results/quality4bit.jsonl.
 
-    python benchmarks/quality_report.py
+    python -m benchmarks.quality.quality_report
 
 Prints the targets and writes docs/images/quality_{attribution,frontier,scales}.png and the text
 between the "targets" and "runs" markers of docs/quality.md. Ratios are to the released quantizers
@@ -15,8 +15,9 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import matplotlib
-from proof_report import DOCS, replace, save
-from quality4bit import GROUP_NAMES, MODELS, read
+
+from benchmarks.quality.proof_report import DOCS, replace, save
+from benchmarks.quality.quality4bit import GROUP_NAMES, MODELS, read
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

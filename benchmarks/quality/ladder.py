@@ -1,6 +1,6 @@
 """What each modifier of a preset is worth at W4A4, nearest rounding, and what it costs in BOPs.
 
-    python benchmarks/ladder.py
+    python -m benchmarks.quality.ladder
 
 Writes results/ladder.json and the table between the "ladder" markers of docs/results.md. KL as in
 proof.py, on the same held-out images of the demo model; means of centred inputs from 64 others.
@@ -12,10 +12,10 @@ import json
 from typing import Any
 
 import torch
-from proof import HERE, held_out
-from proof_report import DOCS, replace
 
 import varptq
+from benchmarks.quality.proof import HERE, held_out
+from benchmarks.quality.proof_report import DOCS, replace
 from varptq.calibrate.config import CalibrationConfig
 from varptq.evaluate.tokens import token_fidelity
 from varptq.quant.config import QuantConfig

@@ -1,6 +1,6 @@
 """What calibration costs and gives.
 
-    python benchmarks/calibration.py [--quick] [--parts ...] [--efforts ...] [--json FILE]
+    python -m benchmarks.speed.calibration [--quick] [--parts ...] [--efforts ...] [--json FILE]
 
 recording   one pass that feeds all units of a d16, against a replay per unit (calibration_steps.py)
 step        one step of learned rounding per kind of unit, all scales in one pass, against the loop
@@ -29,10 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibration_steps import BLOCKS, CONFIG, model_of, random_samples, recording, steps, totals
-from proof import held_out
 
 import varptq
+from benchmarks.common.calibration_steps import (
+    BLOCKS,
+    CONFIG,
+    model_of,
+    random_samples,
+    recording,
+    steps,
+    totals,
+)
+from benchmarks.quality.proof import held_out
 from varptq.calibrate import reconstruct as reconstruct_module
 from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.record import Recorder
@@ -41,7 +49,7 @@ from varptq.models.presets import PRESETS
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 
-RESULTS = Path(__file__).parent / "results" / "calibration.json"
+RESULTS = Path(__file__).parents[1] / "results" / "calibration.json"
 PARTS = ("recording", "step", "effort", "d16", "memory")
 DEFAULT_CONFIG = "w4a4"
 

@@ -1,8 +1,8 @@
 """A whole image on the CPU: float models, our simulated path and our integers, side by side.
 
-    python benchmarks/runtime_cpu.py [--quick] [--threads 1 2] [--batches 1 8] [--json FILE]
-    python benchmarks/runtime_cpu.py --json FILE --resume     # go on after an interruption
-    python benchmarks/runtime_cpu.py --report                 # tables of docs/benchmarks.md
+    python -m benchmarks.speed.runtime_cpu [--quick] [--threads 1 2] [--batches 1 8] [--json FILE]
+    python -m benchmarks.speed.runtime_cpu --json FILE --resume     # go on after an interruption
+    python -m benchmarks.speed.runtime_cpu --report                 # tables of docs/benchmarks.md
 
 VAR-d16 with random weights and real shapes, one process, the variants (runtime_variants.py) in
 turn, medians after a warm-up. Linears alone are native_linear.py, attention alone
@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from native_linear import DEPTH, LAYERS, ROWS, SCHEMES, alternate, copy_rate
-from runtime_variants import PARTS, Seconds, Variant, variants
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common.runtime_variants import PARTS, Seconds, Variant, variants
+from benchmarks.speed.native_linear import DEPTH, LAYERS, ROWS, SCHEMES, alternate, copy_rate
 from varptq.models.pipeline import Pipeline, build_model
 from varptq.native import binding
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results" / "runtime_cpu.json"
 PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4")
 QUICK_PRESETS = ("w8a8", "w4a4")
@@ -135,8 +135,8 @@ def part(script: str, *words: str) -> Any:
     """What a benchmark of one part finds."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
-        command = [sys.executable, str(HERE / script), *words, "--json", str(out)]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", f"benchmarks.speed.{script}", *words, "--json", str(out)]
+        subprocess.run(command, check=True, cwd=HERE.parent)
         return json.loads(out.read_text())
 
 
@@ -229,11 +229,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for count in options.threads:
         linears = document.setdefault("linears", {})
         if str(count) not in linears:
-            linears[str(count)] = part("native_linear.py", *words, "--threads", str(count))
+            linears[str(count)] = part("native_linear", *words, "--threads", str(count))
             save()
     for name, script, more in (
-        ("attention", "native_attention.py", words),
-        ("memory", "runtime_memory.py", words),
+        ("attention", "native_attention", words),
+        ("memory", "runtime_memory", words),
     ):
         if name not in document:
             document[name] = part(script, *more)
@@ -272,7 +272,7 @@ def main() -> None:
     if min(*options.threads, *options.batches) < 1:
         parser.error("--threads and --batches: expected numbers from 1")
     if options.report:
-        from runtime_report import report
+        from benchmarks.speed.runtime_report import report
 
         report(json.loads((options.json or RESULTS).read_text()))
         return

@@ -1,6 +1,6 @@
 """Does every part of the method help? KL to the float model, and errors of p v, per calibration.
 
-    python benchmarks/proof.py [--seeds 0 1 2] [--widths ...] [--methods ...] [--samples N]
+    python -m benchmarks.quality.proof [--seeds 0 1 2] [--widths ...] [--methods ...] [--samples N]
 
 Appends one line per calibration to results/proof.jsonl and skips what is there, so it can be
 stopped and started, and split over processes by --seeds. `proof_report.py` makes the pictures and
@@ -27,7 +27,7 @@ from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.quant.convert import quant_mixes
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results" / "proof.jsonl"
 WIDTHS = ("w6a6+paper", "w4a8+paper", "w4a6+paper", "w4a4+paper")
 METHODS = ("rtn", "brecq", "brecq+shift", "brecq+resample", "sas", "sas+litevar")

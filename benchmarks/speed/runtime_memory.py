@@ -1,6 +1,6 @@
 """Peak memory of a process that loads a d16 artifact and makes one image.
 
-    python benchmarks/runtime_memory.py [--quick] [--json FILE]
+    python -m benchmarks.speed.runtime_memory [--quick] [--json FILE]
 
 Saves VAR-d16 with random weights at W8A8 and W4A4, and loads each in a fresh process on the runtime
 cpu, with the image decoder in float32 and in bfloat16. The peak is the kernel's high-water mark of
@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+NAME = "benchmarks.speed.runtime_memory"
 GB = 1e9
 # At most this many bytes, with weights in 8 and in 4 bits.
 MUST = {"w8a8": 1.1 * GB, "w4a4": 0.95 * GB}
@@ -45,8 +46,7 @@ def child(folder: str, dtype: str) -> None:
 
 
 def measure(presets: tuple[str, ...], dtypes: tuple[str, ...]) -> list[dict[str, Any]]:
-    from runtime_variants import simulated
-
+    from benchmarks.common.runtime_variants import simulated
     from varptq.artifact import save
     from varptq.models.pipeline import build_model
 
@@ -55,7 +55,14 @@ def measure(presets: tuple[str, ...], dtypes: tuple[str, ...]) -> list[dict[str,
         with tempfile.TemporaryDirectory() as folder:
             save(simulated(pipe, preset), folder, force=True)
             for dtype in dtypes:
-                command = [sys.executable, __file__, "--child", folder, dtype]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.speed.runtime_memory",
+                    "--child",
+                    folder,
+                    dtype,
+                ]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 case: dict[str, Any] = {"preset": preset, "decoder": dtype, "must": MUST[preset]}
                 found.append(case | {"peaks": json.loads(done.stdout)})

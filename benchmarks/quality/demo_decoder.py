@@ -1,7 +1,7 @@
 """The demo model's decoder before and after it was trained on (examples/train_demo/decoder.py).
 
     git show 3387ae7~:src/varptq/assets/demo/vae_demo.safetensors > before.safetensors
-    VARPTQ_WEIGHTS=/folder python benchmarks/demo_decoder.py --before before.safetensors
+    VARPTQ_WEIGHTS=/folder python -m benchmarks.quality.demo_decoder --before before.safetensors
 
 Both decode the same tokens: those of the 2,000 real test images, and as many the float model
 samples. FD is to the real images, in ResNet-56 features. Writes results/demo_decoder.json and the
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
-from methods_report import table
-from proof import HERE
-from proof_report import DOCS, replace
 from torch import Tensor
 
 import varptq
+from benchmarks.quality.methods import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
+from benchmarks.quality.methods_report import table
+from benchmarks.quality.proof import HERE
+from benchmarks.quality.proof_report import DOCS, replace
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.networks.features import load_network, part_of
 from varptq.evaluate.networks.lpips import Lpips

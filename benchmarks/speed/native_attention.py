@@ -1,6 +1,6 @@
 """Attention on codes, sampler and token map of the native core against torch in float32.
 
-    python benchmarks/native_attention.py [--quick] [--json FILE]
+    python -m benchmarks.speed.native_attention [--quick] [--json FILE]
 
 Shapes of VAR-d16 at 256 px (16 heads of 64, ten scales, 680 tokens, 4096 codes), one thread,
 alternating, best of the repeats in CPU time of the thread, which other programs disturb least. The

@@ -1,6 +1,6 @@
 """Tables and pictures of docs/results.md from results/proof.jsonl and the demo model.
 
-    python benchmarks/proof_report.py
+    python -m benchmarks.quality.proof_report
 
 Writes docs/images/{kl,product_error,resampling}.png and replaces the text between the "proof"
 markers of docs/results.md.
@@ -16,9 +16,17 @@ from typing import Any
 
 import matplotlib
 import torch
-from proof import CALIBRATION, HELD_OUT_IMAGES, METHODS, RESULTS, SEEDS, WIDTHS, held_out
 
 import varptq
+from benchmarks.quality.proof import (
+    CALIBRATION,
+    HELD_OUT_IMAGES,
+    METHODS,
+    RESULTS,
+    SEEDS,
+    WIDTHS,
+    held_out,
+)
 from varptq.calibrate.samples import calibration_set
 from varptq.evaluate.attention import product_errors
 from varptq.models.pipeline import Pipeline
@@ -28,7 +36,7 @@ from varptq.quant.convert import bops_account, convert, quant_mixes, set_theta
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 IMAGES = DOCS / "images"
 # The bare w4a4 without smoothing, which gains on models with uneven channels (docs/quality.md).
 UNSMOOTHED = "w4a4+paper+center+rotate+p8+edges8+token"
