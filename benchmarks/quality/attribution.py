@@ -12,17 +12,16 @@ generated itself from seeds no calibration uses. `varptq analyze` does the same 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import varptq
-from benchmarks.quality.proof import HELD_OUT_SEED
-from benchmarks.quality.proof_report import DOCS, replace
+from benchmarks.common.held_out import HELD_OUT_SEED
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import write_document
 from varptq.analyze.bench import Bench
 from varptq.analyze.sensitivity import put_back_groups
 from varptq.calibrate.config import CalibrationConfig
@@ -30,7 +29,6 @@ from varptq.calibrate.samples import calibration_set
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig, TensorSpec
 
-RESULTS = Path(__file__).parents[1] / "results" / "attribution.json"
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4")
 IMAGES = 40
 THETA_SAMPLES = 8
@@ -116,7 +114,7 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    write_document("attribution", document)
     intro = f"{IMAGES} images, cfg {bench.cfg:g}; KL in nats per token, the smallest in bold."
     replace(DOCS / "results.md", "attribution", [intro, "", *table(columns), reading(columns), ""])
 

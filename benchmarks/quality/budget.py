@@ -9,16 +9,15 @@ docs/images/budget.png.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import matplotlib
 import torch
 
 import varptq
-from benchmarks.quality.methods_report import table
-from benchmarks.quality.proof import HERE, held_out
-from benchmarks.quality.proof_report import DOCS, replace, save
+from benchmarks.common.held_out import held_out
+from benchmarks.common.pages import DOCS, replace, save, table
+from benchmarks.common.results import write_document
 from varptq.calibrate.config import CalibrationConfig
 from varptq.evaluate.tokens import token_fidelity
 from varptq.quant.config import QuantConfig
@@ -83,7 +82,7 @@ def picture(lines: list[Line]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     lines = measure()
-    (HERE / "results" / "budget.json").write_text(json.dumps(lines, indent=1) + "\n")
+    write_document("budget", lines)
     replace(DOCS / "results.md", "budget", section(lines))
     picture(lines)
 

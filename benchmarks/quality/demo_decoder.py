@@ -11,7 +11,6 @@ table between the "decoder" markers of docs/results.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor
 
 import varptq
-from benchmarks.quality.methods import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
-from benchmarks.quality.methods_report import table
-from benchmarks.quality.proof import HERE
-from benchmarks.quality.proof_report import DOCS, replace
+from benchmarks.common.judges import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
+from benchmarks.common.pages import DOCS, replace, table
+from benchmarks.common.results import write_document
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.networks.features import load_network, part_of
 from varptq.evaluate.networks.lpips import Lpips
@@ -125,7 +123,7 @@ def main() -> None:
     before = parser.parse_args().before
     torch.set_num_threads(1)
     found = measure(Judge(Path(os.environ["VARPTQ_WEIGHTS"])), before)
-    (HERE / "results" / "demo_decoder.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_document("demo_decoder", found)
     replace(DOCS / "results.md", "decoder", rows(found))
 
 

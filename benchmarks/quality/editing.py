@@ -15,12 +15,10 @@ with the test images that are not edited, on 64 features of the ResNet-56, and i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import varptq
-from benchmarks.quality.proof_report import DOCS, replace
+from benchmarks.common.judges import CLASSIFIER, LPIPS, REFERENCE, RESNET56
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import Line, append_line, read_lines
 from varptq.calibrate.config import CalibrationConfig
 from varptq.editing.call import encode
 from varptq.editing.frame import Frame
@@ -41,9 +41,8 @@ from varptq.evaluate.paired import psnr
 from varptq.models.pipeline import UNCONDITIONAL, Pipeline
 from varptq.pictures import Block, Pixels, Row, sheet, to_pixels, write_png
 
-HERE = Path(__file__).parents[1]
-RESULTS = HERE / "results" / "editing.jsonl"
-CACHE = HERE.parent / "out" / "editing"
+NAME = "editing"
+CACHE = DOCS.parent / "out" / NAME
 PRESETS = ("w6a6+paper", "w4a4+paper")
 METHODS = ("rtn", "brecq", "sas", "sas+litevar")
 MODELS = (("float", ""), *((preset, method) for preset in PRESETS for method in METHODS))
@@ -53,7 +52,6 @@ IMAGES, SEED = 500, 0
 CLASS_STEP = 3
 LPIPS_SIDE, BATCH, SHOWN = 64, 50, 10
 CENTRE, WIDE = (0.25, 0.25, 0.75, 0.75), (0.125, 0.125, 0.875, 0.875)
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,11 @@ class Measures:
 
     @classmethod
     def load(cls, folder: Path) -> Measures:
-        with np.load(folder / "cifar10_test_2000.npz") as file:
+        with np.load(folder / REFERENCE) as file:
             images, labels = file["images"], torch.from_numpy(file["labels"]).long()
-        network = load_network(f"resnet56:{folder / 'resnet56_cifar10.safetensors'}")
+        network = load_network(f"{RESNET56}:{folder / CLASSIFIER}")
         others = Gaussian.of(network(torch.from_numpy(images[IMAGES:])).pooled)
-        lpips = Lpips.load(folder / "lpips_alex.safetensors")
+        lpips = Lpips.load(folder / LPIPS)
         return cls(images[:IMAGES], labels[:IMAGES], others, network, lpips)
 
     def of(self, edited: Pixels, task: Task) -> Line:
@@ -180,21 +178,14 @@ def one(pipe: Pipeline, measures: Measures, preset: str, method: str, task: Task
     }
 
 
-def read() -> list[Line]:
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
 def run(pipe: Pipeline, measures: Measures) -> None:
-    done = {(line["preset"], line["method"], line["task"]) for line in read()}
+    done = {(line["preset"], line["method"], line["task"]) for line in read_lines(NAME)}
     for task in TASKS:
         for preset, method in MODELS:
             if (preset, method, task.name) in done:
                 continue
             line = one(pipe, measures, preset, method, task)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(NAME, line)
             print({k: v for k, v in line.items() if k != "calibration"}, flush=True)
 
 
@@ -224,7 +215,7 @@ def grid(measures: Measures, tasks: list[Task]) -> Image.Image:
 
 def report(pipe: Pipeline, measures: Measures) -> None:
     """The section of docs/results.md and its picture, of the tasks that every model has done."""
-    lines = {(line["preset"], line["method"], line["task"]): line for line in read()}
+    lines = {(line["preset"], line["method"], line["task"]): line for line in read_lines(NAME)}
     decoded = measures.of(round_trip(pipe, measures.images), TASKS[0])
     untouched = measures.network(torch.from_numpy(measures.images))
     floor = frechet_distance(Gaussian.of(untouched.pooled), measures.others)

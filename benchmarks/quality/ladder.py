@@ -8,14 +8,14 @@ proof.py, on the same held-out images of the demo model; means of centred inputs
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 
 import varptq
-from benchmarks.quality.proof import HERE, held_out
-from benchmarks.quality.proof_report import DOCS, replace
+from benchmarks.common.held_out import held_out
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import write_document
 from varptq.calibrate.config import CalibrationConfig
 from varptq.evaluate.tokens import token_fidelity
 from varptq.quant.config import QuantConfig
@@ -75,7 +75,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     torch.set_num_threads(1)
     lines = measure()
-    (HERE / "results" / "ladder.json").write_text(json.dumps(lines, indent=1) + "\n")
+    write_document("ladder", lines)
     replace(DOCS / "results.md", "ladder", table(lines))
 
 

@@ -25,14 +25,12 @@ sets. VARPTQ_WEIGHTS names the folder of measuring networks and images (docs/met
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from statistics import pstdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +38,20 @@ import torch
 
 import varptq
 from benchmarks.common.compiled import compile_quantizers
-from benchmarks.quality.proof import CALIBRATION, held_out
+from benchmarks.common.held_out import CALIBRATION, held_out
+from benchmarks.common.judges import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
+from benchmarks.common.methods_rows import (
+    ABLATED_WIDTHS,
+    ABLATION,
+    FLOAT,
+    METHODS,
+    NAME,
+    NEAREST,
+    PAPER,
+    VQVAE,
+    WIDTHS,
+)
+from benchmarks.common.results import append_line, read_lines
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.networks.features import load_network, part_of
@@ -51,25 +62,7 @@ from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.pictures import to_pixels
 
-HERE = Path(__file__).parents[1]
-RESULTS = HERE / "results" / "methods.jsonl"
-WIDTHS = ("w4a4", "w4a6", "w6a6", "w4a8", "w8a8")
-# Takes nothing from calibration, so one row says all.
-NEAREST = "rtn"
-METHODS = (NEAREST, "brecq", "litevar", "sas", "sas+litevar")
-# The paper's ablation; its first and last rows are "brecq" and "sas".
-ABLATION, ABLATED_WIDTHS = ("brecq+shift", "brecq+resample"), ("w4a4", "w4a6")
-# The assignment of quantizers that is compared, whatever a bare width stands for.
-PAPER = "+paper"
-FLOAT, VQVAE = "float", "vqvae"
 FLOAT_SEEDS = (1, 2, 3)
-REFERENCE, CLASSIFIER, LPIPS = (
-    "cifar10_test_2000.npz",
-    "resnet56_cifar10.safetensors",
-    "lpips_alex.safetensors",
-)
-RESNET56 = "resnet56"
-FEATURE_BATCH = 32
 # Neighbours of ten differ in class, so tenths are made of tens.
 GROUPS, TEN = 10, 10
 # Above this many features a distance is too dear to be taken eleven times.
@@ -228,11 +221,6 @@ def merged(groups: list[Gaussian]) -> Gaussian:
     return whole
 
 
-def standard_error(without: Sequence[float]) -> float:
-    """Of a value whose versions without one group each are given (jackknife)."""
-    return (len(without) - 1) ** 0.5 * pstdev(without)
-
-
 @cache
 def settings() -> dict[str, str]:
     return {
@@ -240,10 +228,6 @@ def settings() -> dict[str, str]:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
-
-
-def read(path: Path = RESULTS) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
@@ -259,7 +243,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     bench = Bench(arguments.out, weights, network, arguments.count, arguments.float_images)
     print(f"float samples and features: {time.monotonic() - started:.0f} s", flush=True)
-    there = {key(line) for line in read()}
+    there = {key(line) for line in read_lines(NAME)}
     for row in rows(arguments.widths, arguments.methods, arguments.seeds):
         identity = {**row._asdict(), "count": arguments.count, "network": bench.network.name}
         if key(identity) in there:
@@ -267,8 +251,7 @@ def run(arguments: argparse.Namespace) -> None:
         started = time.monotonic()
         line = identity | bench.measure(row) | {"float_images": arguments.float_images}
         seconds = time.monotonic() - started
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line | settings()) + "\n")
+        append_line(NAME, line | settings())
         print(f"{row.name}: {line['images']}, {seconds:.0f} s", flush=True)
 
 

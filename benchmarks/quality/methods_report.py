@@ -14,32 +14,31 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from statistics import mean, stdev
-from typing import Any
 
 import matplotlib
 import numpy as np
 
-from benchmarks.quality.methods import (
+from benchmarks.common.judges import RESNET56
+from benchmarks.common.methods_rows import (
     ABLATED_WIDTHS,
     ABLATION,
     FLOAT,
     METHODS,
+    NAME,
     NEAREST,
     PAPER,
-    RESNET56,
     VQVAE,
     WIDTHS,
-    read,
     standard_error,
 )
-from benchmarks.quality.proof import RESULTS as PROOF
-from benchmarks.quality.proof_report import DOCS, replace, save
+from benchmarks.common.pages import DOCS, replace, save, table
+from benchmarks.common.proof_rows import NAME as PROOF
+from benchmarks.common.results import Line, read_lines
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axis import Axis
 
-Line = dict[str, Any]
 BASE = "brecq"
 # FID2FP16 of the paper's table, 50,000 images: VAR-d16 and VAR-d30.
 PAPER_FID2FP = {
@@ -143,11 +142,6 @@ def over_seeds(values: list[float], digits: int) -> str:
         return "-"
     text = f"{mean(values):.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
-    return [*(f"| {row} |" for row in text), ""]
 
 
 def distance(results: Results, width: str, method: str, name: str, digits: int) -> str:
@@ -364,7 +358,7 @@ def others(lines: list[Line]) -> list[str]:
 
 
 def main() -> None:
-    lines, proof = read(), read(PROOF)
+    lines, proof = read_lines(NAME), read_lines(PROOF)
     own = [line for line in lines if line["network"] == RESNET56 and line["width"] in WIDTHS]
     there = {(line["count"], line["width"], line["method"]) for line in own}
     rows = Counter(count for count, *_ in there)

@@ -12,7 +12,6 @@ a row effectively attends to. log sqrt2 halves the steps of log2 and is tried he
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 import varptq
-from benchmarks.quality.proof import HERE, held_out
-from benchmarks.quality.proof_report import DOCS, replace
+from benchmarks.common.held_out import held_out
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import write_document
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
 from varptq.models.seams import Mix, Span
@@ -138,7 +138,7 @@ def main() -> None:
     random = {f"{k} keys, scale {s}, offset {o:g}": random_attention(k, s, o) for k, s, o in cases}
     demo = demo_attention(varptq.load_model("demo"))
     document = {"random": random, "demo": demo}
-    (HERE / "results" / "probability.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_document("probability", document)
     lines = ["Demo model, by scale:", ""]
     scales = [f"scale {k + 1}" for k in range(len(demo))]
     lines += table(scales, demo, "error") + table(scales, demo, "mass") + [reading(demo), ""]

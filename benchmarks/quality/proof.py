@@ -11,41 +11,29 @@ seeds than any calibration's.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import varptq
+from benchmarks.common.held_out import CALIBRATION, held_out
+from benchmarks.common.proof_rows import METHODS, NAME, SEEDS, WIDTHS
+from benchmarks.common.results import append_line, read_lines
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.samples import CalibrationSet, calibration_set
+from varptq.calibrate.samples import CalibrationSet
 from varptq.evaluate.attention import product_errors
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.quant.convert import quant_mixes
 
-HERE = Path(__file__).parents[1]
-RESULTS = HERE / "results" / "proof.jsonl"
-WIDTHS = ("w6a6+paper", "w4a8+paper", "w4a6+paper", "w4a4+paper")
-METHODS = ("rtn", "brecq", "brecq+shift", "brecq+resample", "sas", "sas+litevar")
-SEEDS = (0, 1, 2)
-HELD_OUT_SEED, HELD_OUT_IMAGES = 1_000_003, 100
-CALIBRATION = CalibrationConfig(num_samples=128, steps=200)
-
-
-def held_out(pipe: Pipeline) -> CalibrationSet:
-    config = CalibrationConfig(num_samples=HELD_OUT_IMAGES)
-    return calibration_set(pipe, config, seed=HELD_OUT_SEED, resampled=False)
-
 
 def done() -> set[tuple[str, str, int, int]]:
-    if not RESULTS.exists():
-        return set()
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {(x["width"], x["method"], x["seed"], x["calibration"]["num_samples"]) for x in lines}
+    return {
+        (x["width"], x["method"], x["seed"], x["calibration"]["num_samples"])
+        for x in read_lines(NAME)
+    }
 
 
 def one(
@@ -86,7 +74,6 @@ def one(
 
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    RESULTS.parent.mkdir(exist_ok=True)
     pipe = varptq.load_model("demo")
     test = held_out(pipe)
     calibration = CALIBRATION.replace(num_samples=arguments.samples)
@@ -96,8 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
                 if (width, method, seed, arguments.samples) in done():
                     continue
                 line = one(pipe, test, width, method, seed, calibration)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append_line(NAME, line)
                 kl = line["fidelity"]["kl_filtered"]
                 print(f"{width} {method} seed {seed}: kl {kl:.4f}, {line['seconds']} s", flush=True)
 

@@ -8,25 +8,17 @@ markers of docs/results.md.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import matplotlib
 import torch
 
 import varptq
-from benchmarks.quality.proof import (
-    CALIBRATION,
-    HELD_OUT_IMAGES,
-    METHODS,
-    RESULTS,
-    SEEDS,
-    WIDTHS,
-    held_out,
-)
+from benchmarks.common.held_out import CALIBRATION, HELD_OUT_IMAGES, held_out
+from benchmarks.common.pages import DOCS, replace, save, table
+from benchmarks.common.proof_rows import METHODS, NAME, SEEDS, WIDTHS
+from benchmarks.common.results import Line, read_lines
 from varptq.calibrate.samples import calibration_set
 from varptq.evaluate.attention import product_errors
 from varptq.models.pipeline import Pipeline
@@ -36,16 +28,12 @@ from varptq.quant.convert import bops_account, convert, quant_mixes, set_theta
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-DOCS = Path(__file__).parents[2] / "docs"
-IMAGES = DOCS / "images"
 # The bare w4a4 without smoothing, which gains on models with uneven channels (docs/quality.md).
 UNSMOOTHED = "w4a4+paper+center+rotate+p8+edges8+token"
-Line = dict[str, Any]
 
 
 def read(samples: int = CALIBRATION.num_samples) -> list[Line]:
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return [line for line in lines if line["calibration"]["num_samples"] == samples]
+    return [x for x in read_lines(NAME) if x["calibration"]["num_samples"] == samples]
 
 
 def cell(lines: list[Line], width: str, method: str, value: Callable[[Line], float]) -> str:
@@ -56,11 +44,9 @@ def cell(lines: list[Line], width: str, method: str, value: Callable[[Line], flo
     return f"{mean(values):.3f} ± {spread:.3f}"
 
 
-def table(lines: list[Line], value: Callable[[Line], float]) -> list[str]:
-    head = ["method", *WIDTHS]
+def by_method(lines: list[Line], value: Callable[[Line], float]) -> list[str]:
     rows = [[f"`{method}`", *(cell(lines, w, method, value) for w in WIDTHS)] for method in METHODS]
-    text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
-    return [*(f"| {row} |" for row in text), ""]
+    return table(["method", *WIDTHS], rows)
 
 
 def few_samples() -> list[str]:
@@ -73,8 +59,7 @@ def few_samples() -> list[str]:
         ]
         for n in (8, CALIBRATION.num_samples)
     ]
-    text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
-    return ["**Resampling with fewer samples, W4A4:**", "", *(f"| {row} |" for row in text), ""]
+    return ["**Resampling with fewer samples, W4A4:**", "", *table(head, rows)]
 
 
 def beyond(pipe: Pipeline, lines: list[Line]) -> list[str]:
@@ -88,8 +73,7 @@ def beyond(pipe: Pipeline, lines: list[Line]) -> list[str]:
         if name == "w4a4+paper+litevar":
             cells = ["-", cell(lines, "w4a4+paper", "sas+litevar", kl_filtered)]
         rows.append([f"`{name}`", f"{ratio:.2f}x", *cells])
-    text = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
-    return [*(f"| {row} |" for row in text), ""]
+    return table(head, rows)
 
 
 def kl_filtered(line: Line) -> float:
@@ -164,21 +148,6 @@ def plot_resampling(pipe: Pipeline) -> list[str]:
     return ["| scale | L1 before | L1 after | tokens moved |", "|---|---|---|---|", *rows, ""]
 
 
-def save(figure: Any, name: str) -> None:
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(IMAGES / name, dpi=110)
-    plt.close(figure)
-
-
-def replace(path: Path, mark: str, lines: list[str]) -> None:
-    """Put `lines` between `<!-- mark: begin -->` and `<!-- mark: end -->`."""
-    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    before, _, rest = path.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    path.write_text("\n".join([before + begin, *lines, end + after]))
-
-
 def main() -> None:
     torch.set_num_threads(2)
     lines = read()
@@ -186,7 +155,7 @@ def main() -> None:
     plot_kl(lines)
     plot_product_error(pipe)
     resampling = plot_resampling(pipe)
-    headline = table(lines, kl_filtered)
+    headline = by_method(lines, kl_filtered)
     seconds = [x["seconds"] for x in lines if x["method"] != "rtn"]
     count = sum(x["width"] in WIDTHS for x in lines)
     text = [
@@ -200,10 +169,10 @@ def main() -> None:
         *headline,
         "**The same without the filter:**",
         "",
-        *table(lines, lambda x: x["fidelity"]["kl"]),
+        *by_method(lines, lambda x: x["fidelity"]["kl"]),
         "**Top-1 agreement:**",
         "",
-        *table(lines, lambda x: x["fidelity"]["top1"]),
+        *by_method(lines, lambda x: x["fidelity"]["top1"]),
         "![KL per scale](images/kl.png)",
         "",
         "![error of the attention-value product per scale](images/product_error.png)",

@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +29,11 @@ from torch import Tensor
 
 import varptq
 from benchmarks.common.fpqvar import account_config, fpqvar
-from benchmarks.quality.proof import HELD_OUT_SEED
+from benchmarks.common.held_out import HELD_OUT_SEED
+from benchmarks.common.quality4bit_rows import MODELS, NAME
+from benchmarks.common.results import append_line, read_lines
 from varptq.analyze.bench import Bench
-from varptq.analyze.sensitivity import GROUPS, put_back_groups
+from varptq.analyze.sensitivity import put_back_groups
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import InputError, VarptqError
@@ -48,7 +48,6 @@ from varptq.quant.convert import bops_account
 from varptq.quant.folds import scale_input, scale_values, shift_input
 from varptq.quant.presets import FC2
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality4bit.jsonl"
 CFG, IMAGES, SAMPLED, SEEDS = 1.5, 24, 60, (0, 1, 2)
 NEAREST = CalibrationConfig(num_samples=24, steps=0)
 CLOSED_FORM = CalibrationConfig.preset("fast").replace(num_samples=64)
@@ -61,10 +60,7 @@ SAMPLING = (8, 11, 12)
 # KL of a twin to its model above this is not the rounding of float32.
 PRESERVED = 1e-6
 SIGMA, OFFSET, OFFSET_SHARE = 1.0, 8.0, 0.01
-
-
-GROUP_NAMES, ATTRIBUTED = tuple(GROUPS), 16
-MODELS = ("demo", "twin")
+ATTRIBUTED = 16
 # Presets beside w4a4, and what w4a4 is called with a head of 4 bits on both sides.
 PRESETS, HEAD_4 = ("best", "w4a8", "w6a6", "w8a8"), "w4a4, head 4 bits"
 
@@ -327,17 +323,6 @@ def attribution(work: Workshop) -> list[dict[str, Any]]:
     return lines
 
 
-def read() -> list[dict[str, Any]]:
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
-def append(lines: list[dict[str, Any]]) -> None:
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(line[name] for name in ("run", "model", "label", "seed"))
 
@@ -356,10 +341,11 @@ def main(say: Callable[[str], None] = print) -> None:
         work = Workshop(arguments.images)
     except VarptqError as error:
         raise SystemExit(f"error: {error}") from None
-    there = {key(line) for line in read()}
+    there = {key(line) for line in read_lines(NAME)}
     say(f"twin: KL {work.twin_kl:.1e} to its model")
-    if 1 in arguments.runs and not any(line["run"] == 1 for line in read()):
-        append(attribution(work))
+    if 1 in arguments.runs and not any(line["run"] == 1 for line in read_lines(NAME)):
+        for line in attribution(work):
+            append_line(NAME, line)
     for run in arguments.runs:
         for entry in rows().get(run, []):
             for model in sorted({*entry.models} & {*arguments.models}):
@@ -367,7 +353,7 @@ def main(say: Callable[[str], None] = print) -> None:
                     if (run, model, entry.label, seed) in there:
                         continue
                     line = work.measure(run, model, entry, seed)
-                    append([line])
+                    append_line(NAME, line)
                     say(f"{run} {model} {entry.label}: kl {line['kl']:.4f}, {line['bops']:.3f}x")
 
 

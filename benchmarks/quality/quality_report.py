@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 
-from benchmarks.quality.proof_report import DOCS, replace, save
-from benchmarks.quality.quality4bit import GROUP_NAMES, MODELS, read
+from benchmarks.common.pages import DOCS, replace, save
+from benchmarks.common.quality4bit_rows import GROUP_NAMES, MODELS, NAME
+from benchmarks.common.results import Line, read_lines
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-Line = dict[str, Any]
 
 WIDTHS = ("w4a4", "w4a8", "w6a6", "w8a8")
 RUNS = {
@@ -220,7 +219,7 @@ def plot_scales(lines: list[Line]) -> None:
 
 
 def main(say: Callable[[str], None] = print) -> None:
-    lines = read()
+    lines = read_lines(NAME)
     for plot in (plot_attribution, plot_frontier, plot_scales):
         plot(lines)
     rows = targets(lines)

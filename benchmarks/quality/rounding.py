@@ -8,14 +8,14 @@ on the demo model, 128 resampled images, 200 steps, theta fixed; losses on 64 ro
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 
 import varptq
-from benchmarks.quality.proof import CALIBRATION, HERE
-from benchmarks.quality.proof_report import DOCS, replace
+from benchmarks.common.held_out import CALIBRATION
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import write_document
 from varptq.calibrate.reconstruct import reconstruct
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.samples import calibration_set
@@ -72,7 +72,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     torch.set_num_threads(1)
     lines = measure()
-    (HERE / "results" / "rounding.json").write_text(json.dumps(lines, indent=1) + "\n")
+    write_document("rounding", lines)
     replace(DOCS / "results.md", "rounding", table(lines))
 
 

@@ -40,7 +40,8 @@ from benchmarks.common.calibration_steps import (
     steps,
     totals,
 )
-from benchmarks.quality.proof import held_out
+from benchmarks.common.held_out import held_out
+from benchmarks.common.results import RESULTS
 from varptq.calibrate import reconstruct as reconstruct_module
 from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.record import Recorder
@@ -49,7 +50,6 @@ from varptq.models.presets import PRESETS
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 
-RESULTS = Path(__file__).parents[1] / "results" / "calibration.json"
 PARTS = ("recording", "step", "effort", "d16", "memory")
 DEFAULT_CONFIG = "w4a4"
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of its activations")
     parser.add_argument("--dtype", default="float32", help="of its model")
     parser.add_argument("--d16-samples", type=int, default=8)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=RESULTS / "calibration.json")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import varptq
-from benchmarks.quality.proof_report import replace
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import RESULTS
 from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.paired import psnr
 from varptq.models.vqvae import VQVAE
 from varptq.pictures import to_pixels
 from varptq.quant.affine import affine_codes, affine_fake, affine_grid
 
-HERE = Path(__file__).parents[1]
-RESULTS = HERE / "results" / "int8_decoder.json"
-PAGE = HERE.parent / "docs" / "benchmarks.md"
+FOUND = RESULTS / "int8_decoder.json"
+PAGE = DOCS / "benchmarks.md"
 # Channels in and out and side of the 3x3 convolutions that do most of the d16 decoder's work.
 SHAPES = ((160, 160, 256), (320, 320, 128), (320, 320, 64), (640, 640, 16))
 PER_IMAGE = (1, 2, 3)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write docs/benchmarks.md")
     options = parser.parse_args()
     if options.report:
-        report(json.loads((options.json or RESULTS).read_text()))
+        report(json.loads((options.json or FOUND).read_text()))
         return
     torch.set_num_threads(1)
     count, repeats = (8, 2) if options.quick else (200, 7)

@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,27 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.common.linear_shapes import DEPTH, LAYERS, ROWS, SCHEMES
+from benchmarks.common.timing import alternate, copy_rate
 from varptq.native import binding
 
-ROWS = (2, 8, 18, 32, 50, 72, 128, 200, 338, 512)
 QUICK_ROWS = (2, 32, 128, 512)
-DEPTH = 16
-# Name, inputs, outputs, times in an image per scale (0: ada_lin, once an image at M = 2).
-LAYERS = (
-    ("qkv", 1024, 3072, DEPTH),
-    ("proj", 1024, 1024, DEPTH),
-    ("fc1", 1024, 4096, DEPTH),
-    ("fc2", 4096, 1024, DEPTH),
-    ("head", 1024, 4096, 1),
-    ("ada_lin", 1024, 6144, 0),
-)
-# Row bits, weight bits, activation group, weight group.
-SCHEMES = {
-    "W8A8": (8, 8, None, None),
-    "W6A6": (6, 6, None, None),
-    "W4A8": (8, 4, None, 128),
-    "W4A4": (4, 4, 64, 128),
-}
 
 
 class Timing(NamedTuple):
@@ -85,33 +66,6 @@ def integer_call(scheme: str, x: Tensor, outputs: int, bias: Tensor) -> Callable
         return binding.linear(rows, weight, bias)
 
     return call
-
-
-def alternate(
-    calls: dict[str, Callable[[], object]], budget: float, threads: int
-) -> dict[str, float]:
-    """Median seconds of each call, taking turns for about `budget` seconds, in another order
-    each time: what ran before leaves the caches to the next."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    start, found = time.perf_counter(), {name: list[float]() for name in calls}
-    for call in calls.values():
-        call()
-    names, turns, order = list(calls), 0, random.Random(0)
-    while turns < 5 or (time.perf_counter() - start < budget and turns < 200):
-        order.shuffle(names)
-        for name in names:
-            before = clock()
-            calls[name]()
-            found[name].append(clock() - before)
-        turns += 1
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def copy_rate(threads: int) -> float:
-    """Bytes a second that a sum over a buffer larger than the caches reads."""
-    buffer = torch.ones(16 * 2**20)
-    seconds = alternate({"sum": lambda: buffer.sum()}, 0.5, threads)["sum"]
-    return buffer.nbytes / seconds
 
 
 def measure(rows: tuple[int, ...], budget: float, threads: int) -> Iterator[Timing]:

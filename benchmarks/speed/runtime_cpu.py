@@ -2,13 +2,13 @@
 
     python -m benchmarks.speed.runtime_cpu [--quick] [--threads 1 2] [--batches 1 8] [--json FILE]
     python -m benchmarks.speed.runtime_cpu --json FILE --resume     # go on after an interruption
-    python -m benchmarks.speed.runtime_cpu --report                 # tables of docs/benchmarks.md
 
 VAR-d16 with random weights and real shapes, one process, the variants (runtime_variants.py) in
 turn, medians after a warm-up. Linears alone are native_linear.py, attention alone
 native_attention.py, memory runtime_memory.py: this script runs them too, each in a process of its
 own. With one thread the clock is CPU time. ONEDNN_MAX_CPU_ISA caps oneDNN's instruction set and
 VARPTQ_ISA that of the native core; with the core on AMX the targets are those for AMX.
+runtime_report.py makes the tables of docs/benchmarks.md.
 
 Next to each of ours is its floor: the products of the Linears at the measured peak of the product
 instruction or their packed bytes at the measured rate of reading memory, whichever is longer, scale
@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common.linear_shapes import DEPTH, LAYERS, ROWS, SCHEMES
+from benchmarks.common.pages import DOCS
 from benchmarks.common.runtime_variants import PARTS, Seconds, Variant, variants
-from benchmarks.speed.native_linear import DEPTH, LAYERS, ROWS, SCHEMES, alternate, copy_rate
+from benchmarks.common.timing import alternate, copy_rate
 from varptq.models.pipeline import Pipeline, build_model
 from varptq.native import binding
 
-HERE = Path(__file__).parents[1]
-RESULTS = HERE / "results" / "runtime_cpu.json"
 PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4")
 QUICK_PRESETS = ("w8a8", "w4a4")
 # (must, aim) without and with AMX.
@@ -136,7 +136,7 @@ def part(script: str, *words: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         command = [sys.executable, "-m", f"benchmarks.speed.{script}", *words, "--json", str(out)]
-        subprocess.run(command, check=True, cwd=HERE.parent)
+        subprocess.run(command, check=True, cwd=DOCS.parent)
         return json.loads(out.read_text())
 
 
@@ -267,15 +267,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result to this file, case by case")
     parser.add_argument("--resume", action="store_true", help="keep the cases the file has")
     parser.add_argument("--machine", default="", help="a word on the machine, for the report")
-    parser.add_argument("--report", action="store_true", help="only write docs/benchmarks.md")
     options = parser.parse_args()
     if min(*options.threads, *options.batches) < 1:
         parser.error("--threads and --batches: expected numbers from 1")
-    if options.report:
-        from benchmarks.speed.runtime_report import report
-
-        report(json.loads((options.json or RESULTS).read_text()))
-        return
     if binding.core() is None:
         raise SystemExit(binding.reason())
     if options.quick:

@@ -1,15 +1,18 @@
-"""The result of runtime_cpu.py as tables of docs/benchmarks.md: `runtime_cpu.py --report`."""
+"""Tables of docs/benchmarks.md from results/runtime_cpu.json, which runtime_cpu.py makes.
+
+python -m benchmarks.speed.runtime_report
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import read_document
 from benchmarks.common.runtime_variants import PARTS
-from benchmarks.quality.proof_report import replace
 
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+PAGE = DOCS / "benchmarks.md"
 # The Linear whose row counts are shown one by one.
 SHOWN = "fc1"
 SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4")
@@ -122,3 +125,7 @@ def report(document: Document) -> None:
     lines[-1] += " image, GB; mapped pages of the file and of torch's libraries count."
     lines += ["", *memory(document["memory"])]
     replace(PAGE, "runtime", lines)
+
+
+if __name__ == "__main__":
+    report(read_document("runtime_cpu"))

@@ -13,14 +13,13 @@ results/calibration.json alone too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common.calibration_steps import FULL_SAMPLES, FULL_STEPS
-from benchmarks.quality.proof_report import DOCS, replace
-from benchmarks.speed.calibration import RESULTS
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import read_document
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.tune import BATCH
 from varptq.distributed import Ranks
@@ -164,7 +163,7 @@ def speed_table(found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    measured = json.loads(RESULTS.read_text())
+    measured = read_document("calibration")
     replace(DOCS / "scaling.md", "efforts", effort_table(measured))
     replace(DOCS / "scaling.md", "speed", speed_table(measured))
     replace(DOCS / "scaling.md", "scaling", tables(measured["step"]))

@@ -10,6 +10,7 @@ import torch
 
 import varptq
 from benchmarks.common.compiled import compiled
+from benchmarks.common.methods_rows import ABLATION, METHODS, WIDTHS, standard_error
 from benchmarks.quality import methods
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.quant import affine, probability, sign_split
@@ -17,8 +18,8 @@ from varptq.quant.config import TensorSpec
 
 
 def test_every_row_is_a_preset_and_a_method() -> None:
-    asked = (*methods.METHODS, *methods.ABLATION)
-    rows = list(methods.rows(methods.WIDTHS, asked, (0, 1)))
+    asked = (*METHODS, *ABLATION)
+    rows = list(methods.rows(WIDTHS, asked, (0, 1)))
     # Five widths of five methods, and two parts of the ablation at two widths; nearest rounding
     # knows no seed.
     assert len(rows) == len(set(rows)) == 1 + 3 + 29 + 24
@@ -60,7 +61,7 @@ def test_the_error_is_that_of_repeated_draws() -> None:
         groups = [Gaussian() for _ in range(10)]
         methods.divide(groups, torch.randn(200, 4, generator=generator), 0)
         found.append(bench.distances(methods.merged(groups))["fd"])
-        errors.append(methods.standard_error(bench.without(groups)["fd"]))
+        errors.append(standard_error(bench.without(groups)["fd"]))
     spread = float(torch.tensor(found).std())
     # Ten groups know a deviation to about a quarter; their mean over sets to a few percent.
     assert sum(errors) / 300 == pytest.approx(spread, rel=0.15)
