@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from var_oracle import both_rows, trace
+from helpers.var_oracle import both_rows, trace
 from varptq.calibrate import methods
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import Method, measure_attention, quantize

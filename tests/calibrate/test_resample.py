@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resample_oracle import replay
+from helpers.resample_oracle import replay
 from varptq.calibrate.resample import resample, resample_scale, target_counts
 from varptq.errors import InputError, NonFiniteError
 from varptq.models.sampling import image_randoms
