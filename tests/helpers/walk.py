@@ -3,8 +3,8 @@
     python tests/helpers/walk.py     # rewrites paths and line numbers after files have changed
 
 A link is [`symbol`](../path#Lnumber). In Python a symbol is a function or a class, dotted for a
-method; in C++ it is found at the first line of code that has it as a word. A file that is gone is
-looked for under its old name, then among all files of its kind that define the symbol.
+method; in C++ a function, or else a word, at the first line of code that has it. A file that is
+gone is looked for under its old name, then among all files of its language that have the symbol.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ def line_of(path: Path, symbol: str) -> int | None:
     text = path.read_text()
     if path.suffix == ".py":
         return _in_body(ast.parse(text).body, symbol.split("."))
-    word = re.compile(rf"\b{re.escape(symbol)}\b")
-    numbered = enumerate(text.splitlines(), 1)
-    return next((n for n, line in numbered if word.search(line.partition("//")[0])), None)
+    lines = [line.partition("//")[0].rstrip() for line in text.splitlines()]
+    name = re.escape(symbol)
+    defined = re.compile(rf"^\w.*\b{name}\(.*[^;]$")
+    for pattern in (defined, re.compile(rf"\b{name}\b")):
+        if found := [number for number, line in enumerate(lines, 1) if pattern.search(line)]:
+            return found[0]
+    return None
 
 
 def _in_body(body: list[ast.stmt], names: list[str]) -> int | None:
@@ -41,7 +45,8 @@ def place(path: str, symbol: str) -> tuple[str, int]:
     old = ROOT / path
     if old.is_file() and (line := line_of(old, symbol)) is not None:
         return path, line
-    files = sorted((ROOT / "src").rglob(f"*{old.suffix}"))
+    suffixes = {".py"} if old.suffix == ".py" else {".cpp", ".h"}
+    files = sorted(file for file in (ROOT / "src").rglob("*") if file.suffix in suffixes)
     for candidates in ([file for file in files if file.name == old.name], files):
         found = [(file, line) for file in candidates if (line := line_of(file, symbol))]
         if len(found) == 1:
