@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import varptq
-from calibration_process import CONFIG, QUANT
-from evaluation_process import document
+from helpers.calibration_process import CONFIG, QUANT
+from helpers.evaluation_process import document
 from varptq.artifact import save
 from varptq.calibrate.quantize import quantize
 from varptq.distributed import Ranks, local_device
@@ -24,10 +24,11 @@ from varptq.evaluate.sampling import SampleSet, sample_set
 from varptq.models.pipeline import Pipeline
 from varptq.work import Piece, Work
 
-PROCESS = Path(__file__).with_name("calibration_process.py")
-EVALUATION = Path(__file__).with_name("evaluation_process.py")
-SRC = Path(__file__).parents[1] / "src"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"}
+TESTS = Path(__file__).parent
+PROCESS = TESTS / "helpers" / "calibration_process.py"
+EVALUATION = TESTS / "helpers" / "evaluation_process.py"
+PATHS = f"{TESTS.parent / 'src'}:{TESTS}"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "PATH": "/usr/bin:/bin"}
 
 
 @given(st.lists(st.integers(1, 50), max_size=9), st.integers(1, 5))

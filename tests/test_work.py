@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration_process import CONFIG, QUANT
+from helpers.calibration_process import CONFIG, QUANT
 from varptq.artifact import save
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.quantize import quantize
@@ -21,9 +21,10 @@ from varptq.progress import silent
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.work import Piece, Work
 
-PROCESS = Path(__file__).with_name("calibration_process.py")
-SRC = Path(__file__).parents[1] / "src"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"}
+TESTS = Path(__file__).parent
+PROCESS = TESTS / "helpers" / "calibration_process.py"
+PATHS = f"{TESTS.parent / 'src'}:{TESTS}"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "PATH": "/usr/bin:/bin"}
 # Of the tiny model: three batches of images, the set, theta twice, nine units.
 PIECES = 3 + 1 + 2 + 9
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import varptq
 from varptq.errors import ConfigError, VarptqError
-from varptq.evaluate.lpips import Lpips
+from varptq.evaluate.networks.lpips import Lpips
 from varptq.files import write_atomic
 from varptq.models.var.transformer import VAR
 from varptq.models.var.vqvae import VQVAE

@@ -17,7 +17,7 @@ from loop import Batches, Stage, generator
 from recipe import Recipe
 from torch import Tensor
 
-from varptq.evaluate.lpips import Lpips
+from varptq.evaluate.networks.lpips import Lpips
 from varptq.models.var.pyramid import TokenPyramid
 from varptq.models.var.vqvae import VQVAE
 

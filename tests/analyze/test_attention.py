@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from var_oracle import both_rows, trace
+from helpers.var_oracle import both_rows, trace
 from varptq.analyze.attention import NUM_BINS, AttentionStatistics, attention_statistics
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from benchmarks.common import calibration_steps as steps
 from varptq.calibrate.reconstruct import unit_layers
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.quant import straight_through
 from varptq.quant.config import QuantConfig
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 # Float64 but for the loss, so gradients carry the rounding of float32.
 ROUNDING = 2e-6
-
-
-@pytest.fixture(scope="module")
-def steps() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield import_module("calibration_steps")
-        patch.delitem(sys.modules, "calibration_steps")
 
 
 @pytest.mark.parametrize("preset", ["w4a4+paper", "w6a6+paper", "w4a4", "w4a4+renorm+v6"])
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_one_pass_and_the_loop_over_scales_have_the_same_gradients(
     make_tiny: Callable[..., Pipeline],
-    steps: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     preset: str,
     l2_norm: bool,
@@ -48,7 +35,7 @@ def test_one_pass_and_the_loop_over_scales_have_the_same_gradients(
 
 
 def test_plain_gradients_are_those_of_other_code(
-    tiny: Pipeline, steps: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inside `plain_gradients` no written one is used, and after it they are again."""
     unit = steps.unit_of(tiny, QuantConfig.preset("w4a4+paper"), 1, "blocks.1.ffn")

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import varptq
+from benchmarks.common.compiled import compiled
+from benchmarks.common.methods_rows import ABLATION, METHODS, WIDTHS, standard_error
+from benchmarks.quality import methods
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.quant import affine, log2, sign_split
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def methods() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield import_module("methods")
-        for name in ("methods", "proof", "compiled"):
-            patch.delitem(sys.modules, name)
-
-
-def test_every_row_is_a_preset_and_a_method(methods: ModuleType) -> None:
-    asked = (*methods.METHODS, *methods.ABLATION)
-    rows = list(methods.rows(methods.WIDTHS, asked, (0, 1)))
+def test_every_row_is_a_preset_and_a_method() -> None:
+    asked = (*METHODS, *ABLATION)
+    rows = list(methods.rows(WIDTHS, asked, (0, 1)))
     # Five widths of five methods, and two parts of the ablation at two widths; nearest rounding
     # knows no seed.
     assert len(rows) == len(set(rows)) == 1 + 3 + 29 + 24
@@ -43,7 +31,7 @@ def test_every_row_is_a_preset_and_a_method(methods: ModuleType) -> None:
         assert "litevar" not in row.calibration_method
 
 
-def test_tenths_hold_every_image_and_every_class(methods: ModuleType) -> None:
+def test_tenths_hold_every_image_and_every_class() -> None:
     """Labels repeat every ten images; no tenth may be short of a class."""
     features = torch.randn(230, 3, generator=torch.Generator().manual_seed(0))
     features[:, 0] = torch.arange(230) % 10
@@ -56,7 +44,7 @@ def test_tenths_hold_every_image_and_every_class(methods: ModuleType) -> None:
     assert frechet_distance(methods.merged(groups), Gaussian.of(features)) < 1e-9
 
 
-def test_the_error_is_that_of_repeated_draws(methods: ModuleType) -> None:
+def test_the_error_is_that_of_repeated_draws() -> None:
     """The jackknife beside the spread of the distance over 300 fresh sets."""
     generator = torch.Generator().manual_seed(1)
 
@@ -72,7 +60,7 @@ def test_the_error_is_that_of_repeated_draws(methods: ModuleType) -> None:
         groups = [Gaussian() for _ in range(10)]
         methods.divide(groups, torch.randn(200, 4, generator=generator), 0)
         found.append(bench.distances(methods.merged(groups))["fd"])
-        errors.append(methods.standard_error(bench.without(groups)["fd"]))
+        errors.append(standard_error(bench.without(groups)["fd"]))
     spread = float(torch.tensor(found).std())
     # Ten groups know a deviation to about a quarter; their mean over sets to a few percent.
     assert sum(errors) / 300 == pytest.approx(spread, rel=0.15)
@@ -88,11 +76,11 @@ def test_the_error_is_that_of_repeated_draws(methods: ModuleType) -> None:
     ],
 )
 def test_compiled_quantizers_give_the_same_bits(
-    methods: ModuleType, function: Callable[..., torch.Tensor], rest: tuple[Any, ...]
+    function: Callable[..., torch.Tensor], rest: tuple[Any, ...]
 ) -> None:
-    compiled = import_module("compiled").compiled(function)
+    fast = compiled(function)
     for size in (33, 40):
         x = torch.randn(3, size, 48, generator=torch.Generator().manual_seed(size))
         if function is log2.log2_fake:
             x = x.mul(3).softmax(-1)
-        assert torch.equal(compiled(x, *rest), function(x, *rest))
+        assert torch.equal(fast(x, *rest), function(x, *rest))

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from benchmarks.common import fpqvar
+from benchmarks.quality import quality4bit as study
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.quant.convert import convert
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-OWN = ("quality4bit", "quality_report", "fpqvar", "proof", "proof_report")
-
-
-@pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield import_module("quality4bit")
-        for name in OWN:
-            patch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +22,7 @@ def test_set(tiny: Pipeline) -> CalibrationSet:
     return calibration_set(tiny, CalibrationConfig(num_samples=4), seed=1, resampled=False)
 
 
-def test_every_row_converts_and_has_a_name_of_its_own(study: ModuleType, tiny: Pipeline) -> None:
+def test_every_row_converts_and_has_a_name_of_its_own(tiny: Pipeline) -> None:
     keys = [(run, e.label) for run, entries in study.rows().items() for e in entries]
     assert len(keys) == len(set(keys))
     for entries in study.rows().values():
@@ -47,9 +32,7 @@ def test_every_row_converts_and_has_a_name_of_its_own(study: ModuleType, tiny: P
             assert study.bops(tiny.var, entry) > 0.9
 
 
-def test_the_twin_is_uneven_and_the_same(
-    study: ModuleType, tiny: Pipeline, test_set: CalibrationSet
-) -> None:
+def test_the_twin_is_uneven_and_the_same(tiny: Pipeline, test_set: CalibrationSet) -> None:
     twin = study.with_outliers(tiny)
     assert study.check_twin(tiny, twin, test_set) < 1e-7
     columns = [p.var.blocks[0].ffn.fc1.weight.detach().norm(dim=0) for p in (tiny, twin)]
@@ -57,26 +40,21 @@ def test_the_twin_is_uneven_and_the_same(
     assert spreads[1] > 5 * spreads[0]
 
 
-def test_a_twin_of_another_function_is_refused(
-    study: ModuleType, tiny: Pipeline, test_set: CalibrationSet
-) -> None:
+def test_a_twin_of_another_function_is_refused(tiny: Pipeline, test_set: CalibrationSet) -> None:
     var = copy.deepcopy(tiny.var)
     var.head.bias.data[0] += 0.1
     with pytest.raises(InputError, match=r"twin of tiny: KL .*, expected below 1e-06"):
         study.check_twin(tiny, replace(tiny, var=var), test_set)
 
 
-def test_the_judge_agrees_with_itself(
-    study: ModuleType, tiny: Pipeline, test_set: CalibrationSet
-) -> None:
+def test_the_judge_agrees_with_itself(tiny: Pipeline, test_set: CalibrationSet) -> None:
     found = study.Judge(tiny, test_set).kl(tiny)
     assert found["kl"] == 0 and found["top1"] == 1
     assert found["kl_per_scale"] == [0.0] * tiny.scales.num_scales
 
 
 @pytest.mark.parametrize("name", ["E2M1", "E1M2"])
-def test_fp4_takes_the_nearest_level(study: ModuleType, name: str) -> None:
-    fpqvar = import_module("fpqvar")
+def test_fp4_takes_the_nearest_level(name: str) -> None:
     levels = getattr(fpqvar, name)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     found = fpqvar.fp4(x, levels)

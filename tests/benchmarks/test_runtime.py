@@ -6,35 +6,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.common import runtime_variants as variants
+from benchmarks.speed import runtime_cpu, runtime_report
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.native import binding
 from varptq.runtime.convert import on_integers
 from varptq.runtime.reference import ReferenceKernels
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-NAMES = (
-    *("runtime_cpu", "runtime_variants", "runtime_report", "runtime_memory"),
-    *("native_linear", "native_attention", "proof_report", "proof"),
-)
 needs_core = pytest.mark.skipif(binding.core() is None, reason=binding.reason())
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[SimpleNamespace]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield SimpleNamespace(**{name: import_module(name) for name in NAMES[:4]})
-        for name in NAMES:
-            patch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +35,7 @@ def tokens(pipe: Pipeline) -> torch.Tensor:
     return generate(pipe, [0, 1], seed=0, decode=False).tokens
 
 
-def test_upstreams_order_and_packed_weights_are_the_same_model(
-    bench: SimpleNamespace, tiny: Pipeline
-) -> None:
-    variants: ModuleType = bench.runtime_variants
+def test_upstreams_order_and_packed_weights_are_the_same_model(tiny: Pipeline) -> None:
     expected = tokens(tiny)
     eager = variants.eager(tiny)
     calls = 0
@@ -72,9 +55,8 @@ def test_upstreams_order_and_packed_weights_are_the_same_model(
     assert torch.equal(tokens(tiny), expected)
 
 
-def test_parts_add_up_to_the_whole(bench: SimpleNamespace, tiny: Pipeline) -> None:
+def test_parts_add_up_to_the_whole(tiny: Pipeline) -> None:
     """Every part takes time, and attention is counted without its projections."""
-    variants: ModuleType = bench.runtime_variants
     quantized = variants.simulated(tiny, "w8a8")
     for pipe in (variants.eager(tiny), on_integers(quantized, ReferenceKernels()), quantized):
         run = variants.variant(pipe)
@@ -88,22 +70,21 @@ def test_parts_add_up_to_the_whole(bench: SimpleNamespace, tiny: Pipeline) -> No
 
 
 def test_torchao_is_measured_or_its_absence_has_a_reason(
-    bench: SimpleNamespace, tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
+    tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    reason = bench.runtime_variants.torchao_variant(tiny)
+    reason = variants.torchao_variant(tiny)
     assert isinstance(reason, str) and "torchao cannot be imported" in reason
 
 
-def document_of(bench: SimpleNamespace, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
+def document_of(seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
     """What a run writes, from made-up times."""
-    cpu = bench.runtime_cpu
-    presets = cpu.PRESETS
+    presets = runtime_cpu.PRESETS
     floors = {preset: {"linears": 0.1, "decoder": 0.2} for preset in presets}
     case = {"batch": 1, "threads": 1, "seconds": seconds, "floors": floors}
-    case["ratios"] = {preset: cpu.ratios(seconds, preset) for preset in presets}
-    schemes = bench.runtime_report.SCHEMES
+    case["ratios"] = {preset: runtime_cpu.ratios(seconds, preset) for preset in presets}
+    schemes = runtime_report.SCHEMES
     timing = {
         "seconds": dict.fromkeys(("float32", "bfloat16", *schemes), 1.0),
         "floor": dict.fromkeys(schemes, 0.5),
@@ -121,31 +102,31 @@ def document_of(bench: SimpleNamespace, seconds: dict[str, dict[str, float]]) ->
     peaks = {"imports": 2e8, "loaded": 8e8, "one image": 9e8}
     memory = [{"preset": "w8a8", "decoder": "float32", "must": 1.1e9, "peaks": peaks}]
     document = {
-        **cpu.begun(None, False, False),
+        **runtime_cpu.begun(None, False, False),
         **{"machine": "made up", "batches": [1], "cases": [case]},
         **{"linears": {"1": linears}, "attention": attention, "memory": memory},
     }
-    document["ratios"] = {"threads 1": cpu.table(document, 1)}
-    document["targets"] = {name: {"must": 1.0, "aim": 2.0} for name in cpu.TARGETS}
+    document["ratios"] = {"threads 1": runtime_cpu.table(document, 1)}
+    document["targets"] = {name: {"must": 1.0, "aim": 2.0} for name in runtime_cpu.TARGETS}
     return document
 
 
 @needs_core
 @pytest.mark.native
 def test_ratios_have_the_names_of_the_targets_and_the_report_takes_them(
-    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = bench.runtime_variants.PARTS
+    parts = variants.PARTS
     names = ("eager fp32", "eager bf16 autocast", "prepacked bf16", "simulated")
-    names = (*names, *bench.runtime_cpu.PRESETS)
+    names = (*names, *runtime_cpu.PRESETS)
     seconds = {name: dict.fromkeys(parts, 1.0 + i) for i, name in enumerate(names)}
-    document = document_of(bench, seconds)
-    assert set(document["ratios"]["threads 1"]) == set(bench.runtime_cpu.TARGETS)
+    document = document_of(seconds)
+    assert set(document["ratios"]["threads 1"]) == set(runtime_cpu.TARGETS)
     assert document["ratios"]["threads 1"]["whole image over our own simulated path"] == 4 / 5
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- runtime: begin -->\nold\n<!-- runtime: end -->\nafter\n")
-    monkeypatch.setattr(bench.runtime_report, "PAGE", page)
-    bench.runtime_report.report(document)
+    monkeypatch.setattr(runtime_report, "PAGE", page)
+    runtime_report.report(document)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| whole image over our own simulated path | 1.0x | 2.0x | 0.80x |" in text
@@ -154,12 +135,12 @@ def test_ratios_have_the_names_of_the_targets_and_the_report_takes_them(
 
 @needs_core
 @pytest.mark.native
-def test_a_run_is_resumed_on_the_same_machine_only(bench: SimpleNamespace, tmp_path: Path) -> None:
-    cpu, path = bench.runtime_cpu, tmp_path / "r.json"
-    new = cpu.begun(path, True, False)
+def test_a_run_is_resumed_on_the_same_machine_only(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    new = runtime_cpu.begun(path, True, False)
     assert new["cases"] == []
-    path.write_text(cpu.json.dumps({**new, "cases": [1]}))
-    assert cpu.begun(path, True, False)["cases"] == [1]
-    assert cpu.begun(path, False, False)["cases"] == []
+    path.write_text(runtime_cpu.json.dumps({**new, "cases": [1]}))
+    assert runtime_cpu.begun(path, True, False)["cases"] == [1]
+    assert runtime_cpu.begun(path, False, False)["cases"] == []
     with pytest.raises(SystemExit, match="made with another quick; leave --resume out"):
-        cpu.begun(path, True, True)
+        runtime_cpu.begun(path, True, True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import varptq
-from cli_calls import run as varptq_run
-from cli_calls import succeed
+from helpers.cli_calls import run as varptq_run
+from helpers.cli_calls import succeed
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.means import center
 from varptq.calibrate.methods import METHODS, Method, Step
@@ -87,7 +87,7 @@ def round_biases(run: Run) -> None:
         rounded = (bias * 8).round() / 8
         largest = max(largest, float((rounded - bias).abs().max()))
         layers[name].bias = nn.Parameter(rounded, requires_grad=False)
-    run.report["biases"] = {"largest": largest, "images": len(run.samples.labels_N)}
+    run.report["biases"] = {"largest": largest, "images": len(run.samples.prompts)}
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def fidelity(pipe: Pipeline, quantized: Pipeline, count: int = 20, seed: int = 9
     samples = calibration_set(
         pipe, CalibrationConfig(num_samples=count), seed=seed, resampled=False
     )
-    return token_fidelity(pipe, quantized, samples.labels_N, samples.ids_NL)
+    return token_fidelity(pipe, quantized, samples.prompts, samples.tokens)
 
 
 def codes_of(pipe: Pipeline) -> dict[str, Tensor]:

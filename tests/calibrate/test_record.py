@@ -15,7 +15,7 @@ from torch import Tensor
 
 import varptq.calibrate.samples
 import varptq.models.generate
-from var_oracle import both_rows, trace
+from helpers.var_oracle import both_rows, trace
 from varptq.calibrate import record
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.record import Recorder, Storage, Unit, scale_weights

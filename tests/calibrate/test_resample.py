@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resample_oracle import replay
+from helpers.resample_oracle import replay
 from varptq.calibrate.resample import resample_scale, resample_tokens, target_counts
 from varptq.errors import InputError, NonFiniteError
 from varptq.models.sampling import image_randoms
@@ -103,7 +103,7 @@ def scaled_case(seed: int, images: int = 6):
 def test_all_scales():
     scales, ids, probs_of_scale = scaled_case(0)
     original = ids.clone()
-    new, report = resample_tokens(ids, probs_of_scale, scales, seed=3)
+    new, report = resample_tokens(ids, probs_of_scale, scales.lengths, seed=3)
     assert torch.equal(ids, original)
     assert new.shape == ids.shape and new.dtype == torch.int64
     assert report.num_moved == (new != ids).sum()
@@ -116,7 +116,7 @@ def test_all_scales():
 def test_seed_decides_the_draws():
     scales, ids, probs_of_scale = scaled_case(1)
     first, again, other = (
-        resample_tokens(ids, probs_of_scale, scales, seed)[0] for seed in (5, 5, 6)
+        resample_tokens(ids, probs_of_scale, scales.lengths, seed)[0] for seed in (5, 5, 6)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -124,7 +124,7 @@ def test_seed_decides_the_draws():
 
 def test_report_as_a_document():
     scales, ids, probs_of_scale = scaled_case(2)
-    _, report = resample_tokens(ids, probs_of_scale, scales, seed=0)
+    _, report = resample_tokens(ids, probs_of_scale, scales.lengths, seed=0)
     short = json.loads(json.dumps(report.to_dict()))
     assert [scale["tokens"] for scale in short["scales"]] == [6, 24, 54]
     assert sum(scale["moved"] for scale in short["scales"]) == short["moved"] == report.num_moved
@@ -136,9 +136,9 @@ def test_report_as_a_document():
 def test_shapes_that_do_not_fit_are_named():
     scales, ids, probs_of_scale = scaled_case(0)
     with pytest.raises(InputError, match=r"ids have shape \(6, 13\): expected \(N, 14\)"):
-        resample_tokens(ids[:, 1:], probs_of_scale, scales, seed=0)
+        resample_tokens(ids[:, 1:], probs_of_scale, scales.lengths, seed=0)
     with pytest.raises(InputError, match=r"scale 0 have shape \(5, 1, 37\): expected \(6, 1, V\)"):
-        resample_tokens(ids, lambda k: probs_of_scale(k)[1:], scales, seed=0)
+        resample_tokens(ids, lambda k: probs_of_scale(k)[1:], scales.lengths, seed=0)
 
 
 def test_broken_probabilities_are_refused():

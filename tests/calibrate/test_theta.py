@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from var_oracle import both_rows, trace
+from helpers.var_oracle import both_rows, trace
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import calibration_set
 from varptq.calibrate.theta import (
@@ -163,7 +163,7 @@ def test_attention_is_measured_before_its_quantization(tiny: Pipeline) -> None:
     model = convert(tiny.var, PAPER.replace(attention=attention).with_rules(*linears))
     samples = calibration_set(tiny, FEW, seed=0, resampled=False)
     measured = measure_attention(tiny, model, samples, 3)
-    exact = trace(tiny.var, *both_rows(tiny, samples.labels_N[:3], samples.ids_NL[:3]))
+    exact = trace(tiny.var, *both_rows(tiny, samples.prompts[:3], samples.tokens[:3]))
     for mass in [m for m in measured if m.block == 0]:  # block 1 reads quantized products
         part, end = tiny.scales.slices()[mass.scale], tiny.scales.ends[mass.scale]
         expected = exact.probabilities[0][:, :, part, :end].mean(2)

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import varptq
-from cli_calls import run
+from helpers.cli_calls import run
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
 

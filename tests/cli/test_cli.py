@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import varptq
-from cli_calls import run, succeed
+from helpers.cli_calls import run, succeed
 from varptq.cli.main import app
 from varptq.models.presets import ASSETS
 from varptq.pictures import to_pixels

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import varptq
-from cli_calls import run, succeed
+from helpers.cli_calls import run, succeed
 from varptq.evaluate.image_files import ImageFiles
 from varptq.models.presets import ASSETS
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from var_oracle import both_rows, trace
+from helpers.var_oracle import both_rows, trace
 from varptq.evaluate.attention import Product, product_errors
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from resample_oracle import replay
+from helpers.resample_oracle import replay
 from varptq.calibrate.resample import Move, resample_tokens, target_counts
 from varptq.models.scales import Scales
 

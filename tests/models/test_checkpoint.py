@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checkpoint_states import (
+from helpers.checkpoint_states import (
     MASK,
     SCALES,
     VAE_ARCH,

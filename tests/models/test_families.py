@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import varptq
-from cli_calls import succeed
-from dots_family import FAMILY, PRESET, DotsArch, PixelArch
+from helpers.cli_calls import succeed
+from helpers.dots_family import FAMILY, PRESET, DotsArch, PixelArch
 from varptq.calibrate.config import CalibrationConfig
 from varptq.errors import ArtifactError, ConfigError, InputError
 from varptq.evaluate.tokens import token_fidelity

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoint_states import (
+from helpers.checkpoint_states import (
     MASK,
     assert_same,
     one_line,

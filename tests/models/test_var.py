@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from var_oracle import trace
+from helpers.var_oracle import trace
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.seams import LayerCache, run_stages, spans_of

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import varptq
-from quantizer_cases import NAMES, Case, cases, probabilities
+from helpers.quantizer_cases import NAMES, Case, cases, probabilities
 from varptq.calibrate.config import CalibrationConfig
 from varptq.errors import ConfigError, InputError
 from varptq.models.pipeline import Pipeline

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantizer_cases import NAMES, cases, tensors
+from helpers.quantizer_cases import NAMES, cases, tensors
 from varptq.quant import adaround, affine, straight_through
 
 # Sums of a few hundred float64 terms in another order, relative to the largest gradient.

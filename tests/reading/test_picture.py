@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from picture_files import file_of, png_header
+from helpers.picture_files import file_of, png_header
 from varptq.errors import InputError
 from varptq.reading import FORMATS, MAX_PIXELS, flattened, read_image
 

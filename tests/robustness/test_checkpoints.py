@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint_states import (
+from helpers.checkpoint_states import (
     MASK,
     VAE_ARCHS,
     State,

@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from cli_calls import run
+from helpers.cli_calls import run
 from varptq import __main__, generate
 from varptq.cli import failures
 from varptq.errors import CheckpointError, OutOfMemoryError
+from varptq.evaluate.networks.weights import download_inception, read_script
 from varptq.evaluate.report import page
-from varptq.evaluate.weights import download_inception, read_script
 from varptq.files import StagedFolder
 from varptq.models import memory
 from varptq.models.pipeline import Pipeline
@@ -248,7 +248,7 @@ def test_a_home_that_cannot_be_written_to(
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("varptq.evaluate.weights.urlopen", lambda *_, **__: io.BytesIO())
+    monkeypatch.setattr("varptq.evaluate.networks.weights.urlopen", lambda *_, **__: io.BytesIO())
     ran = run("evaluate", "demo", "--network", "inception:download", "--out", tmp_path / "out")
     assert ran.code == 2 and ran.err.count("\n") == 1 and "cannot be written" in ran.err
 

@@ -13,7 +13,7 @@ import pytest
 import varptq
 from varptq import Pipeline, QuantConfig
 
-PROGRAM = Path(__file__).parents[1] / "forking.py"
+PROGRAM = Path(__file__).parents[1] / "helpers" / "forking.py"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from picture_files import file_of
+from helpers.picture_files import file_of
 from varptq.editing.reading import read_mask
 from varptq.errors import InputError
 from varptq.evaluate.image_files import ImageFiles

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import varptq
-from picture_files import chunk, png_of
+from helpers.picture_files import chunk, png_of
 from robustness.mutations import in_time, mutated
 from varptq import artifact
 from varptq.calibrate.config import CalibrationConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from picture_files import file_of
+from helpers.picture_files import file_of
 from varptq.editing.reading import read_mask
 from varptq.errors import InputError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from picture_files import chunk, png_header, png_of
+from helpers.picture_files import chunk, png_header, png_of
 
 # What the process may take above what it has when its imports are done.
 MEBIBYTES = 600

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from picture_files import chunk, file_of, png_of, png_with
+from helpers.picture_files import chunk, file_of, png_of, png_with
 from varptq.errors import InputError
 from varptq.evaluate.image_files import ImageFiles
 from varptq.reading import flattened, read_image

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import varptq
-from cli_calls import run, succeed
+from helpers.cli_calls import run, succeed
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import METHODS, Method, default_method
 from varptq.cli import common

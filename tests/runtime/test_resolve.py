@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import varptq
-from cli_calls import run
+from helpers.cli_calls import run
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.var.transformer import VAR

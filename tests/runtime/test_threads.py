@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cli_calls import run
+from helpers.cli_calls import run
 from varptq.cli.common import usable_cores
 from varptq.native import binding
 from varptq.native.linear import linear, pack

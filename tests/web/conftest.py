@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from studio_pages import CHROMIUM, DEMO_ARTIFACT, DESK, FLAGS, PATIENCE
+from helpers.studio_pages import CHROMIUM, DEMO_ARTIFACT, DESK, FLAGS, PATIENCE
 from varptq.artifact import save
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.quantize import quantize
@@ -113,7 +113,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def artifact(served: Any) -> None:
     """`DEMO_ARTIFACT`, made by the studio itself."""
-    from studio_calls import Caller  # wants what the studio wants
+    from helpers.studio_calls import Caller  # wants what the studio wants
 
     settings = ("w4a4", "rtn", "fast", 2, 1, 0, DEMO_ARTIFACT.partition("/")[2], True)
     answer = Caller(served.address).call("quantize", "demo", *settings)

@@ -17,7 +17,7 @@ pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
 
 from PIL import Image
 
-from studio_calls import Caller, file_data
+from helpers.studio_calls import Caller, file_data
 from varptq.editing import edit
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, load_model

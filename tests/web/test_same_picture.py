@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli_calls import succeed
+from helpers.cli_calls import succeed
 
 pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
 
 from starlette.testclient import TestClient
 
-from studio_calls import Caller, file_data
+from helpers.studio_calls import Caller, file_data
 from varptq.web.catalogue import Kind
 from varptq.web.generate_tab import example
 from varptq.web.server import Options, make_studio, web_app

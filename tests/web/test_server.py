@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cli_calls import run
+from helpers.cli_calls import run
 from varptq.errors import InputError, OutputError
 
 pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
@@ -21,8 +21,8 @@ import httpx
 from PIL import Image
 from starlette.testclient import TestClient
 
-from picture_files import png_header
-from studio_calls import Caller, file_data
+from helpers.picture_files import png_header
+from helpers.studio_calls import Caller, file_data
 from varptq.web.files import MAX_BYTES
 from varptq.web.server import Options, is_local, make_studio, parse_auth, web_app
 from varptq.web.studio import TITLE

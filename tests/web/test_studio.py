@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
 
-from studio_pages import (
+from helpers.studio_pages import (
     DEMO_ARTIFACT,
     DESK,
     IN_BROWSER,

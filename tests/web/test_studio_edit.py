@@ -13,8 +13,8 @@ pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
 
 from PIL import Image
 
-from picture_files import png_header
-from studio_pages import (
+from helpers.picture_files import png_header
+from helpers.studio_pages import (
     DEMO_ARTIFACT,
     IN_BROWSER,
     MADE,

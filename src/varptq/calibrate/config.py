@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "regularizer": 1e-5,
         "theta_samples": 1,
     },
-    # In rising cost; benchmarks/calibration.py measures what each is worth.
+    # In rising cost; benchmarks/speed/calibration.py measures what each is worth.
     "fast": {"num_samples": 32, "rounding": "gptq"},
     "standard": {"num_samples": 128, "steps": 200, "rounding": "gptq+adaround", "patience": 50},
     "max": {

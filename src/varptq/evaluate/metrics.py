@@ -19,10 +19,10 @@ import torch
 from varptq.errors import InputError
 from varptq.evaluate import statistics
 from varptq.evaluate.catalogue import METRICS
-from varptq.evaluate.clip import class_prompts
 from varptq.evaluate.distributions import FeatureSums, collect, cut, measure
 from varptq.evaluate.frechet import Gaussian, bias_of_means, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
+from varptq.evaluate.networks.clip import class_prompts
 from varptq.evaluate.pairs import PairSums, Tally, codebook_use
 from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.references import AGAINST_REAL, about_reference, of_statistics, sources_of

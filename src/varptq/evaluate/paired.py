@@ -4,7 +4,7 @@
     ssim = mean over windows of alikeness in brightness, contrast and structure
 Both sample freely, so one different token changes all that follows: read these beside
 `tokens.token_fidelity`, which compares under the same context. None says which image is better;
-the perceptual distance of a pair is `lpips.py`.
+the perceptual distance of a pair is `networks/lpips.py`.
 """
 
 from __future__ import annotations

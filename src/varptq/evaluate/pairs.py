@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varptq.evaluate.clip import ClipEncoder, clip_score
-from varptq.evaluate.lpips import Lpips
+from varptq.evaluate.networks.clip import ClipEncoder, clip_score
+from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.paired import psnr, ssim
 from varptq.evaluate.sampling import Shard
 from varptq.models.scales import Scales

@@ -1,0 +1,1 @@
+"""What the numbers of the pages were measured with; README.md lists the scripts."""

@@ -1,0 +1,1 @@
+"""What several benchmarks share: held-out images, rows of results, timing, tables of pages."""

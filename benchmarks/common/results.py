@@ -1,0 +1,33 @@
+"""The files of results: where they are, and those that grow by a line per measurement.
+
+A run that was stopped goes on by skipping the lines that are there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+Line = dict[str, Any]
+
+
+def read_lines(name: str) -> list[Line]:
+    """All lines of results/`name`.jsonl, none where the file is not there yet."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_line(name: str, line: Line) -> None:
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_document(name: str) -> Any:
+    """results/`name`.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def write_document(name: str, document: Any) -> None:
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,361 @@
+"""What each technique is worth, on the demo model and on a twin of it with outlier channels.
+
+    python -m benchmarks.quality.quality4bit [--runs 2 3 ...] [--models demo twin] [--seeds 0 1 2]
+
+The runs, nearest rounding unless said (docs/quality.md tells what came out):
+    1 attribution   2 centring   3 rotation   4 the fc2 input   5 smoothing   6 attention policies
+    7 price list of widths   8 rounding   11 end-to-end tuning   12 finals against the baselines
+Appends one line per measurement to results/quality4bit.jsonl and skips what is there, so it can be
+stopped and started. KL is from the float model's guided next-token distributions, unfiltered,
+teacher-forced on images it generated itself from seeds no calibration uses. Runs 8, 11 and 12 also
+sample images with common random numbers, with calibration seed 0: their Frechet distance to the
+float model's in 64 features of the VQVAE's encoder (mean of its 16 channels in each quarter of the
+image).
+`quality_report.py` makes docs/tables/quality4bit.md from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import varptq
+from benchmarks.common.fpqvar import account_config, fpqvar
+from benchmarks.common.held_out import HELD_OUT_SEED
+from benchmarks.common.quality4bit_rows import MODELS, NAME
+from benchmarks.common.results import append_line, read_lines
+from varptq.analyze.bench import Bench
+from varptq.analyze.sensitivity import put_back_groups
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.samples import CalibrationSet, calibration_set
+from varptq.errors import InputError, VarptqError
+from varptq.evaluate.frechet import Gaussian, frechet_distance
+from varptq.models.generate import generate
+from varptq.models.pipeline import Pipeline
+from varptq.models.reading import guided_logits, kl_divergence
+from varptq.models.seams import NormFold, ValueFold
+from varptq.models.var.transformer import VAR
+from varptq.quant.config import InputTransform, LayerRule, QuantConfig, TensorSpec
+from varptq.quant.describe import bops_account
+from varptq.quant.folds import scale_input, scale_values, shift_input
+from varptq.quant.presets import FC2
+
+CFG, IMAGES, SAMPLED, SEEDS = 1.5, 24, 60, (0, 1, 2)
+NEAREST = CalibrationConfig(num_samples=24, steps=0)
+CLOSED_FORM = CalibrationConfig.preset("fast").replace(num_samples=64)
+LEARNED = CalibrationConfig.preset("standard")
+CONVERGED = CalibrationConfig(num_samples=128, steps=200)
+TUNED = CLOSED_FORM.replace(tune_steps=150)
+# Runs of nearest rounding that the twin takes part in, besides the finals; runs that sample images.
+BOTH = (2, 3, 5)
+SAMPLING = (8, 11, 12)
+# KL of a twin to its model above this is not the rounding of float32.
+PRESERVED = 1e-6
+SIGMA, OFFSET, OFFSET_SHARE = 1.0, 8.0, 0.01
+ATTRIBUTED = 16
+# Presets beside w4a4, and what w4a4 is called with a head of 4 bits on both sides.
+PRESETS, HEAD_4 = ("best", "w4a8", "w6a6", "w8a8"), "w4a4, head 4 bits"
+
+
+class Entry(NamedTuple):
+    """One row of a run, measured on `models` with calibration `seeds`. `config` None is the FPQVAR
+    baseline."""
+
+    label: str
+    config: QuantConfig | None
+    method: str = "rtn"
+    seeds: tuple[int, ...] = (0,)
+    calibration: CalibrationConfig = NEAREST
+    models: tuple[str, ...] = MODELS
+
+
+@torch.no_grad()
+def with_outliers(pipe: Pipeline, seed: int = 0) -> Pipeline:
+    """A model of the same function whose inputs of mat_qkv, fc1 and proj have channels of very
+    different size (log-normal), and 1% of channels with an offset of 8 deviations."""
+    var, generator = copy.deepcopy(pipe.var), torch.Generator().manual_seed(seed)
+    width = var.arch.width
+
+    def factors() -> Tensor:
+        return (SIGMA * torch.randn(width, generator=generator)).exp()
+
+    folds = var.folds()
+    for place in (fold for fold in folds.values() if isinstance(fold, NormFold)):
+        if place.consumer is var.head:
+            continue
+        d_C, offset_C = factors(), torch.zeros(width)
+        chosen = torch.randperm(width, generator=generator)[: max(1, int(OFFSET_SHARE * width))]
+        offset_C[chosen] = (
+            OFFSET * d_C[chosen] * torch.randn(len(chosen), generator=generator).sign()
+        )
+        scale_input(place, d_C)
+        shift_input(place, offset_C)
+    for place in (fold for fold in folds.values() if isinstance(fold, ValueFold)):
+        scale_values(place, factors())
+    return replace(pipe, var=var)
+
+
+def check_twin(pipe: Pipeline, twin: Pipeline, test: CalibrationSet) -> float:
+    """KL of the twin on a few images. Raises `InputError` where its function is not the model's."""
+    few = test.first(4)
+    found = Judge(pipe, few).kl(twin)["kl"]
+    if not found < PRESERVED:
+        raise InputError(
+            f"twin of {pipe.name}: KL {found:g}, expected below {PRESERVED:g}; it does not compute "
+            "the same"
+        )
+    return found
+
+
+class Judge:
+    """Float answers on held-out images, computed once."""
+
+    def __init__(self, pipe: Pipeline, test: CalibrationSet) -> None:
+        self.pipe, self.test = pipe, test
+        self.answers = self._logits(pipe)
+
+    @torch.no_grad()
+    def _logits(self, pipe: Pipeline) -> list[Tensor]:
+        """(images, l, V) of each scale."""
+        parts: list[list[Tensor]] = []
+        for labels, ids in zip(
+            self.test.prompts.split(16), self.test.tokens.split(16), strict=True
+        ):
+            parts.append([x for _, x in guided_logits(pipe, labels, ids, CFG)])
+        return [torch.cat(scale) for scale in zip(*parts, strict=True)]
+
+    def kl(self, pipe: Pipeline) -> dict[str, Any]:
+        """Mean KL, KL and top-1 agreement per scale."""
+        pairs = list(zip(self.answers, self._logits(pipe), strict=True))
+        kls = [kl_divergence(p, q) for p, q in pairs]
+        same = torch.cat([(p.argmax(-1) == q.argmax(-1)).flatten() for p, q in pairs])
+        return {
+            "kl": float(torch.cat([x.flatten() for x in kls]).mean()),
+            "kl_per_scale": [float(x.mean()) for x in kls],
+            "top1": float(same.double().mean()),
+        }
+
+    @cache  # noqa: B019
+    def float_features(self) -> Gaussian:
+        return Gaussian.of(self.features(self.pipe))
+
+    @torch.no_grad()
+    def features(self, pipe: Pipeline) -> Tensor:
+        """(SAMPLED, 64) of images sampled from the same seeds by every model."""
+        labels = torch.arange(SAMPLED) % self.pipe.var.arch.num_classes
+        images = generate(pipe, labels, seed=HELD_OUT_SEED, cfg=CFG, batch_size=20).images
+        assert images is not None
+        found = [self.pipe.vae.features(part * 2 - 1) for part in images.split(20)]
+        return torch.cat([torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1) for x in found])
+
+    def distance(self, pipe: Pipeline) -> float:
+        return frechet_distance(self.float_features(), Gaussian.of(self.features(pipe)))
+
+
+def uniform(config: QuantConfig, bits: int) -> QuantConfig:
+    assert config.attention is not None
+    rule = TensorSpec(num_bits=bits, type="uniform")
+    return config.replace(attention=config.attention.replace(probability=rule))
+
+
+def transform(config: QuantConfig, targets: str = "*", **changes: Any) -> QuantConfig:
+    """Other transforms of the inputs of matching layers."""
+    own = config.linear.input_transform or InputTransform()
+    return config.with_rules(LayerRule(targets=targets, input_transform=own.replace(**changes)))
+
+
+def fc2(config: QuantConfig, kind: str, how: InputTransform | None) -> QuantConfig:
+    assert config.linear.input is not None
+    spec = config.linear.input.replace(type=kind)
+    return config.with_rules(LayerRule(targets=FC2, input=spec, input_transform=how))
+
+
+def head(config: QuantConfig, weight_bits: int, input_bits: int = 8) -> QuantConfig:
+    other = QuantConfig.preset(f"w{weight_bits}a{input_bits}+paper").linear
+    return config.with_rules(LayerRule(targets="head", weight=other.weight, input=other.input))
+
+
+def rows() -> dict[int, list[Entry]]:
+    """Every row of every run."""
+    P = QuantConfig.preset
+    ours = P("w4a4")
+    bare = "w4a4+paper+p8+io8+token"
+    both = InputTransform(center=True, hadamard=128)
+    runs = {
+        2: [(n, P(n)) for n in (bare, f"{bare}+center", f"{bare}+smooth+center")],
+        3: [(n, P(n)) for n in (f"{bare}+rotate", f"{bare}+center+rotate")]
+        + [("w4a4, blocks of 64", transform(ours, hadamard=64))],
+        4: [
+            ("fc2 sign-split", fc2(ours, "sign_split", None)),
+            ("fc2 asymmetric", fc2(ours, "affine", None)),
+            ("fc2 centred", fc2(ours, "affine", InputTransform(center=True))),
+            ("fc2 centred and rotated", fc2(ours, "affine", both)),
+        ],
+        5: [("w4a4", ours), ("w4a4+paper+smooth", P("w4a4+paper+smooth"))],
+        6: [(n, P(n)) for n in ("w4a4+segment", "w4a4+renorm")]
+        + [("w4a4, log2 probabilities", ours.replace(attention=log2(ours)))],
+        7: [
+            ("probabilities 6 bits", uniform(ours, 6)),
+            ("q, k 6 bits", P("w4a4+qk6")),
+            ("v 6 bits", P("w4a4+v6")),
+            ("q, k, v 6 bits", P("w4a4+qk6+v6")),
+            ("q, k, v 8 bits", P("w4a4+qk8+v8")),
+            ("groups of 32", P("w4a4+g32")),
+            ("head weight 8 bits", head(ours, 8)),
+        ],
+    }
+    found = {
+        run: [
+            Entry(label, config, models=MODELS if run in BOTH else ("demo",))
+            for label, config in rows
+        ]
+        for run, rows in runs.items()
+    }
+    found[6].append(Entry("w4a4, copies", ours, "rtn+shift", models=("demo",)))
+    closed = {name: P(name) for name in ("w4a4+paper", "w4a4", *PRESETS)}
+    closed[HEAD_4] = head(ours, 4, 4)
+    found[8] = [
+        Entry(f"{name}, gptq", config, "gptq", SEEDS, CLOSED_FORM)
+        for name, config in closed.items()
+    ]
+    for name in ("w4a4", "best"):
+        learned = Entry(f"{name}, gptq+adaround", P(name), "brecq", (0,), LEARNED, ("demo",))
+        found[8].append(learned)
+    found[11] = [
+        Entry(f"{name}, gptq, tuned", P(name), "gptq", (0,), TUNED) for name in ("w4a4", "best")
+    ]
+    found[12] = finals()
+    return found
+
+
+def finals() -> list[Entry]:
+    """The presets, to nearest, and what they are held against."""
+    P = QuantConfig.preset
+    released = [
+        Entry(f"{width} released", P(f"{width}+paper+released"), "rtn+shift", SEEDS)
+        for width in ("w4a4", "w4a8", "w6a6", "w8a8")
+    ]
+    return [
+        *released,
+        Entry("fpqvar", None, seeds=SEEDS),
+        Entry("rtn", P("w4a4+paper")),
+        Entry("litevar", P("w4a4+paper+litevar")),
+        Entry("brecq", P("w4a4+paper"), "brecq", calibration=CONVERGED, models=("demo",)),
+        Entry("sas", P("w4a4+paper"), "sas", calibration=CONVERGED),
+        *(Entry(name, P(name), seeds=SEEDS) for name in ("w4a4", *PRESETS)),
+        Entry(HEAD_4, head(P("w4a4"), 4, 4), seeds=SEEDS),
+    ]
+
+
+def log2(config: QuantConfig) -> Any:
+    assert config.attention is not None
+    return config.attention.replace(
+        probability=TensorSpec(num_bits=4, type="log2"), renormalize=True
+    )
+
+
+def bops(var: VAR, entry: Entry) -> float:
+    """Relative to the paper's assignment at 4 bits."""
+    base = bops_account(var, QuantConfig.preset("w4a4+paper")).total
+    return bops_account(var, entry.config or account_config()).total / base
+
+
+class Workshop:
+    """The two models, what they are measured on, and the lines that are there."""
+
+    def __init__(self, images: int) -> None:
+        self.pipe = varptq.load_model("demo")
+        config = CalibrationConfig(num_samples=images)
+        test = calibration_set(self.pipe, config, seed=HELD_OUT_SEED, resampled=False)
+        self.judge, self.images = Judge(self.pipe, test), images
+        self.models = {"demo": self.pipe, "twin": with_outliers(self.pipe)}
+        self.twin_kl = check_twin(self.pipe, self.models["twin"], test)
+
+    @cache  # noqa: B019
+    def samples(self, seed: int) -> CalibrationSet:
+        return calibration_set(self.pipe, NEAREST, seed=seed, resampled=False)
+
+    def measure(self, run: int, model: str, entry: Entry, seed: int) -> dict[str, Any]:
+        pipe, started = self.models[model], time.monotonic()
+        theta = None
+        if entry.config is None:
+            quantized: Pipeline = fpqvar(pipe, self.samples(seed))
+        else:
+            result = varptq.quantize(
+                pipe, entry.config, method=entry.method, calibration=entry.calibration, seed=seed
+            )
+            quantized, theta = result, result.theta
+        line = {
+            "run": run,
+            "model": model,
+            "label": entry.label,
+            "method": entry.method,
+            "seed": seed,
+            "images": self.images,
+            "bops": bops(self.pipe.var, entry),
+            "theta": theta,
+            **self.judge.kl(quantized),
+        }
+        if run in SAMPLING and seed == 0:
+            line["fd"] = self.judge.distance(quantized)
+        return line | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def attribution(work: Workshop) -> list[dict[str, Any]]:
+    """Run 1: one group of tensors put back to float, in the released assignment and in ours. The
+    bench of `varptq analyze`, which does not smooth."""
+    test = work.judge.test
+    bench = Bench(work.pipe, test.prompts[:ATTRIBUTED], test.tokens[:ATTRIBUTED])
+    lines = []
+    for label in ("w4a4+paper+released", "w4a4"):
+        config = QuantConfig.preset(label)
+        put_back = {n: found.kl for n, found in put_back_groups(bench, config).items()}
+        line = {"run": 1, "model": "demo", "label": label, "seed": 0}
+        lines.append(line | {"kl": bench.kl(config).kl, "put_back": put_back})
+    return lines
+
+
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[name] for name in ("run", "model", "label", "seed"))
+
+
+def main(say: Callable[[str], None] = print) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, nargs="+", default=[1, *sorted(rows())])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--images", type=int, default=IMAGES)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        work = Workshop(arguments.images)
+    except VarptqError as error:
+        raise SystemExit(f"error: {error}") from None
+    there = {key(line) for line in read_lines(NAME)}
+    say(f"twin: KL {work.twin_kl:.1e} to its model")
+    if 1 in arguments.runs and not any(line["run"] == 1 for line in read_lines(NAME)):
+        for line in attribution(work):
+            append_line(NAME, line)
+    for run in arguments.runs:
+        for entry in rows().get(run, []):
+            for model in sorted({*entry.models} & {*arguments.models}):
+                for seed in sorted({*entry.seeds} & {*arguments.seeds}):
+                    if (run, model, entry.label, seed) in there:
+                        continue
+                    line = work.measure(run, model, entry, seed)
+                    append_line(NAME, line)
+                    say(f"{run} {model} {entry.label}: kl {line['kl']:.4f}, {line['bops']:.3f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Tables and pictures of docs/tables/quality4bit.md from results/quality4bit.jsonl.
+
+    python -m benchmarks.quality.quality_report
+
+Prints the targets and writes docs/images/quality_{attribution,frontier,scales}.png and the text
+between the "targets" and "runs" markers of docs/tables/quality4bit.md. Ratios are to the released
+quantizers at the same nominal bits: nearest rounding, theta from the 1% budget. KL is the mean over
+calibration seeds, behind +- half of what lies between the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean
+from typing import NamedTuple
+
+import matplotlib
+
+from benchmarks.common.pages import DOCS, replace, save
+from benchmarks.common.quality4bit_rows import GROUP_NAMES, MODELS, NAME
+from benchmarks.common.results import Line, read_lines
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+WIDTHS = ("w4a4", "w4a8", "w6a6", "w8a8")
+RUNS = {
+    2: "Centring and smoothing, without rotation",
+    3: "Rotation",
+    4: "The fc2 input of w4a4",
+    5: "Smoothing",
+    6: "Attention policies of w4a4",
+    7: "Other widths within w4a4",
+    8: "Rounding of the weights",
+    11: "End-to-end tuning",
+    12: "Finals",
+}
+
+
+class Target(NamedTuple):
+    """A preset, the baseline it is held against, and the largest ratio of KL and of BOPs."""
+
+    label: str
+    baseline: str
+    ratio: float
+    bops: float | None = None
+
+
+TARGETS = (
+    Target("w4a4, head 4 bits, gptq", "w4a4 released", 0.4, 1.05),
+    Target("best, gptq", "w4a4 released", 0.22, 1.15),
+    Target("best, gptq", "fpqvar", 0.7, 1.15),
+    Target("w4a8, gptq", "w4a8 released", 0.2),
+    Target("w6a6, gptq", "w6a6 released", 0.3),
+    Target("w8a8, gptq", "w8a8 released", 0.04),
+)
+
+
+def values(lines: list[Line], model: str, label: str, field: str) -> list[float]:
+    """What was measured with each seed."""
+    return [x[field] for x in lines if (x["model"], x["label"]) == (model, label) and field in x]
+
+
+def value(lines: list[Line], model: str, label: str, field: str) -> float | None:
+    """Mean over seeds of what was measured, None where nothing was."""
+    found = values(lines, model, label, field)
+    return mean(found) if found else None
+
+
+def shown(number: float | None, digits: str = ".4f") -> str:
+    return "-" if number is None else format(number, digits)
+
+
+def spread(found: list[float]) -> str:
+    """Mean over seeds, and half the range where there are several."""
+    if len(found) < 2:
+        return shown(found[0] if found else None)
+    return f"{mean(found):.4f} ± {(max(found) - min(found)) / 2:.4f}"
+
+
+def targets(lines: list[Line]) -> list[str]:
+    """One row per target and model."""
+    final = [x for x in lines if x["run"] in (8, 12)]
+    head = ["preset", "model", "BOPs", "KL", "of", "ratio", "wanted", "FD", "baseline's FD"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for target in TARGETS:
+        for model in MODELS:
+            own, other = (values(final, model, x, "kl") for x in (target.label, target.baseline))
+            bops = value(final, model, target.label, "bops")
+            if not own or not other or bops is None:
+                continue
+            ratio = mean(own) / mean(other)
+            met = ratio <= target.ratio and bops <= (target.bops or bops)
+            wanted = f"{target.ratio:g}x" + (f" at {target.bops:g}x BOPs" if target.bops else "")
+            distances = (value(final, model, x, "fd") for x in (target.label, target.baseline))
+            cells = [
+                f"`{target.label}`",
+                model,
+                f"{bops:.2f}x",
+                spread(own),
+                f"{target.baseline} {spread(other)}",
+                f"{ratio:.3f}x",
+                wanted + (", met" if met else ", missed"),
+                *(shown(distance, ".3g") for distance in distances),
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return [*rows, ""]
+
+
+def tables(lines: list[Line]) -> list[str]:
+    text: list[str] = []
+    for run, title in RUNS.items():
+        part = [x for x in lines if x["run"] == run]
+        if not part:
+            continue
+        sampled = any("fd" in x for x in part)
+        head = ["", "BOPs", "KL, demo", "KL, twin", "top-1, demo", *(["FD, demo"] * sampled)]
+        text += [f"**{title}:**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for label in dict.fromkeys(x["label"] for x in part):
+            bops = next(x["bops"] for x in part if x["label"] == label)
+            cells = [label, f"{bops:.2f}x"]
+            cells += [spread(values(part, model, label, "kl")) for model in MODELS]
+            cells.append(shown(value(part, "demo", label, "top1"), ".3f"))
+            if sampled:
+                cells.append(shown(value(part, "demo", label, "fd"), ".3g"))
+            text.append(f"| {' | '.join(cells)} |")
+        text.append("")
+    return text
+
+
+def plot_attribution(lines: list[Line]) -> None:
+    """KL that goes away when a group of tensors is put back to float."""
+    part = [x for x in lines if x["run"] == 1]
+    figure, axis = plt.subplots(figsize=(7, 3.2))
+    for index, line in enumerate(part):
+        heights = [line["kl"] - line["put_back"].get(name, line["kl"]) for name in GROUP_NAMES]
+        places = [k + 0.4 * index for k in range(len(GROUP_NAMES))]
+        axis.bar(places, heights, width=0.38, label=f"{line['label']}, KL {line['kl']:.3f}")
+    axis.set_xticks([k + 0.2 for k in range(len(GROUP_NAMES))], GROUP_NAMES, fontsize=8)
+    axis.set_ylabel("KL gone when put back")
+    axis.legend(fontsize=8)
+    save(figure, "quality_attribution.png")
+
+
+class Mark(NamedTuple):
+    """A final on the frontier, and where its words stand: offset in points and side."""
+
+    label: str
+    words: str
+    offset: tuple[int, int] = (6, 0)
+    side: str = "left"
+
+
+CURVES = {
+    "released quantizers": ("w4a4 released", "w4a8 released", "w6a6 released", "w8a8 released"),
+    "presets, nearest": ("w4a4, head 4 bits", "w4a4", "best", "w4a8", "w6a6", "w8a8"),
+    "presets, GPTQ": tuple(
+        f"{name}, gptq" for name in ("w4a4, head 4 bits", "w4a4", "best", "w4a8", "w6a6", "w8a8")
+    ),
+    "presets, GPTQ, tuned": ("w4a4, gptq, tuned", "best, gptq, tuned"),
+    "sas, converged": ("sas",),
+    "FPQVAR": ("fpqvar",),
+    "LiteVAR": ("litevar",),
+}
+MARKS = (
+    Mark("w4a4 released", "w4a4"),
+    Mark("w4a8 released", "w4a8", (-6, -3), "right"),
+    Mark("w6a6 released", "w6a6", (6, -3)),
+    Mark("w8a8 released", "w8a8", (0, 7)),
+    Mark("w4a4, head 4 bits", "head 4 bits", (-6, -2), "right"),
+    Mark("w4a4", "w4a4"),
+    Mark("best", "best"),
+    Mark("w4a8", "w4a8", (-6, 3), "right"),
+    Mark("w6a6", "w6a6"),
+    Mark("w8a8", "w8a8", (0, 7)),
+    Mark("fpqvar", "FPQVAR", (6, 3)),
+    Mark("litevar", "LiteVAR", (-6, 5), "right"),
+)
+
+
+def plot_frontier(lines: list[Line]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    final = [x for x in lines if x["run"] in (8, 11, 12)]
+    for axis, model in zip(axes, MODELS, strict=True):
+        curves = zip(CURVES.items(), "sov^PDX", strict=True)
+        for index, ((name, labels), marker) in enumerate(curves):
+            points = [
+                [value(final, model, label, field) for field in ("bops", "kl")] for label in labels
+            ]
+            found = [(x, y) for x, y in points if x is not None and y is not None]
+            if found:
+                axis.plot(*zip(*found, strict=True), marker, ms=5, label=name, c=f"C{index}")
+        for mark in MARKS:
+            place = [value(final, model, mark.label, field) for field in ("bops", "kl")]
+            if None not in place:
+                axis.annotate(mark.words, place, fontsize=7, xytext=mark.offset, va="center",
+                              ha=mark.side, textcoords="offset points")  # fmt: skip
+        axis.set(title=model, xscale="log", yscale="log", xlim=(0.6, 7))
+        axis.set(xlabel="BOPs, relative to w4a4+paper")
+        axis.set_xticks([1, 2, 4], ["1x", "2x", "4x"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("KL, nats per token")
+    axes[0].legend(fontsize=7, loc="lower left")
+    save(figure, "quality_frontier.png")
+
+
+def plot_scales(lines: list[Line]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, model in zip(axes, MODELS, strict=True):
+        for label in ("w4a4 released", "fpqvar", "w4a4", "best", "best, gptq", "w4a8, gptq"):
+            curves = values([x for x in lines if x["run"] in (8, 12)], model, label, "kl_per_scale")
+            if curves:
+                curve = [mean(column) for column in zip(*curves, strict=True)]
+                axis.plot(range(1, len(curve) + 1), curve, marker="o", ms=3, label=label)
+        axis.set(title=model, yscale="log", xlabel="scale")
+    axes[0].set_ylabel("KL, nats per token")
+    axes[0].legend(fontsize=8)
+    save(figure, "quality_scales.png")
+
+
+def main(say: Callable[[str], None] = print) -> None:
+    lines = read_lines(NAME)
+    for plot in (plot_attribution, plot_frontier, plot_scales):
+        plot(lines)
+    rows = targets(lines)
+    say("\n".join(rows))
+    pictures = [
+        "![where the error comes from](../images/quality_attribution.png)",
+        "",
+        "![KL over bit operations](../images/quality_frontier.png)",
+        "",
+        "![KL per scale](../images/quality_scales.png)",
+        "",
+    ]
+    replace(DOCS / "tables/quality4bit.md", "targets", rows)
+    replace(DOCS / "tables/quality4bit.md", "runs", [*tables(lines), *pictures])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What running and calibrating take: seconds and memory."""

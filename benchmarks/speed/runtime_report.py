@@ -1,0 +1,131 @@
+"""Tables of docs/benchmarks.md from results/runtime_cpu.json, which runtime_cpu.py makes.
+
+python -m benchmarks.speed.runtime_report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.results import read_document
+from benchmarks.common.runtime_variants import PARTS
+
+PAGE = DOCS / "benchmarks.md"
+# The Linear whose row counts are shown one by one.
+SHOWN = "fc1"
+SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4")
+Document = dict[str, Any]
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def head(*cells: object) -> list[str]:
+    return [row(*cells), "|" + "---|" * len(cells)]
+
+
+def headline(document: Document) -> Iterator[str]:
+    columns = list(document["ratios"])
+    yield from head("ratio", "must", "aim", *columns)
+    for name, target in document["targets"].items():
+        found = (document["ratios"][column].get(name) for column in columns)
+        cells = ("" if value is None else f"{value:.2f}x" for value in found)
+        yield row(name, f"{target['must']}x", f"{target['aim']}x", *cells)
+
+
+def seconds(case: Document) -> Iterator[str]:
+    yield f"**Batch {case['batch']}, {case['threads']} thread(s)**, seconds:"
+    yield ""
+    yield from head("variant", *PARTS, "total")
+    for name, parts in case["seconds"].items():
+        yield row(name, *(f"{parts[part]:.2f}" for part in PARTS), f"{sum(parts.values()):.2f}")
+    yield ""
+    presets = list(case["ratios"])
+    yield from head("ratio", *presets)
+    for name in next(iter(case["ratios"].values())):
+        yield row(name, *(f"{case['ratios'][preset][name]:.2f}x" for preset in presets))
+    for part in ("linears", "decoder"):
+        cells = []
+        for preset in presets:
+            floor = case["floors"][preset][part]
+            cells.append(f"{floor:.2f} s, {floor / case['seconds'][preset][part]:.0%} reached")
+        yield row(f"floor of the {part}", *cells)
+
+
+def linears(found: Document) -> Iterator[str]:
+    yield (
+        f"{found['threads']} thread(s), {found['isa']}, {found['peak_gops']:.0f} Gop/s a thread "
+        "at the peak:"
+    )
+    yield ""
+    yield from head(
+        *("layer", "rows", "fp32 ms", "bf16 ms"),
+        *(f"{scheme} ms (over bf16; of floor)" for scheme in SCHEMES),
+    )
+    for timing in found["timings"]:
+        if timing["layer"] not in (SHOWN, "image"):
+            continue
+        taken, cells = timing["seconds"], []
+        for scheme in SCHEMES:
+            mine = taken[scheme]
+            gain, share = taken["bfloat16"] / mine, timing["floor"][scheme] / mine
+            cells.append(f"{mine * 1e3:.2f} ({gain:.2f}x; {share:.0%})")
+        floats = (f"{taken[name] * 1e3:.2f}" for name in ("float32", "bfloat16"))
+        label = "whole image" if timing["layer"] == "image" else timing["layer"]
+        yield row(label, timing["rows"] or "all", *floats, *cells)
+
+
+def attention(found: Document) -> Iterator[str]:
+    yield from head(
+        *("rows", "policy", "bits", "theta", "ours ms", "SDPA alone ms"),
+        "SDPA, unit vectors and cache ms",
+    )
+    for case in found["attention"]:
+        ms = {name: value * 1e3 for name, value in case["total"].items()}
+        gains = (f"{ms[name]:.1f} ({ms[name] / ms['native']:.2f}x)" for name in ("sdpa", "torch"))
+        names = (case[name] for name in ("rows", "policy", "bits", "theta"))
+        yield row(*names, f"{ms['native']:.1f}", *gains)
+    yield ""
+    for name in ("sampler, 256 tokens", "token map"):
+        mine, torch = (found[name][key] * 1e3 for key in ("native", "torch"))
+        yield f"- {name}: ours {mine:.2f} ms, torch {torch:.2f} ms."
+
+
+def memory(found: list[Document]) -> Iterator[str]:
+    yield from head("artifact", "decoder", "after imports", "loaded", "one image", "at most")
+    for case in found:
+        peaks = (f"{value / 1e9:.2f}" for value in case["peaks"].values())
+        yield row(case["preset"], case["decoder"], *peaks, f"{case['must'] / 1e9:.2f}")
+
+
+def report(document: Document) -> None:
+    """Write the section of docs/benchmarks.md."""
+    column = "with" if document["isa"] == "amx" else "without"
+    capped = f"capped at {document['onednn']}" if document["onednn"] else "not capped"
+    machine = f"; {document['machine']}" if document["machine"] else ""
+    lines = [
+        f"Native core on {document['isa']}, torch {document['torch']} on {document['cpu']}, oneDNN "
+        f"{capped}{machine}. Targets {column} AMX; of one image, whole-image ratios at W8A8.",
+        "",
+        *headline(document),
+    ]
+    for case in document["cases"]:
+        lines += ["", *seconds(case)]
+    lines += ["", "### Linear layers", "", "One layer at every row count measured, and the sum"]
+    lines[-1] += " over an image's layers and scales; quantization included, floats prepacked."
+    for found in document["linears"].values():
+        lines += ["", *linears(found)]
+    lines += ["", "### Attention, sampler, token map", ""]
+    lines += ["All ten scales of one layer, one thread; ours with unit vectors, codes and cache."]
+    lines += ["", *attention(document["attention"])]
+    lines += ["", "### Memory", "", "Peak of a process that loads the artifact and makes one"]
+    lines[-1] += " image, GB; mapped pages of the file and of torch's libraries count."
+    lines += ["", *memory(document["memory"])]
+    replace(PAGE, "runtime", lines)
+
+
+if __name__ == "__main__":
+    report(read_document("runtime_cpu"))

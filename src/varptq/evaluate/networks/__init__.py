@@ -1,0 +1,1 @@
+"""Networks that measure images: feature networks, LPIPS, CLIP, and the files of their weights."""
