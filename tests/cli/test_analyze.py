@@ -73,16 +73,8 @@ def test_the_mixed_config_can_be_quantized(
 
 
 def test_tables_and_a_budget_in_bytes(model: list[str], tmp_path: Path) -> None:
-    words = (
-        "--images",
-        2,
-        "--budget-size",
-        "1.2",
-        "--config",
-        "w4a8+paper",
-        "--out",
-        tmp_path / "a",
-    )
+    out = ("--images", 1, "--out", tmp_path / "a")
+    words = (*out, "--budget-size", "1.2", "--config", "w4a8+paper")
     ran = run("analyze", *model, *words)
     assert ran.code == 0, ran.err
     for word in ("alone at 8", "alone at 4", "cost in config", "probabilities", "size 1.2", "x"):
@@ -93,12 +85,9 @@ def test_tables_and_a_budget_in_bytes(model: list[str], tmp_path: Path) -> None:
     assert {pick["operand"] for pick in document["suggestion"]["picks"]} == {"weight"}
     again = run("analyze", *model, *words)
     assert (again.code, again.out) == (2, "") and "exists and is not empty" in again.err
-    assert run("analyze", *model, *words, "--force").code == 0
-
-
-def test_a_size_in_megabytes(model: list[str], tmp_path: Path) -> None:
-    words = ("--images", 1, "--widths", "4", "--out", tmp_path / "a")
-    assert run("analyze", *model, *words, "--budget-size", "1MB").code == 0
+    # The same folder by force, and a size in megabytes.
+    words = (*out, "--force", "--widths", "4", "--budget-size", "1MB")
+    assert run("analyze", *model, *words).code == 0
     document = json.loads((tmp_path / "a" / "analysis.json").read_text())
     assert document["suggestion"]["limit"] == 1_000_000
     assert document["suggestion"]["bytes"] <= 1_000_000
@@ -133,12 +122,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(line: str, expected: str, tmp_
 
 
 @pytest.mark.slow
-def test_the_python_call_gives_the_same(model: list[str], tmp_path: Path) -> None:
+def test_the_python_call_gives_the_same(
+    analyzed: tuple[Path, dict[str, Any]], model: list[str]
+) -> None:
     from varptq.analyze.run import AnalysisConfig, analyze
 
-    words = ("--images", 1, "--widths", "4", "--out", tmp_path / "a", "--json")
-    printed = json.loads(run("analyze", *model, *words).out)
     pipe = varptq.load_model(var=model[1], vae=model[3])
-    settings = AnalysisConfig(images=1, widths=(4,))
+    settings = AnalysisConfig(images=2, widths=(4,))
     document = analyze(pipe, QuantConfig.preset("w4a4"), settings=settings).document
-    assert {**printed, "seconds": 0} == {**json.loads(json.dumps(document)), "seconds": 0}
+    assert {**analyzed[1], "seconds": 0} == {**json.loads(json.dumps(document)), "seconds": 0}
