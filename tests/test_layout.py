@@ -18,7 +18,7 @@ OTHER_TESTS = {
     "robustness": "hostile files, failing machines, hard surroundings: across all parts",
 }
 # Files of tests at the top that are about no module.
-OTHER_TEST_FILES = {"test_architecture", "test_docs", "test_layout"}
+OTHER_TEST_FILES = {"test_architecture", "test_docs", "test_layout", "test_links"}
 
 
 def misplaced_tests(files: set[str], modules: set[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ LINEAR = InputRule(
     inputs=3 * MAX_SEGMENT,
     num_bits=8,
     range_rule="with_zero",
-    sign_split=False,
+    type="affine",
     group=192,
     weight_group=384,
     weight_zero_is_code=True,
@@ -37,7 +37,7 @@ def attention(preset: str = "w4a4", **changes: object) -> AttentionRule:
     [
         ({}, None),
         ({"range_rule": "min_max"}, "input range rule 'min_max'"),
-        ({"range_rule": "min_max", "sign_split": True}, None),
+        ({"range_rule": "min_max", "type": "sign_split"}, None),
         ({"weight_zero_is_code": False}, "weight range rule 'min_max'"),
         ({"group": 256, "weight_group": 384}, "256 and weight groups of 384, which do not nest"),
         ({"group": None, "weight_group": MAX_SEGMENT}, None),
