@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import varptq
 from varptq.calibrate.config import CalibrationConfig
-from varptq.editing.call import encode
+from varptq.editing.edit import encode
 from varptq.editing.frame import Frame
 from varptq.editing.masks import box_mask, feather_width, feathered, forced_ids, keep_mask
 from varptq.evaluate.features import FeatureNetwork, load_network

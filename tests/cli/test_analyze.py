@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(line: str, expected: str, tmp_
 
 @pytest.mark.slow
 def test_the_python_call_gives_the_same(model: list[str], tmp_path: Path) -> None:
-    from varptq.analyze.run import AnalysisConfig, analyze
+    from varptq.analyze.analyze import AnalysisConfig, analyze
 
     words = ("--images", 1, "--widths", "4", "--out", tmp_path / "a", "--json")
     printed = json.loads(run("analyze", *model, *words).out)

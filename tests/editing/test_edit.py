@@ -17,7 +17,7 @@ from torch import Tensor
 
 import varptq
 from varptq.editing import read_image
-from varptq.editing.call import encode
+from varptq.editing.edit import encode
 from varptq.editing.frame import Frame
 from varptq.errors import ConfigError, InputError, VarptqError
 from varptq.models.pipeline import UNCONDITIONAL, Pipeline

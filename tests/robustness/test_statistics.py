@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import InputError
+from varptq.evaluate.evaluate import Subject, evaluate
 from varptq.evaluate.features import ModuleFeatures
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.metrics import Subject, evaluate
 from varptq.evaluate.prdc import precision_recall
 from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.report import render

@@ -53,7 +53,7 @@ def command(
     json: common.Json = False,
 ) -> None:
     """Find out where a config loses quality, and suggest what to keep at 8 bits."""
-    from varptq.analyze.run import AnalysisConfig, analyze
+    from varptq.analyze.analyze import AnalysisConfig, analyze
     from varptq.files import StagedFolder
     from varptq.progress import RichProgress
 

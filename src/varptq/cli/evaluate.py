@@ -23,7 +23,7 @@ from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 
 if TYPE_CHECKING:
     from varptq.distributed import Ranks
-    from varptq.evaluate.metrics import Subject
+    from varptq.evaluate.evaluate import Subject
     from varptq.evaluate.preflight import Instruments
     from varptq.models.pipeline import Pipeline
     from varptq.models.sampling import SamplingSettings
@@ -256,7 +256,7 @@ class Sampler:
 
     def sample(self, pipe: Pipeline) -> Subject:
         """The samples of a model, made where they are missing."""
-        from varptq.evaluate.metrics import Subject, kind
+        from varptq.evaluate.evaluate import Subject, kind
         from varptq.evaluate.sampling import sample_set
 
         samples = sample_set(
@@ -281,7 +281,7 @@ def identity(
     files: Mapping[str, str],
 ) -> dict[str, Any]:
     """What decides the parts that processes measure."""
-    from varptq.evaluate.metrics import machine, versions
+    from varptq.evaluate.evaluate import machine, versions
 
     sets = [one.samples for one in (subject, beside) if one is not None]
     return {
@@ -303,9 +303,9 @@ def measure(
     files: Mapping[str, str],
     sampler: Sampler,
 ) -> dict[str, Any]:
-    """The document of `metrics.evaluate` with the model's own description, by all processes that
+    """The document of `evaluate` with the model's own description, by all processes that
     sampled; `files` are checksums."""
-    from varptq.evaluate.metrics import evaluate
+    from varptq.evaluate.evaluate import evaluate
     from varptq.work import Work
 
     ranks, progress = sampler.ranks, sampler.progress
@@ -323,7 +323,7 @@ def measure(
 
 def check_output(models: Models, out: Path, export: Export | None) -> None:
     """Refuse now what `write` would refuse when all is sampled. Raises `OutputError`."""
-    from varptq.evaluate.metrics import kind
+    from varptq.evaluate.evaluate import kind
     from varptq.evaluate.sampling import exported_folder
     from varptq.files import check_file
 
@@ -345,7 +345,7 @@ def write(
     export: Export | None,
 ) -> None:
     """metrics.json, report.html, and the samples in another form if asked."""
-    from varptq.evaluate.metrics import kind
+    from varptq.evaluate.evaluate import kind
     from varptq.evaluate.report import choose_pairs, write_report
     from varptq.files import write_atomic
 

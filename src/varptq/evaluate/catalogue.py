@@ -1,6 +1,6 @@
 """The metrics by name: what each says, which way is better, and what has to be there to compute it.
 
-One table for the computation (metrics.py), the command line and the report. No formula is here.
+One table for the computation (evaluate.py), the command line and the report. No formula is here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Before anything is sampled: which metrics can be had, and whether the sets can be compared.
 
 Sampling takes hours and a mistake seconds to find, so all that can be refused is refused here. What
-metrics need is in catalogue.py, their computation in metrics.py.
+metrics need is in catalogue.py, their computation in evaluate.py.
 """
 
 from __future__ import annotations

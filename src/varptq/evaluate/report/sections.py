@@ -1,4 +1,4 @@
-"""The sections of the page about quality, each made from the document of `metrics.evaluate`.
+"""The sections of the page about quality, each made from the document of `evaluate`.
 
 A section whose numbers were not measured returns None and does not appear. What the model is made
 of is in anatomy.py.
