@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from varptq import readable
 from varptq.analyze.bench import (
     FLOAT,
     Bench,
@@ -29,7 +30,7 @@ from varptq.analyze.bench import (
     with_specs,
 )
 from varptq.analyze.sensitivity import Sensitivity, spec_at
-from varptq.artifact.sizes import VAE, sizes, total
+from varptq.artifact.sizes import transformer_size
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.progress import Progress, silent
@@ -58,7 +59,8 @@ class Budget:
             limit = int(self.ratio * base)
         if limit < base:
             raise InputError(
-                f"budget {limit / 1e6:g} MB: the config itself takes {base / 1e6:.2f} MB; give more"
+                f"budget {readable.megabytes(limit)}: the config itself takes "
+                f"{readable.megabytes(base)}; give more"
             )
         return limit
 
@@ -93,8 +95,7 @@ class Prices:
         return self._added[layer, spec]
 
     def _stored(self, config: QuantConfig) -> int:
-        kinds = sizes(replace(self._pipe, var=convert(self._pipe.var, config)))
-        return total({kind: size for kind, size in kinds.items() if kind != VAE}).bytes
+        return transformer_size(replace(self._pipe, var=convert(self._pipe.var, config))).bytes
 
 
 class Candidate(NamedTuple):

@@ -105,6 +105,11 @@ def as_stored(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, var=convert(blank, pipeline.config))
 
 
+def transformer_size(pipeline: Pipeline) -> KindSize:
+    """Everything but the image decoder, together."""
+    return total({kind: size for kind, size in sizes(pipeline).items() if kind != VAE})
+
+
 def total(parts: dict[str, KindSize]) -> KindSize:
     """The sum over kinds."""
     return sum(parts.values(), KindSize())

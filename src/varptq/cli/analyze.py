@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from varptq import readable
 from varptq.cli import common
 from varptq.cli.quantize import read_config
 from varptq.errors import InputError
@@ -151,7 +152,7 @@ def suggestion_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("budget", f"{unit} {found['limit'] / found['price']:.3f}x"),
         ("kept at 8 bits", "\n".join(raised) or "nothing"),
-        ("transformer size", compared(base["bytes"], found["bytes"], common.megabytes)),
+        ("transformer size", compared(base["bytes"], found["bytes"], readable.megabytes)),
         ("BOPs per image", compared(base["bops"], found["bops"], "{:.3e}".format)),
         ("KL, images it was chosen on", f"{base['kl']:.4f} to {last_kl(found):.4f}"),
         (

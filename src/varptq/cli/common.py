@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from varptq import readable
 from varptq.errors import InputError
 
 if TYPE_CHECKING:
@@ -165,25 +166,14 @@ def print_table(table: Table) -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-def megabytes(size: float) -> str:
-    """Bytes for people, in MB of 10^6."""
-    return f"{size / 1e6:.2f} MB"
-
-
-def seconds(duration: float) -> str:
-    minutes, rest = divmod(round(duration), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{duration:.1f} s"
-
-
 def sizes(pipe: Pipeline) -> dict[str, Any]:
     """Bytes as stored and in float32: by kind of tensor, and of both networks."""
-    from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+    from varptq.artifact.sizes import VAE, quantized_size, sizes, transformer_size
 
     kinds = sizes(pipe)
     packed = quantized_size(pipe)
-    transformer = total({kind: size for kind, size in kinds.items() if kind != VAE})
     return {
-        "transformer": transformer.to_dict(),
+        "transformer": transformer_size(pipe).to_dict(),
         "vae": kinds[VAE].to_dict(),
         "bits_per_quantized_weight": packed.bits_per_element or None,
         "kinds": {kind: size.to_dict() for kind, size in kinds.items()},
@@ -196,7 +186,7 @@ def size_rows(sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, part in (("transformer size", "transformer"), ("VQVAE size", "vae")):
         stored, full = sizes[part]["bytes"], sizes[part]["float32_bytes"]
         compared = f", {full / stored:.2f}x smaller than float32" if stored < full else ", float"
-        rows.append((name, megabytes(stored) + compared))
+        rows.append((name, readable.megabytes(stored) + compared))
     if (bits := sizes["bits_per_quantized_weight"]) is not None:
         rows.append(("quantized weights", f"{bits:.2f} bits each, with scales and zero points"))
     return rows

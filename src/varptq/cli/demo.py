@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from varptq import readable
 from varptq.cli import common
 from varptq.cli import generate as generate_verb
 from varptq.cli import quantize as quantize_verb
@@ -261,5 +262,5 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("  on filtered support", f"{fidelity['kl_filtered']:.4f} nats per token"),
         ("  per scale", ", ".join(f"{kl:.4f}" for kl in fidelity["kl_per_scale"])),
         ("same top-1 token", f"{fidelity['top1']:.1%}"),
-        *((f"time: {name}", common.seconds(took)) for name, took in document["seconds"].items()),
+        *((f"time: {name}", readable.seconds(took)) for name, took in document["seconds"].items()),
     ]

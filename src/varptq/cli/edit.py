@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from varptq import readable
 from varptq.cli import common
 from varptq.cli.generate import GRID_NAME, TOKENS_NAME
 from varptq.errors import InputError
@@ -179,6 +180,6 @@ def rows(document: dict[str, Any], out: Path) -> list[tuple[str, str]]:
         ("image", f"{document['image']}, {document['width']} x {document['height']}"),
         ("task", document["task"] + target),
         ("drawn", f"{drawn} of {total} tokens, {document['share_changed']:.0%} of the pixels"),
-        ("candidates", f"{count} in {common.seconds(document['seconds'])}"),
+        ("candidates", f"{count} in {readable.seconds(document['seconds'])}"),
         ("written", str(out)),
     ]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from varptq import readable
 from varptq.cli import common, info
 from varptq.errors import CheckpointError, InputError
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
@@ -377,7 +378,6 @@ def describe(pipe: Pipeline) -> dict[str, Any]:
 def summary(document: dict[str, Any], out: Path, duration: float) -> list[tuple[str, str]]:
     """The table for people."""
     from varptq.evaluate.catalogue import METRICS, sources, titled
-    from varptq.evaluate.report.numbers import measured
 
     of_float = document["float_metrics"]
     rows = [
@@ -387,11 +387,11 @@ def summary(document: dict[str, Any], out: Path, duration: float) -> list[tuple[
     ]
     for name, value in document["metrics"].items():
         if name in METRICS:
-            text = measured(value, METRICS[name].style)
+            text = METRICS[name].written(value)
             if name in of_float:
-                text += f", float {measured(of_float[name], METRICS[name].style)}"
+                text += f", float {METRICS[name].written(of_float[name])}"
             rows.append((titled(name, document["settings"]["network"]), text))
     if text := sources(document):
         rows.append(("taken of", text))
     written = f"{out}/{REPORT_NAME}, {out}/{METRICS_NAME}, {out}/{SAMPLES_NAME}/"
-    return [*rows, ("time", common.seconds(duration)), ("written", written)]
+    return [*rows, ("time", readable.seconds(duration)), ("written", written)]

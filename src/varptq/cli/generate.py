@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from varptq import readable
 from varptq.cli import common
 from varptq.errors import OutputError
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
@@ -161,7 +162,7 @@ class Files:
 
 def rows(document: dict[str, Any], out: Path) -> list[tuple[str, str]]:
     count, duration = document["num_images"], document["seconds"]
-    speed = f"{count} in {common.seconds(duration)}, {count / duration:.2f} a second"
+    speed = f"{count} in {readable.seconds(duration)}, {count / duration:.2f} a second"
     return [
         ("model", f"{document['model']}, {document['runtime']}"),
         ("images", speed),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from varptq import readable
 from varptq.cli import common
 from varptq.errors import ConfigError, InputError
 
@@ -342,7 +343,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("theta", common.theta_text(document["theta"])),
         ("resampling", resampling),
         ("units", units_text(document["units"])),
-        ("time", common.seconds(document["seconds"])),
+        ("time", readable.seconds(document["seconds"])),
         ("written", document["artifact"]),
     ]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from varptq.errors import InputError
+from varptq.readable import percent, significant
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,18 @@ class Metric:
     better: Literal["lower", "higher"]
     style: str
     needs: tuple[str, ...]
+
+    def written(self, value: float | None) -> str:
+        """A number of this metric with its unit; None, an infinite PSNR, is "identical"."""
+        if value is None:
+            return "identical"
+        if self.style == "share":
+            return percent(value)
+        if self.style == "nats":
+            return f"{significant(value)} nats"
+        if self.style == "dB":
+            return f"{value:.2f} dB"
+        return f"{value:.3f}" if self.style == "score" else f"{value:.2f}"
 
 
 # What a metric may need, and how one gets it.

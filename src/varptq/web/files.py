@@ -21,6 +21,7 @@ from gradio.components import Component
 from gradio.components.image_editor import EditorData, EditorValue
 from PIL import Image
 
+from varptq import readable
 from varptq.editing import read_image
 from varptq.errors import InputError, OutputError
 from varptq.pictures import slug
@@ -40,7 +41,8 @@ def picture(path: str | None) -> Image.Image:
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise InputError(
-            f"image {file.name}: {size / 1e6:.0f} MB, expected at most {MAX_BYTES / 1e6:.0f} MB"
+            f"image {file.name}: {readable.megabytes(size)}, expected at most "
+            f"{readable.megabytes(MAX_BYTES)}"
         )
     return read_image(file.read_bytes(), what=f"image {file.name}", max_pixels=MAX_PIXELS)
 

@@ -18,7 +18,8 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+from varptq import readable
+from varptq.artifact.sizes import quantized_size, transformer_size
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
@@ -124,13 +125,12 @@ def decoded(pipe: Pipeline, f_hat: torch.Tensor) -> Pixels:
 
 def facts_of(pipe: Pipeline, count: int, spent: float) -> tuple[tuple[str, str], ...]:
     """Time, memory and bits of a model, for people."""
-    kinds = sizes(pipe)
-    transformer = total({kind: size for kind, size in kinds.items() if kind != VAE})
+    transformer = transformer_size(pipe)
     packed = quantized_size(pipe).bits_per_element
     config = getattr(pipe, "config", None)
-    memory = f"transformer {parts.megabytes(transformer.bytes)}"
+    memory = f"transformer {readable.megabytes(transformer.bytes)}"
     if config is not None:
-        memory += f" of {parts.megabytes(transformer.float32_bytes)} in float32"
+        memory += f" of {readable.megabytes(transformer.float32_bytes)} in float32"
         bits = f"{config.name}; {packed:.2f} per quantized weight, with scales"
     else:
         bits = f"{8 * pipe.dtype.itemsize}, float"
@@ -141,7 +141,7 @@ def facts_of(pipe: Pipeline, count: int, spent: float) -> tuple[tuple[str, str],
         ("Bits", bits),
     ]
     if pipe.device.type == "cuda":
-        rows.append(("GPU peak", parts.megabytes(torch.cuda.max_memory_allocated(pipe.device))))
+        rows.append(("GPU peak", readable.megabytes(torch.cuda.max_memory_allocated(pipe.device))))
     return tuple(rows)
 
 

@@ -14,20 +14,12 @@ from PIL import Image
 
 from varptq.evaluate.report.markup import Markup, element
 from varptq.pictures import Pixels
+from varptq.readable import seconds
 from varptq.web.jobs import Job, State
 
 CURVE_WIDTH, CURVE_HEIGHT, CURVE_POINTS = 160.0, 44.0, 80
 STRIP_SIDE = 128
 WORDS = {State.done: "Done", State.failed: "Failed", State.stopped: "Stopped"}
-
-
-def seconds(duration: float) -> str:
-    minutes, rest = divmod(round(duration), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{duration:.1f} s"
-
-
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def status(job: Job, ahead: int) -> Markup:

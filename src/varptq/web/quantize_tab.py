@@ -15,9 +15,10 @@ from typing import Any
 
 import gradio as gr
 
+from varptq import readable
 from varptq.artifact import save
 from varptq.artifact.format import CONFIG_FILE
-from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+from varptq.artifact.sizes import quantized_size, transformer_size
 from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.config import PRESETS as CALIBRATIONS
 from varptq.calibrate.methods import METHODS, Method, default_method, quantize
@@ -152,13 +153,13 @@ def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
 
 def rows_of(pipe: QuantizedPipeline, spent: float) -> tuple[tuple[str, str], ...]:
     """The summary for people."""
-    transformer = total({kind: size for kind, size in sizes(pipe).items() if kind != VAE})
+    transformer = transformer_size(pipe)
     smaller = transformer.float32_bytes / transformer.bytes
     units = pipe.report.get("units", [])
     nearest = sum(unit["kept"] == "nearest" for unit in units)
     return (
         ("Model", f"{pipe.name}, {pipe.config.name}, {pipe.method}"),
-        ("Size", f"{parts.megabytes(transformer.bytes)}, {smaller:.1f}x smaller than float32"),
+        ("Size", f"{readable.megabytes(transformer.bytes)}, {smaller:.1f}x smaller than float32"),
         ("Weights", f"{quantized_size(pipe).bits_per_element:.2f} bits each, with scales"),
         (
             "Units",
@@ -166,7 +167,7 @@ def rows_of(pipe: QuantizedPipeline, spent: float) -> tuple[tuple[str, str], ...
         ),
         ("Runs on", told(pipe.var).runs_on),
         ("Theta", "off" if pipe.theta is None else f"{pipe.theta:.4f}"),
-        ("Time", parts.seconds(spent)),
+        ("Time", readable.seconds(spent)),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 
+from varptq import readable
 from varptq.errors import InputError
 from varptq.evaluate.report.markup import Markup
 from varptq.web import parts
@@ -150,7 +151,7 @@ def view(entry: Entry) -> tuple[parts.Markup, str]:
         return Markup(parts.facts(suggested(folder / ANALYSIS_FILE)) + pictures), ANALYSIS_FILE
     page = folder / REPORT_FILE
     if (size := page.stat().st_size) > MAX_PAGE_BYTES:
-        raise InputError(f"report {entry.key}: {size / 1e6:.0f} MB, too large to show here")
+        raise InputError(f"report {entry.key}: {readable.megabytes(size)}, too large to show here")
     return parts.page_frame(page.read_text(encoding="utf-8"), f"Report {entry.key}"), REPORT_FILE
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from varptq import readable
 from varptq.evaluate.catalogue import METRICS, sources, titled
-from varptq.evaluate.report import numbers
 from varptq.evaluate.report.charts import Axis, Series, cloud, curves
 from varptq.evaluate.report.gallery import Pair, gallery
 from varptq.evaluate.report.markup import Markup, element, join
@@ -70,7 +70,7 @@ def _metric_row(name: str, network: str | None, found: Document, of_float: Docum
 
 
 def _value(name: str, found: Document) -> str:
-    text = numbers.measured(found[name], METRICS[name].style)
+    text = METRICS[name].written(found[name])
     spread = found.get(f"{name}_std")
     return text if spread is None else f"{text} ± {spread:.2f}"
 
@@ -105,7 +105,7 @@ def scale_by_scale(document: Document) -> Markup | None:
                 "KL divergence from the float model, nats",
                 found,
                 {"kl": ("all entries", "quantized"), "kl_filtered": ("filtered", "second")},
-                numbers.plain,
+                readable.plain,
             ),
             _curve(
                 "Agreement with the float model",
@@ -163,7 +163,7 @@ def _frequencies(found: Document, kind: str) -> Markup:
     if "float_counts" in found:
         used += (
             f", {sum(c > 0 for c in base)} by the float model; the L1 distance of the two "
-            f"distributions is {numbers.significant(found['distance'])}"
+            f"distributions is {readable.significant(found['distance'])}"
         )
     if 0 in (*line.values, *points.values):
         used += "; those never drawn stand on the floor"
@@ -188,7 +188,7 @@ def _resampling(found: Document, sides: Sequence[int]) -> Markup:
     after = Series("resampled", [scale["l1_after"] for scale in found["scales"]], "quantized")
     axis = Axis.linear(max(*before.values, *after.values))
     names = [str(side) for side in sides]
-    picture = curves([before, after], names, axis, numbers.plain, "side of the token map")
+    picture = curves([before, after], names, axis, readable.plain, "side of the token map")
     says = f"L1 distance. {found['moved']} calibration tokens were drawn again."
     title = "Calibration tokens: frequencies against predicted probabilities"
     return figure(title, picture, [before, after], says)
@@ -202,12 +202,12 @@ def lede(document: Document) -> Markup:
         size, bops = model["sizes"]["transformer"], model["bops"]
         if size["bytes"] < size["float32_bytes"]:
             parts.append(
-                f"Transformer of {numbers.megabytes(size['bytes'])} in place of "
-                f"{numbers.megabytes(size['float32_bytes'])}, "
-                f"{numbers.ratio(size['float32_bytes'], size['bytes'])} smaller"
+                f"Transformer of {readable.megabytes(size['bytes'])} in place of "
+                f"{readable.megabytes(size['float32_bytes'])}, "
+                f"{readable.ratio(size['float32_bytes'], size['bytes'])} smaller"
             )
         if bops["total"] < bops["float_total"]:
-            fewer = numbers.ratio(bops["float_total"], bops["total"])
+            fewer = readable.ratio(bops["float_total"], bops["total"])
             parts.append(f"{fewer} fewer bit operations than in 16-bit float")
     for name in ("kl", "fid2fp", "fid"):
         if name in found:
