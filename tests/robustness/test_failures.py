@@ -71,8 +71,8 @@ def test_a_failure_of_the_machine_is_one_line(
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("varptq.cli.common.ModelChoice.load", broken)
-    monkeypatch.setattr("varptq.cli.common.ModelChoice.load_float", broken)
+    monkeypatch.setattr("varptq.cli.model_choice.ModelChoice.load", broken)
+    monkeypatch.setattr("varptq.cli.model_choice.ModelChoice.load_float", broken)
     counted()
     ran = run("generate", "demo", "--classes", "3", "--out", "/nowhere")
     assert ran.code == 2 and not ran.out

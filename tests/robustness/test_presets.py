@@ -14,7 +14,7 @@ import varptq
 from cli_calls import run, succeed
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import METHODS, Method, default_method
-from varptq.cli import common
+from varptq.cli.model_choice import ModelChoice
 from varptq.errors import ConfigError
 from varptq.models.pipeline import Pipeline
 from varptq.native.binding_attention import MAX_STORED, AttentionScheme
@@ -141,7 +141,7 @@ def test_what_was_said_before_is_what_computes(
     counted: Callable[[], None],
 ) -> None:
     counted()
-    monkeypatch.setattr(common.ModelChoice, "load_float", lambda _: one_block)
+    monkeypatch.setattr(ModelChoice, "load_float", lambda _: one_block)
     words = ("--method", method) if method else ()
     folder = tmp_path / "artifact"
     ran = succeed(

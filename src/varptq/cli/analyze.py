@@ -14,8 +14,9 @@ import typer
 from rich.table import Table
 
 from varptq import readable
-from varptq.cli import common
-from varptq.cli.quantize import read_config
+from varptq.cli import common, options
+from varptq.cli.model_choice import ModelChoice
+from varptq.cli.settings import read_config
 from varptq.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,14 +29,12 @@ MEGABYTE = 1_000_000
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
-    source: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="demo, var-d16 .. var-d36.")
-    ] = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
-    config: Annotated[str, typer.Option(help="w4a4, w6a6+litevar, ... or a file.")] = "w4a4",
+    out: options.Results,
+    source: options.FloatSource = None,
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
+    config: options.Config = "w4a4",
     widths: Annotated[str, typer.Option(help="Bits to measure every tensor at.")] = "8,6,4",
     images: Annotated[int, typer.Option(help="Images to measure on.")] = 8,
     budget_size: Annotated[
@@ -46,12 +45,12 @@ def command(
         float | None,
         typer.Option(help=f"BOPs to stay within, over the config's; {DEFAULT_RATIO} if no budget."),
     ] = None,
-    seed: common.Seed = 1,
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    seed: options.Seed = 1,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Find out where a config loses quality, and suggest what to keep at 8 bits."""
     from varptq.analyze.analyze import AnalysisConfig, analyze
@@ -61,9 +60,8 @@ def command(
     quant_config = read_config(config, None)
     budget = read_budget(budget_size, budget_bops)
     settings = AnalysisConfig(images=images, widths=read_widths(widths), seed=seed)
-    choice = common.ModelChoice(source, var, vae, random, download, device, dtype)
-    if choice.folder is not None:
-        raise InputError(f"model {str(choice.folder)!r}: a folder, expected a float model")
+    choice = ModelChoice(source, var, vae, random, download, device, dtype)
+    choice.check_float()
     with StagedFolder(out, force=force, marker=ANALYSIS_NAME) as folder:
         pipe = choice.load_float()
         with RichProgress() as progress:

@@ -1,7 +1,7 @@
-"""What the verbs share: which model is meant, options of one meaning, and printing.
+"""What the verbs share: threads, printing, and how a model's size and theta are reported.
 
 Tables for people go to stdout, progress to stderr; with --json stdout holds one document and
-nothing else. torch is imported where it is needed only, so that --help stays quick.
+nothing else. Torch is imported only where it is needed, so that --help stays quick.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -25,99 +23,10 @@ if TYPE_CHECKING:
     from varptq.models.pipeline import Pipeline
     from varptq.quant.pipeline import QuantizedPipeline
 
-MAX_SEED = 2**63 - 1
-CHECKPOINT_SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
 THETA_OFF = {
     "over_budget": ", the budget does not even pay for finding the tokens",
     "off": ", kernels hold no finer step of these values",
 }
-
-Source = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL_OR_ARTIFACT",
-        help="Folder of an artifact, or a model: demo, var-d16, var-d20, var-d24, var-d30, "
-        "var-d36.",
-    ),
-]
-VarFile = Annotated[
-    Path | None, typer.Option("--var", metavar="FILE", help="Transformer: .pth or .safetensors.")
-]
-VaeFile = Annotated[
-    Path | None, typer.Option("--vae", metavar="FILE", help="VQVAE: .pth or .safetensors.")
-]
-RandomModel = Annotated[
-    str | None,
-    typer.Option("--random", metavar="NAME", help="Architecture of a model, random weights."),
-]
-Download = Annotated[bool, typer.Option("--download", help="Fetch a model that is not here yet.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random in the run.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace results that exist.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """A model as the command line names it: exactly one of `source`, `random` and the two files."""
-
-    source: str | None = None
-    var: Path | None = None
-    vae: Path | None = None
-    random: str | None = None
-    download: bool = False
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        files = self.var is not None or self.vae is not None
-        if (self.source is not None) + (self.random is not None) + files != 1:
-            raise InputError("model: give one of a name or folder, --var with --vae, or --random")
-
-    @property
-    def folder(self) -> Path | None:
-        """The artifact folder meant, if it is one; names of models win over folders."""
-        from varptq.models.presets import PRESETS
-
-        if self.source is None or self.source in PRESETS:
-            return None
-        folder = Path(self.source)
-        if folder.is_file() or folder.suffix.lower() in CHECKPOINT_SUFFIXES:
-            raise InputError(
-                f"model {self.source!r}: a file, and a model is two: give the transformer and the "
-                "VQVAE as --var var.pth --vae vae.pth"
-            )
-        if not folder.is_dir():
-            names = ", ".join(PRESETS)
-            raise InputError(
-                f"model {self.source!r}: neither an artifact folder nor a model; models: {names}"
-            )
-        return folder
-
-    def load(self, runtime: str = "auto") -> Pipeline:
-        """The float model, or the quantized one on `runtime`."""
-        if (folder := self.folder) is None:
-            if runtime != "auto":
-                raise InputError(f"runtime {runtime!r}: only for artifacts, this model is float")
-            return self.load_float()
-        from varptq.runtime import load
-
-        return load(folder, runtime=runtime, **self._placement())
-
-    def load_float(self) -> Pipeline:
-        from varptq.models.pipeline import build_model, load_model
-
-        if self.random is not None:
-            return build_model(self.random, **self._placement())
-        return load_model(
-            self.source, var=self.var, vae=self.vae, download=self.download, **self._placement()
-        )
-
-    def _placement(self) -> dict[str, Any]:
-        from varptq.models.placement import checked_device, checked_dtype
-
-        return {"device": checked_device(self.device), "dtype": checked_dtype(self.dtype)}
 
 
 def usable_cores() -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from varptq import readable
-from varptq.cli import common
+from varptq.cli import common, options
 from varptq.cli import generate as generate_verb
 from varptq.cli import quantize as quantize_verb
 from varptq.errors import VarptqError
@@ -55,13 +55,13 @@ class Recipe:
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/demo"),
+    out: options.Results = Path("out/demo"),
     samples: Annotated[int, typer.Option(help="Calibration images.")] = Recipe.samples,
     steps: Annotated[int, typer.Option(help="Reconstruction steps per unit.")] = Recipe.steps,
     images: Annotated[int, typer.Option(min=1, help="Images per class to compare.")] = (
         Recipe.images_per_class
     ),
-    json: common.Json = False,
+    json: options.Json = False,
 ) -> None:
     """Quantize the bundled model to 4 bits and compare its images with the original's."""
     result = run(Recipe(samples=samples, steps=steps, images_per_class=images), out)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from varptq import readable
-from varptq.cli import common
+from varptq.cli import common, options
 from varptq.cli.generate import GRID_NAME, TOKENS_NAME
+from varptq.cli.model_choice import ModelChoice
 from varptq.errors import InputError
-from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,9 +42,9 @@ def command(
             help="Folder of an artifact, or a model: demo, var-d16, ...",
         ),
     ] = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
     task: Annotated[str, typer.Option(help="inpaint, outpaint or class.")] = "inpaint",
     mask: Annotated[Path | None, typer.Option(help="Picture or .npy; white is redrawn.")] = None,
     box: Annotated[
@@ -54,24 +54,24 @@ def command(
     label: Annotated[str | None, typer.Option(help="Name or id, for the task class.")] = None,
     fit: Annotated[str, typer.Option(help="crop (the centred square) or pad.")] = "crop",
     candidates: Annotated[int, typer.Option(min=1, help="Answers to choose from.")] = 1,
-    seed: common.Seed = 0,
-    cfg: Annotated[float | None, typer.Option(help=f"Guidance of class; {CFG:g}.")] = None,
-    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = TOP_K,
-    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = TOP_P,
+    seed: options.Seed = 0,
+    cfg: Annotated[float | None, typer.Option(help=f"Guidance of class; {options.CFG:g}.")] = None,
+    top_k: options.TopK = options.TOP_K,
+    top_p: options.TopP = options.TOP_P,
     feather: Annotated[
         int | None, typer.Option(min=0, help="Pixels that mix old and new; half a token.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The model's picture, not pasted.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Candidates at a time.")] = 16,
-    runtime: Annotated[str, typer.Option(help="Who computes an artifact.")] = "auto",
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    batch_size: options.BatchSize = options.BATCH_SIZE,
+    runtime: options.Runtime = options.RUNTIME,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Regenerate a part of an image: in-painting, out-painting, or another class."""
-    choice = common.ModelChoice(model, var, vae, random, download, device, dtype)
+    choice = ModelChoice(model, var, vae, random, download, device, dtype)
     arguments = {
         **{"task": task, "mask": mask, "box": None if box is None else parse_box(box)},
         **{"label": label, "fit": fit, "candidates": candidates, "seed": seed, "cfg": cfg},
@@ -86,7 +86,7 @@ def command(
 
 
 def run(
-    choice: common.ModelChoice,
+    choice: ModelChoice,
     runtime: str,
     image: Path,
     out: Path,

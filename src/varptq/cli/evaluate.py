@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from varptq import readable
-from varptq.cli import common, info
+from varptq.cli import common, info, options
+from varptq.cli.model_choice import ModelChoice
 from varptq.errors import CheckpointError, InputError
-from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 
 if TYPE_CHECKING:
     from varptq.distributed import Ranks
@@ -61,30 +61,30 @@ Clip = Annotated[str | None, typer.Option(metavar="MODEL", help="CLIP: folder or
 
 
 def command(
-    source: common.Source = None,
+    source: options.Source = None,
     against: Against = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/evaluate"),
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
+    out: options.Results = Path("out/evaluate"),
     count: Annotated[int, typer.Option(min=1, help="Images of each model.")] = 100,
-    seed: common.Seed = 0,
-    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = CFG,
-    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = TOP_K,
-    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = TOP_P,
+    seed: options.Seed = 0,
+    cfg: options.Guidance = options.CFG,
+    top_k: options.TopK = options.TOP_K,
+    top_p: options.TopP = options.TOP_P,
     metrics: Metrics = None,
     network: Network = None,
     reference: Reference = None,
     lpips: Annotated[Path | None, typer.Option(help="LPIPS weights, .safetensors.")] = None,
     clip: Clip = None,
     export: Annotated[Export | None, typer.Option(help="Also write all samples as this.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
-    runtime: Annotated[str, typer.Option(help="Who computes an artifact.")] = "auto",
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    batch_size: options.BatchSize = options.BATCH_SIZE,
+    runtime: options.Runtime = options.RUNTIME,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Measure a model's images, and an artifact's beside those of its float model."""
     from varptq.distributed import Ranks, local_device
@@ -147,8 +147,8 @@ class Models:
 class Choices:
     """Which models are meant. `beside` None: the float model that the artifact itself names."""
 
-    subject: common.ModelChoice
-    beside: common.ModelChoice | None
+    subject: ModelChoice
+    beside: ModelChoice | None
 
     @classmethod
     def of(
@@ -164,14 +164,14 @@ class Choices:
         if source is None:
             if against is not None:
                 raise InputError(f"against {against!r}: what is to be measured is missing")
-            return cls(common.ModelChoice(None, *files, **placement), None)
-        subject = common.ModelChoice(source, **placement)
+            return cls(ModelChoice(None, *files, **placement), None)
+        subject = ModelChoice(source, **placement)
         if subject.folder is None and given:
             raise InputError(
                 f"model {source!r}: is float, nothing is compared with it; give an artifact, or "
                 "leave out --against, --var, --vae and --random"
             )
-        beside = common.ModelChoice(against, *files, **placement) if given else None
+        beside = ModelChoice(against, *files, **placement) if given else None
         if beside is not None and beside.folder is not None:
             raise InputError(f"against {against!r}: a folder, expected a float model")
         return cls(subject, beside)

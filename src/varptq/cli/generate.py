@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from varptq import readable
-from varptq.cli import common
+from varptq.cli import common, options
+from varptq.cli.model_choice import ModelChoice
 from varptq.errors import OutputError
-from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 
 if TYPE_CHECKING:
     from varptq.models.generate import Output
@@ -32,24 +32,24 @@ GRID_NAME, TOKENS_NAME = "grid.png", "tokens.npz"
 def command(
     classes: Annotated[str, typer.Option(help="Names or ids, e.g. cat,3,ship.")],
     out: Annotated[Path, typer.Option(help="Folder for all files, or NAME.png for the grid.")],
-    source: common.Source = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
+    source: options.Source = None,
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
     count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
-    seed: common.Seed = 0,
-    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = CFG,
-    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = TOP_K,
-    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = TOP_P,
+    seed: options.Seed = 0,
+    cfg: options.Guidance = options.CFG,
+    top_k: options.TopK = options.TOP_K,
+    top_p: options.TopP = options.TOP_P,
     temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
     more_smooth: Annotated[bool, typer.Option("--more-smooth", help="Mix embeddings.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
-    runtime: Annotated[str, typer.Option(help="Who computes an artifact.")] = "auto",
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    batch_size: options.BatchSize = options.BATCH_SIZE,
+    runtime: options.Runtime = options.RUNTIME,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Draw images of the given classes from a float model or an artifact."""
     from varptq.models.generate import generate
@@ -60,7 +60,7 @@ def command(
         cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
     )
     names = common.parse_classes(classes)
-    choice = common.ModelChoice(source, var, vae, random, download, device, dtype)
+    choice = ModelChoice(source, var, vae, random, download, device, dtype)
     pipe = choice.load(runtime)
     labels = pipe.labels([name for name in names for _ in range(count)]).tolist()
     titles = [pipe.title(label) for label in labels]

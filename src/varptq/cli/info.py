@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from varptq.cli import common
+from varptq.cli import common, options
+from varptq.cli.model_choice import ModelChoice
 
 if TYPE_CHECKING:
     from varptq.models.pipeline import Pipeline
@@ -26,21 +27,21 @@ if TYPE_CHECKING:
 
 
 def command(
-    source: common.Source = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
+    source: options.Source = None,
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
     runtime: Annotated[
         bool,
         typer.Option("--runtime", help="Who would compute the artifact (or any) here, and why."),
     ] = False,
-    json: common.Json = False,
+    json: options.Json = False,
 ) -> None:
     """Describe a model or an artifact: architecture, sizes, bits, bit operations, theta."""
     if runtime:
         show_runtimes(source, json)
         return
-    document = describe(_open(common.ModelChoice(source, var, vae, random)))
+    document = describe(_open(ModelChoice(source, var, vae, random)))
     if json:
         common.print_json(document)
         return
@@ -52,7 +53,7 @@ def command(
         common.print_table(copies_table(document))
 
 
-def _open(choice: common.ModelChoice) -> Pipeline:
+def _open(choice: ModelChoice) -> Pipeline:
     name = choice.random or choice.source
     if name is None or choice.folder is not None:
         return choice.load("auto" if choice.folder is None else "simulated")
@@ -70,7 +71,7 @@ def _open(choice: common.ModelChoice) -> Pipeline:
 
 
 def show_runtimes(source: str | None, json: bool) -> None:
-    folder = common.ModelChoice(source).folder if source is not None else None
+    folder = ModelChoice(source).folder if source is not None else None
     document = runtimes(folder)
     if json:
         common.print_json(document)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,8 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from varptq import readable
-from varptq.cli import common
-from varptq.errors import ConfigError, InputError
+from varptq.cli import common, options
+from varptq.cli.model_choice import ModelChoice
+from varptq.cli.settings import read_calibration, read_config
+from varptq.errors import InputError
 
 if TYPE_CHECKING:
     from varptq.calibrate.config import CalibrationConfig
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from varptq.quant.pipeline import QuantizedPipeline
     from varptq.work import Work
 
-FILE_TYPES = {".json", ".yaml", ".yml"}
-SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
 # The piece of a work folder that says that its artifact may be there already.
 PUBLISHED = "published"
 # Of a work folder in the artifact's own; hidden names of ours do not count as its content.
@@ -46,7 +45,6 @@ class Effort(StrEnum):
     max = "max"
 
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="demo, var-d16 .. var-d36.")]
 GroupSize = Annotated[
     int | None, typer.Option(help="Input channels per weight scale; must divide every layer.")
 ]
@@ -72,12 +70,12 @@ WorkFolder = Annotated[
 
 def command(
     out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
-    source: Model = None,
+    source: options.FloatSource = None,
     model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
-    config: Annotated[str, typer.Option(help="w4a4, w8a8, w4a4+paper, ... or a file.")] = "w4a4",
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
+    config: options.Config = "w4a4",
     group_size: GroupSize = None,
     method: MethodName = None,
     calibration: CalibrationName = None,
@@ -88,12 +86,12 @@ def command(
     budget: Budget = None,
     memory: Memory = None,
     work: WorkFolder = None,
-    seed: common.Seed = 0,
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    seed: options.Seed = 0,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Calibrate and quantize a model, and save it as an artifact."""
     from varptq.distributed import Ranks, local_device
@@ -106,9 +104,8 @@ def command(
     if source is not None and model is not None:
         raise InputError(f"model: both {source!r} and --model {model!r} given; give one")
     device = local_device(device)
-    choice = common.ModelChoice(source or model, var, vae, random, download, device, dtype)
-    if choice.folder is not None:
-        raise InputError(f"model {str(choice.folder)!r}: a folder, expected a float model")
+    choice = ModelChoice(source or model, var, vae, random, download, device, dtype)
+    choice.check_float()
     folder = work or work_folder(out)
     if not published(folder):
         check_output(out, force)
@@ -189,68 +186,6 @@ def publish(quantized: QuantizedPipeline, out: Path, force: bool, work: Work) ->
 def published(folder: Path) -> bool:
     """Whether a run came to the point where its artifact may be there already."""
     return (folder / f"{PUBLISHED}.safetensors").is_file()
-
-
-def read_config(text: str, group_size: int | None) -> QuantConfig:
-    """A preset or a file; `group_size` puts weights in groups that must divide every layer."""
-    from varptq.calibrate.methods import METHODS, PARTS
-    from varptq.quant.config import QuantConfig
-
-    is_file = Path(text).suffix.lower() in FILE_TYPES
-    for word in () if is_file else text.split("+"):
-        if word in METHODS or word in PARTS:
-            usage = word if word in METHODS else f"rtn+{word}"
-            raise ConfigError(f"config {text!r}: {word} is of the method, as in --method {usage}")
-    config = QuantConfig.from_file(text) if is_file else QuantConfig.preset(text)
-    if group_size is None:
-        return config
-    weight = config.linear.weight
-    if weight is None:
-        raise ConfigError(f"group size {group_size}: config {text!r} keeps weights in float")
-    grouped: dict[str, Any] = {"strategy": "group", "group_size": group_size, "fallback": False}
-    grouped["row_multiple"] = None
-    rules = (
-        rule.replace(weight=rule.weight.replace(**grouped)) if rule.weight else rule
-        for rule in config.rules
-    )
-    linear = config.linear.replace(weight=weight.replace(**grouped))
-    return config.replace(linear=linear, rules=tuple(rules))
-
-
-def read_calibration(
-    text: str | None,
-    effort: str | None = None,
-    *,
-    samples: int | None = None,
-    steps: int | None = None,
-    tune: int | None = None,
-    budget: float | None = None,
-    memory: str | None = None,
-) -> CalibrationConfig:
-    """A preset or a file, with what was given besides put in."""
-    from varptq.calibrate.config import CalibrationConfig
-
-    if text is not None and effort is not None:
-        raise InputError(f"calibration: both {text!r} and --effort {effort} given; give one")
-    text = text or effort or "default"
-    is_file = Path(text).suffix.lower() in FILE_TYPES
-    base = CalibrationConfig.from_file(text) if is_file else CalibrationConfig.preset(text)
-    given = {"num_samples": samples, "steps": steps, "tune_steps": tune, "budget": budget}
-    given["memory_gb"] = None if memory is None else parse_size(memory) / 2**30
-    return base.replace(**{name: value for name, value in given.items() if value is not None})
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "8GB", "500 MB", "1.5TiB" or "4096"; a lone K, M, G or T is decimal. Raises
-    `InputError`."""
-    match = SIZE.fullmatch(text.strip())
-    size = 0
-    if match:
-        base = 1024 if match["binary"] else 1000
-        size = int(float(match["number"]) * base ** " KMGT".index((match["unit"] or " ").upper()))
-    if size < 1:
-        raise InputError(f"size {text!r}: expected a number of bytes such as 8GB, 500MB or 2GiB")
-    return size
 
 
 def check_output(out: Path, force: bool) -> None:

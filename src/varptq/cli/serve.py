@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from varptq.cli import common
+from varptq.cli import options
 from varptq.errors import InputError
 
 
@@ -27,9 +27,9 @@ def command(
     auth: Annotated[
         str | None, typer.Option(metavar="USER:PASSWORD", envvar="VARPTQ_AUTH", help="Ask for it.")
     ] = None,
-    runtime: Annotated[str, typer.Option(help="Who computes artifacts.")] = "auto",
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
+    runtime: options.Runtime = options.RUNTIME,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
 ) -> None:
     """Open the studio in the browser: generate, edit, quantize, read reports."""
     if find_spec("gradio") is None:
