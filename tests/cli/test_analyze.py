@@ -112,7 +112,7 @@ def test_a_size_in_megabytes(model: list[str], tmp_path: Path) -> None:
         ("demo --budget-size 1.1 --budget-bops 1.1", "budget: both"),
         ("demo --budget-size small", "budget 'small': expected a ratio or a size"),
         ("demo --budget-size 0MB", "budget '0MB': expected a size above 0"),
-        ("demo --budget-size 2MB", "budget 2 MB: the config itself takes"),
+        ("demo --budget-size 2MB", "budget 2.00 MB: the config itself takes"),
         ("demo --widths 4,x", "widths '4,x'"),
         ("demo --widths 9", "widths"),
         ("demo --images 0", "images is 0"),

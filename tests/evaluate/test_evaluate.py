@@ -157,7 +157,7 @@ def test_few_images_and_sorted_files_are_warned_of(
     assert [text.split(":")[0].split()[0] for text in document["warnings"]] == ["images", "Fréchet"]
     bias = bias_of_means(Gaussian.of(features(pair[0]).pooled), Gaussian.of(NETWORK(real).pooled))
     assert "3 images with 3 features" in document["warnings"][1]
-    assert f"too large, by about {bias:.2g} through the means" in document["warnings"][1]
+    assert f"too large, by about {bias:.2g} from the means" in document["warnings"][1]
 
 
 def test_a_model_beside_itself_is_identical(pair: tuple[Subject, Subject]) -> None:

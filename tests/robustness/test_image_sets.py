@@ -95,7 +95,10 @@ LEFT_OUT = {
     ),
     "previews of a server": ({"@eaDir/0.png/THUMB.jpg": png(0)}, "left out 1 hidden (@eaDir/"),
     "what systems leave": ({".DS_Store": b"x", "Thumbs.db": b"x", "desktop.ini": b"x"}, None),
-    "one stem twice": ({"0.jpg": png(0)}, "1 there twice (0.jpg and 0.png), each counted"),
+    "one stem twice": (
+        {"0.jpg": png(0)},
+        "1 twice under two suffixes (0.jpg and 0.png), each counted",
+    ),
 }
 
 

@@ -127,7 +127,7 @@ def test_statistics_alone(subject: Subject, tmp_path: Path, counted: Callable[[]
     document = measured(subject, files)
     assert document["metrics"].keys() == {"fid", "is", "is_std"} - {"is_std"}
     assert document["left_out"]["sfid"].startswith("real images or their spatial statistics")
-    assert "statistics of images alone will not do" in document["left_out"]["precision"]
+    assert "statistics of images are not enough" in document["left_out"]["precision"]
     assert document["settings"]["reference_images"] is None
     for name, needed in (
         ("precision", "real images"),

@@ -1,4 +1,4 @@
-"""The calibration set: images the float model generates itself, optionally resampled.
+"""The calibration set: images that the float model generates itself, optionally resampled.
 
 Resampling makes codebook frequencies match predicted probabilities (paper: resampling of
 calibration data; docs/method.md section 4).
@@ -25,8 +25,8 @@ STAGE, PIECE = "calibration samples", "samples"
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """labels_N (N,) int64 and tokens ids_NL (N, L) int64; `resampling` tells what was moved, if
-    anything was, and `summary` is that as plain values: all that is kept on a disk."""
+    """labels_N (N,) int64 and tokens ids_NL (N, L) int64. `resampling` reports which tokens were
+    moved, if any; `summary` is the same as plain values, which is all that is kept on disk."""
 
     labels_N: Tensor
     ids_NL: Tensor
@@ -38,7 +38,7 @@ class CalibrationSet:
         return zip(self.labels_N.split(size), self.ids_NL.split(size), strict=True)
 
     def first(self, count: int) -> CalibrationSet:
-        """The first images, without what resampling moved."""
+        """The first images, without the report of resampling."""
         return CalibrationSet(self.labels_N[:count], self.ids_NL[:count])
 
 
@@ -46,8 +46,8 @@ class CalibrationSet:
 class FilteredProbabilities:
     """Filtered next-token probabilities, stored as their largest entries per position.
 
-    A filter leaves few of V entries, so values (float32) and indices (int32) of those are kept,
-    padded per batch.
+    A filter keeps few of the V entries, so only their values (float32) and indices (int32) are
+    stored, padded per batch.
     """
 
     vocabulary: int
@@ -86,8 +86,8 @@ class FilteredProbabilities:
 
 
 def choose_labels(num_classes: int, count: int, seed: int) -> Tensor:
-    """(count,) int64 distinct classes in random order; fewer classes than samples are cycled
-    through."""
+    """(count,) int64 distinct classes in random order, repeated if there are fewer classes than
+    samples."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-count // num_classes)
     order = [
@@ -106,10 +106,11 @@ def calibration_set(
     progress: Progress = silent,
     work: Work | None = None,
 ) -> CalibrationSet:
-    """Generate `config.num_samples` images' tokens with the float model; resample them if asked.
+    """Generate the tokens of `config.num_samples` images with the float model; resample them if
+    asked.
 
-    Images are made in batches that are always the same, each a piece of `work` that is dealt to one
-    of its processes. A set read from `work` has the summary of its resampling only.
+    The batches are always the same; each is a piece of `work`, assigned to one of its processes. A
+    set read from `work` has only the summary of its resampling.
     """
     work = work or Work()
     labels_N = choose_labels(pipe.num_classes, config.num_samples, seed)
@@ -161,8 +162,8 @@ def _batch(
 def _joined(
     pipe: Pipeline, work: Work, batches: list[str], seed: int, resampled: bool
 ) -> tuple[Tensor, ResampleReport | None]:
-    """All tokens (N, L) on the CPU, and what resampling did; one scale of probabilities at a time
-    is in memory."""
+    """All tokens (N, L) on the CPU, and the report of resampling; one scale of probabilities is in
+    memory at a time."""
     ids_NL = torch.cat([work.read(name, ["ids"]).tensors["ids"].cpu() for name in batches])
     if not resampled:
         return ids_NL, None

@@ -34,9 +34,7 @@ class ModelChoice:
     def __post_init__(self) -> None:
         files = self.var is not None or self.vae is not None
         if (self.source is not None) + (self.random is not None) + files != 1:
-            raise InputError(
-                "model: expected exactly one of a name or folder, --var with --vae, or --random"
-            )
+            raise InputError("model: give one of a name or folder, --var with --vae, or --random")
 
     @property
     def folder(self) -> Path | None:

@@ -53,7 +53,7 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all random
 Guidance = Annotated[float, typer.Option(help="Guidance scale; 0 turns guidance off.")]
 TopK = Annotated[int, typer.Option(help="Keep this many candidates per token; 0 keeps all.")]
 TopP = Annotated[
-    float, typer.Option(help="Then keep the likeliest up to this total probability; 1 keeps all.")
+    float, typer.Option(help="Keep the likeliest candidates up to this total; 1 keeps all.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images computed at a time.")]
 

@@ -1,9 +1,9 @@
 """Error of the attention-value product per scale: what quantizing p and v does to p v.
 
-Both products are fed the float model's own p and v, so nothing but their quantizers differs:
+Both products get the float model's own p and v, so only their quantizers differ:
     error = ||p^ v^ - p v||^2 / ||p v||^2 over all heads, queries and channels of a scale
-This is the paper's picture of coarse scales, whose few tokens gather the attention mass. How such
-an error moves the next tokens is measured in tokens.py.
+The paper shows this error at coarse scales, whose few tokens gather most of the attention. How it
+changes the next-token distributions is measured in tokens.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def product_errors(
 ) -> Tensor:
     """(blocks, K) float64 relative error energy of p v, one product per block (e.g. `QuantMix`).
 
-    labels_B (B,) and ids_BL (B, L) are read teacher-forced by the float pipeline; rows are the
-    conditional and the unconditional ones.
+    labels_B (B,) and ids_BL (B, L) are read teacher-forced by the float pipeline, in
+    conditional and unconditional rows.
     """
     mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
     count = pipe.scales.num_scales

@@ -1,4 +1,4 @@
-"""Runtime "cpu": the native core, or torch's own integer products where there is no core.
+"""Runtime "cpu": the native core, or torch's own integer products where the core is missing.
 
 Both execute the same configurations, those whose codes and zero points fit the kernels, refuse the
 others by name, and compute the definitions of runtime "reference". What torch does without the core
@@ -19,12 +19,12 @@ from varptq.models.seams import LAYER_NORM_EPS, Span
 from varptq.native import binding, binding_attention
 from varptq.runtime.kernels import AttentionRule, InputRule, Kernels, Pending, Weight
 
-# Sums of more products of two 8-bit codes might leave int32.
+# The sum of more products of two 8-bit codes might overflow int32.
 MAX_SEGMENT = 2**14
 
 
 def cpu_kernels() -> Kernels:
-    """The native core where it is there, else torch's integer products with a warning."""
+    """The native core if it is available, else torch's integer products, with a warning."""
     if binding.core() is not None:
         return NativeKernels()
     from varptq.runtime.cpu_torch import TorchKernels
@@ -34,7 +34,7 @@ def cpu_kernels() -> Kernels:
 
 
 def refuse_linear(rule: InputRule) -> str | None:
-    """What of a Linear the kernels of this runtime lack."""
+    """What the kernels of this runtime lack for a Linear; None if nothing."""
     if rule.range_rule != "with_zero" and not rule.sign_split:
         return f"input range rule {rule.range_rule!r}, whose zero points need not be codes"
     if not rule.weight_zero_is_code:
@@ -48,7 +48,7 @@ def refuse_linear(rule: InputRule) -> str | None:
 
 
 def refuse_attention(rule: AttentionRule) -> str | None:
-    """What of an attention the kernels of this runtime lack."""
+    """What the kernels of this runtime lack for an attention; None if nothing."""
     spec = rule.spec
     if spec.policy == "release":
         return "attention policy 'release', whose codes change when the cache grows"
@@ -69,7 +69,7 @@ def refuse_attention(rule: AttentionRule) -> str | None:
 
 
 def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> binding_attention.AttentionScheme:
-    """The attention of one layer in the words of the native core; a cache needs `ends`."""
+    """The attention of one layer as the native core describes it; a cache needs `ends`."""
     spec = rule.spec
     assert spec.query and spec.key and spec.value and spec.probability
     assert spec.policy != "release"

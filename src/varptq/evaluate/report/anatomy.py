@@ -1,7 +1,7 @@
 """The sections of the page about the model itself: bits and bytes, bit operations, shift-and-sum,
 and how all of it came about.
 
-They are made from `document["model"]`, the description that `varptq info` prints; without one only
+They are made from `document["model"]`, the description that `varptq info` prints; without it only
 the provenance appears. What was measured is in sections.py.
 """
 
@@ -148,7 +148,7 @@ def _cell(copy: Mapping[str, Any]) -> str:
 
 
 def provenance(document: Document) -> Markup:
-    """Settings, versions and checksums: what one needs to get the same numbers again."""
+    """Settings, versions and checksums: everything needed to reproduce the numbers."""
     settings, model = document["settings"], document.get("model") or {}
     machine = document["machine"]
     rows: list[tuple[str, object]] = [
@@ -177,7 +177,7 @@ def provenance(document: Document) -> Markup:
 
 
 def _listed(values: Mapping[str, object]) -> str:
-    """ "cfg 4, top-k 100"; what is switched off is not listed."""
+    """ "cfg 4, top-k 100"; settings that are off are not listed."""
     shown = {name: value for name, value in values.items() if value is not False}
     return ", ".join(
         name.replace("_", "-") + ("" if value is True else f" {value}")

@@ -17,7 +17,7 @@ from varptq.evaluate.report.markup import Markup, element, join
 
 Document = Mapping[str, Any]
 
-# Points of the codebook plot: more would lie on each other.
+# Points of the codebook plot; more would overlap.
 MAX_POINTS = 320
 ARROWS = {"lower": "↓", "higher": "↑"}
 
@@ -31,7 +31,7 @@ def note(*parts: object) -> Markup:
 
 
 def figure(title: str, picture: Markup, series: Sequence[Series] = (), says: str = "") -> Markup:
-    """A picture with its title above, and a legend where there is more than one series."""
+    """A picture with its title above, and a legend if it has more than one series."""
     keys = [element("span", line.name, class_=f"key {line.tone}") for line in series]
     legend = element("div", *keys, class_="legend") if len(keys) > 1 else None
     caption = element("figcaption", element("b", title), legend)
@@ -166,14 +166,14 @@ def _frequencies(found: Document, kind: str) -> Markup:
             f"distributions is {readable.significant(found['distance'])}"
         )
     if 0 in (*line.values, *points.values):
-        used += "; those never drawn stand on the floor"
+        used += "; entries never drawn lie on the bottom line"
     title = "Share of the sampled tokens, by codebook entry"
     series = [points, line] if "float_counts" in found else []
     return figure(title, picture, series, f"{used}.")
 
 
 def _binned(values: Sequence[float]) -> list[float]:
-    """Means of neighbours, so that at most `MAX_POINTS` are left."""
+    """Means of neighbours, at most `MAX_POINTS`."""
     size = -(-len(values) // MAX_POINTS)
     parts = [values[start : start + size] for start in range(0, len(values), size)]
     return [sum(part) / len(part) for part in parts]
