@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from varptq.errors import InputError
 from varptq.web.catalogue import MAX_DEPTH, Catalogue, Entry, Kind
-from varptq.web.loaded import LoadedModels, class_choices
+from varptq.web.loaded import LoadedModels, about, class_choices
 
 ALL = tuple(Kind)
 
@@ -141,8 +141,11 @@ def test_models_are_loaded_once_and_the_longest_unused_goes(models: Path) -> Non
 
 def test_classes_are_known_before_a_model_is_loaded(models: Path) -> None:
     catalogue = Catalogue([models])
-    of = {entry.key: class_choices(entry) for entry in catalogue.entries(Kind.float, Kind.artifact)}
+    of = {
+        entry.key: class_choices(about(entry))
+        for entry in catalogue.entries(Kind.float, Kind.artifact)
+    }
     assert of["demo"][3] == "cat" and len(of["demo"]) == 10
     assert of["models/w4a4"] == ["ant", "bee", "cat", "dog", "eel"]
     assert of["models/small/var.safetensors"] == []
-    assert class_choices(Entry("var-d16", Kind.float))[-1] == "999"
+    assert class_choices(about(Entry("var-d16", Kind.float)))[-1] == "999"

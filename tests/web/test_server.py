@@ -275,7 +275,7 @@ def test_edits_of_a_page_come_back_as_files(caller: Caller) -> None:
 def test_a_password_is_asked_for_everywhere(models: Path, tmp_path: Path) -> None:
     options = Options(host="0.0.0.0", auth=("me", "correct horse"))
     options.check()
-    app = web_app(make_studio([models], tmp_path / "out", options), options)
+    app = web_app(make_studio([models], tmp_path / "out"), options)
     with TestClient(app, base_url="http://studio.example") as client:
         for path in ("/config", "/gradio_api/info", "/gradio_api/file=/tmp/x"):
             assert client.get(path).status_code == 401, path
@@ -350,4 +350,4 @@ def test_without_gradio_the_command_says_what_to_install(
 def test_a_place_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="choose another place"):
-        make_studio([], tmp_path / "file" / "out", Options())
+        make_studio([], tmp_path / "file" / "out")

@@ -34,15 +34,14 @@ def command(
     """Open the studio in the browser: generate, edit, quantize, read reports."""
     if find_spec("gradio") is None:
         raise InputError("serve: gradio is not here; install it with pip install 'varptq[web]'")
-    from varptq.models.placement import checked_device, checked_dtype
     from varptq.web.surroundings import without_proxies
 
     with without_proxies():
+        from varptq.web.loaded import LoadedModels
         from varptq.web.server import Options, make_studio, parse_auth, serve
 
-    placed = str(checked_device(device))
-    checked_dtype(dtype)
-    options = Options(host, port, parse_auth(auth) if auth else None, placed, dtype, runtime)
-    options.check()
-    studio = make_studio(folders or [], out, options)
-    serve(studio, options, lambda address: typer.echo(f"varptq studio: {address}", err=True))
+    served = Options(host, port, parse_auth(auth) if auth else None)
+    served.check()
+    models = LoadedModels(device=device, dtype=dtype, runtime=runtime)
+    studio = make_studio(folders or [], out, models)
+    serve(studio, served, lambda address: typer.echo(f"varptq studio: {address}", err=True))

@@ -23,7 +23,6 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from varptq.errors import InputError, OutputError
-from varptq.runtime.resolve import AUTO, asked_for
 from varptq.web import app, theme
 from varptq.web.catalogue import Catalogue
 from varptq.web.files import MAX_BYTES
@@ -44,9 +43,6 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 7860
     auth: tuple[str, str] | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    runtime: str = AUTO
 
     def check(self) -> None:
         """Raises `InputError` for an address that others reach without a password."""
@@ -76,13 +72,12 @@ def parse_auth(text: str) -> tuple[str, str]:
     return user, password
 
 
-def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
+def make_studio(folders: list[Path], out: Path, models: LoadedModels | None = None) -> Studio:
     """The state of a studio that opens what is under `folders` and `out`, and writes to `out`.
 
-    Raises `InputError` for a folder that is not there or a runtime that does not exist,
-    `OutputError` if `out` cannot be written.
+    models: where and in which numbers models compute; None takes the defaults. Raises `InputError`
+    for a folder that does not exist, `OutputError` if `out` cannot be written.
     """
-    asked_for(options.runtime)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,8 +86,7 @@ def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
         ) from None
     if not os.access(out, os.W_OK):
         raise OutputError(f"{out}: cannot be written; choose another place")
-    models = LoadedModels(device=options.device, dtype=options.dtype, runtime=options.runtime)
-    return Studio(Catalogue([out, *folders]), models, Jobs(), out.resolve())
+    return Studio(Catalogue([out, *folders]), models or LoadedModels(), Jobs(), out.resolve())
 
 
 def web_app(studio: Studio, options: Options) -> FastAPI:
