@@ -119,7 +119,7 @@ def test_a_float_model_that_is_another_one_is_warned_of(foreign: Path, tmp_path:
     ran = run(*words, tmp_path / "a")
     assert ran.code == 2 and "metric 'psnr': needs the float model" in ran.err
     ran = succeed(*words, tmp_path / "b", "--against", "demo")
-    assert "warning: model 'demo': other weights than the artifact was made from" in ran.err
+    assert "warning: model 'demo': not the weights that the artifact was made from" in ran.err
     ran = succeed(*words, tmp_path / "c", "--random", "demo")
     assert "warning" not in ran.err
 
@@ -156,9 +156,9 @@ BAD = [
     ("", "model: give one of"),
     ("nowhere", "model 'nowhere': neither"),
     ("demo", "metrics: none can be computed"),
-    ("demo --against demo", "model 'demo': is float, nothing is compared with it"),
+    ("demo --against demo", "model 'demo': a float model, which is compared with nothing"),
     ("demo --random demo", "is float"),
-    ("--against demo", "against 'demo': what is to be measured is missing"),
+    ("--against demo", "against 'demo': no model to measure"),
     ("{artifact} --against {artifact}", "expected a float model"),
     ("{artifact} --against demo --random demo", "model: give one of"),
     ("{artifact} --against nowhere", "model 'nowhere': neither"),

@@ -211,7 +211,7 @@ MISPLACED = [
     ("demo --config sas", "config 'sas': sas is of the method, as in --method sas"),
     ("demo --config w4a4+gptq", "gptq is of the method, as in --method gptq"),
     ("demo --config w4a4+shift", "shift is of the method, as in --method rtn+shift"),
-    ("var.pth", "give the transformer and the VQVAE as --var var.pth --vae vae.pth"),
+    ("var.pth", "give transformer and VQVAE as --var var.pth --vae vae.pth"),
     ("var_d16.safetensors", "--var var.pth --vae vae.pth"),
 ]
 

@@ -60,7 +60,7 @@ def test_what_is_made_later_is_found_and_what_is_gone_is_not(root: Path) -> None
     new = artifact(root / "new")
     assert catalogue.find("root/new", *ALL).files == (new,)
     (new / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="not under the folders"):
+    with pytest.raises(InputError, match="not in the folders"):
         catalogue.find("root/new", *ALL)
 
 

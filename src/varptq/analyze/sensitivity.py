@@ -3,8 +3,8 @@
     alone      KL of the float model with this one tensor at b bits
     put back   KL of the whole config without this one; its cost there is KL(config) - that
 
-The two rank differently where errors mask each other. Probabilities are measured under both of
-their rules, since the error of log2 hardly depends on bits.
+The two rankings differ where errors mask each other. Probabilities are measured under both of their
+rules, since the error of log2 hardly depends on the number of bits.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _like(usual: TensorSpec, own: TensorSpec, site: Site) -> TensorSpec:
 
 
 def _allowed(usual: TensorSpec, config: QuantConfig, site: Site) -> TensorSpec:
-    """With a strategy that the attention policy of the config knows."""
+    """`usual` with a strategy that the attention policy of the config allows."""
     attention = config.attention_for(site.layer)
     if attention is None or site.operand not in ("key", "value"):
         return usual

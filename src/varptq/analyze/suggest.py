@@ -2,12 +2,12 @@
 
     gain(tensor) = KL(it alone at its own width) - KL(it alone at 8 bits)
 
-Gains are measured from the float model, where one tensor's error is not drowned by all others:
-measured within the quantized model they are so noisy that the choice gets worse on new images.
-How good a choice is, is measured on the whole config after every step. A budget in bytes goes to
-weights, the only tensors that are stored; one in bit operations to every tensor. Probabilities
-become uniform 8-bit codes, since their log2 rule gains nothing from bits. Shift-and-sum is off and
-counts nothing.
+Gains are measured in the float model, where the errors of other tensors do not hide that of one:
+measured in the quantized model they are so noisy that the choice gets worse on new images. The
+quality of a choice is measured on the whole config after every step. A budget in bytes is spent on
+weights, the only tensors that are stored; one in bit operations on all tensors. Probabilities
+become uniform 8-bit codes, since their log2 rule gains nothing from more bits. Shift-and-sum is off
+and costs nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Budget:
     size: int | None = None
 
     def limit(self, base: int) -> int:
-        """The most the mixed config may cost. Raises `InputError` where the base costs more."""
+        """The most the mixed config may cost. Raises `InputError` if the base costs more."""
         limit = self.size
         if limit is None:
             assert self.ratio is not None
@@ -88,7 +88,7 @@ class Prices:
         return self.bytes(config) if unit == "bytes" else self.bops(config)
 
     def _difference(self, layer: str, spec: LinearSpec) -> int:
-        # Layers are stored one by one, so their differences add up and are asked for once.
+        # Layers are stored one by one, so their differences add up and are computed once each.
         if (layer, spec) not in self._added:
             rule = LayerRule(targets=layer).replace(**dict(spec))
             self._added[layer, spec] = self._stored(FLOAT.with_rules(rule)) - self._float_bytes
@@ -99,7 +99,7 @@ class Prices:
 
 
 class Candidate(NamedTuple):
-    """A tensor that 8 bits would change, its quantizer there, and what that gains."""
+    """A tensor that 8 bits would change, its quantizer at 8 bits, and the gain in KL."""
 
     site: Site
     spec: TensorSpec
@@ -108,7 +108,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Pick:
-    """One tensor raised, and what the config costs and loses from then on."""
+    """One tensor raised to 8 bits, and the cost and KL of the config with it."""
 
     candidate: Candidate
     price: int
@@ -130,7 +130,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The picks in order; `config` has them all. `price` of the base config, `limit` of any."""
+    """The picks in order; `config` has them all. `price`: of the base config. `limit`: of any."""
 
     unit: str
     price: int
@@ -157,10 +157,10 @@ def suggest(
     budget: Budget,
     progress: Progress = silent,
 ) -> Suggestion:
-    """Raise tensors of `config` to 8 bits, the most gain per cost first, while the budget lasts.
+    """Raise tensors of `config` to 8 bits, highest gain per cost first, within the budget.
 
-    What `measured` does not hold is measured here. Raises `InputError` for a budget below what
-    `config` costs.
+    Gains that `measured` does not hold are measured here. Raises `InputError` for a budget below
+    what `config` costs.
     """
     prices = Prices(bench.source)
     price = prices.of(config, budget.unit)
@@ -185,7 +185,7 @@ def candidates(
     unit: str,
     progress: Progress = silent,
 ) -> list[Candidate]:
-    """What 8 bits would change and improve, in model order; what is float stays float."""
+    """The tensors that 8 bits would improve, in model order; float tensors stay float."""
     floats = stripped(config)
     known = {(row.site, row.type): row.alone for row in measured}
     found: list[Candidate] = []
@@ -224,10 +224,10 @@ def raised_config(config: QuantConfig, chosen: Iterable[Candidate]) -> QuantConf
 def choose(
     config: QuantConfig, found: Iterable[Candidate], prices: Prices, unit: str, limit: int
 ) -> list[Candidate]:
-    """Greedy: again and again the candidate of the highest gain per cost that still fits.
+    """Greedy: repeatedly the candidate with the highest gain per cost that still fits.
 
     A tensor's cost in BOPs grows when its partner in the product is raised, so rates only fall:
-    the top of the heap is the best one if its rate is still what it was.
+    the top of the heap is the best one if its rate has not changed.
     """
     chosen: list[Candidate] = []
     price = prices.of(config, unit)
@@ -236,7 +236,7 @@ def choose(
         rank, order, candidate = heapq.heappop(heap)
         with_it = prices.of(raised_config(config, [*chosen, candidate]), unit)
         if with_it > limit:
-            continue  # what is left of the budget only shrinks
+            continue  # the remaining budget only shrinks
         cost = with_it - price
         now = -candidate.gain / cost if cost > 0 else -math.inf
         if now > rank:

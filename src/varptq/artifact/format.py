@@ -30,7 +30,7 @@ from varptq.quant.packing import WORD_BITS, pack, packed_words, unpack
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 VAR_PREFIX, VAE_PREFIX = "var.", "vae."
-# Entry of the metadata of the weights file that binds it to its config.json.
+# Metadata entry of the weights file that binds it to its config.json.
 SEAL = "config_sha256"
 PACKED, SCALE, ZERO_POINT, SHAPE = (
     "weight_packed",
@@ -39,14 +39,14 @@ PACKED, SCALE, ZERO_POINT, SHAPE = (
     "weight_shape",
 )
 LEVELS = VAR_PREFIX + "lvl_1L"
-# What a QuantLinear keeps in memory in place of the packed tensors.
+# Tensors of a QuantLinear in memory that the packed tensors replace in the file.
 UNPACKED = ("codes", "scale", "zero_point")
-# safetensors' words for the dtypes a tensor that stays in float may have.
+# Dtypes that a float tensor may have, as safetensors names them.
 FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 class Slot(NamedTuple):
-    """What a tensor of the file must look like; `dtypes` are safetensors' words."""
+    """Shape and allowed dtypes of a tensor in the file; `dtypes` as safetensors names them."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
@@ -67,7 +67,7 @@ def slots(var: Transformer, vae: VQVAE) -> dict[str, Slot]:
 
 
 def plain_tensors(var: Transformer, vae: VQVAE) -> dict[str, Tensor]:
-    """What is stored as it is: the transformer less its codes and grids, and the whole VQVAE."""
+    """Tensors stored unpacked: the transformer without its codes and grids, and the whole VQVAE."""
     packed = {f"{layer}.{name}" for layer in packed_linears(var) for name in UNPACKED}
     tensors = {VAR_PREFIX + k: t for k, t in var.state_dict().items() if k not in packed}
     return tensors | {VAE_PREFIX + k: t for k, t in vae.state_dict().items()}
@@ -135,7 +135,7 @@ def _unpack(words: Tensor, num_bits: int, n: int, name: str) -> Tensor:
     used = n * num_bits % WORD_BITS
     # >> keeps the sign, so a negative word has ones in its upper bits, as it must not.
     if used and bool((words[:, -1] >> used).any()):
-        raise ValueError(f"{name} has bits behind its last code, where zeros belong")
+        raise ValueError(f"{name} has bits set after its last code, expected zeros")
     return unpack(words, num_bits, n)
 
 

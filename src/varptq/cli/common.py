@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from varptq.quant.pipeline import QuantizedPipeline
 
 THETA_OFF = {
-    "over_budget": ", the budget does not even pay for finding the tokens",
-    "off": ", kernels hold no finer step of these values",
+    "over_budget": ": finding the tokens alone exceeds the budget",
+    "off": ": the kernels hold no finer step of these values",
 }
 
 
 def usable_cores() -> int:
-    """How many cores the scheduler may put this process on."""
+    """How many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def use_threads(asked: int) -> None:
-    """Compute with that many threads, or with one a core where there are fewer."""
+    """Compute with that many threads, at most one per core."""
     import torch
 
     torch.set_num_threads(min(asked, usable_cores()))
@@ -47,12 +47,12 @@ def parse_classes(text: str) -> list[str]:
     """ "cat,3,ship" -> ["cat", "3", "ship"]; names and ids are looked up by the model."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise InputError(f"classes {text!r}: expected names or ids with commas between, e.g. cat,3")
+        raise InputError(f"classes {text!r}: expected names or ids separated by commas, e.g. cat,3")
     return names
 
 
 def warn(text: str) -> None:
-    """One line on stderr; a log that cannot be written is no reason to end."""
+    """One line on stderr; an error in writing it is ignored."""
     with suppress(OSError):
         typer.echo(f"warning: {text}", err=True)
 
@@ -62,10 +62,10 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """A table of two columns: what, and its value."""
+    """A table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
-    table.add_column(overflow="fold")  # a path with its end cut off is of no use
+    table.add_column(overflow="fold")  # a path must not be cut off
     for name, value in rows:
         table.add_row(name, value)
     print_table(table)
@@ -102,7 +102,7 @@ def size_rows(sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def runs_on(pipe: QuantizedPipeline) -> str:
-    """Which runtime `varptq.load` takes for it on the CPU, and why where that is the slow one."""
+    """The runtime that `varptq.load` takes on the CPU, with the reason if it is the slow one."""
     from varptq.runtime.resolve import told
 
     return told(pipe.var).runs_on

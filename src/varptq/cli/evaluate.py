@@ -1,8 +1,9 @@
-"""`varptq evaluate`: how good a model's images are, beside those of the float model.
+"""`varptq evaluate`: how good a model's images are, compared with those of the float model.
 
-Samples the same seeds with both, measures what can be measured with what is there, and writes to
---out: `metrics.json`, `report.html` and `samples/`. A run that was stopped goes on where it was; a
-folder with samples of another model is refused. What can be refused is refused before sampling.
+Samples the same seeds with both, computes every metric that is possible, and writes to --out:
+`metrics.json`, `report.html` and `samples/`. A run that was stopped continues where it was; a
+folder with samples of another model is refused. Everything that can be refused is refused before
+sampling.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from varptq.progress import Progress
 
 METRICS_NAME, REPORT_NAME, SAMPLES_NAME = "metrics.json", "report.html", "samples"
-# What processes hand each other while they measure.
+# Folder through which processes exchange results while they measure.
 WORK_NAME = "work"
 
 
@@ -46,7 +47,7 @@ Against = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The float model; default: the artifact's own.")
 ]
 Metrics = Annotated[
-    str | None, typer.Option(help="Names with commas between; default: all there can be.")
+    str | None, typer.Option(help="Names separated by commas; default: all that are possible.")
 ]
 Network = Annotated[
     str | None, typer.Option(help="Feature network, e.g. inception:FILE or resnet56:FILE.")
@@ -57,7 +58,10 @@ Reference = Annotated[
         help="Real images: npz with arr_0, or a folder of pictures; or an npz with mu and sigma."
     ),
 ]
-Clip = Annotated[str | None, typer.Option(metavar="MODEL", help="CLIP: folder or name on the hub.")]
+Clip = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="CLIP model: folder or name on the Hugging Face hub."),
+]
 
 
 def command(
@@ -67,7 +71,7 @@ def command(
     vae: options.VaeFile = None,
     random: options.RandomModel = None,
     out: options.Results = Path("out/evaluate"),
-    count: Annotated[int, typer.Option(min=1, help="Images of each model.")] = 100,
+    count: Annotated[int, typer.Option(min=1, help="Images per model.")] = 100,
     seed: options.Seed = 0,
     cfg: options.Guidance = options.CFG,
     top_k: options.TopK = options.TOP_K,
@@ -77,7 +81,9 @@ def command(
     reference: Reference = None,
     lpips: Annotated[Path | None, typer.Option(help="LPIPS weights, .safetensors.")] = None,
     clip: Clip = None,
-    export: Annotated[Export | None, typer.Option(help="Also write all samples as this.")] = None,
+    export: Annotated[
+        Export | None, typer.Option(help="Also write all samples in this format.")
+    ] = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     runtime: options.Runtime = options.RUNTIME,
     download: options.Download = False,
@@ -100,7 +106,7 @@ def command(
     models = choices.load(runtime)
     tools = load_instruments(network, reference, lpips, clip, models.pipe)
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
-    # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
+    # Called here only to refuse early; `evaluate` calls it again after sampling.
     plan(models.pipe, models.float_pipe, tools, names, count)
     check_output(models, out, export)
     said = warn_of_reference(tools, ranks)
@@ -128,7 +134,7 @@ def tell(warnings: Iterable[str]) -> None:
 
 
 def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:
-    """What a user should know of the real images while nothing is sampled yet; also returned."""
+    """Print the warning about the real images before anything is sampled; also returned."""
     said = tools.reference.warning if tools.reference else None
     tell([said] if said and ranks.first else [])
     return said
@@ -136,7 +142,7 @@ def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:
 
 @dataclass(frozen=True)
 class Models:
-    """The model to measure and the float one beside it; `warning` where that one is in doubt."""
+    """The model to measure and its float model; `warning` if that may be the wrong one."""
 
     pipe: Pipeline
     float_pipe: Pipeline | None = None
@@ -145,7 +151,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Choices:
-    """Which models are meant. `beside` None: the float model that the artifact itself names."""
+    """The chosen models. `beside` None: the float model that the artifact names."""
 
     subject: ModelChoice
     beside: ModelChoice | None
@@ -158,18 +164,20 @@ class Choices:
         files: tuple[Path | None, Path | None, str | None],
         **placement: Any,
     ) -> Choices:
-        """An artifact as `source` leaves the other options to the float model; without it they
-        name the model to measure. Raises `InputError` where they contradict each other."""
+        """With an artifact as `source` the other options name the float model; without it they
+        name the model to measure. Raises `InputError` if they contradict each other."""
         given = any(option is not None for option in (against, *files))
         if source is None:
             if against is not None:
-                raise InputError(f"against {against!r}: what is to be measured is missing")
+                raise InputError(
+                    f"against {against!r}: no model to measure; give an artifact before it"
+                )
             return cls(ModelChoice(None, *files, **placement), None)
         subject = ModelChoice(source, **placement)
         if subject.folder is None and given:
             raise InputError(
-                f"model {source!r}: is float, nothing is compared with it; give an artifact, or "
-                "leave out --against, --var, --vae and --random"
+                f"model {source!r}: a float model, which is compared with nothing; give an "
+                "artifact, or leave out --against, --var, --vae and --random"
             )
         beside = ModelChoice(against, *files, **placement) if given else None
         if beside is not None and beside.folder is not None:
@@ -185,16 +193,16 @@ class Choices:
         float_pipe = self.beside.load_float()
         if float_pipe.sources == pipe.sources:
             return Models(pipe, float_pipe)
-        doubt = f"model {float_pipe.name!r}: other weights than the artifact was made from"
+        doubt = f"model {float_pipe.name!r}: not the weights that the artifact was made from"
         return Models(pipe, float_pipe, doubt)
 
     def _with_own(self, pipe: Pipeline) -> Models:
-        """The float model by the name in the artifact, if it is here and the same."""
+        """The float model that the artifact names, if it is on this machine and the same."""
         from varptq.models.presets import PRESETS
 
         missing = (
-            f"model {pipe.name!r}: its float model is not here, nothing is compared with it; give "
-            "--against, or --var with --vae"
+            f"model {pipe.name!r}: its float model is not on this machine, so nothing is compared; "
+            "give --against, or --var with --vae"
         )
         if pipe.name not in PRESETS:
             return Models(pipe, None, missing)
@@ -216,7 +224,7 @@ def load_instruments(
     clip: str | None,
     pipe: Pipeline,
 ) -> Instruments:
-    """What was given on the command line, on the device of the model."""
+    """The instruments given on the command line, on the device of the model."""
     from varptq.evaluate.clip import TransformersClip
     from varptq.evaluate.features import load_network
     from varptq.evaluate.image_files import ImageFiles
@@ -234,7 +242,7 @@ def load_instruments(
 def file_checksums(
     network: str | None, reference: Path | None, lpips: Path | None
 ) -> dict[str, str]:
-    """SHA-256 of the files that took part."""
+    """SHA-256 of the files that were used."""
     from varptq.models.state_file import file_sha256
 
     network_file = Path(network.partition(":")[2]) if network else None
@@ -244,7 +252,7 @@ def file_checksums(
 
 @dataclass(frozen=True)
 class Sampler:
-    """How both models sample, and where to: a folder each, "quantized" and "float"."""
+    """How both models sample, and into which folder: "quantized" or "float" below `folder`."""
 
     folder: Path
     count: int
@@ -281,7 +289,7 @@ def identity(
     names: list[str] | None,
     files: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What decides the parts that processes measure."""
+    """Everything that determines the parts that processes measure."""
     from varptq.evaluate.evaluate import machine, versions
 
     sets = [one.samples for one in (subject, beside) if one is not None]
@@ -310,7 +318,7 @@ def measure(
     from varptq.work import Work
 
     ranks, progress = sampler.ranks, sampler.progress
-    # Alone, nothing has to be handed over, and measuring is short beside sampling.
+    # A single process has nothing to exchange, and measuring is short compared with sampling.
     folder = sampler.folder.with_name(WORK_NAME) if ranks.size > 1 else None
     with Work(folder, ranks) as work:
         work.begin(identity(subject, beside, tools, names, files), progress)
@@ -323,7 +331,7 @@ def measure(
 
 
 def check_output(models: Models, out: Path, export: Export | None) -> None:
-    """Refuse now what `write` would refuse when all is sampled. Raises `OutputError`."""
+    """Raise `OutputError` now for what `write` would refuse after sampling."""
     from varptq.evaluate.evaluate import kind
     from varptq.evaluate.sampling import exported_folder
     from varptq.files import check_file
@@ -345,7 +353,7 @@ def write(
     out: Path,
     export: Export | None,
 ) -> None:
-    """metrics.json, report.html, and the samples in another form if asked."""
+    """Write metrics.json, report.html, and the samples in another format if asked."""
     from varptq.evaluate.evaluate import kind
     from varptq.evaluate.report import choose_pairs, write_report
     from varptq.files import write_atomic
@@ -357,7 +365,7 @@ def write(
         elif export is Export.png:
             one.samples.export_png(place)
     text = jsonlib.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    # What UTF-8 does not hold, of a path, becomes the escape that JSON has for it.
+    # Bytes of a path that are not UTF-8 become JSON escapes.
     write_atomic(out / METRICS_NAME, text.encode(errors="backslashreplace") + b"\n")
     above = beside.samples if beside else None
     pairs = choose_pairs(subject.samples, above, subject.pipe.class_names)
@@ -365,7 +373,7 @@ def write(
 
 
 def describe(pipe: Pipeline) -> dict[str, Any]:
-    """What `varptq info` says, and what calibration reported for the pictures of the report."""
+    """The description of `varptq info`, and what the report draws of calibration."""
     from varptq.quant.pipeline import QuantizedPipeline
 
     document = info.describe(pipe)

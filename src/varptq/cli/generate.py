@@ -1,8 +1,8 @@
 """`varptq generate`: images of given classes from a float model or an artifact, as PNG files.
 
 A folder gets one PNG per image, a grid of them all and `tokens.npz` (tokens (B, L) int64, labels
-(B,) int64); a name that ends in .png gets the grid alone. Image i draws from (seed, i), so two
-models asked for the same classes with the same seed answer the same question.
+(B,) int64); a name that ends in .png gets the grid alone. Image i draws from (seed, i), so the
+images of two models with the same classes and seed are comparable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GRID_NAME, TOKENS_NAME = "grid.png", "tokens.npz"
 
 
 def command(
-    classes: Annotated[str, typer.Option(help="Names or ids, e.g. cat,3,ship.")],
+    classes: Annotated[str, typer.Option(help="Class names or ids, e.g. cat,3,ship.")],
     out: Annotated[Path, typer.Option(help="Folder for all files, or NAME.png for the grid.")],
     source: options.Source = None,
     var: options.VarFile = None,
@@ -42,7 +42,9 @@ def command(
     top_k: options.TopK = options.TOP_K,
     top_p: options.TopP = options.TOP_P,
     temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
-    more_smooth: Annotated[bool, typer.Option("--more-smooth", help="Mix embeddings.")] = False,
+    more_smooth: Annotated[
+        bool, typer.Option("--more-smooth", help="Feed mixtures of embeddings; smoother images.")
+    ] = False,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     runtime: options.Runtime = options.RUNTIME,
     download: options.Download = False,
@@ -90,7 +92,7 @@ def command(
 
 @dataclass(frozen=True)
 class Files:
-    """Where the results go. `images` is empty and `tokens` None where only the grid is wanted."""
+    """Paths of the results. If only the grid is wanted, `images` is empty and `tokens` None."""
 
     grid: Path
     images: tuple[Path, ...] = ()
@@ -108,14 +110,14 @@ class Files:
 
     @contextmanager
     def claimed(self, force: bool) -> Iterator[None]:
-        """Refuse what cannot be written before the time is spent, and keep other runs off these
-        names until the block ends. Raises `OutputError`."""
+        """Check that the files can be written before the time is spent, and keep other runs from
+        these names until the block ends. Raises `OutputError`."""
         from varptq.files import PREFIX, check_file
         from varptq.locks import HeldError, Lock
 
         wanted = [self.grid, *self.images, *([self.tokens] if self.tokens else [])]
         check_file(self.grid)
-        # All names of a run are made in one folder, and the grid is among them.
+        # All files of a run are in one folder, and the grid is one of them.
         key = hashlib.sha256(os.fsencode(self.grid.name)).hexdigest()[:16]
         try:
             with Lock(self.grid.with_name(f"{PREFIX}{key}.lock")):
@@ -125,8 +127,8 @@ class Files:
                 yield
         except HeldError as error:
             raise OutputError(
-                f"{self.grid}: process {error.owner} is about to write it; wait for it or choose "
-                "another place"
+                f"{self.grid}: process {error.owner} is writing it; wait for it or choose another "
+                "place"
             ) from None
 
     def write(self, output: Output, labels: Sequence[int], titles: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""`varptq info`: what a float model or an artifact is made of, and what it costs.
+"""`varptq info`: the parts of a float model or an artifact, and their cost.
 
 Architecture, sizes, bits of every kind of tensor, bit operations (BOPs) per image by kind, and for
 an artifact theta with the tokens it duplicates. A model given by name is described from its
-architecture alone, no weights are read; nothing is computed with the model.
+architecture, without reading weights; nothing is computed with the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def command(
     random: options.RandomModel = None,
     runtime: Annotated[
         bool,
-        typer.Option("--runtime", help="Who would compute the artifact (or any) here, and why."),
+        typer.Option("--runtime", help="Which runtime would execute the artifact here, and why."),
     ] = False,
     json: options.Json = False,
 ) -> None:
@@ -86,8 +86,8 @@ def show_runtimes(source: str | None, json: bool) -> None:
 
 
 def runtimes(folder: Path | None) -> dict[str, Any]:
-    """Which runtime "auto" is for an artifact, why the others cannot compute it, and what the
-    machine offers. Without an artifact only what the machine decides."""
+    """Which runtime "auto" takes for an artifact, why others cannot execute it, and what the
+    machine offers. Without an artifact, only what depends on the machine."""
     import warnings
 
     import torch
@@ -98,7 +98,7 @@ def runtimes(folder: Path | None) -> dict[str, Any]:
 
     var = None if folder is None else empty_modules(folder, read_config(folder)[0])[0]
     with warnings.catch_warnings():
-        # That the core is missing is said below.
+        # The result says whether the core is missing.
         warnings.simplefilter("ignore")
         choice = None if var is None else resolve(var)
         cannot = survey(var)
@@ -151,7 +151,7 @@ def architecture(pipe: Pipeline) -> dict[str, Any]:
 
 
 def quantization(pipe: QuantizedPipeline) -> dict[str, Any]:
-    """How an artifact came about, and what theta does."""
+    """How an artifact was made, and the effect of theta."""
     copies = (pipe.report.get("theta") or {}).get("copies", ())
     return {
         "config": pipe.config.to_dict(),
@@ -178,7 +178,7 @@ def duplicated_per_scale(copies: Sequence[dict[str, Any]]) -> list[dict[str, flo
 
 
 def bits(var: Transformer, config: QuantConfig | None) -> dict[str, dict[str, str]]:
-    """Kind of layer -> operand -> what it is stored as; layers of a kind that differ are joined."""
+    """Kind of layer -> operand -> how it is stored; different layers of a kind are joined."""
     from varptq.quant.convert import describe_linears, describe_products, float_layout
 
     found: dict[str, dict[str, list[str]]] = {}
@@ -222,7 +222,7 @@ def stored_as(spec: TensorSpec | None, row: int | None = None, layer: str = "") 
 
 
 def transformed(transform: InputTransform | None, layer: LayerShape, foldable: bool) -> str:
-    """What is done to an input before, e.g. ", smoothed, centred, rotated by 128"."""
+    """How an input is transformed first, e.g. ", smoothed, centred, rotated by 128"."""
     if transform is None:
         return ""
     block = transform.block_for(layer.in_features, layer.name)

@@ -38,7 +38,8 @@ class ModelChoice:
 
     @property
     def folder(self) -> Path | None:
-        """The artifact folder meant, if it is one; names of models win over folders."""
+        """The artifact's folder, None for a float model; model names take precedence over
+        folders."""
         from varptq.models.presets import PRESETS
 
         if self.source is None or self.source in PRESETS:
@@ -46,8 +47,8 @@ class ModelChoice:
         folder = Path(self.source)
         if folder.is_file() or folder.suffix.lower() in CHECKPOINT_SUFFIXES:
             raise InputError(
-                f"model {self.source!r}: a file, and a model is two: give the transformer and the "
-                "VQVAE as --var var.pth --vae vae.pth"
+                f"model {self.source!r}: a single file, but a model is two: give transformer "
+                "and VQVAE as --var var.pth --vae vae.pth"
             )
         if not folder.is_dir():
             names = ", ".join(PRESETS)
@@ -60,7 +61,9 @@ class ModelChoice:
         """The float model, or the quantized one on `runtime`."""
         if (folder := self.folder) is None:
             if runtime != RUNTIME:
-                raise InputError(f"runtime {runtime!r}: only for artifacts, this model is float")
+                raise InputError(
+                    f"runtime {runtime!r}: only for artifacts, and this model is float"
+                )
             return self.load_float()
         from varptq.runtime import load
 
@@ -69,7 +72,9 @@ class ModelChoice:
     def check_float(self) -> None:
         """Raise `InputError` for an artifact."""
         if self.folder is not None:
-            raise InputError(f"model {str(self.folder)!r}: a folder, expected a float model")
+            raise InputError(
+                f"model {str(self.folder)!r}: an artifact folder, expected a float model"
+            )
 
     def load_float(self) -> Pipeline:
         """The float model; raises as `load_model` and `build_model` do."""

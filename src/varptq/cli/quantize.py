@@ -1,9 +1,9 @@
 """`varptq quantize`: from a float model to an artifact folder.
 
-What can be refused is refused before anything is calibrated: settings, the place for the result,
-the model. The artifact appears whole at the very end. What is finished lies in a work folder until
-then, so the same command goes on after Ctrl-C, a failure or a kill; under torchrun its processes
-share that folder and the work.
+Settings, the place for the result and the model are checked before anything is calibrated. The
+artifact appears whole at the very end. Until then finished pieces are in a work folder, so the same
+command continues after Ctrl-C, a failure or a kill; under torchrun its processes share that folder
+and the work.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from varptq.quant.pipeline import QuantizedPipeline
     from varptq.work import Work
 
-# The piece of a work folder that says that its artifact may be there already.
+# Name of the piece in a work folder that marks that the artifact may have been written.
 PUBLISHED = "published"
-# Of a work folder in the artifact's own; hidden names of ours do not count as its content.
+# Name of a work folder inside the artifact's; our hidden names do not count as its content.
 WORK_NAME = ".varptq-work"
 
 
@@ -59,17 +59,17 @@ MethodName = Annotated[
         "an effort ask for learned rounding."
     ),
 ]
-Budget = Annotated[float | None, typer.Option(help="Share of BOPs shift-and-sum may add.")]
+Budget = Annotated[float | None, typer.Option(help="Share of BOPs that shift-and-sum may add.")]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="For recorded activations, e.g. 8GB.")
+    str | None, typer.Option(metavar="SIZE", help="Memory for recorded activations, e.g. 8GB.")
 ]
 WorkFolder = Annotated[
-    Path | None, typer.Option(help="Folder for what is finished; default: OUT.work.")
+    Path | None, typer.Option(help="Folder for finished pieces; default: OUT.work.")
 ]
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
+    out: Annotated[Path, typer.Option(help="Folder for the artifact.")],
     source: options.FloatSource = None,
     model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
     var: options.VarFile = None,
@@ -146,7 +146,7 @@ class Job:
         return cls(config, method, calibration, seed)
 
     def announce(self, pipe: Pipeline) -> None:
-        """What will come out, while it can still be changed."""
+        """Say which method and runtime will be used, before the work starts."""
         from varptq.calibrate.methods import Method
         from varptq.runtime.resolve import foreseen
 
@@ -172,8 +172,8 @@ class Job:
 
 
 def publish(quantized: QuantizedPipeline, out: Path, force: bool, work: Work) -> None:
-    """Save the artifact. A run that is killed between here and the end of its work folder finds its
-    own artifact, and may replace it by the same one."""
+    """Save the artifact. A run that is killed after this and before its work folder is removed
+    finds its own artifact when it is repeated, and may replace it by the same one."""
     from varptq.artifact import save
     from varptq.work import Piece
 
@@ -184,12 +184,12 @@ def publish(quantized: QuantizedPipeline, out: Path, force: bool, work: Work) ->
 
 
 def published(folder: Path) -> bool:
-    """Whether a run came to the point where its artifact may be there already."""
+    """Whether an earlier run came so far that its artifact may exist already."""
     return (folder / f"{PUBLISHED}.safetensors").is_file()
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Refuse now what `save` would refuse after calibration."""
+    """Raise `OutputError` now for what `save` would refuse after calibration."""
     from varptq.artifact.format import CONFIG_FILE
     from varptq.files import StagedFolder
 
@@ -197,8 +197,8 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def work_folder(out: Path) -> Path:
-    """Beside the artifact, or hidden in its folder where that is filled in place: of a volume, what
-    lies beside it is gone with the container."""
+    """Beside the artifact, or hidden inside its folder if that is filled in place: a folder beside
+    a mounted volume would be lost with the container."""
     from varptq.files import StagedFolder
 
     inside = out / WORK_NAME
@@ -210,7 +210,7 @@ def work_folder(out: Path) -> Path:
 
 
 def summary(quantized: QuantizedPipeline, out: Path, duration: float) -> dict[str, Any]:
-    """What the run made, as plain JSON values."""
+    """The result of the run, as plain JSON values."""
     return {
         "runs_on": common.runs_on(quantized),
         "artifact": str(out),
@@ -228,7 +228,7 @@ def summary(quantized: QuantizedPipeline, out: Path, duration: float) -> dict[st
 
 
 def resampling_summary(report: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Distance of token frequencies from their probabilities, means over the scales."""
+    """L1 distance of token frequencies from their probabilities, mean over the scales."""
     if report is None:
         return None
     scales = report["scales"]
@@ -240,7 +240,7 @@ def resampling_summary(report: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def units_summary(units: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Geometric means over the units, so that one with large activations does not decide alone.
+    """Geometric means over the units, so that a unit with large activations does not dominate.
 
     hard_over_nearest: loss of the learned rounding over that of nearest rounding.
     hard_over_soft: loss of what is deployed over the loss of what was trained, 1 where they agree.

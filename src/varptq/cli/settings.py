@@ -25,7 +25,9 @@ def read_config(text: str, group_size: int | None) -> QuantConfig:
     for word in () if is_file else text.split("+"):
         if word in METHODS or word in PARTS:
             usage = word if word in METHODS else f"rtn+{word}"
-            raise ConfigError(f"config {text!r}: {word} is of the method, as in --method {usage}")
+            raise ConfigError(
+                f"config {text!r}: {word} belongs to the method: give --method {usage}"
+            )
     config = QuantConfig.from_file(text) if is_file else QuantConfig.preset(text)
     if group_size is None:
         return config
@@ -52,7 +54,7 @@ def read_calibration(
     budget: float | None = None,
     memory: str | None = None,
 ) -> CalibrationConfig:
-    """A preset or a file, with what was given besides put in."""
+    """A preset or a file, with the given settings replaced."""
     from varptq.calibrate.config import CalibrationConfig
 
     if text is not None and effort is not None:

@@ -1,4 +1,4 @@
-"""Editing images: what is kept is encoded and given to the model, the rest is drawn anew
+"""Editing images: the part that is kept is encoded and given to the model, the rest is drawn anew
 (docs/editing.md)."""
 
 from varptq.editing.edit import EditResult, edit

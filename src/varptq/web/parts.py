@@ -88,8 +88,8 @@ def queue(jobs: Sequence[Job]) -> Markup:
 def curves(
     losses: Mapping[str, Sequence[tuple[int, float]]], says: Mapping[str, str] | None = None
 ) -> Markup:
-    """One small curve of (step, loss) per unit, each on its own scale, log upwards; under it what
-    `says` has of the unit, or its first and last loss."""
+    """One small curve of (step, loss) per unit, each on its own scale, log upwards; below it
+    the text of the unit in `says`, or its first and last loss."""
     known = says or {}
     drawn = (_curve(n, points, known.get(n)) for n, points in losses.items())
     return element("div", *drawn, class_="curves")
@@ -120,19 +120,19 @@ def _curve(name: str, points: Sequence[tuple[int, float]], says: str | None) -> 
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `CURVE_POINTS` means of neighbours: a batch's loss is noisy."""
+    """At most `CURVE_POINTS` means of neighbours, as the loss of a batch is noisy."""
     size = -(-len(points) // CURVE_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[-1][0], sum(loss for _, loss in group) / len(group)) for group in groups]
 
 
 def page_frame(page: str, title: str) -> Markup:
-    """A whole HTML page in a frame that runs no script and reaches nothing."""
+    """A whole HTML page in a frame that runs no script and loads nothing."""
     return element("iframe", srcdoc=page, sandbox="", title=title, class_="page", tabindex=0)
 
 
 def strip(images: Sequence[Pixels], says: str) -> Markup:
-    """Small pictures (H, W, 3) in a line, in the page itself."""
+    """Small pictures (H, W, 3) in a line, embedded in the page."""
     pictures = [
         element("img", src=_data(image), alt=f"{says}, {i} of {len(images)}", class_="pixels")
         for i, image in enumerate(images, start=1)

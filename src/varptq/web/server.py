@@ -1,8 +1,8 @@
-"""Start the studio: who may reach it, how much they may send, and nothing else.
+"""Start the studio: who may reach it, and how much they may send.
 
-It answers on this machine alone unless another address and a password are given; there is no link
-through a third party (`share`). Every answer carries a content security policy that keeps the
-browser from asking anyone else.
+It answers only on this machine unless another address and a password are given; there is no link
+through a third party (`share`). Every response carries a content security policy that keeps the
+browser from contacting other servers.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class Options:
     auth: tuple[str, str] | None = None
 
     def check(self) -> None:
-        """Raises `InputError` for an address that others reach without a password."""
+        """Raise `InputError` for an address that other machines reach, without a password."""
         if not is_local(self.host) and self.auth is None:
             raise InputError(
-                f"host {self.host}: other machines reach it; give --auth USER:PASSWORD too"
+                f"host {self.host}: other machines can reach it; give --auth USER:PASSWORD too"
             )
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -90,16 +90,16 @@ def make_studio(folders: list[Path], out: Path, models: LoadedModels | None = No
 
 
 def web_app(studio: Studio, options: Options) -> FastAPI:
-    """The studio with its limits and its head lines, ready for any ASGI server.
+    """The studio with its limits and security headers, ready for any ASGI server.
 
-    Raises `OutputError` where uploads cannot be kept.
+    Raises `OutputError` if uploads cannot be stored.
     """
     limits = _middleware(options, claim_cache())
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=limits)
     blocks = app.build(studio)
-    # A page that writes programs, which a variable of the app's own would switch on.
+    # A page for writing programs, which an environment variable of the app would enable.
     blocks.vibe_mode = False
-    # Only so does the app check which files a page may name; its `launch` would do the same.
+    # Only then does the app check which files a page may name; its `launch` does the same.
     blocks.has_launched = blocks.is_running = True
     return gr.mount_gradio_app(
         outer,
@@ -123,8 +123,8 @@ def web_app(studio: Studio, options: Options) -> FastAPI:
 def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -> None:
     """Answer until Ctrl-C. `announce` gets the address once it is open.
 
-    Raises `InputError` for an address that may not or cannot be used, `OutputError` where uploads
-    cannot be kept.
+    Raises `InputError` for an address that may not or cannot be used, `OutputError` if uploads
+    cannot be stored.
     """
     options.check()
     listening = _listen(options.host, options.port)
@@ -140,8 +140,8 @@ def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except (OSError, ValueError) as error:  # ValueError: no name at all, as "a..b"
-        why = getattr(error, "strerror", None) or "no name of a machine"
+    except (OSError, ValueError) as error:  # ValueError: not a valid name, such as "a..b"
+        why = getattr(error, "strerror", None) or "not a valid name"
         raise InputError(f"host {host!r}: cannot be used ({why}); choose another --host") from None
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -158,7 +158,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
-    """Compares in constant time, both words always."""
+    """Compares user and password in constant time."""
 
     def check(given_user: str, given_password: str) -> bool:
         pairs = ((user, given_user), (password, given_password))
@@ -168,8 +168,8 @@ def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
 
 
 def _middleware(options: Options, uploads: Path) -> list[Middleware]:
-    """The policy on every answer; and where only this machine may ask, no other name in `Host`, so
-    that a foreign page cannot reach the studio by a name that it points here."""
+    """The policy on every response. If only this machine may ask, also no other name in `Host`, so
+    that a foreign page cannot reach the studio through a name that points to this machine."""
     used = [
         Middleware(PolicyHeaders),
         Middleware(OwnFilesOnly),
