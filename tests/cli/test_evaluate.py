@@ -148,7 +148,7 @@ def test_features_of_a_float_model_by_itself(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "FID (means)" in page and "FID: 5 samples against mu and sigma of real.npz" in page
     assert "Recall: 5 samples against 5 images of real.npz" in page
-    assert "taken of" in succeed(*words).out
+    assert "computed from" in succeed(*words).out
     assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["float"]
 
 
@@ -157,7 +157,7 @@ BAD = [
     ("nowhere", "model 'nowhere': neither"),
     ("demo", "metrics: none can be computed"),
     ("demo --against demo", "model 'demo': a float model, which is compared with nothing"),
-    ("demo --random demo", "is float"),
+    ("demo --random demo", "a float model"),
     ("--against demo", "against 'demo': no model to measure"),
     ("{artifact} --against {artifact}", "expected a float model"),
     ("{artifact} --against demo --random demo", "model: give one of"),

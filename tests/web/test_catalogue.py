@@ -73,7 +73,7 @@ def test_what_is_made_later_is_found_and_what_is_gone_is_not(root: Path) -> None
     ],
 )
 def test_no_other_key_opens_anything(root: Path, key: object) -> None:
-    with pytest.raises(InputError, match=r"choose one of the list$"):
+    with pytest.raises(InputError, match=r"choose one from the list$"):
         Catalogue([root]).find(key, *ALL)
 
 

@@ -28,20 +28,21 @@ if TYPE_CHECKING:
 MASK_NAME, DOCUMENT_NAME = "mask.png", "edit.json"
 # Longest side of an image in the grid, in pixels.
 GRID_SIDE = 384
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "--artifact",
+        metavar="MODEL_OR_ARTIFACT",
+        help="Folder of an artifact, or a model: demo, var-d16, ...",
+    ),
+]
 
 
 def command(
     image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP of any size.")],
     out: Annotated[Path, typer.Option(help="Folder for all files.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "--artifact",
-            metavar="MODEL_OR_ARTIFACT",
-            help="Folder of an artifact, or a model: demo, var-d16, ...",
-        ),
-    ] = None,
+    model: Model = None,
     var: options.VarFile = None,
     vae: options.VaeFile = None,
     random: options.RandomModel = None,

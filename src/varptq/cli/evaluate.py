@@ -11,7 +11,7 @@ from __future__ import annotations
 import json as jsonlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +20,7 @@ import typer
 
 from varptq import readable
 from varptq.cli import common, info, options
-from varptq.cli.model_choice import ModelChoice
-from varptq.errors import CheckpointError, InputError
+from varptq.cli.compared import Choices, Models
 
 if TYPE_CHECKING:
     from varptq.distributed import Ranks
@@ -58,6 +57,8 @@ Reference = Annotated[
         help="Real images: npz with arr_0, or a folder of pictures; or an npz with mu and sigma."
     ),
 ]
+LpipsFile = Annotated[Path | None, typer.Option(help="LPIPS weights, .safetensors.")]
+ExportAs = Annotated[Export | None, typer.Option(help="Also write all samples in this format.")]
 Clip = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="CLIP model: folder or name on the Hugging Face hub."),
@@ -79,11 +80,9 @@ def command(
     metrics: Metrics = None,
     network: Network = None,
     reference: Reference = None,
-    lpips: Annotated[Path | None, typer.Option(help="LPIPS weights, .safetensors.")] = None,
+    lpips: LpipsFile = None,
     clip: Clip = None,
-    export: Annotated[
-        Export | None, typer.Option(help="Also write all samples in this format.")
-    ] = None,
+    export: ExportAs = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     runtime: options.Runtime = options.RUNTIME,
     download: options.Download = False,
@@ -138,83 +137,6 @@ def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:
     said = tools.reference.warning if tools.reference else None
     tell([said] if said and ranks.first else [])
     return said
-
-
-@dataclass(frozen=True)
-class Models:
-    """The model to measure and its float model; `warning` if that may be the wrong one."""
-
-    pipe: Pipeline
-    float_pipe: Pipeline | None = None
-    warning: str | None = None
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The chosen models. `beside` None: the float model that the artifact names."""
-
-    subject: ModelChoice
-    beside: ModelChoice | None
-
-    @classmethod
-    def of(
-        cls,
-        source: str | None,
-        against: str | None,
-        files: tuple[Path | None, Path | None, str | None],
-        **placement: Any,
-    ) -> Choices:
-        """With an artifact as `source` the other options name the float model; without it they
-        name the model to measure. Raises `InputError` if they contradict each other."""
-        given = any(option is not None for option in (against, *files))
-        if source is None:
-            if against is not None:
-                raise InputError(
-                    f"against {against!r}: no model to measure; give an artifact before it"
-                )
-            return cls(ModelChoice(None, *files, **placement), None)
-        subject = ModelChoice(source, **placement)
-        if subject.folder is None and given:
-            raise InputError(
-                f"model {source!r}: a float model, which is compared with nothing; give an "
-                "artifact, or leave out --against, --var, --vae and --random"
-            )
-        beside = ModelChoice(against, *files, **placement) if given else None
-        if beside is not None and beside.folder is not None:
-            raise InputError(f"against {against!r}: a folder, expected a float model")
-        return cls(subject, beside)
-
-    def load(self, runtime: str) -> Models:
-        pipe = self.subject.load(runtime)
-        if self.subject.folder is None:
-            return Models(pipe)
-        if self.beside is None:
-            return self._with_own(pipe)
-        float_pipe = self.beside.load_float()
-        if float_pipe.sources == pipe.sources:
-            return Models(pipe, float_pipe)
-        doubt = f"model {float_pipe.name!r}: not the weights that the artifact was made from"
-        return Models(pipe, float_pipe, doubt)
-
-    def _with_own(self, pipe: Pipeline) -> Models:
-        """The float model that the artifact names, if it is on this machine and the same."""
-        from varptq.models.presets import PRESETS
-
-        missing = (
-            f"model {pipe.name!r}: its float model is not on this machine, so nothing is compared; "
-            "give --against, or --var with --vae"
-        )
-        if pipe.name not in PRESETS:
-            return Models(pipe, None, missing)
-        try:
-            float_pipe = replace(self.subject, source=pipe.name).load_float()
-        except CheckpointError:
-            return Models(pipe, None, missing)
-        return (
-            Models(pipe, float_pipe)
-            if float_pipe.sources == pipe.sources
-            else Models(pipe, None, missing)
-        )
 
 
 def load_instruments(
@@ -400,6 +322,6 @@ def summary(document: dict[str, Any], out: Path, duration: float) -> list[tuple[
                 text += f", float {METRICS[name].written(of_float[name])}"
             rows.append((titled(name, document["settings"]["network"]), text))
     if text := sources(document):
-        rows.append(("taken of", text))
+        rows.append(("computed from", text))
     written = f"{out}/{REPORT_NAME}, {out}/{METRICS_NAME}, {out}/{SAMPLES_NAME}/"
     return [*rows, ("time", readable.seconds(duration)), ("written", written)]

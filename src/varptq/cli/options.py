@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-# Defaults of the sampling options, for the verbs.
 from varptq.models.sampling_defaults import CFG as CFG
 from varptq.models.sampling_defaults import TOP_K as TOP_K
 from varptq.models.sampling_defaults import TOP_P as TOP_P
@@ -53,7 +52,8 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all random
 Guidance = Annotated[float, typer.Option(help="Guidance scale; 0 turns guidance off.")]
 TopK = Annotated[int, typer.Option(help="Keep this many candidates per token; 0 keeps all.")]
 TopP = Annotated[
-    float, typer.Option(help="Keep the likeliest candidates up to this total; 1 keeps all.")
+    float,
+    typer.Option(help="Keep the likeliest candidates up to this total probability; 1 keeps all."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images computed at a time.")]
 

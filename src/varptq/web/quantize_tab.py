@@ -39,7 +39,7 @@ CONFIGS = ("w4a4", "w4a8", "w6a6", "w8a8", "w4a4+litevar", "w6a6+litevar", "w4a4
 # The choice that lets `default_method` decide.
 DEFAULT = "default"
 METHOD_HINTS = {
-    DEFAULT: ("the one these bits were measured with",),
+    DEFAULT: ("the usual one for these bits",),
     "rtn": ("nearest rounding; draws the images first, unless +paper",),
     "gptq": ("reconstruction in closed form",),
     "brecq": ("reconstruction, block by block",),
