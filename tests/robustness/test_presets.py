@@ -208,9 +208,9 @@ MISPLACED = [
     ("demo --method w8a8", "w8a8 is a config"),
     ("demo --method released", "released is a modifier of the config"),
     ("demo --method released", "released is a calibration"),
-    ("demo --config sas", "config 'sas': sas is of the method, as in --method sas"),
-    ("demo --config w4a4+gptq", "gptq is of the method, as in --method gptq"),
-    ("demo --config w4a4+shift", "shift is of the method, as in --method rtn+shift"),
+    ("demo --config sas", "config 'sas': sas belongs to the method: give --method sas"),
+    ("demo --config w4a4+gptq", "gptq belongs to the method: give --method gptq"),
+    ("demo --config w4a4+shift", "shift belongs to the method: give --method rtn+shift"),
     ("var.pth", "give transformer and VQVAE as --var var.pth --vae vae.pth"),
     ("var_d16.safetensors", "--var var.pth --vae vae.pth"),
 ]

@@ -250,7 +250,7 @@ def test_few_samples_are_told_by_their_own_number(
         samples = sample_set(tiny, tmp_path / str(count), count=count)
         warnings = measured(Subject(tiny, samples), files, "fid")["warnings"]
         assert bool(warnings) == told
-        assert not told or f"of {count} images with 3 features" in warnings[0]
+        assert not told or f"from {count} images with 3 features" in warnings[0]
 
 
 def test_the_resize_of_the_suite_is_told(

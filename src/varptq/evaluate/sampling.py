@@ -280,7 +280,7 @@ def _claim(folder: Path, identity: dict[str, Any], force: bool) -> None:
         if not force:
             raise OutputError(
                 f"{folder}: holds samples with {_difference(path, identity)}; "
-                "choose another folder, or replace them (force)"
+                "choose another folder or force=True (--force)"
             )
         for old in folder.iterdir():
             if SHARD_NAME.fullmatch(old.name):
