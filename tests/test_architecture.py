@@ -22,12 +22,13 @@ MAX_FUNCTION_LINES = 60
 
 # What each part may import of the others, besides itself. A part without a row stands above them:
 # it may import anything but the ways in, and no part with a row may import it.
-BASE = {"errors", "files", "progress", "settings", "torch_state"}
+BASE = {"errors", "files", "progress", "readable", "settings", "torch_state"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "locks": set(),
     "progress": {"errors"},
+    "readable": set(),
     "settings": {"errors"},
     "torch_state": set(),
     "distributed": {"errors"},

@@ -145,7 +145,7 @@ def test_another_setting_starts_over_and_says_so(
             model = quantize(tiny, QUANT, progress=listen, work=work, **settings)  # pyright: ignore
     folder = tmp_path / "work"
     assert said[0] == f"{folder}: new" and said[1] == f"{folder}: starts over, {reason}"
-    assert said[2] == f"{folder}: goes on, {PIECES - 3} pieces are there"
+    assert said[2] == f"{folder}: continues, {PIECES - 3} pieces are finished"
     save(model, tmp_path / "artifact")
     assert content(tmp_path / "artifact") == whole
 

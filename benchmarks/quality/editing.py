@@ -31,7 +31,7 @@ from benchmarks.common.judges import CLASSIFIER, LPIPS, REFERENCE, RESNET56
 from benchmarks.common.pages import DOCS, replace
 from benchmarks.common.results import Line, append_line, read_lines
 from varptq.calibrate.config import CalibrationConfig
-from varptq.editing.call import encode
+from varptq.editing.edit import encode
 from varptq.editing.frame import Frame
 from varptq.editing.masks import box_mask, feather_width, feathered, forced_ids, keep_mask
 from varptq.evaluate.frechet import Gaussian, frechet_distance

@@ -1,6 +1,6 @@
 """`python -m varptq` and the command `varptq`.
 
-The command line takes a moment to import; Ctrl-C ends that in one line, too.
+Importing the command line takes a moment; Ctrl-C during the import also ends in one line.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """Several processes on one job, as torchrun starts them.
 
-Work is dealt so that what a piece of it computes never depends on who computes it; pieces travel as
-files in a shared folder, and processes meet at barriers in torchrun's store, so no tensor leaves
-its device. A process that dies takes the others down; torchrun starts all of them again, and
-finished pieces are found on the disk. What the pieces are is not decided here.
+Work is divided so that the result of a piece never depends on the process that computes it. Pieces
+travel as files in a shared folder, and processes meet at barriers in torchrun's store, so no tensor
+leaves its device. If a process dies, torchrun ends and restarts all of them, and they find finished
+pieces on the disk. The callers define the pieces.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 Item = TypeVar("Item")
-# Processes of one attempt start together, but may load a model's worth of libraries over a network.
+# Processes of one attempt start together, but may load large libraries over a network first.
 MEETING_SECONDS, POLL_SECONDS = 600, 0.05
 
 
 class Meeting:
     """Barriers of `size` processes, as counters in the store of torchrun.
 
-    There is no time limit, since the longest share may take days: torchrun notices a process that
-    died. That is all of a process group that is needed here.
+    There is no time limit, since the longest share may take days; torchrun notices if a process
+    dies. Nothing else of a process group is needed.
     """
 
     def __init__(self, store: Store, size: int) -> None:
@@ -46,7 +46,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `size`, which meet in `meeting`."""
+    """This process is number `rank` of `size` processes, which meet in `meeting`."""
 
     rank: int = 0
     size: int = 1
@@ -54,8 +54,8 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Join the processes torchrun started with this one; alone without torchrun. To be called
-        once."""
+        """Join the processes that torchrun started with this one; without torchrun, this process is
+        alone. Call it once."""
         if not dist.is_torchelastic_launched():
             return cls()
         store, rank, size = next(rendezvous("env://"))
@@ -63,23 +63,23 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process does what is done once."""
+        """Whether this process does the work that is done only once."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Go on when all processes are here."""
+        """Wait until all processes are here."""
         if self.meeting is not None:
             self.meeting.wait()
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """Every size-th of items that cost the same."""
+        """This process's share of items of equal cost: every size-th."""
         return list(items[self.rank :: self.size])
 
     def share_by_cost(self, costs: Mapping[str, float]) -> list[str]:
-        """The names dealt to this process, in the order of `costs`.
+        """The names assigned to this process, in the order of `costs`.
 
-        The dearest goes first, each to the process with least so far (Graham 1969): the longest
-        share is at most 4/3 of the best there is.
+        The most expensive go first, each to the process with the least so far (Graham 1969): the
+        longest share is at most 4/3 of the optimum.
         """
         loads = [0.0] * self.size
         mine: set[str] = set()
@@ -92,12 +92,12 @@ class Ranks:
 
 
 def _agree(store: Store, rank: int, size: int) -> str:
-    """A name for this attempt of the job that all its processes know and no earlier one used.
+    """A name for this attempt of the job that all its processes know and no earlier attempt used.
 
-    torchrun may hand every attempt the same store, where the counts of processes that are gone
-    would be found; and machines of one job count its attempts differently. So every process shows a
-    word of its own, the first proposes all words it sees, and a process agrees to a proposal that
-    has its present word, which a process that is gone cannot do.
+    torchrun may give every attempt the same store, with the counts of earlier processes still in
+    it, and machines of one job count its attempts differently. So every process publishes a random
+    word, the first proposes the set of all words it sees, and a process agrees to a proposal that
+    contains its present word, which an ended process cannot do.
     """
     mine, deadline = secrets.token_hex(8), time.monotonic() + MEETING_SECONDS
     store.set(f"varptq-here-{rank}", mine)

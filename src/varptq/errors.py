@@ -1,7 +1,7 @@
-"""The errors a user can meet. Each message is one line: the thing, the value, what was expected,
-what to do.
+"""The errors that a user can meet. Each message is one line: the thing, the value, what was
+expected, what to do.
 
-Anything raised by varptq on bad input derives from `VarptqError`; the command line prints its
+Every error that varptq raises for bad input derives from `VarptqError`; the command line prints its
 message and exits with code 2. Bugs of our own stay ordinary Python exceptions.
 """
 
@@ -19,7 +19,7 @@ class InputError(VarptqError, ValueError):
 
 
 class CheckpointError(VarptqError):
-    """A float checkpoint is missing, damaged, foreign, or does not fit its partner."""
+    """A float checkpoint is missing, damaged, of an unknown kind, or does not fit the other one."""
 
 
 class ArtifactError(VarptqError):
@@ -27,18 +27,18 @@ class ArtifactError(VarptqError):
 
 
 class OutputError(VarptqError):
-    """A result cannot be written where it was asked to go."""
+    """A result cannot be written to the chosen place."""
 
 
 class OutOfMemoryError(VarptqError, MemoryError):
-    """What was asked for takes more memory than there is; the message says what to lower."""
+    """A call needs more memory than there is; the message says what to lower."""
 
 
 class NonFiniteError(VarptqError):
     """A tensor that must be finite holds NaN or infinity; the message names the layer."""
 
 
-# What torch, oneDNN, CUDA, C++, mmap and the loader of libraries say when memory is short.
+# Messages of torch, oneDNN, CUDA, C++, mmap and the dynamic linker when memory is short.
 _NO_MEMORY = (
     *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory"),
     *("bad_alloc", "bad allocation", "_alloc_failed", "failed to map segment"),
@@ -47,7 +47,7 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of any library means that memory is short: most have no type for it."""
+    """Whether an exception of any library means that memory is short; most have no type for it."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, VarptqError) or not isinstance(error, Exception):

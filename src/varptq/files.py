@@ -1,14 +1,14 @@
-"""Writing that leaves the old file, the new file, or nothing, but never half of one.
+"""Writing that leaves the old file, the new file, or nothing, but never half a file.
 
 `write_atomic` does it for one file, `StagedFolder` for a folder: everything is written under a
 hidden temporary name beside the target, forced to the disk, and renamed at the end. An exception
 of any kind, Ctrl-C included, removes the temporary; a failed write raises `OutputError`. A process
 that is killed outright may leave a hidden ".varptq-*" beside the target.
 
-A folder that cannot be renamed over (a mount point, the working folder, one whose parent is not
-ours) is filled in place: the temporary lies inside it, its files are moved up at the end, and a
-file `UNFINISHED` lies there meanwhile, by which readers know a folder that is not whole.
-Reading and file formats are not here.
+A folder that cannot be replaced by a rename (a mount point, the working folder, one whose parent we
+may not write to) is filled in place: the temporary lies inside it, and its files are moved up at
+the end. Meanwhile a file `UNFINISHED` tells readers that the folder is not whole.
+Reading and file formats are elsewhere.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from varptq.errors import OutputError
 # safetensors reports a full disk as an error of its own.
 _WRITE_ERRORS = (OSError, SafetensorError)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-# What file systems answer that know no fsync, or none on a folder; there is nothing better to do.
+# Answers of file systems without fsync, or without fsync of folders; these errors are ignored.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
-# A folder one may write to and not list cannot be opened to be synced.
+# A folder that one may write to but not list cannot be opened for fsync.
 _NO_FOLDER_SYNC = _NO_SYNC | {errno.EACCES, errno.EPERM}
-# What renaming a folder over another one meets: a mount, a layer below, a parent of someone else.
+# Errors of renaming a folder over another: a mount, an overlay layer, a parent of another user.
 _NOT_RENAMED = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
 _NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 
-# All our hidden names begin so; a folder that holds nothing else counts as empty.
+# Prefix of all our hidden names; a folder that holds nothing else counts as empty.
 PREFIX = ".varptq-"
-# Lies in a folder that is being filled in place, and stays if the process is killed then.
+# Lies in a folder while it is filled in place, and stays if the process is killed meanwhile.
 UNFINISHED = f"{PREFIX}unfinished"
-# What a fresh disk holds at its root.
+# Entries at the root of a fresh disk.
 _OF_THE_DISK = {"lost+found"}
 
 
@@ -51,8 +51,8 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
     """Write `content` (bytes, or a function that writes to the open binary file) in one step.
 
     Missing parent folders are made; an existing file is replaced; a symbolic link is followed.
-    Raises `OutputError` if the file cannot be written or `path` is no ordinary file; what else
-    `content` raises passes through. In both cases an existing file keeps its old content.
+    Raises `OutputError` if the file cannot be written or `path` is not an ordinary file; other
+    exceptions of `content` pass through. In both cases an existing file keeps its old content.
     """
     target = _file_target(path)
     with _as_output_error(target, inside=target.parent):
@@ -73,8 +73,8 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
 
 
 def check_file(path: str | Path) -> None:
-    """Refuse now what `write_atomic` would refuse, and leave nothing but missing parent folders.
-    Raises `OutputError`."""
+    """Raise `OutputError` now for what `write_atomic` would refuse; creates nothing but missing
+    parent folders."""
     target = _file_target(path)
     with _as_output_error(target):
         temporary = _sibling(target, "trial")
@@ -98,15 +98,15 @@ class StagedFolder:
             (folder / "config.json").write_text(...)
 
     `folder` is a temporary beside the target, renamed when the block ends without an exception, or
-    inside it where it cannot be renamed over. Entering makes the temporary and tries the rename, so
-    a place that cannot be written to is refused before the work.
+    inside the target if that cannot be replaced by a rename. Entering makes the temporary and tries
+    the rename, so a place that cannot be written to is refused before the work.
 
-    force: an existing folder that is not empty is refused without it, and with it replaced at the
-        very end. A folder that holds the working or the home folder is never replaced.
+    force: replace an existing folder that is not empty, at the very end; without it such a folder
+        is refused. A folder that holds the working or the home folder is never replaced.
     marker: with force, replace only a folder that holds a file of this name, e.g. "config.json", so
         that a mistyped path does not delete something else.
 
-    Raises `OutputError` where the target cannot be written or must not be replaced. Errors that
+    Raises `OutputError` if the target cannot be written or must not be replaced. Errors that
     name a file outside the temporary, and other exceptions of the block, pass through.
     """
 
@@ -144,19 +144,19 @@ class StagedFolder:
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def check(self) -> None:
-        """Refuse now what the end of the block would refuse, and leave nothing."""
+        """Raise now for what the end of the block would refuse; creates nothing."""
         self.__enter__()
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def in_place(self) -> bool:
-        """Whether the target is a folder that cannot be renamed over, tried by renaming an empty
-        folder onto it, which fails by its content otherwise. Raises `OutputError` for one that
-        cannot be written to."""
+        """Whether the target is a folder that cannot be replaced by a rename. Tried by renaming an
+        empty folder onto it, which otherwise fails because the target is not empty. Raises
+        `OutputError` for a folder that cannot be written to."""
         target = self.target
         if not target.is_dir():
             return False
         with _as_output_error(target):
-            # Also what keeps an empty target from being replaced by the trial.
+            # This also keeps the trial from replacing an empty target.
             content = _inside(target, "trial")
             content.mkdir()
             beside = _sibling(target, "trial")
@@ -183,7 +183,7 @@ class StagedFolder:
         if not unfinished and not any(_content(target)):
             return
         if not self.force:
-            state = "holds what a killed run left" if unfinished else "exists and is not empty"
+            state = "holds files of a killed run" if unfinished else "exists and is not empty"
             raise OutputError(f"{target}: {state}; choose another folder or force=True (--force)")
         if any(_holds(target, place) for place in (_working_folder(), home())):
             raise OutputError(
@@ -209,7 +209,7 @@ class StagedFolder:
             try:
                 self._swap()
             except OSError as error:
-                # Mounted on meanwhile, or of a lower layer of an overlay.
+                # Something was mounted on it meanwhile, or it is in a lower layer of an overlay.
                 if error.errno not in _NOT_RENAMED:
                     raise
                 self._fill()
@@ -218,7 +218,8 @@ class StagedFolder:
         _sync_folder(self.target.parent)
 
     def _swap(self) -> None:
-        """A folder cannot be renamed onto a full one, so the old one steps aside for a moment."""
+        """Replace the target; as a folder cannot be renamed onto a full one, the old one moves
+        aside first."""
         retired = _sibling(self.target, "old")
         try:
             os.replace(self.target, retired)
@@ -230,8 +231,8 @@ class StagedFolder:
             shutil.rmtree(retired, ignore_errors=True)
 
     def _fill(self) -> None:
-        """Exchange the content of the target, entry by entry, under the marker `UNFINISHED`; an
-        exception puts the old content back."""
+        """Replace the content of the target, entry by entry, under the marker `UNFINISHED`; an
+        exception restores the old content."""
         target, retired = self.target, _inside(self.target, "old")
         unfinished, was_whole = target / UNFINISHED, is_whole(target)
         new = sorted(entry.name for entry in self._staging.iterdir())
@@ -244,7 +245,7 @@ class StagedFolder:
             _sync_folder(target)
             unfinished.unlink()
         except BaseException:
-            # Where this fails too, the marker stays, and `retired` with what is left.
+            # If this fails too, the marker stays, and so does `retired` with the rest.
             moved = [name for name in new if not os.path.lexists(self._staging / name)]
             _move(moved, target, self._staging)
             _move([entry.name for entry in retired.iterdir()], retired, target)
@@ -257,7 +258,7 @@ class StagedFolder:
 
 
 def home() -> Path | None:
-    """The user's home folder; None for one who has neither $HOME nor a line in the passwd file."""
+    """The user's home folder; None for a user without $HOME and without a passwd entry."""
     try:
         return Path.home()
     except RuntimeError:
@@ -265,20 +266,20 @@ def home() -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether no run is filling `folder` in place or was killed while it did."""
+    """Whether `folder` is complete: no run is filling it in place, or was killed while doing so."""
     return not (folder / UNFINISHED).exists()
 
 
 @contextmanager
 def utf8_name(path: str | Path) -> Iterator[Path]:
-    """A name of `path` for libraries that read none but UTF-8: its own, or that of a temporary link
+    """A name of `path` for libraries that accept only UTF-8: its own, or that of a temporary link
     to it."""
     path = Path(path)
     if _is_utf8(str(path)):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="varptq-") as folder:
-        # Libraries tell a format by its suffix.
+        # Libraries recognise a format by the suffix.
         link = Path(folder, "link" + (path.suffix if _is_utf8(path.suffix) else ""))
         link.symlink_to(os.path.abspath(path))
         yield link
@@ -293,7 +294,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _working_folder() -> Path | None:
-    """None where it was removed."""
+    """The working folder; None if it was removed."""
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -305,7 +306,7 @@ def _holds(folder: Path, place: Path | None) -> bool:
 
 
 def _content(folder: Path) -> Iterator[Path]:
-    """What lies in a folder, besides hidden files of ours and what its disk came with."""
+    """The entries of a folder, without our hidden files and those of a fresh disk."""
     passed = _OF_THE_DISK if os.path.ismount(folder) else set()
     for entry in folder.iterdir():
         if not entry.name.startswith(PREFIX) and entry.name not in passed:
@@ -323,7 +324,8 @@ def _move(names: Sequence[str], source: Path, target: Path) -> None:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    """A new hidden name beside the target; not made from its name, which may fill the limit."""
+    """A new hidden name beside the target, independent of its name, which may be as long as
+    allowed."""
     return _inside(target.parent, kind)
 
 
@@ -358,7 +360,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _as_output_error(target: Path, inside: Path | None = None) -> Iterator[None]:
-    """Turn a failed write into an `OutputError`; with `inside`, only one that concerns it."""
+    """Turn a failed write into an `OutputError`; with `inside`, only if it concerns that folder."""
     try:
         yield
     except _WRITE_ERRORS as error:

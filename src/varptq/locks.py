@@ -1,8 +1,8 @@
 """One process at a time: an advisory lock on a file.
 
-The system gives the lock back however its holder ends, so nothing stale is ever in the way. A file
-system without locks (some network and user-space ones) cannot tell who works there: then the lock
-is had by everyone, and `Lock.kept` says so. What a lock protects is not decided here.
+The system releases the lock however its holder ends, so no stale lock remains. Some file systems
+(network and user-space ones) have no locks: there every process gets the lock, and `Lock.kept` is
+False. The callers decide what a lock protects.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-# What flock answers where somebody else holds the lock; anything else is "no locks here".
+# Answers of flock if another process holds the lock; any other error means "no locks here".
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 class HeldError(Exception):
-    """Another process has the lock; `owner` is its number, or "?"."""
+    """Another process has the lock; `owner` is its process id, or "?"."""
 
     def __init__(self, owner: str) -> None:
         super().__init__(owner)
@@ -26,16 +26,16 @@ class HeldError(Exception):
 
 
 class Lock:
-    """A lock on the file `path`, made if it is not there. `kept`: whether it excludes others.
+    """A lock on the file `path`, which is created if missing. `kept`: whether it excludes others.
 
-    Raises `HeldError` where another process has it, `OSError` where the file cannot be made.
+    Raises `HeldError` if another process has it, `OSError` if the file cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = _taken(path)
         while self._descriptor is not None and not _is_at(self._descriptor, path):
-            # Its last holder removed the file between our opening and locking it.
+            # The last holder removed the file after we opened and before we locked it.
             os.close(self._descriptor)
             self._descriptor = _taken(path)
         self.kept = self._descriptor is not None
@@ -47,7 +47,7 @@ class Lock:
         self.release()
 
     def release(self, *, remove: bool = True) -> None:
-        """Give it back; the file goes first, while it is ours."""
+        """Release it; the file is removed first, while the lock is ours."""
         if self._descriptor is None:
             return
         if remove:
@@ -58,8 +58,8 @@ class Lock:
 
 
 def _taken(path: Path) -> int | None:
-    """A descriptor that holds the lock until it is closed or its process ends; None without
-    locks."""
+    """A descriptor that holds the lock until it is closed or the process ends; None if the file
+    system has no locks."""
     import fcntl  # not on Windows
 
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -71,7 +71,7 @@ def _taken(path: Path) -> int | None:
         if error.errno in _HELD:
             raise HeldError(owner or "?") from None
         return None
-    # The number is for `HeldError`; on a full disk the lock holds without it.
+    # The process id is for `HeldError`; the lock works without it, as on a full disk.
     with suppress(OSError):
         os.truncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())

@@ -2,8 +2,8 @@
 
 A sheet is a list of blocks, each with a title and rows of equally sized images, each row with a
 label on its left; blocks fill the sheet line by line. Small images are enlarged by a whole factor
-without smoothing, so that a pixel stays a square. Text is set in Pillow's built-in font. Measures
-of quality are not here.
+without smoothing, so that pixels stay square. Text is set in Pillow's built-in font. Metrics are
+elsewhere.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from varptq.files import write_atomic
 
 Pixels = NDArray[np.uint8]
 
-# Images smaller than this are enlarged until they reach it: 32 x 32 pixels become 128 x 128.
+# Smaller images are enlarged to at least this side: 32 x 32 pixels become 128 x 128.
 VISIBLE_SIDE = 128
-# Characters of a class name in a file name: file systems take 255 bytes.
+# Characters of a class name in a file name; file systems allow 255 bytes.
 MAX_SLUG = 60
 MARGIN, GAP, BLOCK_GAP = 16, 4, 20
 TITLE_SIZE, LABEL_SIZE = 16, 12
@@ -35,7 +35,7 @@ BACKGROUND, TITLE_COLOR, LABEL_COLOR = (255, 255, 255), (20, 20, 20), (110, 110,
 
 @dataclass(frozen=True)
 class Row:
-    """Images (N, H, W, 3) uint8 in one line; `label` stands on their left, "" for none."""
+    """Images (N, H, W, 3) uint8 in one line; `label` is on their left, "" for none."""
 
     images: Pixels
     label: str = ""
@@ -66,7 +66,7 @@ def slug(title: str) -> str:
 def write_png(path: str | Path, picture: Pixels | Image.Image) -> None:
     """Write (H, W, 3) uint8 or a Pillow image as one PNG file, whole or not at all.
 
-    Raises `OutputError` where it cannot be written.
+    Raises `OutputError` if it cannot be written.
     """
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(picture)
@@ -109,8 +109,7 @@ def sheet(
 def gallery(images: Pixels, labels: Sequence[str], zoom: int | None = None) -> Image.Image:
     """One sheet of images (N, H, W, 3) with a label each: neighbours of one label share a block.
 
-    Single images of different labels stand in a near-square; several of a label in a row of its
-    own.
+    Single images of different labels form a near-square; several images of a label form a row.
     """
     starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
     ends = [*starts[1:], len(labels)]
@@ -173,7 +172,7 @@ def _text_width(text: str, size: int) -> int:
 
 
 def _fitted(text: str, size: int, width: int) -> str:
-    """The text, cut with "..." where it is wider than `width` pixels."""
+    """The text, cut with "..." if it is wider than `width` pixels."""
     if _text_width(text, size) <= width:
         return text
     while text and _text_width(text + "...", size) > width:

@@ -1,9 +1,9 @@
 """Progress of long runs: what a stage reports, and two ways to listen.
 
-Anything slow takes an argument `progress` and calls progress(stage, done, total): with done = 0
+Every slow call takes an argument `progress` and calls progress(stage, done, total): with done = 0
 before the first step, then after every step; done == total ends the stage. `silent` ignores the
-calls, `RichProgress` shows them on stderr, any function of that shape will do. Nothing here touches
-stdout or the results.
+calls, `RichProgress` shows them on stderr; any function with these arguments works. Nothing here
+touches stdout or the results.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import rich.progress as bars
 from rich.console import Console
 from rich.text import Text
 
-# A step may take minutes; rich's default of 30 s would then never hold the two samples of a speed.
+# A step may take minutes; rich's default window of 30 s would then never hold two samples.
 SPEED_WINDOW_SECONDS = 600.0
-# A log gets a sign of life of a long stage this often.
+# A log gets a line about a long stage this often.
 LOG_EVERY_SECONDS = 30.0
 
 
 class Progress(Protocol):
-    """What a slow call wants to be given."""
+    """The function that a slow call reports to."""
 
     def __call__(self, stage: str, done: int, total: int, info: str = "") -> None:
         """`done` of `total` steps of `stage` are finished; `info` is a remark, e.g. a loss."""
@@ -61,8 +61,8 @@ class RichProgress:
     """A `Progress` on stderr, used as a context manager.
 
     On a terminal every stage has a bar with its pace and remaining time. Elsewhere (a log file, CI)
-    a stage prints one line at its start, one at its end and a sign of life between. A count that
-    goes back starts it again.
+    a stage prints one line at its start, one at its end and some between. A count that goes back
+    restarts the stage.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -92,7 +92,7 @@ class RichProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Nor does a terminal that is gone.
+        # Nor does a terminal that has closed.
         with suppress(OSError):
             self._bars.stop()
 
@@ -123,13 +123,14 @@ class RichProgress:
         self._bars.update(state.bar, completed=state.done, total=total, info=info)
 
     def _print(self, line: str) -> None:
-        # A log on a full disk does not end the run.
+        # A log that cannot be written does not end the run.
         with suppress(OSError):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(what: str, state: _Stage, info: str, total: int = 0) -> str:
-    """A line on how far `state` is; with a `total` also how long the rest takes at this pace."""
+    """A line about the progress of `state`; with a `total`, also the remaining time at this
+    pace."""
     seconds = time.monotonic() - state.started
     steps = state.done - state.first
     rate = pace(steps / seconds) if seconds else ""
@@ -138,7 +139,7 @@ def _summary(what: str, state: _Stage, info: str, total: int = 0) -> str:
 
 
 def rough(seconds: float) -> str:
-    """A time nobody waits for with a watch: "40 s", "12 min", "3.5 h"."""
+    """A rough duration: "40 s", "12 min", "3.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

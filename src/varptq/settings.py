@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from varptq.errors import ConfigError
 
-# Far above any file of settings, and read in no time.
+# Far above any settings file, and quick to read.
 MAX_FILE_BYTES = 2**20
 
 
 class SettingError(ConfigError):
-    """A bad field: `path` leads to it from the object that was made, `problem` says what is wrong.
+    """A bad field: `path` leads to it from the object being made, `problem` says what is wrong.
 
     Both are kept apart so that an enclosing object can put its own path in front.
     """
@@ -58,8 +58,8 @@ class Settings(BaseModel):
             raise describe(error, type(self).__name__) from None
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again. What was left to its default stays so:
-        a default that follows from other fields follows them again."""
+        """A copy with some fields changed, validated again. Fields left to their defaults stay
+        so: a default that depends on other fields is computed again."""
         said = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**{**said, **changes})
 
@@ -69,7 +69,8 @@ class Settings(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """The object these plain values describe; raises `ConfigError` as the constructor does."""
+        """The object that these plain values describe; raises `ConfigError` as the constructor
+        does."""
         if not isinstance(values, dict):
             raise ConfigError(f"{cls.__name__}: expected a mapping, got {type(values).__name__}")
         return cls(**{str(key): value for key, value in values.items()})
@@ -85,17 +86,19 @@ class Settings(BaseModel):
 
 
 def _read(path: Path) -> str:
-    """The text of a file that can be one of settings: an ordinary one, and not large."""
+    """The text of a settings file, which must be an ordinary file and not large."""
     try:
         if path.exists() and not path.is_file():
-            raise ConfigError(f"configuration {path}: is not an ordinary file")
+            raise ConfigError(f"configuration {path}: not an ordinary file")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path}: cannot be read ({error})") from None
     if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"configuration {path}: larger than {MAX_FILE_BYTES} bytes, no settings")
+        raise ConfigError(
+            f"configuration {path}: larger than {MAX_FILE_BYTES} bytes, so not settings"
+        )
     return text
 
 

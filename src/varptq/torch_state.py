@@ -1,17 +1,17 @@
-"""What the caller's program has set in torch, kept out of the arithmetic of our calls.
+"""Keep the caller's torch settings out of the arithmetic of our calls.
 
     @plain_torch()
     def verb(...): ...
 
-Grad mode, inference mode, autocast and the default device belong to a thread: they are put aside
-for the time of the call. So is a reduced precision of float32 products, which belongs to the
-process: to other threads it means slower products meanwhile, never other types. The default dtype
-belongs to the process too, and changing it would reach tensors that other threads make. Hence every
-tensor of ours names its dtype instead (tests/test_architecture.py), and its device where the call
-may come from outside a verb.
+Grad mode, inference mode, autocast and the default device belong to a thread; they are set aside
+during the call. So is a reduced precision of float32 products, which belongs to the process: other
+threads get slower products meanwhile, never other types. The default dtype belongs to the process
+too, and changing it would affect tensors that other threads make. Hence every tensor of ours names
+its dtype (tests/test_architecture.py), and its device if the code may be called from outside a
+verb.
 
-A child that was forked computes on one thread: OpenMP's team of its parent is not there any more,
-and asking for it hangs.
+A forked child computes on one thread: the OpenMP threads of its parent do not exist there, and
+using them would hang.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FULL, REDUCED = "ieee", ("bf16", "tf32")
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """torch as it is in a fresh program, for the time of a call; a decorator as well."""
+    """torch as in a fresh program, during a block; also a decorator."""
     if _in_child:
         _one_thread()
     with ExitStack() as stack:
-        # Turns gradients on, too, whichever way they were turned off.
+        # This also turns gradients on, however they were turned off.
         stack.enter_context(torch.inference_mode(False))
         for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
@@ -70,7 +70,7 @@ class _FullPrecision:
 
 
 class _Legacy:
-    """The one switch of torch before 2.9, under the name of those that came after."""
+    """The single switch of torch before 2.9, under the name of the later ones."""
 
     @property
     def fp32_precision(self) -> str:
@@ -84,8 +84,8 @@ class _Legacy:
 
 
 def _reduced() -> list[tuple[Any, str]]:
-    """Where float32 is computed in less now, and in what. cuDNN's convolutions are left out: torch
-    itself starts with TF32 there."""
+    """Where float32 is computed in reduced precision now, and in which. cuDNN's convolutions do not
+    count: TF32 is torch's own default there."""
     backends = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         places: list[Any] = [_Legacy()]
@@ -100,7 +100,7 @@ _in_child = False
 
 
 def _forked() -> None:
-    """In the child: `_precision` may be held by a thread that is not there."""
+    """In the child: `_precision` may be held by a thread that does not exist there."""
     global _in_child, _precision
     _in_child, _precision = True, _FullPrecision()
     _one_thread()

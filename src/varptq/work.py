@@ -1,13 +1,13 @@
-"""The pieces of a calibration or an evaluation that are finished: a run that was killed goes on.
+"""Finished pieces of a calibration or an evaluation, so that a run that was killed continues.
 
-    folder/work.json             what decides the result, thread count and model digest included
-    folder/<piece>.safetensors   tensors and plain JSON facts, with the fingerprint of work.json
-    folder/lock                  held by the process that works here
+    folder/work.json             everything that determines the result, also threads and model
+    digest folder/<piece>.safetensors   tensors and plain JSON facts, with the fingerprint of
+    work.json folder/lock                  held by the process that works here
 
-A piece is written in one step (files.py), and its content does not depend on the pieces that were
-there before, so an interrupted run and a whole one end in the same bytes. Another work.json makes
-the folder start over. Without a folder, pieces are kept in memory. Several processes share a
-folder: the first makes what is made once, the rest is dealt (distributed.py).
+A piece is written in one step (files.py), and its content does not depend on earlier pieces, so an
+interrupted run and an uninterrupted one end in the same bytes. Another work.json makes the folder
+start over. Without a folder, pieces are kept in memory. Several processes share a folder: the first
+makes what is made once, the rest is divided among them (distributed.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Piece:
 
 
 def pack(pieces: Mapping[str, Piece]) -> Piece:
-    """Several as one; no name may hold a slash."""
+    """Several pieces as one; names must not contain a slash."""
     tensors = {f"{name}/{k}": t for name, p in pieces.items() for k, t in p.tensors.items()}
     return Piece(tensors, {name: piece.facts for name, piece in pieces.items()})
 
@@ -66,8 +66,8 @@ class Work:
             work.begin(identity, progress)
             piece = work.once("theta", make)
 
-    Entering locks the folder; raises `OutputError` where another process holds it or it cannot be
-    made. `remove` drops the folder when its result is safe.
+    Entering locks the folder; raises `OutputError` if another process holds it or it cannot be
+    made. `remove` deletes the folder once its result is safe.
     """
 
     def __init__(self, folder: str | Path | None = None, ranks: Ranks | None = None) -> None:
@@ -75,7 +75,7 @@ class Work:
         self.ranks = ranks or Ranks()
         if folder is None and self.ranks.size > 1:
             raise ConfigError(
-                f"work folder: none given to {self.ranks.size} processes, expected one they share"
+                f"work folder: none given to {self.ranks.size} processes, expected a shared one"
             )
         self._fingerprint = ""
         self._memory: dict[str, Piece] = {}
@@ -96,14 +96,14 @@ class Work:
         if self._lock is not None:
             assert self.folder is not None
             if not (self.folder / MANIFEST).exists():
-                # Nothing was begun, or all is done.
+                # Nothing was started, or all is done.
                 shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.release(remove=False)
             self._lock = None
 
     def begin(self, identity: dict[str, Any], progress: Progress) -> None:
-        """Keep the pieces of a run of this identity and remove those of any other; tells
-        `progress` which it was. To be called before pieces are asked for."""
+        """Keep the pieces of a run of this identity and remove those of any other; reports to
+        `progress` which it was. Call it before asking for pieces."""
         text = json.dumps(identity, indent=1, sort_keys=True).encode() + b"\n"
         self._fingerprint = hashlib.sha256(text).hexdigest()
         if self.folder is None:
@@ -112,19 +112,19 @@ class Work:
             progress(STAGE, 0, 1)
             found = self._claim(text, identity)
             if self._lock is not None and not self._lock.kept:
-                found += ", without a lock: this file system has none, let no other run work here"
+                found += ", without a lock: this file system has none, so start no other run here"
             progress(STAGE, 1, 1, found)
         self.ranks.barrier()
 
     def _claim(self, text: bytes, identity: dict[str, Any]) -> str:
         assert self.folder is not None
         manifest = self.folder / MANIFEST
-        # What a killed process leaves of `files.write_atomic`.
+        # Temporary files of `files.write_atomic` that a killed process left behind.
         for leftover in self.folder.glob(".varptq-*"):
             leftover.unlink(missing_ok=True)
         pieces = list(self.folder.glob(f"*{SUFFIX}"))
         if manifest.is_file() and manifest.read_bytes() == text:
-            return f"{self.folder}: goes on, {len(pieces)} pieces are there"
+            return f"{self.folder}: continues, {len(pieces)} pieces are finished"
         reason = _difference(manifest, identity) if manifest.is_file() else ""
         manifest.unlink(missing_ok=True)
         for piece in pieces:
@@ -133,18 +133,18 @@ class Work:
         return f"{self.folder}: starts over, was {reason}" if reason else f"{self.folder}: new"
 
     def has(self, name: str) -> bool:
-        """Whether a whole piece of this run is there."""
+        """Whether a complete piece of this run exists."""
         if self.folder is None:
             return name in self._memory
         try:
             with utf8_name(self._path(name)) as path, safe_open(path, "pt") as file:
                 return (file.metadata() or {}).get("fingerprint") == self._fingerprint
         except (OSError, SafetensorError):
-            # Damaged: it is a function of the fingerprint, so making it again loses nothing.
+            # Damaged; the piece can be made again with the same content.
             return False
 
     def read(self, name: str, keys: Iterable[str] | None = None) -> Piece:
-        """A piece that is there, with all its tensors or those of `keys`."""
+        """An existing piece, with all its tensors or those of `keys`."""
         if self.folder is None:
             return self._memory[name]
         with utf8_name(self._path(name)) as path, safe_open(path, "pt") as file:
@@ -153,7 +153,7 @@ class Work:
             return Piece({key: file.get_tensor(key) for key in wanted}, facts)
 
     def write(self, name: str, piece: Piece) -> None:
-        """Keep a piece. Raises `OutputError` where it cannot be written."""
+        """Keep a piece. Raises `OutputError` if it cannot be written."""
         if self.folder is None:
             self._memory[name] = piece
             return
@@ -163,22 +163,22 @@ class Work:
         write_atomic(self._path(name), save(tensors, metadata))
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those that are not there, the same list in every process: none begins before all have
+        """Names of missing pieces, the same list in every process, as none starts before all have
         looked."""
         absent = [name for name in names if not self.has(name)]
         self.ranks.barrier()
         return absent
 
     def once(self, name: str, make: Callable[[], Piece]) -> Piece:
-        """A piece made by the first process, if it is not there yet, and read by all."""
+        """A piece that the first process makes if it is missing, and all read."""
         if self.missing([name]) and self.ranks.first:
             self.write(name, make())
         self.ranks.barrier()
         return self.read(name)
 
     def each(self, names: Sequence[str], make: Callable[[int], Piece]) -> Iterator[Piece]:
-        """make(0), make(1), ... in order, one `names` each: dealt to the processes, and given to
-        all of them. Without a folder nothing is kept. To be read to its end."""
+        """make(0), make(1), ... in order, one per name: divided among the processes, and returned
+        to all of them. Without a folder nothing is kept. Must be read to its end."""
         if self.folder is None:
             yield from map(make, range(len(names)))
             return
@@ -189,7 +189,7 @@ class Work:
         yield from map(self.read, names)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Remove pieces that are used up."""
+        """Remove pieces that are not needed any more."""
         if not self.ranks.first:
             return
         for name in names:
@@ -198,7 +198,7 @@ class Work:
                 self._path(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Drop the folder, when every process is done with it."""
+        """Delete the folder, when every process is done with it."""
         self.ranks.barrier()
         if self.folder is not None and self.ranks.first:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -212,7 +212,7 @@ def _locked(folder: Path) -> Lock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()}
-        # All of a work folder goes when its run is done.
+        # The whole work folder is deleted when its run is done.
         if names and not names & {LOCK, MANIFEST}:
             raise OutputError(
                 f"work folder {folder}: holds {min(names)!r} and is no work folder of a run; give "
@@ -231,7 +231,7 @@ def _locked(folder: Path) -> Lock:
 
 
 def _difference(manifest: Path, identity: dict[str, Any]) -> str:
-    """The first field in which the run that was here differs from this one."""
+    """The first field in which the earlier run differs from this one."""
     with suppress(OSError, ValueError, AttributeError):
         found = json.loads(manifest.read_text())
         for name, value in identity.items():
@@ -242,7 +242,7 @@ def _difference(manifest: Path, identity: dict[str, Any]) -> str:
 
 
 def _brief(value: Any, other: Any) -> str:
-    """The value, or of a mapping what differs from the other one."""
+    """The value, or for a mapping the entries that differ from the other one."""
     if isinstance(value, dict) and isinstance(other, dict):
         return f"{ {k: v for k, v in value.items() if other.get(k) != v} }"[:120]
     return f"{value!r:.80}"

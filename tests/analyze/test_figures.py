@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from varptq.analyze.analyze import AnalysisConfig, analyze
 from varptq.analyze.charts import (
     DENSITY,
     EMPTY,
@@ -27,7 +28,6 @@ from varptq.analyze.charts import (
     stacked,
 )
 from varptq.analyze.figures import figures
-from varptq.analyze.run import AnalysisConfig, analyze
 from varptq.analyze.suggest import Budget
 from varptq.errors import ConfigError
 from varptq.models.pipeline import Pipeline

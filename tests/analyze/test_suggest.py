@@ -146,7 +146,7 @@ def test_float_and_eight_bit_tensors_are_no_candidates(bench: Bench) -> None:
         (Budget("bops", 0.9), "budget 0.9: expected a ratio"),
         (Budget("bytes", float("nan")), "budget nan: expected a ratio"),
         (Budget("bops", float("inf")), "budget inf: expected a ratio"),
-        (Budget("bytes", None, 1000), "budget 0.001 MB: the config itself takes"),
+        (Budget("bytes", None, 1000), "budget 1.0 kB: the config itself takes"),
     ],
 )
 def test_a_budget_below_the_config_is_refused(budget: Budget, message: str, bench: Bench) -> None:

@@ -276,7 +276,7 @@ PROJ = "transformer.blocks.0.attn.proj."
     [
         (drop(PROJ + "weight_packed"), "is missing"),
         (drop("autoencoder.quant_conv.bias"), "is missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "has no place"),
+        (lambda t: t.update(extra=torch.zeros(1)), "does not belong to the model"),
         (edit(PROJ + "weight_packed", lambda t: t[:, :-1]), "asks for"),
         (edit(PROJ + "weight_packed", lambda t: t.long()), "asks for"),
         (edit(PROJ + "weight_scale", lambda t: t.bfloat16()), "asks for"),
@@ -290,7 +290,7 @@ PROJ = "transformer.blocks.0.attn.proj."
         (edit("autoencoder.quantize.embedding.weight", spoil(0, float("nan"))), "NaN or infinity"),
         (edit("transformer.lvl_1L", spoil(0, 9)), "contradicts the scales"),
         # 37 rows of 4 bits leave three nibbles of the last word free.
-        (edit("transformer.head.weight_zero_point", spoil(-1, -1)), "bits behind its last code"),
+        (edit("transformer.head.weight_zero_point", spoil(-1, -1)), "bits set after its last code"),
     ],
 )
 def test_tensors_that_save_never_writes_are_refused(

@@ -101,7 +101,7 @@ def test_tables_and_a_budget_in_bytes(model: list[str], tmp_path: Path) -> None:
         ("demo --budget-size 1.1 --budget-bops 1.1", "budget: both"),
         ("demo --budget-size small", "budget 'small': expected a ratio or a size"),
         ("demo --budget-size 0MB", "budget '0MB': expected a size above 0"),
-        ("demo --budget-size 2MB", "budget 2 MB: the config itself takes"),
+        ("demo --budget-size 2MB", "budget 2.00 MB: the config itself takes"),
         ("demo --widths 4,x", "widths '4,x'"),
         ("demo --widths 9", "widths"),
         ("demo --images 0", "images is 0"),
@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(line: str, expected: str, tmp_
 def test_the_python_call_gives_the_same(
     analyzed: tuple[Path, dict[str, Any]], model: list[str]
 ) -> None:
-    from varptq.analyze.run import AnalysisConfig, analyze
+    from varptq.analyze.analyze import AnalysisConfig, analyze
 
     pipe = varptq.load_model(var=model[1], vae=model[3])
     settings = AnalysisConfig(images=2, widths=(4,))

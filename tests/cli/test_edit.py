@@ -96,7 +96,7 @@ def test_a_folder_of_results_is_replaced_only_when_asked(photo: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--model", "demo"), "mask: none; give a mask, a box"),
+        (("--model", "demo"), "mask: none given; give a mask, a box"),
         (("--model", "demo", "--box", "a,b"), "box 'a,b': expected four numbers"),
         (("--model", "demo", "--box", "0,0,1"), "box 0,0,1: expected x0,y0,x1,y1"),
         (("--model", "demo", *BOX, "--task", "class", "--label", "hors"), "did you mean horse"),
@@ -138,12 +138,16 @@ def masks(folder: Path) -> dict[str, Path]:
     ("image", "mask", "message"),
     [
         (None, "other size", "mask: 40 x 64 pixels, the image has 64 x 40 (upright); make them"),
-        (None, "empty", "mask: empty, nothing is to be regenerated; cover a part of the image"),
-        (None, "full", "mask: full, no token of the 8 x 8 grid is kept; leave a part of the image"),
+        (None, "empty", "mask: empty, so nothing would be regenerated; cover a part of the image"),
+        (
+            None,
+            "full",
+            "mask: full, so no token of the 8 x 8 grid is kept; leave a part of the image",
+        ),
         (None, "cut", "cut.png: cannot be read"),
         ("cut", "full", "cut.png: cannot be read"),
         ("bomb", "full", "bomb.png: its header claims far more than 64 megapixels"),
-        ("dot", "dot", "mask: full, no token"),
+        ("dot", "dot", "mask: full, so no token"),
     ],
 )
 def test_pictures_that_cannot_be_used_are_one_line(

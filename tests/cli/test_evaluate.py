@@ -119,7 +119,7 @@ def test_a_float_model_that_is_another_one_is_warned_of(foreign: Path, tmp_path:
     ran = run(*words, tmp_path / "a")
     assert ran.code == 2 and "metric 'psnr': needs the float model" in ran.err
     ran = succeed(*words, tmp_path / "b", "--against", "demo")
-    assert "warning: model 'demo': other weights than the artifact was made from" in ran.err
+    assert "warning: model 'demo': not the weights that the artifact was made from" in ran.err
     ran = succeed(*words, tmp_path / "c", "--random", "demo")
     assert "warning" not in ran.err
 
@@ -148,7 +148,7 @@ def test_features_of_a_float_model_by_itself(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "FID (means)" in page and "FID: 5 samples against mu and sigma of real.npz" in page
     assert "Recall: 5 samples against 5 images of real.npz" in page
-    assert "taken of" in succeed(*words).out
+    assert "computed from" in succeed(*words).out
     assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["float"]
 
 
@@ -156,9 +156,9 @@ BAD = [
     ("", "model: give one of"),
     ("nowhere", "model 'nowhere': neither"),
     ("demo", "metrics: none can be computed"),
-    ("demo --against demo", "model 'demo': is float, nothing is compared with it"),
-    ("demo --random demo", "is float"),
-    ("--against demo", "against 'demo': what is to be measured is missing"),
+    ("demo --against demo", "model 'demo': a float model, which is compared with nothing"),
+    ("demo --random demo", "a float model"),
+    ("--against demo", "against 'demo': no model to measure"),
     ("{artifact} --against {artifact}", "expected a float model"),
     ("{artifact} --against demo --random demo", "model: give one of"),
     ("{artifact} --against nowhere", "model 'nowhere': neither"),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from helpers.cli_calls import run, succeed
 from varptq.errors import InputError, NonFiniteError
+from varptq.evaluate.evaluate import Subject, evaluate
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.metrics import Subject, evaluate
 from varptq.evaluate.networks.features import ModuleFeatures
 from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.sampling import sample_set
@@ -107,7 +107,7 @@ def test_real_images_of_another_size_are_refused(tiny: Pipeline, tmp_path: Path,
 def test_a_network_for_images_of_another_size_says_so(tiny: Pipeline, scripted: bool) -> None:
     module = torch.jit.script(Flat()) if scripted else Flat()
     tools = Instruments(ModuleFeatures(module, "flat"))
-    with pytest.raises(InputError, match="network 'flat': fails on images of 6 x 6") as error:
+    with pytest.raises(InputError, match="network 'flat': fails for images of 6 x 6") as error:
         plan(tiny, tiny, tools, None, 9)
     assert "\n" not in str(error.value) and "shapes cannot be multiplied" in str(error.value)
 

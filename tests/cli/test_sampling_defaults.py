@@ -11,9 +11,10 @@ import pytest
 from varptq.cli import edit as edit_verb
 from varptq.cli import evaluate as evaluate_verb
 from varptq.cli import generate as generate_verb
+from varptq.cli import options
 from varptq.editing import edit
 from varptq.evaluate.tokens import token_fidelity
-from varptq.models.generate import generate
+from varptq.models.generate import DEFAULT_BATCH, generate
 from varptq.models.sampling import SamplingSettings
 
 NAMES = ("cfg", "top_k", "top_p")
@@ -28,3 +29,8 @@ def test_a_call_draws_as_the_settings_say(call: Callable[..., Any]) -> None:
         default = parameters[name].default
         # None: without a class there is no guidance (docs/editing.md).
         assert default == getattr(settings, name) or (name == "cfg" and default is None)
+
+
+def test_the_command_line_takes_as_many_images_at_a_time_as_the_calls() -> None:
+    """Written down twice, so that --help needs no torch."""
+    assert options.BATCH_SIZE == DEFAULT_BATCH

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 
 import varptq
 from varptq.editing import read_image
-from varptq.editing.call import encode
+from varptq.editing.edit import encode
 from varptq.editing.frame import Frame
 from varptq.errors import ConfigError, InputError, VarptqError
 from varptq.models.pipeline import Pipeline
@@ -281,20 +281,23 @@ def outside_the_crop() -> Image.Image:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "mask: none; give a mask, a box, or an image with transparent pixels"),
-        ({"mask": black()}, "mask: empty, nothing is to be regenerated"),
-        ({"mask": Image.new("L", (37, 30), 255)}, "mask: full, no token of the 3 x 3 grid is kept"),
+        ({}, "mask: none given; give a mask, a box, or an image with transparent pixels"),
+        ({"mask": black()}, "mask: empty, so nothing would be regenerated"),
+        (
+            {"mask": Image.new("L", (37, 30), 255)},
+            "mask: full, so no token of the 3 x 3 grid is",
+        ),
         ({"mask": Image.new("L", (30, 37), 255)}, "mask: 30 x 37 pixels, the image has 37 x 30"),
         ({"mask": outside_the_crop()}, "mask: covers no token .* use fit pad"),
-        ({"mask": b"nonsense"}, "mask: is no JPEG, PNG or WebP"),
+        ({"mask": b"nonsense"}, "mask: not a JPEG, PNG or WebP"),
         ({"mask": half(), "box": CENTRE}, "mask and box: both given"),
         ({"box": (0.4, 0.4, 0.48, 0.48)}, "box: covers no token"),
-        ({"box": (0, 0, 0.001, 1)}, "box: empty, nothing"),
+        ({"box": (0, 0, 0.001, 1)}, "box: empty, so nothing"),
         ({"box": (0, 0, 1, 1)}, "box: full"),
         ({"box": (0, 0, 1, 1), "task": "outpaint"}, "box: empty"),
         ({"box": (0.7, 0, 0.3, 1)}, "box 0.7,0,0.3,1: expected"),
         ({"box": CENTRE, "task": "upscale"}, "task 'upscale': unknown, expected one of inpaint"),
-        ({"box": CENTRE, "task": "class"}, "task class: has no label"),
+        ({"box": CENTRE, "task": "class"}, "task class: no label given"),
         ({"box": CENTRE, "task": "class", "label": "ca"}, "class 'ca': unknown; did you mean cat"),
         ({"box": CENTRE, "task": "class", "label": "DOG"}, "class 'DOG': .* you mean dog"),
         ({"box": CENTRE, "task": "class", "label": 9}, r"class 9: not in 0\.\.4"),

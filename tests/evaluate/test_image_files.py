@@ -74,7 +74,7 @@ def test_folders_are_read_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of sizes"):
         list(ImageFiles.open(tmp_path).batches(8))
     (tmp_path / "9.png").write_bytes(b"no png")
-    with pytest.raises(InputError, match=r"9\.png: is no JPEG, PNG or WebP"):
+    with pytest.raises(InputError, match=r"9\.png: not a JPEG, PNG or WebP"):
         list(ImageFiles.open(tmp_path).batches(1))
 
 

@@ -23,8 +23,8 @@ from conftest import build_tiny
 from varptq.calibrate.quantize import quantize
 from varptq.distributed import Ranks
 from varptq.evaluate import sampling
+from varptq.evaluate.evaluate import Subject, evaluate
 from varptq.evaluate.image_files import ImageFiles, write_npz
-from varptq.evaluate.metrics import Subject, evaluate
 from varptq.evaluate.networks.features import ModuleFeatures
 from varptq.evaluate.preflight import Instruments
 from varptq.models.pipeline import Pipeline

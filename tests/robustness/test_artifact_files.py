@@ -40,7 +40,7 @@ def test_an_artifact_written_to_while_in_use(
     loaded = varptq.load(tmp_path / "a", runtime="reference")
     counted()
     os.truncate(path, 100)
-    with pytest.raises(ArtifactError, match="written to while"):
+    with pytest.raises(ArtifactError, match="changed while"):
         loaded.vae.encoder(images)
     assert varptq.generate(loaded, [0]).images is not None
 

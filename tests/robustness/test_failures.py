@@ -59,7 +59,7 @@ MACHINE: dict[str, tuple[BaseException, str]] = {
     "a pipe of a helper": (BrokenPipeError(errno.EPIPE, "Broken pipe"), "Broken pipe"),
     "a tensor file": (SafetensorError("Error while reading"), "tensors"),
     "recursion": (RecursionError("maximum recursion depth"), "nested too deeply"),
-    "no UTF-8": (UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates"), "no UTF-8"),
+    "no UTF-8": (UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates"), "not UTF-8"),
 }
 
 
@@ -72,8 +72,8 @@ def test_a_failure_of_the_machine_is_one_line(
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("varptq.cli.common.ModelChoice.load", broken)
-    monkeypatch.setattr("varptq.cli.common.ModelChoice.load_float", broken)
+    monkeypatch.setattr("varptq.cli.model_choice.ModelChoice.load", broken)
+    monkeypatch.setattr("varptq.cli.model_choice.ModelChoice.load_float", broken)
     counted()
     ran = run("generate", "demo", "--classes", "3", "--out", "/nowhere")
     assert ran.code == 2 and not ran.out
@@ -85,7 +85,7 @@ def test_every_verb_says_what_to_lower(counted: Callable[[], None]) -> None:
         ("generate", "--batch-size"),
         ("edit", "--candidates"),
         ("evaluate", "--batch-size"),
-        ("quantize", "goes on where it was"),
+        ("quantize", "continues where it was"),
         ("analyze", "--images"),
         ("demo", "--samples"),
         ("info", "smaller model"),

@@ -95,7 +95,10 @@ LEFT_OUT = {
     ),
     "previews of a server": ({"@eaDir/0.png/THUMB.jpg": png(0)}, "left out 1 hidden (@eaDir/"),
     "what systems leave": ({".DS_Store": b"x", "Thumbs.db": b"x", "desktop.ini": b"x"}, None),
-    "one stem twice": ({"0.jpg": png(0)}, "1 there twice (0.jpg and 0.png), each counted"),
+    "one stem twice": (
+        {"0.jpg": png(0)},
+        "1 twice under two suffixes (0.jpg and 0.png), each counted",
+    ),
 }
 
 
@@ -109,8 +112,8 @@ def test_what_is_left_out_is_told(tmp_path: Path, counted: Callable[[], None]) -
 
 
 REFUSED = {
-    "a fork of its own": ({"1.png": FORK}, r"1\.png: is no JPEG.* but a resource fork of macOS"),
-    "an empty file": ({"1.png": b""}, r"1\.png: is no JPEG.* but empty"),
+    "a fork of its own": ({"1.png": FORK}, r"1\.png: not a JPEG.* but a resource fork of macOS"),
+    "an empty file": ({"1.png": b""}, r"1\.png: not a JPEG.* but empty"),
     "a pointer of git-lfs": ({"1.png": b"version https://git-lfs"}, r"1\.png: is no .* git-lfs"),
     "a page": ({"1.jpg": b"<html>"}, r"1\.jpg: is no .* but HTML"),
     "half a file": ({"1.png": file_of(PICTURES[1].resize((64, 64)))[:900]}, r"1\.png: cannot be"),

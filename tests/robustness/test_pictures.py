@@ -276,7 +276,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path, counted: Callable[[], None]
         counted()
         (tmp_path / "x.png").write_bytes(content.encode("latin-1"))
         for source in (tmp_path / "x.png", content.encode("latin-1")):
-            with pytest.raises(InputError, match=f"is no JPEG, PNG or WebP image but {kind}"):
+            with pytest.raises(InputError, match=f"not a JPEG, PNG or WebP image but {kind}"):
                 read_image(source)
     counted()
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")

@@ -335,7 +335,7 @@ def test_two_runs_of_generate_in_one_folder(tmp_path: Path, counted: Callable[[]
     first, second = Files.plan(tmp_path, ["cat"]), Files.plan(tmp_path, ["dog"])
     with first.claimed(force=False):
         for force in (False, True):
-            with pytest.raises(OutputError, match="is about to write it"), second.claimed(force):
+            with pytest.raises(OutputError, match="is writing it"), second.claimed(force):
                 pass
         with Files.plan(tmp_path / "other.png", ["cat"]).claimed(force=False):
             pass

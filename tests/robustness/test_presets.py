@@ -14,7 +14,7 @@ import varptq
 from helpers.cli_calls import run, succeed
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import METHODS, Method, default_method
-from varptq.cli import common
+from varptq.cli.model_choice import ModelChoice
 from varptq.errors import ConfigError
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import MAX_STORED, LayerRule, QuantConfig
@@ -139,7 +139,7 @@ def test_what_was_said_before_is_what_computes(
     counted: Callable[[], None],
 ) -> None:
     counted()
-    monkeypatch.setattr(common.ModelChoice, "load_float", lambda _: one_block)
+    monkeypatch.setattr(ModelChoice, "load_float", lambda _: one_block)
     words = ("--method", method) if method else ()
     folder = tmp_path / "artifact"
     ran = succeed(
@@ -206,10 +206,10 @@ MISPLACED = [
     ("demo --method w8a8", "w8a8 is a config"),
     ("demo --method released", "released is a modifier of the config"),
     ("demo --method released", "released is a calibration"),
-    ("demo --config sas", "config 'sas': sas is of the method, as in --method sas"),
-    ("demo --config w4a4+gptq", "gptq is of the method, as in --method gptq"),
-    ("demo --config w4a4+shift", "shift is of the method, as in --method rtn+shift"),
-    ("var.pth", "give the transformer and the VQVAE as --var var.pth --vae vae.pth"),
+    ("demo --config sas", "config 'sas': sas belongs to the method: give --method sas"),
+    ("demo --config w4a4+gptq", "gptq belongs to the method: give --method gptq"),
+    ("demo --config w4a4+shift", "shift belongs to the method: give --method rtn+shift"),
+    ("var.pth", "give transformer and VQVAE as --var var.pth --vae vae.pth"),
     ("var_d16.safetensors", "--var var.pth --vae vae.pth"),
 ]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import InputError
+from varptq.evaluate.evaluate import Subject, evaluate
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.metrics import Subject, evaluate
 from varptq.evaluate.networks.features import ModuleFeatures
 from varptq.evaluate.prdc import precision_recall
 from varptq.evaluate.preflight import Instruments, plan
@@ -127,7 +127,7 @@ def test_statistics_alone(subject: Subject, tmp_path: Path, counted: Callable[[]
     document = measured(subject, files)
     assert document["metrics"].keys() == {"fid", "is", "is_std"} - {"is_std"}
     assert document["left_out"]["sfid"].startswith("real images or their spatial statistics")
-    assert "statistics of images alone will not do" in document["left_out"]["precision"]
+    assert "statistics of images are not enough" in document["left_out"]["precision"]
     assert document["settings"]["reference_images"] is None
     for name, needed in (
         ("precision", "real images"),
@@ -250,7 +250,7 @@ def test_few_samples_are_told_by_their_own_number(
         samples = sample_set(tiny, tmp_path / str(count), count=count)
         warnings = measured(Subject(tiny, samples), files, "fid")["warnings"]
         assert bool(warnings) == told
-        assert not told or f"of {count} images with 3 features" in warnings[0]
+        assert not told or f"from {count} images with 3 features" in warnings[0]
 
 
 def test_the_resize_of_the_suite_is_told(

@@ -48,7 +48,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def client(machine: Path) -> Iterator[Any]:
     """A studio on that machine, asked without a network."""
-    app = web_app(make_studio([], machine / "out", Options()), Options())
+    app = web_app(make_studio([], machine / "out"), Options())
     with TestClient(app, base_url="http://localhost") as asking:
         yield asking
 
@@ -82,7 +82,7 @@ def test_a_folder_for_uploads_that_cannot_be_one(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE, str(tmp_path / place))
     with pytest.raises(OutputError, match=f"^{CACHE} '.*file.*: cannot be written") as refused:
-        web_app(make_studio([], tmp_path / "out", Options()), Options())
+        web_app(make_studio([], tmp_path / "out"), Options())
     assert "leave it out" in str(refused.value)
 
 
@@ -196,13 +196,13 @@ def test_a_host_that_is_not_here(host: str, tmp_path: Path, counted: Callable[[]
     counted()
     options = Options(host=host, port=0, auth=("me", "12345678"))
     with pytest.raises(InputError, match=r"choose another --host$"):
-        serve(make_studio([], tmp_path, options), options, print)
+        serve(make_studio([], tmp_path), options, print)
 
 
 def test_two_studios_on_one_folder(machine: Path, counted: Callable[[], None]) -> None:
     """What one makes is in the lists of the other."""
     counted()
-    first, second = (make_studio([], machine / "shared", Options()) for _ in range(2))
+    first, second = (make_studio([], machine / "shared") for _ in range(2))
     (first.out / "made").mkdir()
     for name in ("config.json", "model.safetensors"):
         (first.out / "made" / name).write_text("{}")

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 import varptq
 from varptq import CalibrationConfig, Pipeline, QuantConfig
-from varptq.analyze.run import AnalysisConfig, analyze
+from varptq.analyze.analyze import AnalysisConfig, analyze
 from varptq.errors import InputError
-from varptq.evaluate.metrics import Subject, evaluate
+from varptq.evaluate.evaluate import Subject, evaluate
 from varptq.evaluate.sampling import sample_set
 from varptq.models.state_file import networks_sha256
 from varptq.torch_state import plain_torch

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import varptq
 from varptq import Pipeline, QuantConfig
-from varptq.analyze.run import analyze
+from varptq.analyze.analyze import analyze
 from varptq.errors import InputError
 from varptq.evaluate.sampling import describe, sample_set
 from varptq.evaluate.tokens import token_fidelity

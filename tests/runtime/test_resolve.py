@@ -150,5 +150,5 @@ def test_info_says_which_and_why(tiny: Pipeline, tmp_path: Path) -> None:
 
 
 def test_no_gpu_is_a_reason() -> None:
-    expected = "" if torch.cuda.is_available() else "no CUDA device is here"
+    expected = "" if torch.cuda.is_available() else "this machine has no CUDA device"
     assert survey()["cuda"] == expected

@@ -60,7 +60,7 @@ def test_what_is_made_later_is_found_and_what_is_gone_is_not(root: Path) -> None
     new = artifact(root / "new")
     assert catalogue.find("root/new", *ALL).files == (new,)
     (new / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="not under the folders"):
+    with pytest.raises(InputError, match="not in the folders"):
         catalogue.find("root/new", *ALL)
 
 
@@ -73,7 +73,7 @@ def test_what_is_made_later_is_found_and_what_is_gone_is_not(root: Path) -> None
     ],
 )
 def test_no_other_key_opens_anything(root: Path, key: object) -> None:
-    with pytest.raises(InputError, match=r"choose one of the list$"):
+    with pytest.raises(InputError, match=r"choose one from the list$"):
         Catalogue([root]).find(key, *ALL)
 
 

@@ -134,7 +134,7 @@ def test_a_full_queue_refuses() -> None:
     made = [jobs.submit("m", "", gate)]
     assert gate.began.wait(PATIENCE)
     made += [jobs.submit("m", "", lambda job: None) for _ in range(2)]
-    with pytest.raises(InputError, match="2 jobs wait already"):
+    with pytest.raises(InputError, match="2 jobs are waiting already"):
         jobs.submit("m", "", lambda job: None)
     jobs.submit("other", "", lambda job: None)
     gate.open.set()

@@ -84,7 +84,7 @@ def test_an_edit_is_the_same_in_both(served: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_first_start_says_how_to_make_a_quantized_model(tmp_path: Path) -> None:
     """What it says can be typed, and is no longer said then."""
-    studio = make_studio([], tmp_path / "out", Options())
+    studio = make_studio([], tmp_path / "out")
     line = example(studio.out)
     assert shown(studio, "generate-missing").count(line) == 1
     assert "10 classes, 32 x 32 pixels" in shown(studio, "generate-about")

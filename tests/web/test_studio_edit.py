@@ -98,7 +98,7 @@ def test_the_first_candidate_is_downloaded_without_a_click_on_it(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"no picture", "photo.png: is no JPEG"),
+        (b"no picture", "photo.png: not a JPEG"),
         (photo()[:300], "photo.png: cannot be read"),
         (png_header(30_000, 30_000), "its header claims far more than 25 megapixels"),
     ],
@@ -116,11 +116,11 @@ def test_what_an_edit_cannot_use_is_said(open_page: Callable[..., Any]) -> None:
     page = open_page("Edit")
     choose(page, "edit-model", MADE)
     page.locator("#edit-start").click()
-    said(page, "image: none; upload a JPEG, PNG or WebP")
+    said(page, "image: none given; upload a JPEG, PNG or WebP")
     upload(page, photo())
     use_box(page, 1)
     page.locator("#edit-start").click()
-    said(page, "box: full, no token of the 3 x 3 grid is kept")
+    said(page, "box: full, so no token of the 3 x 3 grid is kept")
     page.get_by_label("Change class").check()
     enter(page, "edit-class", "kat")
     page.locator("#edit-start").click()

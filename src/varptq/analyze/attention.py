@@ -1,13 +1,13 @@
-"""How attention spreads over the keys, per scale: what a quantizer of probabilities has to hold.
+"""How attention spreads over the keys, per scale: what a quantizer of probabilities must represent.
 
     histogram    share of probabilities p in (2^-(j+1), 2^-j], j = 0 .. 23; smaller ones in the last
-    mass         what these add up to: the attention that lies in each bin
-    top          attention mass in the key that gets most, and in the tenth of the keys that do
-    effective    exp(entropy) of a row: so many equally attended keys would be as spread out
-    by key       attention mass that queries of a scale give the keys of each scale
+    mass         sum of the probabilities in each bin
+    top          attention mass of the top key, and of the top tenth of the keys
+    effective    exp(entropy) of a row: the number of equally attended keys of the same entropy
+    by key       attention mass that the queries of a scale give to the keys of each scale
 
-Read off the float model's teacher-forced pass, conditional and unconditional rows, means over rows,
-heads and queries. Nothing is quantized here.
+Measured in the float model's teacher-forced pass, over conditional and unconditional rows; means
+over rows, heads and queries. Nothing is quantized here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AttentionStatistics:
         self.by_key_bKK = torch.zeros(blocks, count, count, dtype=torch.float64, device="cpu")
 
     def add(self, block: int, scale: int, p_BHlL: Tensor) -> None:
-        """Take in the probabilities of one block at one scale; rows sum to 1."""
+        """Add the probabilities of one block at one scale; rows sum to 1."""
         p_RL = p_BHlL.double().flatten(0, -2)
         bins = (-p_RL.log2()).floor().clamp(0, NUM_BINS - 1).long().flatten()
         self.rows_bK[block, scale] += len(p_RL)

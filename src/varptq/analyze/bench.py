@@ -1,4 +1,4 @@
-"""A bench: one model whose tensors are quantized one by one, and the float answers to compare with.
+"""A bench: one model whose tensors are quantized one by one, and the float logits to compare with.
 
     KL(config) = mean over tokens of KL(float || quantized) of the guided next-token distributions
 
@@ -23,6 +23,7 @@ from varptq.errors import InputError
 from varptq.evaluate.tokens import DEFAULT_BATCH
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
+from varptq.models.sampling_defaults import CFG
 from varptq.models.seams import Mix, SeamLinear
 from varptq.models.transformer import Transformer
 from varptq.quant.config import (
@@ -50,7 +51,8 @@ class Site(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is in any block, "fc2 input", "key", or outside of them, "head weight"."""
+        """The same name in every block, "fc2 input" or "key", and outside of them, "head
+        weight"."""
         if self.operand in ATTENTION_OPERANDS:
             return self.operand
         words = [word for word in self.layer.split(".") if not word.isdigit()]
@@ -141,7 +143,7 @@ class Bench:
         prompts: Any,
         tokens: Tensor,
         *,
-        cfg: float = 1.5,
+        cfg: float = CFG,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if isinstance(pipe, QuantizedPipeline):
@@ -161,8 +163,8 @@ class Bench:
     def configure(self, config: QuantConfig, theta: float | None = None) -> Transformer:
         """Quantize as `config` says, with shift-and-sum at `theta`; returns the model.
 
-        Means of centred inputs are those of the bench's own images. Raises `ConfigError` for a
-        group size that does not fit.
+        Means of centred inputs are measured on the bench's own images. Raises `ConfigError` for
+        a group size that does not divide a layer.
         """
         centred = False
         for name, module in self._seams.items():

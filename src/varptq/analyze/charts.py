@@ -1,8 +1,8 @@
 """Charts as Pillow images: bars, heat maps and curves, and putting several on one page.
 
 Light background, sorted by the caller, text in Pillow's built-in font; everything is drawn at twice
-its nominal size so that it stays sharp on dense screens. Values are positive or None. Which chart
-shows what is decided in figures.py.
+its nominal size so that it stays sharp on dense screens. Values are positive or None. What is
+drawn is decided in figures.py.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Bar:
 
 
 def bars(title: str, rows: Sequence[Bar], series: Sequence[str], width: float = 760) -> Image.Image:
-    """Horizontal bars from 0, one below the other, the value behind each."""
+    """Horizontal bars from 0, one below the other, each followed by its value."""
     left = PAD + max(text_width(row.label) for row in rows) + 8
     room = width - left - PAD - 50
     top = PAD + LINE + 8 + (LINE + 6)
@@ -154,8 +154,8 @@ def log_share(low: float, high: float) -> Callable[[float], float]:
 class HeatMap:
     """A table of positive values or None as colours; `share` maps a value to 0 (light) .. 1 (dark).
 
-    text: what stands in a cell, where there is room. row_names empty: the table stands beside
-    another one that has them.
+    text: the text of a cell, if it has room. Empty row_names: the table stands beside another one
+    that has them.
     """
 
     title: str

@@ -4,7 +4,7 @@ sensitivity.png   KL of every tensor quantized alone, by block and width
 costs.png         the costliest tensors, sorted
 scales.png        KL and error of p v per scale
 attention.png     how attention spreads over the keys
-suggestion.png    KL against the budget, and which tensors end at how many bits
+suggestion.png    KL against the budget, and the bits of every tensor
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOP_ROWS = 25
 FEWER_LABELS_ABOVE = 12
 # Values this far below the largest all get the lightest colour.
 FAINTEST, TINY = 1e-5, 1e-12
-# Cells of the heat maps over blocks: numbers fit in for shallow models.
+# Size of cells in heat maps over blocks; in shallow models numbers fit in.
 WIDE_CELL, NARROW_CELL = (40, 22), (16, 20)
 
 
@@ -95,7 +95,7 @@ def over_blocks(
     *,
     named: bool = True,
 ) -> Image.Image:
-    """Kinds of tensors by blocks; what is outside the blocks has one cell, at the bottom."""
+    """Kinds of tensors by blocks; a tensor outside the blocks has one cell, at the bottom."""
     inner = [kind for kind in kinds if any(k == kind and b is not None for k, b in values)]
     outer = [kind for kind in kinds if kind not in inner and (kind, None) in values]
     depth = 1 + max((block for _, block in values if block is not None), default=0)
@@ -192,12 +192,12 @@ def attention(document: Document) -> Image.Image:
 
 
 def percent(share: float) -> str:
-    """Whole percents; nothing where they round to 0."""
+    """Whole percents; "" if they round to 0."""
     return f"{share * 100:.0f}" if share >= 0.005 else ""
 
 
 def suggestion(document: Document) -> Image.Image:
-    """The way of the greedy choice, and the bits it ends with."""
+    """The steps of the greedy choice, and the final bits."""
     found = document["suggestion"]
     steps = [(1.0, found["kl"])]
     steps += [(pick["price"] / found["price"], pick["kl"]) for pick in found["picks"]]

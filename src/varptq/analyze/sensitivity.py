@@ -71,7 +71,7 @@ def spec_at(config: QuantConfig, site: Site, bits: int, type_: str | None = None
 
 
 def _allowed(usual: TensorSpec, config: QuantConfig, site: Site) -> TensorSpec:
-    """With a strategy that the attention policy of the config knows."""
+    """`usual` with a strategy that the attention policy of the config allows."""
     attention = config.attention_for(site.layer)
     if attention is None or site.operand not in ("key", "value"):
         return usual

@@ -2,12 +2,12 @@
 
     gain(tensor) = KL(it alone at its own width) - KL(it alone at 8 bits)
 
-Gains are measured from the float model, where one tensor's error is not drowned by all others:
-measured within the quantized model they are so noisy that the choice gets worse on new images.
-How good a choice is, is measured on the whole config after every step. A budget in bytes goes to
-weights, the only tensors that are stored; one in bit operations to every tensor. Probabilities
-become uniform 8-bit codes, since their log2 rule gains nothing from bits. Shift-and-sum is off and
-counts nothing.
+Gains are measured in the float model, where the errors of other tensors do not hide that of one:
+measured in the quantized model they are so noisy that the choice gets worse on new images. The
+quality of a choice is measured on the whole config after every step. A budget in bytes is spent on
+weights, the only tensors that are stored; one in bit operations on all tensors. Probabilities
+become uniform 8-bit codes, since their log2 rule gains nothing from more bits. Shift-and-sum is off
+and costs nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from varptq import readable
 from varptq.analyze.bench import (
     FLOAT,
     Bench,
@@ -29,7 +30,7 @@ from varptq.analyze.bench import (
     with_specs,
 )
 from varptq.analyze.sensitivity import Sensitivity, spec_at
-from varptq.artifact.sizes import VAE, sizes, total
+from varptq.artifact.sizes import transformer_size
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.models.transformer import float_layout
@@ -51,7 +52,7 @@ class Budget:
     size: int | None = None
 
     def limit(self, base: int) -> int:
-        """The most the mixed config may cost. Raises `InputError` where the base costs more."""
+        """The most the mixed config may cost. Raises `InputError` if the base costs more."""
         limit = self.size
         if limit is None:
             assert self.ratio is not None
@@ -60,7 +61,8 @@ class Budget:
             limit = int(self.ratio * base)
         if limit < base:
             raise InputError(
-                f"budget {limit / 1e6:g} MB: the config itself takes {base / 1e6:.2f} MB; give more"
+                f"budget {readable.megabytes(limit)}: the config itself takes "
+                f"{readable.megabytes(base)}; give more"
             )
         return limit
 
@@ -88,19 +90,18 @@ class Prices:
         return self.bytes(config) if unit == "bytes" else self.bops(config)
 
     def _difference(self, layer: str, spec: LinearSpec) -> int:
-        # Layers are stored one by one, so their differences add up and are asked for once.
+        # Layers are stored one by one, so their differences add up and are computed once each.
         if (layer, spec) not in self._added:
             rule = LayerRule(targets=layer).replace(**dict(spec))
             self._added[layer, spec] = self._stored(FLOAT.with_rules(rule)) - self._float_bytes
         return self._added[layer, spec]
 
     def _stored(self, config: QuantConfig) -> int:
-        kinds = sizes(replace(self._pipe, var=convert(self._pipe.var, config)))
-        return total({kind: size for kind, size in kinds.items() if kind != VAE}).bytes
+        return transformer_size(replace(self._pipe, var=convert(self._pipe.var, config))).bytes
 
 
 class Candidate(NamedTuple):
-    """A tensor that 8 bits would change, its quantizer there, and what that gains."""
+    """A tensor that 8 bits would change, its quantizer at 8 bits, and the gain in KL."""
 
     site: Site
     spec: TensorSpec
@@ -109,7 +110,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Pick:
-    """One tensor raised, and what the config costs and loses from then on."""
+    """One tensor raised to 8 bits, and the cost and KL of the config with it."""
 
     candidate: Candidate
     price: int
@@ -131,7 +132,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The picks in order; `config` has them all. `price` of the base config, `limit` of any."""
+    """The picks in order; `config` has them all. `price`: of the base config. `limit`: of any."""
 
     unit: str
     price: int
@@ -158,10 +159,10 @@ def suggest(
     budget: Budget,
     progress: Progress = silent,
 ) -> Suggestion:
-    """Raise tensors of `config` to 8 bits, the most gain per cost first, while the budget lasts.
+    """Raise tensors of `config` to 8 bits, highest gain per cost first, within the budget.
 
-    What `measured` does not hold is measured here. Raises `InputError` for a budget below what
-    `config` costs.
+    Gains that `measured` does not hold are measured here. Raises `InputError` for a budget below
+    what `config` costs.
     """
     prices = Prices(bench.source)
     price = prices.of(config, budget.unit)
@@ -186,7 +187,7 @@ def candidates(
     unit: str,
     progress: Progress = silent,
 ) -> list[Candidate]:
-    """What 8 bits would change and improve, in model order; what is float stays float."""
+    """The tensors that 8 bits would improve, in model order; float tensors stay float."""
     floats = stripped(config)
     known = {(row.site, row.type): row.alone for row in measured}
     found: list[Candidate] = []
@@ -225,10 +226,10 @@ def raised_config(config: QuantConfig, chosen: Iterable[Candidate]) -> QuantConf
 def choose(
     config: QuantConfig, found: Iterable[Candidate], prices: Prices, unit: str, limit: int
 ) -> list[Candidate]:
-    """Greedy: again and again the candidate of the highest gain per cost that still fits.
+    """Greedy: repeatedly the candidate with the highest gain per cost that still fits.
 
     A tensor's cost in BOPs grows when its partner in the product is raised, so rates only fall:
-    the top of the heap is the best one if its rate is still what it was.
+    the top of the heap is the best one if its rate has not changed.
     """
     chosen: list[Candidate] = []
     price = prices.of(config, unit)
@@ -237,7 +238,7 @@ def choose(
         rank, order, candidate = heapq.heappop(heap)
         with_it = prices.of(raised_config(config, [*chosen, candidate]), unit)
         if with_it > limit:
-            continue  # what is left of the budget only shrinks
+            continue  # the remaining budget only shrinks
         cost = with_it - price
         now = -candidate.gain / cost if cost > 0 else -math.inf
         if now > rank:

@@ -40,12 +40,12 @@ PACKED, SCALE, ZERO_POINT, SHAPE = (
 )
 # What a QuantLinear keeps in memory in place of the packed tensors.
 UNPACKED = ("codes", "scale", "zero_point")
-# safetensors' words for the dtypes a tensor that stays in float may have.
+# Dtypes that a float tensor may have, as safetensors names them.
 FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 class Slot(NamedTuple):
-    """What a tensor of the file must look like; `dtypes` are safetensors' words."""
+    """Shape and allowed dtypes of a tensor in the file; `dtypes` as safetensors names them."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
@@ -134,7 +134,7 @@ def _unpack(words: Tensor, num_bits: int, n: int, name: str) -> Tensor:
     used = n * num_bits % WORD_BITS
     # >> keeps the sign, so a negative word has ones in its upper bits, as it must not.
     if used and bool((words[:, -1] >> used).any()):
-        raise ValueError(f"{name} has bits behind its last code, where zeros belong")
+        raise ValueError(f"{name} has bits set after its last code, expected zeros")
     return unpack(words, num_bits, n)
 
 

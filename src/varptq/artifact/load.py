@@ -3,9 +3,9 @@
     config.json -> document -> modules without memory -> does the header of model.safetensors fit?
     -> does its SHA-256? -> tensors, one after another into the modules -> QuantizedPipeline
 
-No memory is taken for a tensor before its shape is known to be the right one, nothing is unpickled,
-and whatever is wrong with the files is one `ArtifactError`. The file is mapped and copied tensor by
-tensor, so that loading takes hardly more memory than what is loaded.
+No tensor is allocated before its shape has been checked, nothing is unpickled, and any fault of the
+files is one `ArtifactError`. The file is mapped and copied tensor by tensor, so that loading takes
+hardly more memory than the loaded model.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def load(
 
     dtype: of the float parts and of the arithmetic; scales stay float32. It computes "simulated";
     `varptq.runtime.load` chooses another runtime. adopt: called with the transformer and the name
-    of each quantized layer once the layer is complete, and may put another module in its place, so
-    that one layer is unpacked at a time; the image encoder is then left on the mapped file.
-    Raises `ConfigError` for a device that is not here or a dtype no model computes in,
+    of each quantized layer once the layer is complete, and may replace it by another module, so
+    that one layer is unpacked at a time; the image encoder then stays on the mapped file. Raises
+    `ConfigError` for a device that this machine lacks or a dtype in which no model computes,
     `ArtifactError` naming the file and what is wrong with it.
     """
     device, dtype = checked_device(device), checked_dtype(dtype)
@@ -102,7 +102,7 @@ def load(
 
 
 def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
-    """The validated config.json and its `digest`; the weights are not looked at.
+    """The validated config.json and its `digest`; the weights are not read.
 
     Raises `ArtifactError`.
     """
@@ -121,7 +121,8 @@ def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
     try:
         return SealedDocument.from_dict(content), digest(content)
     except (ValueError, RecursionError) as error:
-        # ConfigError is a ValueError; the others come from numbers and nesting beyond JSON's.
+        # ConfigError is a ValueError; the others come from numbers and nesting that JSON does not
+        # allow.
         raise ArtifactError(f"{path}: {_line(error)}") from None
 
 
@@ -134,7 +135,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
     if len(text) > MAX_CONFIG_BYTES:
         raise ArtifactError(
-            f"{path}: larger than {MAX_CONFIG_BYTES} bytes, no config of an artifact"
+            f"{path}: larger than {MAX_CONFIG_BYTES} bytes, so not the config of an artifact"
         )
     try:
         content = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
@@ -170,8 +171,8 @@ def _check_file(path: Path) -> None:
 
 
 class WithoutInit(TorchFunctionMode):
-    """Modules are made without initial values: on the meta device these are nothing, and torch
-    would load its compiler to compute them."""
+    """Make modules without initial values: on the meta device there are none, but torch would load
+    its compiler to compute them."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -203,7 +204,7 @@ def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[Transfo
 def _open_tensors(
     path: Path, document: SealedDocument, seal: str, expected: dict[str, Slot]
 ) -> MappedTensors:
-    """The tensors of the file, once header, hash and seal are found to be right."""
+    """The tensors of the file, after checking header, hash and seal."""
     _check_file(path)
     entry = document.files[WEIGHTS_FILE]
     try:
@@ -219,7 +220,9 @@ def _open_tensors(
                 raise ArtifactError(f"{path}: SHA-256 is not that of {CONFIG_FILE}; {DAMAGED}")
             if (file.metadata() or {}).get(SEAL) != seal:
                 config = path.with_name(CONFIG_FILE)
-                raise ArtifactError(f"{config}: not what {WEIGHTS_FILE} was saved with; {DAMAGED}")
+                raise ArtifactError(
+                    f"{config}: not the config that {WEIGHTS_FILE} was saved with; {DAMAGED}"
+                )
         return MappedTensors(path)
     except (SafetensorError, CheckpointError, OSError, ValueError) as error:
         if is_out_of_memory(error):
@@ -228,7 +231,7 @@ def _open_tensors(
 
 
 def _check_header(path: Path, file: Any, expected: dict[str, Slot]) -> None:
-    """Names, shapes and dtypes against those of the architecture."""
+    """Compare names, shapes and dtypes with those of the architecture."""
     found = set(file.keys())
     for name, slot in expected.items():
         if name not in found:
@@ -242,7 +245,7 @@ def _check_header(path: Path, file: Any, expected: dict[str, Slot]) -> None:
             )
     if extra := sorted(found - expected.keys()):
         raise ArtifactError(
-            f"{path}: tensor {extra[0]!r:.80} has no place in the model of {CONFIG_FILE}"
+            f"{path}: tensor {extra[0]!r:.80} does not belong to the model of {CONFIG_FILE}"
         )
 
 
@@ -279,7 +282,7 @@ def _fill_linears(
     """Check and unpack the codes of one layer after another."""
     layers = packed_linears(var)
     while layers:
-        # Let go of each layer: what adopts it may not need its codes any more.
+        # Keep no reference to the layer: after adoption its codes may not be needed any more.
         layer = next(iter(layers))
         linear = layers.pop(layer)
         names = linear_slots(linear)

@@ -1,8 +1,8 @@
-"""The tensors of a safetensors file, mapped: read from the disk when used, dropped when done.
+"""The tensors of a safetensors file, memory-mapped: read from disk when used, dropped afterwards.
 
-A copy of one tensor after another needs memory for the copies alone; tensors that stay views of the
-mapping take none until something computes with them. The map is private: nothing here writes to the
-file. Whether the file may be trusted is checked in load.py before anything is read here.
+Copying one tensor after another needs memory only for the copies; tensors that stay views of the
+mapping take none until they are used. The mapping is private, so nothing is written to the file.
+load.py checks the file before anything is read here.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LENGTH_BYTES = 8
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system. glibc keeps what lies between tensors that live, which
-    after unpacking layer by layer is as much as the model."""
+    """Return freed memory to the system. glibc keeps freed memory between live tensors, which after
+    unpacking layer by layer is as much as the model."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class MappedTensors:
-    """Tensors by name of a file whose header safetensors has found to be valid."""
+    """Tensors by name, of a file whose header safetensors has validated."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._fd = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -57,18 +57,16 @@ class MappedTensors:
         return found.st_size, found.st_mtime_ns
 
     def check(self, module: nn.Module) -> None:
-        """Raise `ArtifactError` if parameters of `module` lie on the mapping and somebody has
-        written into the file: they would be other numbers, or end the process where it got
-        shorter. A file that was replaced by a rename is still the old one here."""
+        """Raise `ArtifactError` if parameters of `module` lie on the mapping and the file was
+        written to since: they would have other values, or kill the process if the file got shorter.
+        A file replaced by a rename is still the old one here."""
         end = self._start + len(self._map)
         mapped = any(self._start <= p.data_ptr() < end for p in module.parameters())
         if mapped and self._now() != self._stamp:
-            raise ArtifactError(
-                f"{self._path}: was written to while the model was in use; load it again"
-            )
+            raise ArtifactError(f"{self._path}: changed while the model was in use; load it again")
 
     def view(self, name: str) -> Tensor:
-        """The tensor on the mapping itself, which lives as long as it."""
+        """The tensor as a view of the mapping, which it keeps alive."""
         entry = self._entries[name]
         start, end = entry["data_offsets"]
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
@@ -79,13 +77,13 @@ class MappedTensors:
         return flat.view(shape)
 
     def take(self, name: str) -> Tensor:
-        """A copy in memory of its own."""
+        """A copy of the tensor in memory."""
         copy = self.view(name).clone()
         self.drop(name)
         return copy
 
     def drop(self, name: str) -> None:
-        """Give back the memory that reading the tensor took; it is read again when needed."""
+        """Release the memory that reading the tensor took; it is read again when needed."""
         start, end = (self._data + offset for offset in self._entries[name]["data_offsets"])
         start += -start % mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED") and end - start >= mmap.PAGESIZE:

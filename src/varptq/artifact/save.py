@@ -1,7 +1,7 @@
 """Write a quantized pipeline as an artifact: packed tensors, then config.json, then one rename.
 
-The folder appears whole or not at all (files.py). The same pipeline gives the same bytes: no time
-stamp and no name of a machine goes in. The format is in format.py and schema.py.
+The folder appears whole or not at all (files.py). The same pipeline gives the same bytes: they hold
+no time stamp and no machine name. The format is in format.py and schema.py.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from varptq.torch_state import plain_torch
 def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path:
     """Write `pipeline` to `folder` and return its path.
 
-    force: replace a folder that holds a config.json; without it one that is not empty is refused.
-    Raises `InputError` for a pipeline that is not quantized or a report that is not plain JSON,
-    `NonFiniteError` for NaN or infinity by tensor, `OutputError` where the folder cannot be
-    written. Nothing is left behind then.
+    force: replace a folder that holds a config.json; otherwise a folder that is not empty is an
+    error. Raises `InputError` for a pipeline that is not quantized or a report that is not plain
+    JSON, `NonFiniteError`, naming the tensor, for NaN or infinity, `OutputError` if the folder
+    cannot be written. An error leaves nothing behind.
     """
     if not isinstance(pipeline, QuantizedPipeline):
         raise InputError(f"model {pipeline.name!r}: not quantized; quantize it before saving")
@@ -65,13 +65,13 @@ def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path
     document = describe(pipeline)
     with StagedFolder(folder, force=force, marker=CONFIG_FILE) as staging:
         weights = staging / WEIGHTS_FILE
-        # One entry only: safetensors writes several in an order that changes from run to run.
+        # A single entry: safetensors writes several in an order that changes from run to run.
         save_file(packed_tensors(pipeline), weights, {SEAL: digest(document)})
         entry = {"bytes": weights.stat().st_size, "sha256": file_sha256(weights)}
         text = _encoded({**document, "files": {WEIGHTS_FILE: entry}})
         config = staging / CONFIG_FILE
         config.write_bytes(text)
-        # Some versions of safetensors write files that only their owner can read.
+        # Some versions of safetensors write files that only the owner can read.
         weights.chmod(config.stat().st_mode)
     return Path(folder)
 
@@ -101,14 +101,15 @@ def describe(pipeline: QuantizedPipeline) -> dict[str, Any]:
 
 
 def packed_tensors(pipeline: QuantizedPipeline) -> dict[str, Tensor]:
-    """Every tensor of the artifact by name, on the CPU. Raises `NonFiniteError` by tensor."""
+    """Every tensor of the artifact by name, on the CPU. Raises `NonFiniteError` naming the
+    tensor."""
     tensors = plain_tensors(pipeline.var, pipeline.vae)
     for layer, linear in packed_linears(pipeline.var).items():
         for name, tensor in pack_linear(linear).items():
             tensors[f"{TRANSFORMER}{layer}.{name}"] = tensor
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(f"tensor {name}: holds NaN or infinity, the model is not saved")
+            raise NonFiniteError(f"tensor {name}: holds NaN or infinity, so the model is not saved")
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -116,8 +117,8 @@ def _encoded(document: dict[str, Any]) -> bytes:
     text = json.dumps(document, indent=2, allow_nan=False).encode() + b"\n"
     if len(text) > MAX_CONFIG_BYTES:
         raise InputError(
-            f"report: makes {CONFIG_FILE} {len(text)} bytes, at most {MAX_CONFIG_BYTES}; "
-            "keep large results in files of their own"
+            f"report: makes {CONFIG_FILE} {len(text)} bytes, expected at most {MAX_CONFIG_BYTES}; "
+            "keep large results in separate files"
         )
     return text
 

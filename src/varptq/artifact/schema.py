@@ -1,9 +1,9 @@
-"""config.json of an artifact: what stands in it, and what makes it safe to build a model from.
+"""config.json of an artifact: its fields, and the checks that make it safe to build a model from.
 
 `SealedDocument` mirrors the file. Its `varptq.config`, the whole `QuantConfig`, says how the model
 is quantized; the block `quantization_config` is derived from it and says the same as far as
-compressed-tensors has words for it. The caps keep a hostile file from asking for a model that
-cannot be built. Reading and writing are in load.py and save.py.
+compressed-tensors can express it. The limits keep a hostile file from asking for a model too large
+to build. Reading and writing are in load.py and save.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Architecture(Settings):
 
 
 class Recipe(Settings):
-    """The block `varptq`: how the codes were made and are to be used."""
+    """The block `varptq`: how the codes were made and how to use them."""
 
     config: QuantConfig
     method: str
@@ -63,14 +63,14 @@ class Recipe(Settings):
 
 
 class FileEntry(Settings):
-    """What model.safetensors must be."""
+    """Size and hash of model.safetensors."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
 
 
 class Document(Settings):
-    """config.json without `files`, which is known only once the weights are written."""
+    """config.json without `files`, which is known only after the weights are written."""
 
     format_version: int
     varptq_version: str
@@ -91,7 +91,7 @@ class Document(Settings):
 
 
 class SealedDocument(Document):
-    """config.json as it stands in the folder."""
+    """config.json as it is in the folder."""
 
     files: dict[str, FileEntry]
 
@@ -103,9 +103,9 @@ class SealedDocument(Document):
 
 
 def digest(document: dict[str, Any]) -> str:
-    """SHA-256 of a document of plain values without `files`, whatever its spacing and order.
+    """SHA-256 of a document of plain values without `files`, independent of spacing and order.
 
-    The weights file carries it, so that neither file can be altered or exchanged alone.
+    The weights file stores it, so that neither file can be changed or exchanged alone.
     """
     rest = {key: value for key, value in document.items() if key != "files"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -129,10 +129,10 @@ def plain(value: Any, what: str) -> Any:
 
 
 def compressed_tensors_block(var: nn.Module) -> dict[str, Any]:
-    """How a converted model's Linear layers are quantized, in the words of compressed-tensors.
+    """How a converted model's Linear layers are quantized, as compressed-tensors describes it.
 
-    Layers that are treated alike form a group. What it has no word for (sign-split inputs,
-    attention, range rules) stands in `varptq.config`.
+    Layers that are treated alike form a group. What it cannot express (sign-split inputs,
+    attention, range rules) is only in `varptq.config`.
     """
     groups: dict[str, dict[str, Any]] = {}
     ignore = []

@@ -1,4 +1,4 @@
-"""How many bytes each kind of tensor takes, float or packed: the numbers of `varptq info`.
+"""How many bytes each kind of tensor takes, float or packed, for `varptq info`.
 
     bits per weight = 8 * (packed codes + scales + zero points) / weights
 
@@ -32,7 +32,7 @@ KINDS = (
     *("word_embed", "ada_lin", "shared_ada_lin", "mat_qkv", "proj", "fc1", "fc2", "head"),
     *(FLOAT_PARTS, CENTRING, VAE),
 )
-# What centred inputs add to a model, by the last part of its name.
+# Tensors that centred inputs add to a model, by the last part of the name.
 CENTRING_TENSORS = ("means", "mean_bias")
 DTYPE_BYTES = {"I32": 4, "F32": 4, "I64": 8}
 FLOAT32_BYTES = 4
@@ -72,7 +72,7 @@ class KindSize:
 def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
     """Size by kind, for a float or a quantized pipeline, in the order of `KINDS`.
 
-    A Linear's weight counts under its kind, "float parts" are what is left of the
+    A Linear's weight counts under its kind, "float parts" is the rest of the
     transformer (biases, embeddings), "centring" are the means and bias rows that centred inputs
     add, "vae" is the VQVAE. Kinds that are absent are left out.
     """
@@ -91,19 +91,24 @@ def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
         size = _plain_size(tensor)
         kind = VAE if name.startswith(AUTOENCODER) else weights.get(name, FLOAT_PARTS)
         if name.rpartition(".")[2] in CENTRING_TENSORS:
-            # The float model has none of them, so they are compared with nothing.
+            # The float model has none of them, so they count as no elements.
             kind, size = CENTRING, replace(size, elements=0)
         found[kind] = found.get(kind, KindSize()) + size
     return {kind: found[kind] for kind in sorted(found, key=_position)}
 
 
 def as_stored(pipeline: Pipeline) -> Pipeline:
-    """`pipeline` with the modules an artifact describes: those of an integer runtime have packed
-    their codes, so the same layers are made without memory."""
+    """`pipeline` with the modules that an artifact describes. Those of an integer runtime have
+    packed their codes away, so the same layers are made without memory."""
     if not isinstance(pipeline, QuantizedPipeline) or pipeline.runtime == "simulated":
         return pipeline
     blank = float_layout(pipeline.var).to(pipeline.dtype)
     return replace(pipeline, var=convert(blank, pipeline.config))
+
+
+def transformer_size(pipeline: Pipeline) -> KindSize:
+    """Everything but the image decoder, together."""
+    return total({kind: size for kind, size in sizes(pipeline).items() if kind != VAE})
 
 
 def total(parts: dict[str, KindSize]) -> KindSize:
@@ -112,7 +117,7 @@ def total(parts: dict[str, KindSize]) -> KindSize:
 
 
 def quantized_size(pipeline: Pipeline) -> KindSize:
-    """The layers whose weight is codes, together."""
+    """All layers with quantized weights, together."""
     layers = (
         m for m in as_stored(pipeline).var.modules() if isinstance(m, QuantLinear) and m.spec.weight
     )

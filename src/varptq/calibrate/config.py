@@ -1,5 +1,4 @@
-"""Settings of calibration, with presets. The numbers of the released code are the preset
-"released"."""
+"""Settings of calibration, with presets; the preset "released" has those of the released code."""
 
 from __future__ import annotations
 
@@ -18,20 +17,20 @@ Rounding = Literal["nearest", "gptq", "adaround", "gptq+adaround"]
 class CalibrationConfig(Settings):
     """How a model is calibrated (docs/method.md sections 3 to 5).
 
-    num_samples: self-generated images, one class each, classes without replacement while they last.
+    num_samples: self-generated images of one class each; no class repeats before all were drawn.
     rounding: how weights are rounded where a method reconstructs: "nearest"; "gptq", in closed form
     from second moments of the inputs (gptq.py); "adaround", learned in `steps` steps per unit; or
-    "gptq+adaround", learned from where GPTQ ends. 0 steps learn nothing. patience: steps without
+    "gptq+adaround", learned from the result of GPTQ. 0 steps learn nothing. patience: steps without
     gain after which a unit is annealed and ended early; None runs all steps. batch_size: rows (an
-    image has two, conditional and unconditional) per step. learning_rate: Adam's, on alpha; None
-    takes 0.3 up to 200 steps and less, by the square root, for longer runs. forward: "hard"
-    trains the codes that will be deployed, straight through; "soft" trains fractional ones, which
-    `regularizer` (lambda, with beta falling from beta_start to beta_end) drives to 0 or 1.
+    image has two, conditional and unconditional) per step. learning_rate: of
+    Adam, for alpha; None takes 0.3 up to 200 steps and 0.3 sqrt(200 / steps) beyond. forward:
+    "hard" trains the codes that will be deployed, straight through; "soft" trains fractional ones,
+    which `regularizer` (lambda, with beta falling from beta_start to beta_end) drives to 0 or 1.
     tune_steps: steps of end-to-end tuning of scales and biases afterwards (tune.py).
     budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the
-    theta search. theta_samples: images theta is measured on. memory_gb: recorded activations above
-    this go to bfloat16, and then to a memory-mapped file in `spool_dir` (default: the system's
-    temporary folder).
+    theta search. theta_samples: images on which attention is measured for theta. memory_gb:
+    recorded activations larger than this (GiB) are kept in bfloat16, and if that is still too much,
+    in a memory-mapped file in `spool_dir` (default: the system's temporary folder).
     """
 
     num_samples: int = Field(default=256, ge=1)
@@ -59,22 +58,22 @@ class CalibrationConfig(Settings):
 
     @property
     def learns(self) -> bool:
-        """Whether rounding is, or goes on to be, learned."""
+        """Whether rounding is learned, from nearest or after GPTQ."""
         return self.rounding.endswith("adaround") and self.steps > 0
 
     @property
     def says_rounding(self) -> bool:
-        """Whether rounding, or its steps, were given and not left to the defaults."""
+        """Whether rounding or its steps were given explicitly."""
         return not self.model_fields_set.isdisjoint({"rounding", "steps"})
 
     @property
     def steps_per_unit(self) -> int:
-        """Steps that progress counts for one unit: those it may learn in, else the unit is one."""
+        """Steps that progress counts for one unit: its training steps, or 1 without any."""
         return self.steps if self.learns else 1
 
     @property
     def rate(self) -> float:
-        """The learning rate in use, by what the demo model asks for at 200 and 1000 steps."""
+        """The learning rate in use; the rule fits the demo model at 200 and 1000 steps."""
         if self.learning_rate is not None:
             return self.learning_rate
         return 0.3 * min(1.0, math.sqrt(200 / max(self.steps, 1)))

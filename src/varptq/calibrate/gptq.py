@@ -1,11 +1,11 @@
-"""Rounding in closed form, GPTQ (Frantar et al., ICLR 2023), on a grid that is given.
+"""Rounding in closed form, GPTQ (Frantar et al., ICLR 2023), on a given grid.
 
     minimize  sum_t w_t |(W - W^) x_t|^2 = tr((W - W^) H (W - W^)^T),    H = sum_t w_t x_t x_t^T
 
 Columns are rounded one after the other; the error of each is spread over those not yet rounded, by
 U with U^T U = H^-1 (Cholesky, upper): w_j -= (w_i - w^_i) U_ij / U_ii. Columns of large H_ii go
-first. Scales and zero points are those of nearest rounding, so an artifact looks the same, and with
-a diagonal H so do the codes. Where H comes from is not decided here.
+first. Scales and zero points are those of nearest rounding, so the artifact has the same layout;
+with a diagonal H the codes are the same too. Callers provide H.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from varptq.quant.affine import Grid
 from varptq.quant.quantizers import QUANTIZERS, Quantizer
 
-# Share of the mean diagonal added to the diagonal: directions no input has are left alone.
+# Share of the mean diagonal added to the diagonal, so that directions without input have no effect.
 DAMPING = 0.01
-# Columns whose errors reach the rest in one product.
+# Number of columns whose errors are spread over the rest in one product.
 BLOCK = 128
 
 
@@ -51,7 +51,7 @@ def gptq_codes(
     group = weight_OGg.shape[-1]
     order = moments_II.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(moments_II[order][:, order], damping)
-    # Input channels first: a column of the weight is then one piece of memory.
+    # Input channels first, so that a column of the weight is contiguous in memory.
     left, scale, zero_point = (
         part.expand_as(weight_OGg).flatten(1).T[order].clone() for part in (weight_OGg, *grid)
     )
@@ -72,6 +72,6 @@ def gptq_codes(
 
 
 def quadratic_loss(error_OI: Tensor, moments_II: Tensor) -> float:
-    """tr(E H E^T) of a weight error E (O, I), in float64: what GPTQ makes small."""
+    """tr(E H E^T) of a weight error E (O, I), in float64: what GPTQ minimizes."""
     error = error_OI.double()
     return float(((error @ moments_II.double()) * error).sum())

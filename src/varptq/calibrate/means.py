@@ -35,7 +35,8 @@ def center(run: Run) -> None:
 
 @torch.no_grad()
 def center_inputs(pipe: Pipeline, quantized: Transformer, samples: CalibrationSet) -> int:
-    """Measure the means and set them in the layers of `quantized` that want them; how many did."""
+    """Measure the means and set them in the layers of `quantized` that need them; returns how
+    many."""
     layers = {name: m for name, m in quant_linears(quantized).items() if m.centred}
     seams = linears(pipe.var)
     tokens = [name for name in layers if seams[name].reads == "tokens"]
@@ -52,13 +53,13 @@ def linears(transformer: Transformer) -> dict[str, SeamLinear]:
 
 
 def token_means(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> dict[str, Tensor]:
-    """(K, in) float64 mean input of each named layer; zero at a scale a layer never sees."""
+    """(K, in) float64 mean input of each named layer; zero at a scale that the layer never sees."""
     return {name: found.means() for name, found in input_moments(pipe, names, samples).items()}
 
 
 @dataclass
 class Moments:
-    """Of the input of one layer, per scale, float64: how many rows, their sum, sum of squares."""
+    """Moments of one layer's input per scale, in float64: number of rows, sum, sum of squares."""
 
     count_K1: Tensor
     sum_Ki: Tensor
@@ -80,7 +81,7 @@ class Moments:
         return self.sum_Ki / self.count_K1.clamp(min=1)
 
     def spread(self) -> Tensor:
-        """(in,) root mean square of what is left when each scale's mean is subtracted."""
+        """(in,) root mean square after each scale's mean is subtracted."""
         left_Ki = self.square_Ki - self.sum_Ki * self.means()
         return (left_Ki.sum(0) / self.count_K1.sum().clamp(min=1)).clamp(min=0).sqrt()
 

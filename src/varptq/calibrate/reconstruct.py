@@ -1,13 +1,13 @@
-"""Block reconstruction: the weight rounding of a unit is chosen so that its quantized output
-matches the float one. In closed form by GPTQ (gptq.py), learned by descent, or both in turn.
+"""Block reconstruction: choose the weight rounding of a unit so that its quantized output matches
+the float one, in closed form by GPTQ (gptq.py), by gradient descent, or by both in turn.
 
     loss = sum over scales of mean over (rows, tokens) of sum over channels (y^ - y)^2
            + lambda sum(1 - |2h - 1|^beta)
 
 Adam on alpha with a cosine to 0, activations quantized, gradients straight through every rounding
 (AdaRound / BRECQ; paper: base pipeline; docs/method.md section 5). The released code trains the
-soft h and deploys the hard one, which differ; by default the hard one is trained, with the soft
-one's gradient, and lambda is 0. Both losses are measured. Units are independent of each other: each
+soft h and deploys the hard one, which differ. By default we train the hard one, with the gradient
+of the soft one and lambda = 0. Both losses are measured. Units are independent of each other: each
 draws its rows from (seed, unit name).
 """
 
@@ -33,21 +33,20 @@ from varptq.quant.find import quant_linears
 from varptq.quant.layers import LearnedRounding, QuantLinear
 from varptq.work import Piece
 
-# Rows the loss before and after is measured on: enough for two digits, little next to the training
-# itself.
+# Rows for measuring the loss before and after: enough for two digits, cheap compared with training.
 EVALUATED_ROWS = 64
-# Units with one vector per class are tiny; more rows a step cost nothing there.
+# Units that see one vector per class are tiny: more rows per step cost nothing.
 VECTOR_BATCH = 256
-# A window of steps has to better the best one by this share, or the unit is on a plateau.
+# A window of steps must improve on the best one by this share, or the unit is on a plateau.
 PLATEAU = 0.005
-# Size of alpha where GPTQ did not round to nearest: a few steps may take it back.
+# Size of alpha where GPTQ did not round to nearest, small enough for a few steps to undo it.
 UNDECIDED = 0.5
 
 
 @dataclass(frozen=True)
 class UnitReport:
     """Losses of one unit: nearest rounding, and the learned one with h as a fraction (soft) and as
-    deployed (hard); loss_gptq where GPTQ took part. steps: that were made.
+    deployed (hard); loss_gptq if GPTQ took part. steps: how many were made.
 
     kept: "learned", "gptq" or "nearest", whichever codes were best on the calibration data.
     """
@@ -129,8 +128,8 @@ def reconstruct_unit(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
 ) -> UnitReport | None:
-    """Choose the rounding of `unit` in place. None for a unit without quantized weights or where
-    the config leaves nothing to do."""
+    """Choose the rounding of `unit` in place. None for a unit without quantized weights, or if the
+    config asks for nearest rounding. Raises `NonFiniteError` if a loss is not finite."""
     layers = unit_layers(unit)
     learns = config.learns
     if not layers or not (learns or config.solves):
@@ -159,7 +158,7 @@ def reconstruct_unit(
         candidates.append(Candidate.of("learned", layers, evaluate(unit, evaluated)))
     best = min(candidates, key=lambda candidate: candidate.loss)
     best.restore(layers)
-    # Of what was tried, the last is what the settings asked for; `kept` says what is deployed.
+    # The last candidate is what the settings asked for; `kept` says which one is deployed.
     loss_hard = candidates[-1].loss
     return UnitReport(unit.name, steps, loss_nearest, loss_soft, loss_hard, best.kind, loss_gptq)
 
@@ -184,9 +183,9 @@ class Candidate:
 def start(layer: QuantLinear, config: CalibrationConfig) -> LearnedRounding:
     """Make the rounding of a layer learnable, from its codes if GPTQ found them.
 
-    Then the choice is between the code and its neighbour on the other side of the float weight.
-    alpha keeps the size that the float weight gives it where GPTQ rounded to nearest, and is small
-    where it did not: that is what a step should be able to undo.
+    The choice is then between that code and its neighbour on the other side of the float weight.
+    Where GPTQ rounded to nearest, alpha has the size that the float weight gives it; elsewhere it
+    is small, so that training can undo the choice.
     """
     codes = layer.codes_grouped.float()
     rounding = layer.start_rounding(hard=config.forward == "hard")
@@ -203,8 +202,7 @@ def start(layer: QuantLinear, config: CalibrationConfig) -> LearnedRounding:
 
 @torch.no_grad()
 def solve(unit: Unit, layers: list[QuantLinear]) -> None:
-    """GPTQ of every layer in order; the inputs of a layer are those the layers before it give when
-    they are quantized."""
+    """GPTQ of every layer in order; a layer's inputs come from the quantized layers before it."""
     for layer in layers:
         weight = layer.float_weight
         assert weight is not None and layer.weight_bits is not None
@@ -215,12 +213,12 @@ def solve(unit: Unit, layers: list[QuantLinear]) -> None:
 
 
 class _SeenError(Exception):
-    """What a layer is given has been seen: the rest of its unit need not run."""
+    """Raised once the input of a layer is known, so that the rest of its unit does not run."""
 
 
 def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
-    """(in, in) float64 sum of w_t x_t x_t^T over what the layer's weight is multiplied with, every
-    row of the unit once and positions weighted as in the loss."""
+    """(in, in) float64 sum of w_t x_t x_t^T over all inputs of the layer's weight: every row of the
+    unit once, positions weighted as in the loss."""
     width, device = layer.in_features, layer.codes.device
     total = torch.zeros(width, width, dtype=torch.float64, device=device)
 
@@ -250,9 +248,10 @@ def train(
     generator: torch.Generator,
     on_step: Callable[[int, float], None] | None = None,
 ) -> int:
-    """At most `config.steps` Adam steps on the alphas of `roundings`; how many were made."""
+    """At most `config.steps` Adam steps on the alphas of `roundings`; returns how many were
+    made."""
     alphas = [rounding.alpha for rounding in roundings]
-    # Fused: one pass over what a step of a wide unit would read a dozen times.
+    # Fused: one pass over memory that the steps of a wide unit would otherwise read a dozen times.
     optimizer = torch.optim.Adam(alphas, lr=config.rate, fused=True)
     batch = config.batch_size if unit.token_weights is not None else VECTOR_BATCH
     batch = min(batch, len(unit.inputs))
@@ -273,9 +272,9 @@ def train(
 
 
 class Schedule:
-    """How far a training is, 0 to 1, in `steps` equal strides, or in fewer: when the mean loss of a
-    window of `patience` steps is no better than that of the best window, what is left of the way
-    is made in one more window, so that the rate still comes down to 0."""
+    """Progress of a training from 0 to 1 in `steps` equal strides, or in fewer: when the mean loss
+    of a window of `patience` steps is no better than that of the best window, the rest of the way
+    is done in one more window, so that the rate still falls to 0."""
 
     def __init__(self, steps: int, patience: int | None) -> None:
         self.steps, self.patience = steps, patience
@@ -320,7 +319,8 @@ def train_step(
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"unit {unit.name}: reconstruction loss is {value}; lower the learning rate"
+            f"unit {unit.name}: reconstruction loss is {value}, expected a finite number; "
+            "lower the learning rate"
         )
     optimizer.zero_grad(set_to_none=True)
     total = loss
@@ -333,7 +333,7 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(unit: Unit, rows: Tensor) -> float:
-    """Loss over these rows, a few at a time."""
+    """Mean loss over these rows, a few at a time."""
     total = 0.0
     for part in rows.split(8):
         loss = unit_loss(unit.run(unit.inputs[part]), unit.target(part), unit.token_weights)

@@ -1,8 +1,8 @@
 """Recording: one streaming pass that gives every unit its float inputs and targets.
 
-Activations entering stage i + 1 are computed from those leaving stage i, batch by batch, all K
-scales at once; no image is generated again. What is stored at any time is the residual stream plus
-inputs and outputs of one stage's units. Units see float inputs, so they do not depend on each
+The activations that enter stage i + 1 are computed from those that leave stage i, batch by batch,
+all K scales at once; no image is generated again. Stored at any time are the residual stream and
+the inputs and outputs of one stage's units. Units see float inputs, so they do not depend on each
 other (paper: base pipeline; docs/method.md section 5).
 """
 
@@ -36,14 +36,13 @@ FLOAT_BYTES, HALF_BYTES = 4, 2
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of the model whose rounding is learned on its own.
+    """One part of the model whose rounding is chosen on its own.
 
     run maps a batch of inputs (rows, ...) through the quantized piece, `reference` through the
-    float one; both move inputs to the model's device. targets may be None: then `reference` is
-    asked at every step (word_embed, the AdaLN layers, and a head whose outputs are too large to
-    keep). token_weights (tokens,)
-    says how much the squared error of a position counts: 1 / l_k at scale k, so every scale counts
-    equally; None for units that see one vector per class.
+    float one; both move inputs to the model's device. If targets is None, `reference` computes
+    them at every step (word_embed, the AdaLN layers, and a head whose outputs are too large to
+    keep). token_weights (tokens,) weights the squared error of each position: 1 / l_k at scale k,
+    so that every scale counts equally; None for units that see one vector per class.
     """
 
     name: str
@@ -76,7 +75,8 @@ class Storage:
         A record is the residual stream of `numel` numbers in float32, and inputs and targets of
         `units` units as large.
 
-        The temporary folder lives as long as `stack`. Raises `OutputError` where it cannot be made.
+        The temporary folder lives as long as `stack`. Raises `OutputError` if it cannot be made or
+        has too little room.
         """
         limit = config.memory_gb * 2**30
         as_float, as_half = (
@@ -100,8 +100,8 @@ class Storage:
 
 
 def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
-    """A temporary folder with room for `size` bytes: a mapped file on a full disk ends the process
-    without an exception."""
+    """A temporary folder with room for `size` bytes, checked beforehand: a mapped file on a full
+    disk kills the process without an exception."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="varptq-", dir=parent)
         path = Path(stack.enter_context(folder))
@@ -117,7 +117,8 @@ def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """A file that has its blocks: what `_spool` found free may be gone, or over a quota."""
+    """A file with all its blocks allocated: the space `_spool` found may be gone, or over a
+    quota."""
     try:
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
@@ -155,7 +156,7 @@ class Recorder:
         self.prompts = samples.prompts.guided()
         self.samples, self.num_rows = samples, len(self.prompts)
         self.scales = pipe.scales
-        # Which units there are does not depend on the condition.
+        # The units do not depend on the condition.
         self.stages = self._stages(slice(0, 1))
 
     @torch.no_grad()
@@ -169,7 +170,7 @@ class Recorder:
 
     def costs(self) -> dict[str, float]:
         """Names of all units in model order, with the multiply-adds of the Linears and products of
-        one row: what a step costs, up to a factor."""
+        one row, which is the cost of a step up to a factor."""
         tokens = self.scales.num_tokens
 
         def cost(name: str) -> float:
@@ -185,8 +186,9 @@ class Recorder:
         return {name: cost(name) for name in names}
 
     def units(self, wanted: Collection[str] | None = None) -> Generator[Unit]:
-        """Units as they become ready, or those named in `wanted` alone; storage of a stage is
-        reused for the next, so use each before the next. The pass ends behind the last one."""
+        """Units as they become ready, or only those named in `wanted`. A stage reuses the storage
+        of the one before, so use each unit before asking for the next. The pass ends after the
+        last one."""
         names = list(self.costs())
         left = names if wanted is None else [name for name in names if name in set(wanted)]
         last = names.index(left[-1]) if left else -1
@@ -236,7 +238,7 @@ class Recorder:
         return self._unit(name, inputs.float(), None, spans_of(self.scales, seam.first_scale))
 
     def _vector_unit(self, name: str) -> Unit:
-        """An AdaLN layer: it sees one vector per condition, and all there are calibrate it."""
+        """An AdaLN layer: it sees one vector per condition, and is calibrated on all of them."""
         return self._unit(name, self.var.condition_vectors(), None, None)
 
     def _unit(
@@ -268,7 +270,7 @@ class Recorder:
     def _advance(
         self, index: int, residual: Tensor, records: Tensor, recorded: Collection[str]
     ) -> None:
-        """Run a float stage over all rows in place, keeping inputs and outputs of the submodules
+        """Run a float stage over all rows in place; keep the inputs and outputs of the submodules
         `recorded`."""
         spans = spans_of(self.scales)
         modules = {place: self.var.get_submodule(name) for place, name in enumerate(recorded)}
@@ -287,8 +289,8 @@ class Recorder:
 
     @torch.no_grad()
     def _last_unit(self, index: int, residual: Tensor, records: Tensor) -> Unit:
-        """The residual stream is its input; its outputs take the place of the records if they fit,
-        as they do up to four entries a channel."""
+        """The last unit, whose input is the residual stream. Its outputs replace the records if
+        they fit, which holds up to four entries per channel."""
         spans, targets = spans_of(self.scales), None
         name = self.stages[index].name
         linear = self.var.get_submodule(name)

@@ -3,10 +3,10 @@
 Per scale with n tokens over all images: p = mean filtered probability of every codebook entry,
 target count = floor(p n) with the largest fractional parts rounded up until the sum is n. Entries
 drawn more often than their target give up the excess: first the positions with most probability
-mass on the entries that are short. Each draws a new entry from its own distribution restricted to
-the entries still short (uniform if that mass is 0).
+mass on the entries that are below theirs. Each of these positions draws a new entry from its own
+distribution, restricted to the entries still below their target (uniform if that mass is 0).
 
-The probabilities are those of the tokens as first drawn; tokens of later scales are not drawn
+The probabilities are those under the tokens as first drawn; later scales are not generated
 again. Source: "Shift-and-Sum Quantization for VAR models" (ICLR 2026), docs/method.md section 4.
 """
 
@@ -88,9 +88,10 @@ class ResampleReport:
 
 
 def target_counts(mean_V: Tensor, n: int) -> Tensor:
-    """Integer counts closest below `n * mean_V` that sum to n: (V,) -> (V,) int64 on the CPU.
+    """Integer counts near `n * mean_V` that sum to n: (V,) -> (V,) int64 on the CPU.
 
-    The remainder goes to the largest fractional parts; of equal parts the lower entry first.
+    All are rounded down; the remainder goes to the largest fractional parts, of equal parts to the
+    lower entry first.
     """
     exact = mean_V.double().cpu() / mean_V.double().cpu().sum() * n
     counts = exact.floor()
@@ -117,13 +118,13 @@ def resample_scale(
     mean = rows.mean(0, dtype=torch.float64).cpu()
     if not mean.isfinite().all():
         raise NonFiniteError(
-            "resampling: probabilities hold NaN or infinity, expected numbers in 0..1"
+            "resampling: probabilities hold NaN or infinity, expected values in 0..1"
         )
     target = target_counts(mean, len(flat))
     before = torch.bincount(flat, minlength=vocabulary)
     short = (target - before).clamp(min=0)
     moves: list[Move] = []
-    # An entry never goes from one side to the other, so excess and positions can be read once.
+    # No entry crosses its target, so excess and positions can be computed once.
     for entry in (before > target).nonzero().flatten().tolist():
         given_up, score = _given_up(entry, int(before[entry] - target[entry]), flat, rows, short)
         candidates = short.nonzero().flatten()
@@ -136,7 +137,8 @@ def resample_scale(
             flat[place] = new
             moves.append(Move(entry, image, position, new, mass, uniform))
     after = torch.bincount(flat, minlength=vocabulary)
-    # float32, as a share of counts has the default dtype, which is the caller's.
+    # Explicitly float32: the quotient of counts would have the default dtype, which the caller
+    # sets.
     l1 = [float((count.float() / len(flat) - mean).abs().sum()) for count in (before, after)]
     report = ScaleReport(target, before, after, l1[0], l1[1], tuple(moves))
     return flat.reshape(ids_Nl.shape).to(ids_Nl.device), report
@@ -161,7 +163,7 @@ def _draw(weight: Tensor, still_short: Tensor, u: float) -> tuple[int, bool]:
         weight = still_short.double()
     cumulative = weight.cumsum(0)
     chosen = torch.searchsorted(cumulative, u * cumulative[-1:], right=True)
-    # Rounding could put the draw on the very end of the mass.
+    # Rounding could put the draw at the very end of the mass.
     return min(int(chosen), int(weight.nonzero()[-1])), uniform
 
 

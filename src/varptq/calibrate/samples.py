@@ -1,4 +1,4 @@
-"""The calibration set: images the float model generates itself, optionally resampled.
+"""The calibration set: images that the float model generates itself, optionally resampled.
 
 Resampling makes codebook frequencies match predicted probabilities (paper: resampling of
 calibration data; docs/method.md section 4).
@@ -51,8 +51,8 @@ class CalibrationSet:
 class FilteredProbabilities:
     """Filtered next-token probabilities, stored as their largest entries per position.
 
-    A filter leaves few of V entries, so values (float32) and indices (int32) of those are kept,
-    padded per batch.
+    A filter keeps few of the V entries, so only their values (float32) and indices (int32) are
+    stored, padded per batch.
     """
 
     vocabulary: int
@@ -99,10 +99,11 @@ def calibration_set(
     progress: Progress = silent,
     work: Work | None = None,
 ) -> CalibrationSet:
-    """Generate `config.num_samples` images' tokens with the float model; resample them if asked.
+    """Generate the tokens of `config.num_samples` images with the float model; resample them if
+    asked.
 
-    Images are made in batches that are always the same, each a piece of `work` that is dealt to one
-    of its processes. A set read from `work` has the summary of its resampling only.
+    The batches are always the same; each is a piece of `work`, assigned to one of its processes. A
+    set read from `work` has only the summary of its resampling.
     """
     work = work or Work()
     pool = pipe.pool()

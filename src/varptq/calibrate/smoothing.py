@@ -1,13 +1,13 @@
-"""Smoothing: a diagonal on Linear inputs that balances them against the weight they meet.
+"""Smoothing: a diagonal on Linear inputs that balances them against the weight.
 
     d_j = (w_j / a_j)^(1/2), scaled to geometric mean 1
 
 a_j is the root mean square of input channel j less its mean per scale, w_j that of the weight's
-column. Why this one: on grids that a rotation has made alike for all channels of a block, rounding
-W / d and d u makes an error proportional to sum(w^2 / d^2) sum(d^2 a^2), which by Cauchy and
-Schwarz is least there.
-The diagonal is folded into what makes the input (quant/folds.py), on a copy of the float model.
-Nothing is learned: descent on d under the quantizers gained nothing over it (docs/log.md).
+column. Why this diagonal: after a rotation all channels of a block share one grid, and rounding
+W / d and d u makes an error proportional to sum(w^2 / d^2) sum(d^2 a^2), which is smallest for this
+d (Cauchy-Schwarz).
+The diagonal is folded into the layer before (quant/folds.py), on a copy of the float model.
+Nothing is learned: descent on d under the quantizers was no better (docs/log.md).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from varptq.models.seams import NormFold
 from varptq.quant.config import QuantConfig
 from varptq.quant.folds import scale_input, scale_values
 
-# Channels further below the average than this carry nothing worth a larger factor.
+# A channel further below the average than this does not get a larger factor.
 FLOOR = 1e-4
-# Root mean squares need few images.
+# A few images are enough for root mean squares.
 SAMPLES = 64
 
 
@@ -50,7 +50,7 @@ def smoothed(
     pipe: Pipeline, config: QuantConfig, samples: Callable[[], CalibrationSet]
 ) -> tuple[Pipeline, int]:
     """A float pipeline that computes the same with smoothed inputs, and how many layers have them.
-    The pipeline itself where the config asks for none; `samples` is called otherwise."""
+    The pipeline itself if the config asks for no smoothing; else `samples` is called."""
     names = [name for name in pipe.var.folds() if wants_smoothing(config, name)]
     if not names:
         return pipe, 0

@@ -1,4 +1,5 @@
-"""The threshold theta of shift-and-sum: the smallest whose cost is at most alpha of the network's.
+"""The threshold theta of shift-and-sum: the smallest that costs at most a share alpha of the
+network.
 
 Key j with attention mass abar_j has N_j = 2^n copies, n = clamp(ceil(log2(abar_j / theta)), 0, m)
 with m = `max_order`. With E = sum over heads and keys of (N_j - 1), a mean over the batch, a block
@@ -37,7 +38,7 @@ from varptq.quant.find import set_theta
 from varptq.quant.shift_sum import orders, token_scores
 from varptq.work import Piece
 
-# Widths the paper's account gives to the bookkeeping of shift-and-sum.
+# Bit widths that the paper counts for the bookkeeping of shift-and-sum.
 MEAN_BITS, DIVISION_BITS, ORDER_BITS, SHIFT_BITS = 16, 16, 4, 16
 
 ThetaStatus = Literal["ok", "off", "over_budget", "budget_not_reached"]
@@ -47,8 +48,8 @@ ThetaStatus = Literal["ok", "off", "over_budget", "budget_not_reached"]
 class AttentionMass:
     """abar (B, H, l_k) of one block at one scale: the softmax averaged over its queries.
 
-    H * l_k masses per row of the batch; `num_queries` is l_q, the bits are those of the product.
-    Orders of this block end at `max_order`.
+    H * l_k masses per row of the batch; `num_queries` is l_q, the bits are those of the product,
+    and `max_order` is the highest order of this block.
     """
 
     block: int
@@ -76,9 +77,9 @@ class AttentionMass:
 
 @dataclass(frozen=True)
 class CopyStat:
-    """What theta means for one block and scale, averaged over rows and heads.
+    """The effect of theta on one block and scale, averaged over rows and heads.
 
-    Of `keys` cached tokens `duplicated` have more than one copy; a token has `mean_copies` copies.
+    `duplicated` of `keys` cached tokens have more than one copy; a token has `mean_copies` copies.
     """
 
     block: int
@@ -93,8 +94,8 @@ class ThetaResult:
     """The threshold found, what it costs, and where the copies go.
 
     status: "ok"; "over_budget" - even theta = 1 costs more than the budget; "budget_not_reached" -
-    even the smallest theta of the grid costs no more; "off" - nothing to duplicate (max_order 0 or
-    no attention given).
+    even the smallest theta of the grid stays within it; "off" - nothing to duplicate (max_order 0,
+    or no attention given).
     """
 
     theta: float
@@ -141,10 +142,10 @@ def theta_grid(num_grid: int) -> Tensor:
 
 
 def overhead_curve(entries: Iterable[AttentionMass], thetas_G: Tensor) -> Tensor:
-    """BOPs of shift-and-sum at every theta, not rising in theta: (G,) -> (G,) float64, CPU.
+    """BOPs of shift-and-sum at every theta, non-increasing in theta: (G,) -> (G,) float64, CPU.
 
-    abar is compared in float32, as the quantizer does. Raises `NonFiniteError` naming the block and
-    scale.
+    abar is compared in float32, as the quantizer does. Raises `NonFiniteError`, naming the block
+    and scale, for attention that is not finite.
     """
     curve = torch.zeros(len(thetas_G), dtype=torch.float64, device="cpu")
     for entry in entries:
@@ -173,14 +174,14 @@ def search_theta(
 ) -> ThetaResult:
     """The smallest theta of the grid whose overhead is <= alpha * total_bops.
 
-    Entries of all blocks and scales share one theta; those of order 0 take no part. A budget that
-    cannot be met or filled is a `ThetaResult.status`, not an error. Raises `ConfigError` on alpha
-    or num_grid out of range and `NonFiniteError` on attention that is not finite.
+    Entries of all blocks and scales share one theta; those with max_order 0 do not count. A budget
+    that cannot be met or filled is a `ThetaResult.status`, not an error. Raises `ConfigError` on
+    alpha or num_grid out of range and `NonFiniteError` on attention that is not finite.
     """
     if not (math.isfinite(alpha) and alpha >= 0):
-        raise ConfigError(f"alpha is {alpha}: expected a finite share of the BOPs, at least 0")
+        raise ConfigError(f"alpha {alpha}: expected a finite share of the BOPs, at least 0")
     if num_grid < 1:
-        raise ConfigError(f"num_grid is {num_grid}: expected at least 1 grid value")
+        raise ConfigError(f"num_grid {num_grid}: expected at least 1")
     budget = alpha * total_bops
     entries = [entry for entry in entries if entry.max_order]
     if not entries:
@@ -215,8 +216,8 @@ def measure_attention(
     """Attention of the quantized model averaged over queries, per block and scale, on `count`
     samples.
 
-    Rows are the conditional and unconditional ones; probabilities are taken before their
-    quantization.
+    Both conditional and unconditional rows count; probabilities are taken before they are
+    quantized.
     """
     mixes = [m for m in quantized.modules() if isinstance(m, Mix)]
     wanted = {

@@ -1,15 +1,15 @@
-"""End-to-end tuning: what an artifact stores beside codes, learned against what the whole model is
-for.
+"""End-to-end tuning of what an artifact stores beside codes, on the loss of the whole model.
 
     minimize  mean over images and tokens of KL(p || q),
               p and q the guided next-token distributions of the float and the quantized model
 
-Tuned are the scales of weights, s exp(change), biases, and the bias rows of centred inputs; codes,
+It tunes the scales of weights, s exp(change), biases, and the bias rows of centred inputs; codes,
 zero points, means and theta stay (the second stage of EfficientQAT, Chen et al. 2024, with
-distillation as its loss). Both models read the same tokens, of images the float model generates for
-this alone. Adam with a cosine to 0, gradients straight through every rounding. A gate keeps what
-was tuned only if the KL on images that tuning never saw is lower. The whole model's activations
-for `BATCH` images are in memory at a time. Codes are chosen elsewhere (reconstruct.py).
+distillation as its loss). Both models read the same tokens, of images that the float model
+generates for tuning alone. Adam with a cosine to 0, gradients straight through every rounding. A
+gate keeps the tuned tensors only if they lower the KL on images that tuning never saw. The whole
+model's activations for `BATCH` images are in memory at a time. Codes are chosen elsewhere
+(reconstruct.py).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from varptq.models.transformer import Transformer
 from varptq.quant.find import quant_linears
 from varptq.work import Piece
 
-# Last parts of the names of what is tuned.
+# Last parts of the names of the tensors that are tuned.
 TUNED = ("scale", "bias", "q_bias", "v_bias", "mean_bias")
-# Images a step, images of the gate, and images for training per step, up to a maximum.
+# Images in a step, images of the gate, and training images per step, up to a maximum.
 BATCH, HELD_OUT, MAX_IMAGES = 4, 32, 1024
 # Adam's rates: of the logarithm of a scale, and of a bias in units of its root mean square.
 SCALE_RATE, BIAS_RATE, LEAST_RMS = 2e-3, 2e-3, 1e-3
@@ -80,8 +80,7 @@ def tune(run: Run) -> None:
 
 
 def check_tunable(pipe: Pipeline, config: CalibrationConfig) -> None:
-    """Raises `ConfigError` where steps of tuning are asked for that the model's dtype would
-    swallow."""
+    """Raise `ConfigError` if tuning is asked for in a dtype too coarse for its steps."""
     if config.tune_steps and pipe.dtype != torch.float32:
         raise ConfigError(
             f"tune_steps {config.tune_steps}: model in {pipe.dtype}, expected torch.float32; "
@@ -96,9 +95,8 @@ def tune_model(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[TuneReport, dict[str, Tensor]]:
-    """Tune `quantized` in place against `pipe`, and give the tensors it ends with by name, to be
-    handed to `put`. Raises `NonFiniteError` where the loss is
-    not finite."""
+    """Tune `quantized` in place against `pipe`; returns its final tensors by name, for `put`.
+    Raises `NonFiniteError` if the loss is not finite."""
     generator = unit_generator(seed, "tuning")
     count = min(MAX_IMAGES, BATCH * config.tune_steps) + HELD_OUT
     images = calibration_set(
@@ -122,7 +120,7 @@ def tune_model(
 
 
 def tuned_tensors(quantized: Transformer) -> dict[str, Tensor]:
-    """Copies of everything that tuning may change, by name."""
+    """Copies of all tensors that tuning may change, by name."""
     return {
         name: tensor.detach().clone()
         for name, tensor in quantized.state_dict().items()
@@ -131,7 +129,8 @@ def tuned_tensors(quantized: Transformer) -> dict[str, Tensor]:
 
 
 def put(quantized: Transformer, tensors: dict[str, Tensor]) -> None:
-    """Give the model copies of these tensors. Until then its biases are the float model's own."""
+    """Set copies of these tensors in the model, whose biases are shared with the float model
+    before."""
     layers = quant_linears(quantized)
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
@@ -147,8 +146,8 @@ def put(quantized: Transformer, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _learnable(quantized: Transformer) -> Iterator[list[tuple[Tensor, float]]]:
-    """What is tuned as leaves that take gradients, with the rate of each; afterwards plain tensors
-    of their final values."""
+    """The tuned tensors as leaves that take gradients, with the rate of each; afterwards plain
+    tensors of their final values."""
     put(quantized, tuned_tensors(quantized))
     layers = [m for m in quant_linears(quantized).values() if m.weight_bits]
     learned: list[tuple[Tensor, float]] = [(m.start_tuning().change, SCALE_RATE) for m in layers]
@@ -178,7 +177,7 @@ def _descend(
     generator: torch.Generator,
     on_step: Callable[[int, float], None] | None,
 ) -> None:
-    """`config.tune_steps` Adam steps, images in random order, each once before any twice."""
+    """`config.tune_steps` Adam steps, images in random order, all once before any is repeated."""
     groups = [{"params": [tensor], "lr": rate} for tensor, rate in parameters]
     optimizer = torch.optim.Adam(groups)
     half_turn = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.tune_steps)
@@ -197,7 +196,9 @@ def _descend(
         # float32 as the model: gradients in float64 would cost more and say no more.
         loss = pipe.alphabet.per_token(kl_divergence(target, found, torch.float32)).mean()
         if not math.isfinite(value := float(loss.detach())):
-            raise NonFiniteError(f"tuning step {step}: KL is {value}; set tune_steps to 0")
+            raise NonFiniteError(
+                f"tuning step {step}: KL is {value}, expected a finite number; set tune_steps to 0"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -1,2 +1,2 @@
-"""The command line: one thin file per verb, which reads arguments, makes one or two calls and
+"""The command line: one thin file per verb that reads arguments, makes one or two calls and
 prints."""

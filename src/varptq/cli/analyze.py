@@ -1,7 +1,7 @@
-"""`varptq analyze`: which tensors cost most at which width, and which to keep at 8 bits.
+"""`varptq analyze`: what each tensor costs at each width, and which to keep at 8 bits.
 
-Writes a folder, whole or not at all: `analysis.json` with every number, `mixed.json`, a config that
-`varptq quantize --config` takes, and pictures. Nothing is calibrated and no model is written.
+Writes a folder, whole or not at all: `analysis.json` with every number, `mixed.json`, a config for
+`varptq quantize --config`, and pictures. Nothing is calibrated and no model is written.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from varptq.cli import common
-from varptq.cli.quantize import read_config
+from varptq import readable
+from varptq.cli import common, options
+from varptq.cli.model_choice import ModelChoice
+from varptq.cli.settings import read_config
 from varptq.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,42 +29,39 @@ MEGABYTE = 1_000_000
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
-    source: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="demo, var-d16 .. var-d36.")
-    ] = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
-    config: Annotated[str, typer.Option(help="w4a4, w6a6+litevar, ... or a file.")] = "w4a4",
-    widths: Annotated[str, typer.Option(help="Bits to measure every tensor at.")] = "8,6,4",
-    images: Annotated[int, typer.Option(help="Images to measure on.")] = 8,
+    out: options.Results,
+    source: options.FloatSource = None,
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
+    config: options.Config = "w4a4",
+    widths: Annotated[str, typer.Option(help="Bits at which every tensor is measured.")] = "8,6,4",
+    images: Annotated[int, typer.Option(help="Images to measure on, and as many to verify.")] = 8,
     budget_size: Annotated[
         str | None,
-        typer.Option(metavar="RATIO|MB", help="Size to stay within: 1.1 or 4.5MB."),
+        typer.Option(metavar="RATIO|MB", help="Largest size: 1.1 (times the config's) or 4.5MB."),
     ] = None,
     budget_bops: Annotated[
         float | None,
-        typer.Option(help=f"BOPs to stay within, over the config's; {DEFAULT_RATIO} if no budget."),
+        typer.Option(help=f"Most BOPs, over the config's; {DEFAULT_RATIO} if no budget is given."),
     ] = None,
-    seed: common.Seed = 1,
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    seed: options.Seed = 1,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Find out where a config loses quality, and suggest what to keep at 8 bits."""
-    from varptq.analyze.run import AnalysisConfig, analyze
+    from varptq.analyze.analyze import AnalysisConfig, analyze
     from varptq.files import StagedFolder
     from varptq.progress import RichProgress
 
     quant_config = read_config(config, None)
     budget = read_budget(budget_size, budget_bops)
     settings = AnalysisConfig(images=images, widths=read_widths(widths), seed=seed)
-    choice = common.ModelChoice(source, var, vae, random, download, device, dtype)
-    if choice.folder is not None:
-        raise InputError(f"model {str(choice.folder)!r}: a folder, expected a float model")
+    choice = ModelChoice(source, var, vae, random, download, device, dtype)
+    choice.check_float()
     with StagedFolder(out, force=force, marker=ANALYSIS_NAME) as folder:
         pipe = choice.load_float()
         with RichProgress() as progress:
@@ -83,12 +82,12 @@ def read_widths(text: str) -> tuple[int, ...]:
     """ "8,6,4" -> (8, 6, 4)."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
-        raise InputError(f"widths {text!r}: expected numbers with commas between, e.g. 8,6,4")
+        raise InputError(f"widths {text!r}: expected numbers separated by commas, e.g. 8,6,4")
     return tuple(int(word) for word in words)
 
 
 def read_budget(size: str | None, bops: float | None) -> Budget:
-    """The one budget that was given, or the usual one in bit operations."""
+    """The budget given, or the default one in bit operations."""
     from varptq.analyze.suggest import Budget
 
     if size is None:
@@ -118,7 +117,7 @@ def write(folder: Path, document: dict[str, Any], mixed: dict[str, Any]) -> None
 
 
 def costs_table(document: dict[str, Any]) -> Table:
-    """The costliest tensors: alone at every width, and their share in the whole config."""
+    """The costliest tensors: KL alone at every width, and cost in the whole config."""
     from varptq.analyze.figures import tensor_name
 
     widths = [str(bits) for bits in document["settings"]["widths"]]
@@ -143,7 +142,7 @@ def group_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def suggestion_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is kept at 8 bits, what that costs, and what it gains on new images."""
+    """What is kept at 8 bits, its cost, and its gain on new images."""
     found, base = document["suggestion"], document["base"]
     verified = found["verified"]
     unit = "size" if found["unit"] == "bytes" else "BOPs"
@@ -151,7 +150,7 @@ def suggestion_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("budget", f"{unit} {found['limit'] / found['price']:.3f}x"),
         ("kept at 8 bits", "\n".join(raised) or "nothing"),
-        ("transformer size", compared(base["bytes"], found["bytes"], common.megabytes)),
+        ("transformer size", compared(base["bytes"], found["bytes"], readable.megabytes)),
         ("BOPs per image", compared(base["bops"], found["bops"], "{:.3e}".format)),
         ("KL, images it was chosen on", f"{base['kl']:.4f} to {last_kl(found):.4f}"),
         (

@@ -1,8 +1,8 @@
-"""`varptq demo`: the whole path on the bundled model, in a few minutes on two CPU cores.
+"""`varptq demo`: the whole workflow on the bundled model, in a few minutes on two CPU cores.
 
 Quantize with the full method, save, reload the artifact in a new process, sample the same classes
 from the same seeds with both models, compare. Written to --out: `comparison.png`, `summary.txt`
-and `artifact/`; these three are replaced if they exist, other files there are left alone.
+and `artifact/`. These three are replaced if they exist; other files there do not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from varptq.cli import common
+from varptq import readable
+from varptq.cli import common, options
 from varptq.cli import generate as generate_verb
 from varptq.cli import quantize as quantize_verb
 from varptq.errors import VarptqError
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the demo. Calibration is as long as five minutes on two cores allow."""
+    """All settings of the demo. Calibration is as long as five minutes on two cores allow."""
 
     model: str = "demo"
     config: str = "w4a4"
@@ -45,22 +46,22 @@ class Recipe:
     samples: int = 100
     steps: int = 300
     calibration_seed: int = 0
-    # Another seed than calibration's: the compared images are held out.
+    # Not the seed of calibration: the compared images are held out.
     sampling_seed: int = 1
     images_per_class: int = 5
     cfg: float = 4.0
     top_k: int = 100
-    top_p: float = 0.96
+    top_p: float = options.TOP_P
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/demo"),
+    out: options.Results = Path("out/demo"),
     samples: Annotated[int, typer.Option(help="Calibration images.")] = Recipe.samples,
     steps: Annotated[int, typer.Option(help="Reconstruction steps per unit.")] = Recipe.steps,
     images: Annotated[int, typer.Option(min=1, help="Images per class to compare.")] = (
         Recipe.images_per_class
     ),
-    json: common.Json = False,
+    json: options.Json = False,
 ) -> None:
     """Quantize the bundled model to 4 bits and compare its images with the original's."""
     result = run(Recipe(samples=samples, steps=steps, images_per_class=images), out)
@@ -134,7 +135,8 @@ def run(recipe: Recipe, out: Path) -> Result:
     with clock.stage("reload and sample in a new process"):
         quant_tokens, quant_pixels = sample_in_new_process(recipe, len(titles), artifact)
     with clock.stage("compare next-token distributions"):
-        # At the paper's guidance, the default: the stronger one of the pictures amplifies errors.
+        # At the default guidance, as in the paper: the stronger one of the pictures amplifies
+        # errors.
         fidelity = token_fidelity(pipe, load(artifact), labels, output.tokens)
     pixels = to_pixels(output.images)
     return Result(
@@ -258,9 +260,12 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
             f"{document['token_agreement']:.1%} of {fidelity['num_tokens']} tokens",
         ),
         ("PSNR", "identical images" if psnr is None else f"{psnr:.2f} dB"),
-        ("KL(float || quantized), cfg 1.5", f"{fidelity['kl']:.4f} nats per token, same context"),
+        (
+            f"KL(float || quantized), cfg {options.CFG:g}",
+            f"{fidelity['kl']:.4f} nats per token, same context",
+        ),
         ("  on filtered support", f"{fidelity['kl_filtered']:.4f} nats per token"),
         ("  per scale", ", ".join(f"{kl:.4f}" for kl in fidelity["kl_per_scale"])),
         ("same top-1 token", f"{fidelity['top1']:.1%}"),
-        *((f"time: {name}", common.seconds(took)) for name, took in document["seconds"].items()),
+        *((f"time: {name}", readable.seconds(took)) for name, took in document["seconds"].items()),
     ]

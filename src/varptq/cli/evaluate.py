@@ -1,8 +1,9 @@
-"""`varptq evaluate`: how good a model's images are, beside those of the float model.
+"""`varptq evaluate`: how good a model's images are, compared with those of the float model.
 
-Samples the same seeds with both, measures what can be measured with what is there, and writes to
---out: `metrics.json`, `report.html` and `samples/`. A run that was stopped goes on where it was; a
-folder with samples of another model is refused. What can be refused is refused before sampling.
+Samples the same seeds with both, computes every metric that is possible, and writes to --out:
+`metrics.json`, `report.html` and `samples/`. A run that was stopped continues where it was; a
+folder with samples of another model is refused. Everything that can be refused is refused before
+sampling.
 """
 
 from __future__ import annotations
@@ -10,27 +11,27 @@ from __future__ import annotations
 import json as jsonlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from varptq.cli import common, info
-from varptq.errors import CheckpointError, InputError
-from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
+from varptq import readable
+from varptq.cli import common, info, options
+from varptq.cli.compared import Choices, Models
 
 if TYPE_CHECKING:
     from varptq.distributed import Ranks
-    from varptq.evaluate.metrics import Subject
+    from varptq.evaluate.evaluate import Subject
     from varptq.evaluate.preflight import Instruments
     from varptq.models.pipeline import Pipeline
     from varptq.models.sampling import SamplingSettings
     from varptq.progress import Progress
 
 METRICS_NAME, REPORT_NAME, SAMPLES_NAME = "metrics.json", "report.html", "samples"
-# What processes hand each other while they measure.
+# Folder through which processes exchange results while they measure.
 WORK_NAME = "work"
 
 
@@ -45,7 +46,7 @@ Against = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The float model; default: the artifact's own.")
 ]
 Metrics = Annotated[
-    str | None, typer.Option(help="Names with commas between; default: all there can be.")
+    str | None, typer.Option(help="Names separated by commas; default: all that are possible.")
 ]
 Network = Annotated[
     str | None, typer.Option(help="Feature network, e.g. inception:FILE or resnet56:FILE.")
@@ -56,34 +57,39 @@ Reference = Annotated[
         help="Real images: npz with arr_0, or a folder of pictures; or an npz with mu and sigma."
     ),
 ]
-Clip = Annotated[str | None, typer.Option(metavar="MODEL", help="CLIP: folder or name on the hub.")]
+LpipsFile = Annotated[Path | None, typer.Option(help="LPIPS weights, .safetensors.")]
+ExportAs = Annotated[Export | None, typer.Option(help="Also write all samples in this format.")]
+Clip = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="CLIP model: folder or name on the Hugging Face hub."),
+]
 
 
 def command(
-    source: common.Source = None,
+    source: options.Source = None,
     against: Against = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/evaluate"),
-    count: Annotated[int, typer.Option(min=1, help="Images of each model.")] = 100,
-    seed: common.Seed = 0,
-    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = CFG,
-    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = TOP_K,
-    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = TOP_P,
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
+    out: options.Results = Path("out/evaluate"),
+    count: Annotated[int, typer.Option(min=1, help="Images per model.")] = 100,
+    seed: options.Seed = 0,
+    cfg: options.Guidance = options.CFG,
+    top_k: options.TopK = options.TOP_K,
+    top_p: options.TopP = options.TOP_P,
     metrics: Metrics = None,
     network: Network = None,
     reference: Reference = None,
-    lpips: Annotated[Path | None, typer.Option(help="LPIPS weights, .safetensors.")] = None,
+    lpips: LpipsFile = None,
     clip: Clip = None,
-    export: Annotated[Export | None, typer.Option(help="Also write all samples as this.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
-    runtime: Annotated[str, typer.Option(help="Who computes an artifact.")] = "auto",
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    export: ExportAs = None,
+    batch_size: options.BatchSize = options.BATCH_SIZE,
+    runtime: options.Runtime = options.RUNTIME,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Measure a model's images, and an artifact's beside those of its float model."""
     from varptq.distributed import Ranks, local_device
@@ -99,7 +105,7 @@ def command(
     models = choices.load(runtime)
     tools = load_instruments(network, reference, lpips, clip, models.pipe)
     names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
-    # Asked here for its refusals: `evaluate` asks again when the time for sampling is spent.
+    # Called here only to refuse early; `evaluate` calls it again after sampling.
     plan(models.pipe, models.float_pipe, tools, names, count)
     check_output(models, out, export)
     said = warn_of_reference(tools, ranks)
@@ -127,85 +133,10 @@ def tell(warnings: Iterable[str]) -> None:
 
 
 def warn_of_reference(tools: Instruments, ranks: Ranks) -> str | None:
-    """What a user should know of the real images while nothing is sampled yet; also returned."""
+    """Print the warning about the real images before anything is sampled; also returned."""
     said = tools.reference.warning if tools.reference else None
     tell([said] if said and ranks.first else [])
     return said
-
-
-@dataclass(frozen=True)
-class Models:
-    """The model to measure and the float one beside it; `warning` where that one is in doubt."""
-
-    pipe: Pipeline
-    float_pipe: Pipeline | None = None
-    warning: str | None = None
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Which models are meant. `beside` None: the float model that the artifact itself names."""
-
-    subject: common.ModelChoice
-    beside: common.ModelChoice | None
-
-    @classmethod
-    def of(
-        cls,
-        source: str | None,
-        against: str | None,
-        files: tuple[Path | None, Path | None, str | None],
-        **placement: Any,
-    ) -> Choices:
-        """An artifact as `source` leaves the other options to the float model; without it they
-        name the model to measure. Raises `InputError` where they contradict each other."""
-        given = any(option is not None for option in (against, *files))
-        if source is None:
-            if against is not None:
-                raise InputError(f"against {against!r}: what is to be measured is missing")
-            return cls(common.ModelChoice(None, *files, **placement), None)
-        subject = common.ModelChoice(source, **placement)
-        if subject.folder is None and given:
-            raise InputError(
-                f"model {source!r}: is float, nothing is compared with it; give an artifact, or "
-                "leave out --against, --var, --vae and --random"
-            )
-        beside = common.ModelChoice(against, *files, **placement) if given else None
-        if beside is not None and beside.folder is not None:
-            raise InputError(f"against {against!r}: a folder, expected a float model")
-        return cls(subject, beside)
-
-    def load(self, runtime: str) -> Models:
-        pipe = self.subject.load(runtime)
-        if self.subject.folder is None:
-            return Models(pipe)
-        if self.beside is None:
-            return self._with_own(pipe)
-        float_pipe = self.beside.load_float()
-        if float_pipe.sources == pipe.sources:
-            return Models(pipe, float_pipe)
-        doubt = f"model {float_pipe.name!r}: other weights than the artifact was made from"
-        return Models(pipe, float_pipe, doubt)
-
-    def _with_own(self, pipe: Pipeline) -> Models:
-        """The float model by the name in the artifact, if it is here and the same."""
-        from varptq.models.presets import PRESETS
-
-        missing = (
-            f"model {pipe.name!r}: its float model is not here, nothing is compared with it; give "
-            "--against, or --var with --vae"
-        )
-        if pipe.name not in PRESETS:
-            return Models(pipe, None, missing)
-        try:
-            float_pipe = replace(self.subject, source=pipe.name).load_float()
-        except CheckpointError:
-            return Models(pipe, None, missing)
-        return (
-            Models(pipe, float_pipe)
-            if float_pipe.sources == pipe.sources
-            else Models(pipe, None, missing)
-        )
 
 
 def load_instruments(
@@ -233,7 +164,7 @@ def load_instruments(
 def file_checksums(
     network: str | None, reference: Path | None, lpips: Path | None
 ) -> dict[str, str]:
-    """SHA-256 of the files that took part."""
+    """SHA-256 of the files that were used."""
     from varptq.models.state_file import file_sha256
 
     network_file = Path(network.partition(":")[2]) if network else None
@@ -243,7 +174,7 @@ def file_checksums(
 
 @dataclass(frozen=True)
 class Sampler:
-    """How both models sample, and where to: a folder each, "quantized" and "float"."""
+    """How both models sample, and into which folder: "quantized" or "float" below `folder`."""
 
     folder: Path
     count: int
@@ -256,7 +187,7 @@ class Sampler:
 
     def sample(self, pipe: Pipeline) -> Subject:
         """The samples of a model, made where they are missing."""
-        from varptq.evaluate.metrics import Subject, kind
+        from varptq.evaluate.evaluate import Subject, kind
         from varptq.evaluate.sampling import sample_set
 
         samples = sample_set(
@@ -280,8 +211,8 @@ def identity(
     names: list[str] | None,
     files: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What decides the parts that processes measure."""
-    from varptq.evaluate.metrics import machine, versions
+    """Everything that determines the parts that processes measure."""
+    from varptq.evaluate.evaluate import machine, versions
 
     sets = [one.samples for one in (subject, beside) if one is not None]
     return {
@@ -303,13 +234,13 @@ def measure(
     files: Mapping[str, str],
     sampler: Sampler,
 ) -> dict[str, Any]:
-    """The document of `metrics.evaluate` with the model's own description, by all processes that
+    """The document of `evaluate` with the model's own description, by all processes that
     sampled; `files` are checksums."""
-    from varptq.evaluate.metrics import evaluate
+    from varptq.evaluate.evaluate import evaluate
     from varptq.work import Work
 
     ranks, progress = sampler.ranks, sampler.progress
-    # Alone, nothing has to be handed over, and measuring is short beside sampling.
+    # A single process has nothing to exchange, and measuring is short compared with sampling.
     folder = sampler.folder.with_name(WORK_NAME) if ranks.size > 1 else None
     with Work(folder, ranks) as work:
         work.begin(identity(subject, beside, tools, names, files), progress)
@@ -322,8 +253,8 @@ def measure(
 
 
 def check_output(models: Models, out: Path, export: Export | None) -> None:
-    """Refuse now what `write` would refuse when all is sampled. Raises `OutputError`."""
-    from varptq.evaluate.metrics import kind
+    """Raise `OutputError` now for what `write` would refuse after sampling."""
+    from varptq.evaluate.evaluate import kind
     from varptq.evaluate.sampling import exported_folder
     from varptq.files import check_file
 
@@ -344,8 +275,8 @@ def write(
     out: Path,
     export: Export | None,
 ) -> None:
-    """metrics.json, report.html, and the samples in another form if asked."""
-    from varptq.evaluate.metrics import kind
+    """Write metrics.json, report.html, and the samples in another format if asked."""
+    from varptq.evaluate.evaluate import kind
     from varptq.evaluate.report import choose_pairs, write_report
     from varptq.files import write_atomic
 
@@ -356,7 +287,7 @@ def write(
         elif export is Export.png:
             one.samples.export_png(place)
     text = jsonlib.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    # What UTF-8 does not hold, of a path, becomes the escape that JSON has for it.
+    # Bytes of a path that are not UTF-8 become JSON escapes.
     write_atomic(out / METRICS_NAME, text.encode(errors="backslashreplace") + b"\n")
     above = beside.samples if beside else None
     pairs = choose_pairs(subject.samples, above, subject.pipe.pool().titles())
@@ -364,7 +295,7 @@ def write(
 
 
 def describe(pipe: Pipeline) -> dict[str, Any]:
-    """What `varptq info` says, and what calibration reported for the pictures of the report."""
+    """The description of `varptq info`, and what the report draws of calibration."""
     from varptq.quant.pipeline import QuantizedPipeline
 
     document = info.describe(pipe)
@@ -377,7 +308,6 @@ def describe(pipe: Pipeline) -> dict[str, Any]:
 def summary(document: dict[str, Any], out: Path, duration: float) -> list[tuple[str, str]]:
     """The table for people."""
     from varptq.evaluate.catalogue import METRICS, sources, titled
-    from varptq.evaluate.report.numbers import measured
 
     of_float = document["float_metrics"]
     rows = [
@@ -387,11 +317,11 @@ def summary(document: dict[str, Any], out: Path, duration: float) -> list[tuple[
     ]
     for name, value in document["metrics"].items():
         if name in METRICS:
-            text = measured(value, METRICS[name].style)
+            text = METRICS[name].written(value)
             if name in of_float:
-                text += f", float {measured(of_float[name], METRICS[name].style)}"
+                text += f", float {METRICS[name].written(of_float[name])}"
             rows.append((titled(name, document["settings"]["network"]), text))
     if text := sources(document):
-        rows.append(("taken of", text))
+        rows.append(("computed from", text))
     written = f"{out}/{REPORT_NAME}, {out}/{METRICS_NAME}, {out}/{SAMPLES_NAME}/"
-    return [*rows, ("time", common.seconds(duration)), ("written", written)]
+    return [*rows, ("time", readable.seconds(duration)), ("written", written)]

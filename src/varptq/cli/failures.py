@@ -1,7 +1,7 @@
-"""What ended a run, in one line: the failures of the machine that any verb can meet.
+"""One line for each failure of the machine that any verb can meet.
 
-Memory, disks, open files, closed pipes, paths. Bad input is told by `VarptqError` where it is
-found, and a bug of ours has no line here: it keeps its traceback. Nothing is raised or printed.
+Memory, disks, open files, closed pipes, paths. Bad input raises `VarptqError` where it is found,
+and a bug of ours has no line here: it keeps its traceback. Nothing is raised or printed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from safetensors import SafetensorError
 
 from varptq.errors import OutOfMemoryError, VarptqError, is_out_of_memory
 
-# Verbs whose batches a user chooses; their `OutOfMemoryError` says to what.
+# Verbs with a batch size; their `OutOfMemoryError` says which one would fit.
 WITH_BATCHES = {"generate", "edit", "evaluate"}
 LOWER = {
     "generate": "lower --batch-size",
     "edit": "lower --batch-size or --candidates",
     "evaluate": "lower --batch-size",
-    "quantize": "free some and run it again, it goes on where it was, or lower --samples or "
+    "quantize": "free some and run it again, it continues where it was, or lower --samples or "
     "--memory",
     "analyze": "lower --images",
     "demo": "lower --samples or --images",
 }
-# Who writes to stdout for us.
+# Packages that write to stdout for us.
 PRINTERS = {"typer", "click", "rich"}
 FREE = "free some, or choose a smaller model"
 REMEDIES = {
@@ -61,12 +61,12 @@ def line(error: BaseException, verb: str | None) -> str | None:
         return "input: nested too deeply to be read; check the files given"
     if isinstance(error, UnicodeError):
         text = getattr(error, "object", "")
-        return f"name {text!r:.300}: cannot be used as it is no UTF-8; rename it, or link to it"
+        return f"name {text!r:.300}: not UTF-8, so it cannot be used; rename it, or link to it"
     return None
 
 
 def is_of_printing(error: OSError) -> bool:
-    """Whether it was met while something was printed: such an error names no file."""
+    """Whether it was raised while printing; such an error names no file."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     package = frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
     return error.filename is None and package in PRINTERS
@@ -79,6 +79,6 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line that says something, short."""
+    """The first line of the message, shortened."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,8 +1,8 @@
 """`varptq generate`: images of given classes from a float model or an artifact, as PNG files.
 
 A folder gets one PNG per image, a grid of them all and `tokens.npz` (tokens (B, L) int64, labels
-(B,) int64); a name that ends in .png gets the grid alone. Image i draws from (seed, i), so two
-models asked for the same classes with the same seed answer the same question.
+(B,) int64); a name that ends in .png gets the grid alone. Image i draws from (seed, i), so the
+images of two models with the same classes and seed are comparable.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from varptq.cli import common
+from varptq import readable
+from varptq.cli import common, options
+from varptq.cli.model_choice import ModelChoice
 from varptq.errors import OutputError
-from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 
 if TYPE_CHECKING:
     from varptq.models.generate import Output
@@ -29,26 +30,28 @@ GRID_NAME, TOKENS_NAME = "grid.png", "tokens.npz"
 
 
 def command(
-    classes: Annotated[str, typer.Option(help="Names or ids, e.g. cat,3,ship.")],
+    classes: Annotated[str, typer.Option(help="Class names or ids, e.g. cat,3,ship.")],
     out: Annotated[Path, typer.Option(help="Folder for all files, or NAME.png for the grid.")],
-    source: common.Source = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
+    source: options.Source = None,
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
     count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
-    seed: common.Seed = 0,
-    cfg: Annotated[float, typer.Option(help="Guidance; 0 is none.")] = CFG,
-    top_k: Annotated[int, typer.Option(help="Candidates per token; 0 is all.")] = TOP_K,
-    top_p: Annotated[float, typer.Option(help="Mass of the candidates; 1 is all.")] = TOP_P,
+    seed: options.Seed = 0,
+    cfg: options.Guidance = options.CFG,
+    top_k: options.TopK = options.TOP_K,
+    top_p: options.TopP = options.TOP_P,
     temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
-    more_smooth: Annotated[bool, typer.Option("--more-smooth", help="Mix embeddings.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
-    runtime: Annotated[str, typer.Option(help="Who computes an artifact.")] = "auto",
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    more_smooth: Annotated[
+        bool, typer.Option("--more-smooth", help="Feed mixtures of embeddings; smoother images.")
+    ] = False,
+    batch_size: options.BatchSize = options.BATCH_SIZE,
+    runtime: options.Runtime = options.RUNTIME,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Draw images of the given classes from a float model or an artifact."""
     from varptq.models.generate import generate
@@ -59,7 +62,7 @@ def command(
         cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
     )
     names = common.parse_classes(classes)
-    choice = common.ModelChoice(source, var, vae, random, download, device, dtype)
+    choice = ModelChoice(source, var, vae, random, download, device, dtype)
     pipe = choice.load(runtime)
     asked = pipe.prompts([name for name in names for _ in range(count)])
     labels, titles = asked.facts(), asked.titles()
@@ -89,7 +92,7 @@ def command(
 
 @dataclass(frozen=True)
 class Files:
-    """Where the results go. `images` is empty and `tokens` None where only the grid is wanted."""
+    """Paths of the results. If only the grid is wanted, `images` is empty and `tokens` None."""
 
     grid: Path
     images: tuple[Path, ...] = ()
@@ -107,14 +110,14 @@ class Files:
 
     @contextmanager
     def claimed(self, force: bool) -> Iterator[None]:
-        """Refuse what cannot be written before the time is spent, and keep other runs off these
-        names until the block ends. Raises `OutputError`."""
+        """Check that the files can be written before the time is spent, and keep other runs from
+        these names until the block ends. Raises `OutputError`."""
         from varptq.files import PREFIX, check_file
         from varptq.locks import HeldError, Lock
 
         wanted = [self.grid, *self.images, *([self.tokens] if self.tokens else [])]
         check_file(self.grid)
-        # All names of a run are made in one folder, and the grid is among them.
+        # All files of a run are in one folder, and the grid is one of them.
         key = hashlib.sha256(os.fsencode(self.grid.name)).hexdigest()[:16]
         try:
             with Lock(self.grid.with_name(f"{PREFIX}{key}.lock")):
@@ -124,8 +127,8 @@ class Files:
                 yield
         except HeldError as error:
             raise OutputError(
-                f"{self.grid}: process {error.owner} is about to write it; wait for it or choose "
-                "another place"
+                f"{self.grid}: process {error.owner} is writing it; wait for it or choose another "
+                "place"
             ) from None
 
     def write(self, output: Output, labels: Sequence[int], titles: Sequence[str]) -> None:
@@ -161,7 +164,7 @@ class Files:
 
 def rows(document: dict[str, Any], out: Path) -> list[tuple[str, str]]:
     count, duration = document["num_images"], document["seconds"]
-    speed = f"{count} in {common.seconds(duration)}, {count / duration:.2f} a second"
+    speed = f"{count} in {readable.seconds(duration)}, {count / duration:.2f} a second"
     return [
         ("model", f"{document['model']}, {document['runtime']}"),
         ("images", speed),

@@ -1,8 +1,8 @@
-"""`varptq info`: what a float model or an artifact is made of, and what it costs.
+"""`varptq info`: the parts of a float model or an artifact, and their cost.
 
 Architecture, sizes, bits of every kind of tensor, bit operations (BOPs) per image by kind, and for
 an artifact theta with the tokens it duplicates. A model given by name is described from its
-architecture alone, no weights are read; nothing is computed with the model.
+architecture, without reading weights; nothing is computed with the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from varptq.cli import common
+from varptq.cli import common, options
+from varptq.cli.model_choice import ModelChoice
 
 if TYPE_CHECKING:
     from varptq.models.pipeline import Pipeline
@@ -25,21 +26,21 @@ if TYPE_CHECKING:
 
 
 def command(
-    source: common.Source = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
+    source: options.Source = None,
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
     runtime: Annotated[
         bool,
-        typer.Option("--runtime", help="Who would compute the artifact (or any) here, and why."),
+        typer.Option("--runtime", help="Which runtime would execute the artifact here, and why."),
     ] = False,
-    json: common.Json = False,
+    json: options.Json = False,
 ) -> None:
     """Describe a model or an artifact: architecture, sizes, bits, bit operations, theta."""
     if runtime:
         show_runtimes(source, json)
         return
-    document = describe(_open(common.ModelChoice(source, var, vae, random)))
+    document = describe(_open(ModelChoice(source, var, vae, random)))
     if json:
         common.print_json(document)
         return
@@ -51,7 +52,7 @@ def command(
         common.print_table(copies_table(document))
 
 
-def _open(choice: common.ModelChoice) -> Pipeline:
+def _open(choice: ModelChoice) -> Pipeline:
     name = choice.random or choice.source
     if name is None or choice.folder is not None:
         return choice.load("auto" if choice.folder is None else "simulated")
@@ -69,7 +70,7 @@ def _open(choice: common.ModelChoice) -> Pipeline:
 
 
 def show_runtimes(source: str | None, json: bool) -> None:
-    folder = common.ModelChoice(source).folder if source is not None else None
+    folder = ModelChoice(source).folder if source is not None else None
     document = runtimes(folder)
     if json:
         common.print_json(document)
@@ -84,8 +85,8 @@ def show_runtimes(source: str | None, json: bool) -> None:
 
 
 def runtimes(folder: Path | None) -> dict[str, Any]:
-    """Which runtime "auto" is for an artifact, why the others cannot compute it, and what the
-    machine offers. Without an artifact only what the machine decides."""
+    """Which runtime "auto" takes for an artifact, why others cannot execute it, and what the
+    machine offers. Without an artifact, only what depends on the machine."""
     import warnings
 
     import torch
@@ -96,7 +97,7 @@ def runtimes(folder: Path | None) -> dict[str, Any]:
 
     var = None if folder is None else empty_modules(folder, read_config(folder)[0])[0]
     with warnings.catch_warnings():
-        # That the core is missing is said below.
+        # The result says whether the core is missing.
         warnings.simplefilter("ignore")
         choice = None if var is None else resolve(var)
         cannot = survey(var)
@@ -152,7 +153,7 @@ def architecture(pipe: Pipeline) -> dict[str, Any]:
 
 
 def quantization(pipe: QuantizedPipeline) -> dict[str, Any]:
-    """How an artifact came about, and what theta does."""
+    """How an artifact was made, and the effect of theta."""
     copies = (pipe.report.get("theta") or {}).get("copies", ())
     return {
         "config": pipe.config.to_dict(),
@@ -226,7 +227,7 @@ def stored_as(spec: TensorSpec | None, row: int | None = None, layer: str = "") 
 
 
 def transformed(transform: InputTransform | None, layer: LayerShape, foldable: bool) -> str:
-    """What is done to an input before, e.g. ", smoothed, centred, rotated by 128"."""
+    """How an input is transformed first, e.g. ", smoothed, centred, rotated by 128"."""
     if transform is None:
         return ""
     block = transform.block_for(layer.in_features, layer.name)

@@ -1,9 +1,9 @@
-"""The command `varptq`: its verbs, and what a failure looks like.
+"""The command `varptq`: its verbs, and how it reports failures.
 
-Whatever the user got wrong ends with exit code 2 and one line "error: ..." on stderr, be it found
-by the argument parser or deep in a call (`VarptqError`). Ctrl-C ends with 130. Anything else is a
-bug of ours and keeps its traceback. SIGTERM unwinds like Ctrl-C, so that temporaries go, and ends
-with 143; one that comes after the work is done changes nothing. No verb is implemented here.
+A user's mistake ends with exit code 2 and one line "error: ..." on stderr, whether the argument
+parser finds it or a call (`VarptqError`). Ctrl-C ends with 130. Any other exception is a bug of
+ours and keeps its traceback. SIGTERM unwinds like Ctrl-C, so that temporary files are removed, and
+ends with 143; after the work is done it changes nothing. No verb is implemented here.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from varptq.cli import (
 )
 
 EXIT_READER_LEFT, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
-# click lives inside newer versions of typer and beside older ones; this base class is the usage
-# error of either.
+# Newer versions of typer contain click, older ones depend on it; this base class is the usage error
+# of both.
 UsageError = typer.BadParameter.__mro__[1]
 
 
@@ -57,15 +57,15 @@ class OneLineErrors(TyperGroup):
         """Run, and leave the process with an exit code (in standalone mode)."""
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
-        # A terminal that knows no "×" gets an escape for it, not a traceback.
+        # A terminal that cannot show "×" gets an escape for it, not a traceback.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        # Signals belong to the main thread; a caller in another one keeps its own ways.
+        # Signals belong to the main thread; a caller in another thread keeps its own handling.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
-            # An interpreter that shuts down gives signals their default back, and a command that
-            # has finished and written everything would end as killed.
+            # An interpreter that shuts down restores default signal handling, and a command
+            # that has finished would then count as killed.
             atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
         try:
             with one_line_warnings():
@@ -75,7 +75,7 @@ class OneLineErrors(TyperGroup):
         except Exception as error:
             if isinstance(error, UsageError):
                 fail(usage_message(error), EXIT_USER_ERROR)
-            # Of a help text; failures of a verb are told in `invoke`.
+            # From a help text; failures of a verb are reported in `invoke`.
             explain(error, None)
             raise
         leave(code if isinstance(code, int) else 0)
@@ -88,14 +88,14 @@ class OneLineErrors(TyperGroup):
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
         except Exception as error:
-            # Those of the parser are told where they arrive.
+            # Errors of the parser are reported in `main`.
             if not isinstance(error, UsageError):
                 explain(error, ctx.invoked_subcommand)
             raise
 
 
 def explain(error: BaseException, verb: str | None) -> None:
-    """Leave with the line for a failure; returns for a bug of ours."""
+    """Exit with the line for a failure; returns for a bug of ours."""
     if isinstance(error, OSError) and failures.is_of_printing(error):
         stdout_failed(error)
     if (told := failures.line(error, verb)) is not None:
@@ -103,21 +103,20 @@ def explain(error: BaseException, verb: str | None) -> None:
 
 
 def stdout_failed(error: OSError) -> NoReturn:
-    """Leave when stdout did not take what was printed. What the verb wrote elsewhere is safe by
-    then."""
+    """Exit after stdout could not be written. Files that the verb wrote are complete by then."""
     flushed(sys.stdout)
     if error.errno == errno.EPIPE:
         leave(EXIT_READER_LEFT)
     fail(
-        f"stdout: cannot be written ({error.strerror}); what the command made is where it was to "
-        "go, its report is lost",
+        f"stdout: cannot be written ({error.strerror}); the results are complete, only the "
+        "printed report is lost",
         EXIT_USER_ERROR,
     )
 
 
 def flushed(stream: TextIO | None) -> OSError | None:
-    """Flush; an error is returned, and what the stream still holds goes nowhere: the interpreter
-    would flush it again when it ends, and say so in its own way and exit code."""
+    """Flush; returns an error, after discarding what the stream still holds: otherwise the
+    interpreter would flush it again at its end, with its own message and exit code."""
     try:
         if stream is not None:
             stream.flush()
@@ -131,8 +130,8 @@ def flushed(stream: TextIO | None) -> OSError | None:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with `code`, or with what stdout says if it is 0: what a full disk or a reader who has
-    left did not take may be known by now only."""
+    """Exit with `code`; if it is 0, with the error of stdout, if any: a full disk or a closed pipe
+    may only be noticed now."""
     if (error := flushed(sys.stdout)) is not None and code == 0:
         stdout_failed(error)
     flushed(sys.stderr)
@@ -141,7 +140,7 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Python's warnings as a line each, without the place in the source that gave them."""
+    """Print Python's warnings as one line each, without their place in the source."""
     usual = warnings.formatwarning
 
     def line(message: Warning | str, *_: object, **__: object) -> str:
@@ -155,14 +154,14 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def usage_message(error: Any) -> str:
-    """What the parser says, and the help that answers it."""
+    """The message of the parser, and the command that shows help."""
     command = error.ctx.command_path if error.ctx else "varptq"
     return f"{error.format_message().rstrip('.')}; see {command} --help"
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, whatever line breaks and control characters the message holds, and the
-    exit code."""
+    """Exit with one line on stderr; line breaks and control characters in the message are
+    replaced."""
     line = " ".join(message.split())
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     with suppress(OSError):
@@ -183,9 +182,7 @@ def varptq(
     ctx: typer.Context,
     threads: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Threads to compute with, at most one a core this process may use."
-        ),
+        typer.Option(min=1, help="Threads to compute with, at most one per core of this process."),
     ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:

@@ -1,16 +1,15 @@
 """`varptq quantize`: from a float model to an artifact folder.
 
-What can be refused is refused before anything is calibrated: settings, the place for the result,
-the model. The artifact appears whole at the very end. What is finished lies in a work folder until
-then, so the same command goes on after Ctrl-C, a failure or a kill; under torchrun its processes
-share that folder and the work.
+Settings, the place for the result and the model are checked before anything is calibrated. The
+artifact appears whole at the very end. Until then finished pieces are in a work folder, so the same
+command continues after Ctrl-C, a failure or a kill; under torchrun its processes share that folder
+and the work.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,8 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from varptq.cli import common
-from varptq.errors import ConfigError, InputError
+from varptq import readable
+from varptq.cli import common, options
+from varptq.cli.model_choice import ModelChoice
+from varptq.cli.settings import read_calibration, read_config
+from varptq.errors import InputError
 
 if TYPE_CHECKING:
     from varptq.calibrate.config import CalibrationConfig
@@ -30,11 +32,9 @@ if TYPE_CHECKING:
     from varptq.quant.pipeline import QuantizedPipeline
     from varptq.work import Work
 
-FILE_TYPES = {".json", ".yaml", ".yml"}
-SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
-# The piece of a work folder that says that its artifact may be there already.
+# Name of the piece in a work folder that marks that the artifact may have been written.
 PUBLISHED = "published"
-# Of a work folder in the artifact's own; hidden names of ours do not count as its content.
+# Name of a work folder inside the artifact's; our hidden names do not count as its content.
 WORK_NAME = ".varptq-work"
 
 
@@ -46,7 +46,6 @@ class Effort(StrEnum):
     max = "max"
 
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="demo, var-d16 .. var-d36.")]
 GroupSize = Annotated[
     int | None, typer.Option(help="Input channels per weight scale; must divide every layer.")
 ]
@@ -61,12 +60,12 @@ MethodName = Annotated[
         "for learned rounding."
     ),
 ]
-Budget = Annotated[float | None, typer.Option(help="Share of BOPs shift-and-sum may add.")]
+Budget = Annotated[float | None, typer.Option(help="Share of BOPs that shift-and-sum may add.")]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="For recorded activations, e.g. 8GB.")
+    str | None, typer.Option(metavar="SIZE", help="Memory for recorded activations, e.g. 8GB.")
 ]
 WorkFolder = Annotated[
-    Path | None, typer.Option(help="Folder for what is finished; default: OUT.work.")
+    Path | None, typer.Option(help="Folder for finished pieces; default: OUT.work.")
 ]
 
 
@@ -84,13 +83,13 @@ class Command(TyperCommand):
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
-    source: Model = None,
+    out: Annotated[Path, typer.Option(help="Folder for the artifact.")],
+    source: options.FloatSource = None,
     model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
-    var: common.VarFile = None,
-    vae: common.VaeFile = None,
-    random: common.RandomModel = None,
-    config: Annotated[str, typer.Option(help="w4a4, w8a8, w4a4+paper, ... or a file.")] = "w4a4",
+    var: options.VarFile = None,
+    vae: options.VaeFile = None,
+    random: options.RandomModel = None,
+    config: options.Config = "w4a4",
     group_size: GroupSize = None,
     method: MethodName = None,
     calibration: CalibrationName = None,
@@ -101,12 +100,12 @@ def command(
     budget: Budget = None,
     memory: Memory = None,
     work: WorkFolder = None,
-    seed: common.Seed = 0,
-    download: common.Download = False,
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
-    force: common.Force = False,
-    json: common.Json = False,
+    seed: options.Seed = 0,
+    download: options.Download = False,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Calibrate and quantize a model, and save it as an artifact."""
     from varptq.distributed import Ranks, local_device
@@ -119,9 +118,8 @@ def command(
     if source is not None and model is not None:
         raise InputError(f"model: both {source!r} and --model {model!r} given; give one")
     device = local_device(device)
-    choice = common.ModelChoice(source or model, var, vae, random, download, device, dtype)
-    if choice.folder is not None:
-        raise InputError(f"model {str(choice.folder)!r}: a folder, expected a float model")
+    choice = ModelChoice(source or model, var, vae, random, download, device, dtype)
+    choice.check_float()
     folder = work or work_folder(out)
     if not published(folder):
         check_output(out, force)
@@ -162,7 +160,7 @@ class Job:
         return cls(config, method, calibration, seed)
 
     def announce(self, pipe: Pipeline) -> None:
-        """What will come out, while it can still be changed."""
+        """Say which method and runtime will be used, before the work starts."""
         from varptq.calibrate.methods import Method
         from varptq.runtime.resolve import foreseen
 
@@ -188,8 +186,8 @@ class Job:
 
 
 def publish(quantized: QuantizedPipeline, out: Path, force: bool, work: Work) -> None:
-    """Save the artifact. A run that is killed between here and the end of its work folder finds its
-    own artifact, and may replace it by the same one."""
+    """Save the artifact. A run that is killed after this and before its work folder is removed
+    finds its own artifact when it is repeated, and may replace it by the same one."""
     from varptq.artifact import save
     from varptq.work import Piece
 
@@ -200,74 +198,12 @@ def publish(quantized: QuantizedPipeline, out: Path, force: bool, work: Work) ->
 
 
 def published(folder: Path) -> bool:
-    """Whether a run came to the point where its artifact may be there already."""
+    """Whether an earlier run came so far that its artifact may exist already."""
     return (folder / f"{PUBLISHED}.safetensors").is_file()
 
 
-def read_config(text: str, group_size: int | None) -> QuantConfig:
-    """A preset or a file; `group_size` puts weights in groups that must divide every layer."""
-    from varptq.calibrate.methods import METHODS, PARTS
-    from varptq.quant.config import QuantConfig
-
-    is_file = Path(text).suffix.lower() in FILE_TYPES
-    for word in () if is_file else text.split("+"):
-        if word in METHODS or word in PARTS:
-            usage = word if word in METHODS else f"rtn+{word}"
-            raise ConfigError(f"config {text!r}: {word} is of the method, as in --method {usage}")
-    config = QuantConfig.from_file(text) if is_file else QuantConfig.preset(text)
-    if group_size is None:
-        return config
-    weight = config.linear.weight
-    if weight is None:
-        raise ConfigError(f"group size {group_size}: config {text!r} keeps weights in float")
-    grouped: dict[str, Any] = {"strategy": "group", "group_size": group_size, "fallback": False}
-    grouped["row_multiple"] = None
-    rules = (
-        rule.replace(weight=rule.weight.replace(**grouped)) if rule.weight else rule
-        for rule in config.rules
-    )
-    linear = config.linear.replace(weight=weight.replace(**grouped))
-    return config.replace(linear=linear, rules=tuple(rules))
-
-
-def read_calibration(
-    text: str | None,
-    effort: str | None = None,
-    *,
-    samples: int | None = None,
-    steps: int | None = None,
-    tune: int | None = None,
-    budget: float | None = None,
-    memory: str | None = None,
-) -> CalibrationConfig:
-    """A preset or a file, with what was given besides put in."""
-    from varptq.calibrate.config import CalibrationConfig
-
-    if text is not None and effort is not None:
-        raise InputError(f"calibration: both {text!r} and --effort {effort} given; give one")
-    text = text or effort or "default"
-    is_file = Path(text).suffix.lower() in FILE_TYPES
-    base = CalibrationConfig.from_file(text) if is_file else CalibrationConfig.preset(text)
-    given = {"num_samples": samples, "steps": steps, "tune_steps": tune, "budget": budget}
-    given["memory_gb"] = None if memory is None else parse_size(memory) / 2**30
-    return base.replace(**{name: value for name, value in given.items() if value is not None})
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "8GB", "500 MB", "1.5TiB" or "4096"; a lone K, M, G or T is decimal. Raises
-    `InputError`."""
-    match = SIZE.fullmatch(text.strip())
-    size = 0
-    if match:
-        base = 1024 if match["binary"] else 1000
-        size = int(float(match["number"]) * base ** " KMGT".index((match["unit"] or " ").upper()))
-    if size < 1:
-        raise InputError(f"size {text!r}: expected a number of bytes such as 8GB, 500MB or 2GiB")
-    return size
-
-
 def check_output(out: Path, force: bool) -> None:
-    """Refuse now what `save` would refuse after calibration."""
+    """Raise `OutputError` now for what `save` would refuse after calibration."""
     from varptq.artifact.format import CONFIG_FILE
     from varptq.files import StagedFolder
 
@@ -275,8 +211,8 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def work_folder(out: Path) -> Path:
-    """Beside the artifact, or hidden in its folder where that is filled in place: of a volume, what
-    lies beside it is gone with the container."""
+    """Beside the artifact, or hidden inside its folder if that is filled in place: a folder beside
+    a mounted volume would be lost with the container."""
     from varptq.files import StagedFolder
 
     inside = out / WORK_NAME
@@ -288,7 +224,7 @@ def work_folder(out: Path) -> Path:
 
 
 def summary(quantized: QuantizedPipeline, out: Path, duration: float) -> dict[str, Any]:
-    """What the run made, as plain JSON values."""
+    """The result of the run, as plain JSON values."""
     return {
         "runs_on": common.runs_on(quantized),
         "artifact": str(out),
@@ -306,7 +242,7 @@ def summary(quantized: QuantizedPipeline, out: Path, duration: float) -> dict[st
 
 
 def resampling_summary(report: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Distance of token frequencies from their probabilities, means over the scales."""
+    """L1 distance of token frequencies from their probabilities, mean over the scales."""
     if report is None:
         return None
     scales = report["scales"]
@@ -318,7 +254,7 @@ def resampling_summary(report: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def units_summary(units: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Geometric means over the units, so that one with large activations does not decide alone.
+    """Geometric means over the units, so that a unit with large activations does not dominate.
 
     hard_over_nearest: loss of the learned rounding over that of nearest rounding.
     hard_over_soft: loss of what is deployed over the loss of what was trained, 1 where they agree.
@@ -356,7 +292,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("theta", common.theta_text(document["theta"])),
         ("resampling", resampling),
         ("units", units_text(document["units"])),
-        ("time", common.seconds(document["seconds"])),
+        ("time", readable.seconds(document["seconds"])),
         ("written", document["artifact"]),
     ]
 

@@ -1,7 +1,7 @@
 """`varptq serve`: the studio in the browser, on this machine.
 
-Opens what lies under the folders given and the published models that are here; what it makes goes
-to --out. Runs until Ctrl-C.
+Opens files under the given folders and the published models on this machine; results go to --out.
+Runs until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from varptq.cli import common
+from varptq.cli import options
 from varptq.errors import InputError
 
 
@@ -21,28 +21,34 @@ def command(
         list[Path] | None,
         typer.Argument(help="Folders with artifacts, checkpoints and reports to open."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where artifacts and reports go.")] = Path("out/studio"),
-    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 wants --auth.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
+    out: Annotated[Path, typer.Option(help="Folder for new artifacts and reports.")] = Path(
+        "out/studio"
+    ),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 requires --auth.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 7860,
     auth: Annotated[
-        str | None, typer.Option(metavar="USER:PASSWORD", envvar="VARPTQ_AUTH", help="Ask for it.")
+        str | None,
+        typer.Option(metavar="USER:PASSWORD", envvar="VARPTQ_AUTH", help="Require this login."),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="Who computes artifacts.")] = "auto",
-    device: common.Device = "cpu",
-    dtype: common.Dtype = "float32",
+    runtime: options.Runtime = options.RUNTIME,
+    device: options.Device = options.DEVICE,
+    dtype: options.Dtype = options.DTYPE,
 ) -> None:
     """Open the studio in the browser: generate, edit, quantize, read reports."""
     if find_spec("gradio") is None:
-        raise InputError("serve: gradio is not here; install it with pip install 'varptq[web]'")
-    from varptq.models.placement import checked_device, checked_dtype
+        raise InputError("serve: needs gradio; install it with pip install 'varptq[web]'")
     from varptq.web.surroundings import without_proxies
 
     with without_proxies():
+        from varptq.web.loaded import LoadedModels
         from varptq.web.server import Options, make_studio, parse_auth, serve
 
-    placed = str(checked_device(device))
-    checked_dtype(dtype)
-    options = Options(host, port, parse_auth(auth) if auth else None, placed, dtype, runtime)
-    options.check()
-    studio = make_studio(folders or [], out, options)
-    serve(studio, options, lambda address: typer.echo(f"varptq studio: {address}", err=True))
+    served = Options(host, port, parse_auth(auth) if auth else None)
+    served.check()
+    models = LoadedModels(device=device, dtype=dtype, runtime=runtime)
+    studio = make_studio(folders or [], out, models)
+    serve(studio, served, lambda address: typer.echo(f"varptq studio: {address}", err=True))

@@ -1,7 +1,7 @@
-"""Editing images: what is kept is encoded and given to the model, the rest is drawn anew
+"""Editing images: the part that is kept is encoded and given to the model, the rest is drawn anew
 (docs/editing.md)."""
 
-from varptq.editing.call import EditResult, edit
+from varptq.editing.edit import EditResult, edit
 from varptq.reading import MAX_PIXELS, read_image
 
 __all__ = ["MAX_PIXELS", "EditResult", "edit", "read_image"]

@@ -1,9 +1,9 @@
-"""Between an image of any size and the model's square: crop or pad, and pasting back.
+"""From an image of any size to the model's square, by crop or pad, and back by pasting.
 
     crop: the centred square of the shorter side is resized to S x S
     pad:  the whole image is resized to fit into S x S, centred, its edge pixels repeated around it
-Back again, what was generated for the visible part is resized to that part's own size and laid over
-the image by a weight per pixel: 0 leaves the pixel as it was, bit for bit. Lanczos both ways.
+Back again, the generated part is resized to its size in the image and blended in by a weight per
+pixel: 0 leaves the pixel unchanged, bit for bit. Both ways use Lanczos.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Frame:
 
     @classmethod
     def of(cls, size: tuple[int, int], side: int, fit: str) -> Frame:
-        """Raises `InputError` for an unknown `fit`."""
+        """The frame for an image of `size`. Raises `InputError` for an unknown `fit`."""
         if fit not in FITS:
             raise InputError(f"fit {fit!r}: unknown, expected {' or '.join(FITS)}")
         width, height = size
@@ -45,7 +45,7 @@ class Frame:
             short = min(size)
             left, top = (width - short) // 2, (height - short) // 2
             return cls(size, side, (left, top, left + short, top + short), (0, 0, side, side))
-        # A very long image is still one pixel high.
+        # Even a very long image is at least one pixel high.
         across, down = (max(1, round(length * side / max(size))) for length in size)
         left, top = (side - across) // 2, (side - down) // 2
         return cls(size, side, (0, 0, width, height), (left, top, left + across, top + down))
@@ -59,7 +59,7 @@ class Frame:
 
     def mask_to_model(self, mask: Image.Image) -> NDArray[np.bool_]:
         """A mask "L" of `size` -> (S, S): True where any of its pixels is above 0."""
-        # In floats, as one white pixel of thousands would be rounded to black.
+        # In floats: one white pixel among thousands would be rounded to black.
         share = mask.convert("F").resize(
             extent(self.inner), Image.Resampling.BOX, box=self.seen, reducing_gap=None
         )
@@ -78,7 +78,7 @@ class Frame:
         overlay.paste(part, self.seen[:2])
         overlay.putalpha(weight)
         pasted = Image.alpha_composite(image.convert("RGBA"), overlay).convert(image.mode)
-        # Equal values are equal colours only under the profile of the input.
+        # The same values are the same colours only with the profile of the input.
         pasted.info = dict(image.info)
         return pasted
 

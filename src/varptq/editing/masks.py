@@ -1,7 +1,7 @@
-"""What is to be regenerated: from a picture, the alpha channel or a box, down to every scale.
+"""What to regenerate: from a picture, the alpha channel or a box, down to every scale.
 
 White is regenerated, black is kept. On the last token grid a cell is regenerated if any of its
-pixels is white; a box instead takes round(position * side), half to even, as the VAR code does.
+pixels is white; a box instead takes round(position * side), half to even, as in the VAR code.
     keep at scale k = bilinear(keep at the last scale, side k) > 0.5; all of a scale of <= 3 tokens
 The weight for pasting is 1 on the mask and falls to 0 within the feather around it. Source: Tian et
 al. (VAR), zero-shot editing; docs/editing.md.
@@ -26,7 +26,7 @@ from varptq.errors import InputError
 from varptq.models.scales import Scales
 from varptq.reading import is_opaque
 
-# Scales of so few tokens are always given: they hold the picture as a whole.
+# Scales of so few tokens are always given, as they describe the whole image.
 ALWAYS_GIVEN = 3
 
 Box = tuple[float, float, float, float]
@@ -56,15 +56,15 @@ def picture_mask(source: MaskLike, frame: Frame, side: int) -> Mask:
 
 
 def alpha_mask(image: Image.Image, frame: Frame, side: int) -> Mask:
-    """From an RGBA image: what is more transparent than not is regenerated. side: P."""
+    """From an RGBA image: pixels with alpha below one half are regenerated. side: P."""
     return _from_pixels(ImageChops.invert(is_opaque(image)), frame, side)
 
 
 def box_mask(box: Sequence[float], frame: Frame, side: int, *, inside: bool) -> Mask:
-    """From a rectangle: its inside is regenerated, or what lies around it.
+    """From a rectangle: its inside is regenerated, or everything around it.
 
     box: (x0, y0, x1, y1) relative to the whole image, 0 left and top, 1 right and bottom. side: P.
-    Raises `InputError` for no rectangle.
+    Raises `InputError` for coordinates that are not a rectangle.
     """
     x0, y0, x1, y1 = _checked(box)
     width, height = frame.size
@@ -101,8 +101,8 @@ def forced_ids(given_BL: Tensor, keep_L: Tensor) -> Tensor:
 def feathered(pixels: Image.Image, width: int, frame: Frame) -> Image.Image:
     """The weight "L" for pasting: 255 on the mask, falling to 0 `width` pixels outside of it.
 
-    Nothing outside the part that the model sees gets a weight. The band lies outside because there
-    the model's picture shows the original, so that two nearly equal pictures are mixed.
+    Outside the part that the model sees all weights are 0. The band lies outside the mask because
+    the model reproduces the original there, so that two nearly equal images are mixed.
     """
     seen = pixels.crop(frame.seen)
     radius = width // 2
@@ -115,7 +115,7 @@ def feathered(pixels: Image.Image, width: int, frame: Frame) -> Image.Image:
 
 
 def feather_width(wanted: int | None, frame: Frame, side: int) -> int:
-    """In pixels of the image: what is wanted, or half a token of the last scale. side: P."""
+    """Width in pixels of the image: the given one, or half a token of the last scale. side: P."""
     if wanted is not None:
         return wanted
     return round(max(extent(frame.seen)) / max(extent(frame.inner)) * frame.side / side / 2)
@@ -143,7 +143,7 @@ def _cell(value: float, axis: int, frame: Frame, side: int) -> int:
     """The border of the token grid nearest to `value` (of the whole image) along an axis."""
     length, first, last = frame.size[axis], frame.seen[axis], frame.seen[axis + 2]
     start, end = frame.inner[axis], frame.inner[axis + 2]
-    # Every factor is 1 and every offset 0 for a square image, so that halves stay halves.
+    # For a square image every factor is 1 and every offset 0, so that halves stay exact.
     within = (value - first / length) * (length / (last - first))
     placed = within * ((end - start) / frame.side) + start / frame.side
     return min(max(round(placed * side), 0), side)

@@ -1,9 +1,9 @@
-"""Masks as programs of drawing and segmentation write them, as black and white of 8 bits.
+"""Masks written by drawing and segmentation programs, as 8-bit black and white.
 
     white, 128 and above, is regenerated; 0 and 1, and in 16 bits 0 and 255, are black and white
     an array is read by the same rule, True is white; transparent is black
-What would be misread by that rule is refused with the value that stands in it: maps of labels,
-colours, and masks that lie in the alpha channel alone.
+Masks that this rule would misread are refused, naming a value found in them: maps of labels,
+colours, and masks stored only in the alpha channel.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MaskLike = ImageLike | NDArray[Any]
 
 WHITE_FROM = 128
 ARRAY_SUFFIX = ".npy"
-# How far the channels of a grey may lie apart: JPEG moves them by a few steps.
+# Largest difference between the channels of a grey; JPEG moves them by a few steps.
 COLOURED = 64
-# Labels are few, and a region of one is nearly black; soft edges have regions of no such shade.
+# A map of labels has few values and nearly black regions; soft edges have no such regions.
 FEWEST, FEW, NEARLY_BLACK = 3, 32, 64
-# JPEG leaves these beside white, and their like beside black.
+# Values that JPEG leaves near white, and correspondingly near black.
 ALMOST_WHITE = set(range(248, 255))
 REMEDY = "make the part to regenerate 255 and the rest 0"
 
@@ -37,8 +37,8 @@ def read_mask(source: MaskLike) -> Image.Image:
     """ "L", 255 where the image is regenerated and 0 elsewhere, upright.
 
     source: as `read_image` takes it, the path of a .npy file, or an array (H, W) of booleans or
-    integers. Raises `InputError` as `read_image` does, and for a mask that has no white but other
-    values, holds labels or colours, or is an array of another kind.
+    integers. Raises `InputError` as `read_image` does, and for a mask that has other values but no
+    white, holds labels or colours, or is an array of another kind.
     """
     what = f"mask {source}" if isinstance(source, str | Path) else "mask"
     if isinstance(source, np.ndarray):
@@ -57,7 +57,7 @@ def read_mask(source: MaskLike) -> Image.Image:
 
 def _of_picture(picture: Image.Image, what: str) -> Image.Image:
     if picture.mode == "RGBA":
-        # A stroke on a transparent layer: what is not painted is black.
+        # A stroke on a transparent layer; everything unpainted is black.
         black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
         painted = Image.alpha_composite(black, picture)
         alpha = picture.getchannel("A").getextrema()
@@ -117,7 +117,7 @@ def _two_valued(values: NDArray[Any]) -> Image.Image | None:
 
 
 def _array(path: Path, what: str) -> NDArray[Any]:
-    """The array of a .npy file, not read yet. Raises `InputError`; no pickle is opened."""
+    """The array of a .npy file, not read into memory. Raises `InputError`, also for a pickle."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, TokenError, SyntaxError, BadZipFile) as error:

@@ -1,2 +1,2 @@
-"""Measures of how close a quantized model stays to the float one. Knows pipelines, not how they
-were made."""
+"""Measures of how close a quantized model stays to the float one. It knows pipelines, but
+not how they were made."""

@@ -1,9 +1,9 @@
 """Error of the attention-value product per scale: what quantizing p and v does to p v.
 
-Both products are fed the float model's own p and v, so nothing but their quantizers differs:
+Both products get the float model's own p and v, so only their quantizers differ:
     error = ||p^ v^ - p v||^2 / ||p v||^2 over all heads, queries and channels of a scale
-This is the paper's picture of coarse scales, whose few tokens gather the attention mass. How such
-an error moves the next tokens is measured in tokens.py.
+The paper shows this error at coarse scales, whose few tokens gather most of the attention. How it
+changes the next-token distributions is measured in tokens.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The metrics by name: what each says, which way is better, and what has to be there to compute it.
+"""The metrics by name: what each says, which direction is better, and what it needs.
 
-One table for the computation (metrics.py), the command line and the report. No formula is here.
+One table for the computation (evaluate.py), the command line and the report. No formula is here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from varptq.errors import InputError
+from varptq.readable import percent, significant
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,27 @@ class Metric:
     style: str
     needs: tuple[str, ...]
 
+    def written(self, value: float | None) -> str:
+        """A number of this metric with its unit; None, an infinite PSNR, is "identical"."""
+        if value is None:
+            return "identical"
+        if self.style == "share":
+            return percent(value)
+        if self.style == "nats":
+            return f"{significant(value)} nats"
+        if self.style == "dB":
+            return f"{value:.2f} dB"
+        return f"{value:.3f}" if self.style == "score" else f"{value:.2f}"
 
-# What a metric may need, and how one gets it.
+
+# What a metric may need, and how to provide it.
 NEEDS = {
     "pair": "the float model beside a quantized one (--against, or --var with --vae)",
     "network": "a feature network (--network, e.g. inception:/path/to/file.pt)",
     "spatial": "a feature network with spatial features, as the FID Inception has",
     "probabilities": "a feature network with class probabilities, as the full FID Inception has",
     "reference": "real images (--reference, an npz with arr_0 or a folder of pictures; statistics "
-    "of images alone will not do)",
+    "of images are not enough)",
     "moments": "real images or their statistics (--reference: a folder of pictures, or an npz with "
     "arr_0, or with mu and sigma)",
     "spatial moments": "real images or their spatial statistics (--reference: a folder of "
@@ -152,15 +165,15 @@ METRICS: dict[str, Metric] = {
 
 
 def titled(name: str, network: str | None) -> str:
-    """The title of a metric; with the network it was taken on where that is not the usual one."""
+    """The title of a metric, with the feature network if that is not the usual one."""
     metric = METRICS[name]
     foreign = "network" in metric.needs and network not in (None, "inception")
     return f"{metric.title} ({network})" if foreign else metric.title
 
 
 def sources(document: Mapping[str, Any]) -> str:
-    """Which images, or statistics of images, the metrics of a document were taken of: "FID, sFID:
-    mu and sigma of x.npz; ..."; "" where it does not say."""
+    """The images, or statistics of images, that the metrics of a document were computed from: "FID,
+    sFID: mu and sigma of x.npz; ..."; "" if it does not say."""
     by_source: dict[str, list[str]] = {}
     for name, source in document.get("taken_from", {}).items():
         by_source.setdefault(source, []).append(METRICS[name].title)
@@ -170,10 +183,10 @@ def sources(document: Mapping[str, Any]) -> str:
 def choose(
     asked: Collection[str] | None, have: Collection[str]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The metrics to compute, and why the others are not: name -> what is missing.
+    """The metrics to compute, and for each other metric what is missing: name -> reason.
 
-    asked: names from `METRICS`, None for all that can be had. have: keys of `NEEDS` that are there.
-    Raises `InputError` for a name that does not exist, and for one asked for that lacks something.
+    asked: names from `METRICS`, None for all that are possible. have: keys of `NEEDS` that are
+    available. Raises `InputError` for an unknown name, and if a metric in `asked` lacks something.
     """
     if asked is None:
         if not {"pair", "network", "clip"} & set(have):

@@ -1,10 +1,10 @@
-"""Sets of images compared through a feature network: one pass over each set, then the numbers.
+"""Sets of images compared through a feature network: one pass over each set, then the metrics.
 
     FID, sFID, FID2FP   frechet_distance of Gaussians        IS   scores.InceptionScore
     precision, recall   prdc.precision_recall on all pooled features
-Gaussians and the score stream; pooled features are kept only where precision or recall asks for
-them (4 D bytes an image). A set is passed in parts of fixed composition, which several processes
-share, and their sums are added in order. The formulas are in the files named.
+Gaussians and the score are accumulated in a stream; pooled features are kept only if precision or
+recall needs them (4 D bytes per image). A set is cut into the same parts for any number of
+processes, which share them, and the sums are added in order. The formulas are in the files named.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from varptq.work import Piece, Work, pack, unpack
 NEIGHBOURS = 3
 # Metrics that need all features of two sets.
 KEEP_ALL = {"precision", "recall"}
-# Of a set of images: as many processes can share it, and a part of 2048 features takes 32 MiB.
+# Parts of a set: at most as many processes share it; a part of 2048 features takes 32 MiB.
 MOST_PARTS = 64
 
 
 @dataclass
 class FeatureSums:
-    """What is kept of a set of images for the metrics in `wanted`."""
+    """Sums over a set of images for the metrics in `wanted`."""
 
     network: str
     wanted: Collection[str]
@@ -50,18 +50,19 @@ class FeatureSums:
         if "sfid" in self.wanted:
             self.spatial.update(part_of(features, "spatial", self.network))
         if "is" in self.wanted:
-            # Splits of the score are runs of images, whatever the parts: rows are added in order.
+            # Splits of the score are runs of consecutive images, however the parts are cut: add
+            # rows in order.
             self.probabilities.append(part_of(features, "probabilities", self.network).cpu())
         if KEEP_ALL & set(self.wanted):
             self.kept.append(features.pooled.cpu())
 
     def replace(self, moments: Mapping[str, Gaussian]) -> None:
-        """Take published statistics for the parts in `moments` in place of what was seen."""
+        """Replace the parts in `moments` by published statistics."""
         self.pooled = moments.get("pooled", self.pooled)
         self.spatial = moments.get("spatial", self.spatial)
 
     def pack(self) -> Piece:
-        """All it holds of a part of the images."""
+        """All sums over a part of the images, as tensors."""
         lists = {"kept": self.kept, "probabilities": self.probabilities}
         parts = {
             "pooled": Piece(self.pooled.state()),
@@ -116,14 +117,14 @@ def collect(
 
 
 def cut(count: int, most: int = MOST_PARTS) -> list[range]:
-    """0 .. count - 1 in at most `most` runs of neighbours, as even as can be: the same for any
-    number of processes."""
+    """0 .. count - 1 cut into at most `most` runs of nearly equal length, the same for any number
+    of processes."""
     parts = min(count, most)
     return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
 
 def _batches(images: SampleSet | ImageFiles, batch: int, part: range) -> Iterator[Pixels]:
-    """Batches of a part: of these shards, or the batches of these numbers of a file."""
+    """The batches of a part: of these shards, or these batches of a file."""
     if isinstance(images, ImageFiles):
         yield from islice(images.batches(batch), part.start, part.stop)
         return

@@ -1,7 +1,8 @@
-"""Which files of a folder are its pictures, and in words what else lies there.
+"""Which files of a folder are its pictures, and a description of the others.
 
-Folders below count, also behind links. Hidden files and folders do not, nor what systems put beside
-pictures: resource forks of macOS, previews, checkpoints of notebooks. Whatever is left out is told.
+Subfolders count, also behind links. Hidden files and folders do not, nor what systems put beside
+pictures: resource forks of macOS, previews, checkpoints of notebooks. Whatever is left out is
+reported.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from pathlib import Path
 from varptq.errors import InputError
 from varptq.reading import read_header
 
-# What programs call the formats that are read; which one a file is, its content says.
+# Usual suffixes of the formats that are read; the format of a file is taken from its content.
 SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp"}
 EXPECTED = "JPEG, PNG or WebP"
-# Of the suffixes that are left out, the most common ones.
+# How many of the suffixes left out are named, the most common first.
 NAMED = 6
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
-    """The pictures below `folder` by name, and sentences about what is no part of them.
+    """The pictures below `folder` by name, and sentences about the other files.
 
-    Raises `InputError` where there are none, or a folder cannot be looked into.
+    Raises `InputError` if there are none, or if a folder cannot be listed.
     """
     pictures, hidden, others = [], [], Counter[str]()
     for path in sorted(_walk(folder, set())):
@@ -46,13 +47,15 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     notes = [f"left out {', '.join(left_out)}"] if left_out else []
     if not pictures:
         there = f" ({notes[0]})" if notes else ""
-        raise InputError(f"images {folder}: no {EXPECTED} in this folder{there}; convert or add")
+        raise InputError(
+            f"images {folder}: no {EXPECTED} in this folder{there}; convert or add some"
+        )
     return pictures, notes + _twice(pictures)
 
 
 def common_size(folder: Path, files: Sequence[Path]) -> tuple[tuple[int, int], list[str]]:
-    """(height, width) of all pictures, which are looked at but not decoded, and a sentence about
-    their transparency. Raises `InputError` for one that cannot be read, or of another size."""
+    """(height, width) of all pictures, from their headers alone, and a sentence about transparency.
+    Raises `InputError` for a picture that cannot be read or has another size."""
     transparent: list[Path] = []
     first = None
     for path in files:
@@ -63,7 +66,9 @@ def common_size(folder: Path, files: Sequence[Path]) -> tuple[tuple[int, int], l
                 f"{height} x {width} ({file.relative_to(folder)})"
                 for (width, height), file in ((first.size, files[0]), (header.size, path))
             )
-            raise InputError(f"images {folder}: of sizes {' and '.join(sizes)}, expected one")
+            raise InputError(
+                f"images {folder}: of sizes {' and '.join(sizes)}, expected one size; resize them"
+            )
         if header.transparent:
             transparent.append(path)
     assert first is not None
@@ -71,16 +76,16 @@ def common_size(folder: Path, files: Sequence[Path]) -> tuple[tuple[int, int], l
     if transparent:
         name = transparent[0].relative_to(folder)
         notes.append(
-            f"{len(transparent)} with transparency ({name}), where they take the mean colour of "
-            "what is opaque"
+            f"{len(transparent)} with transparency ({name}), where they get the mean colour of "
+            "the opaque pixels"
         )
     width, height = first.size
     return (height, width), notes
 
 
 def _walk(folder: Path, above: set[str]) -> Iterator[Path]:
-    """All files below, and links to nothing, but no pipes and devices. A link to a folder above it
-    is not followed."""
+    """All files below, and dangling links, but no pipes or devices. A link to a folder above it is
+    not followed."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -96,14 +101,14 @@ def _walk(folder: Path, above: set[str]) -> Iterator[Path]:
 
 
 def _is_hidden(relative: Path) -> bool:
-    """Whether a file, or a folder on the way to it, is one that people do not see."""
+    """Whether a file, or a folder on the way to it, is hidden."""
     parts = relative.parts
     dotted = any(part.startswith(".") for part in parts)
     return dotted or not _SYSTEM_FOLDERS.isdisjoint(parts) or parts[-1] in _SYSTEM_FILES
 
 
 def _twice(pictures: Sequence[Path]) -> list[str]:
-    """A sentence about pictures that differ in their suffix only."""
+    """A sentence about pictures whose names differ only in the suffix."""
     stems: dict[Path, Path] = {}
     pairs = [
         (stems[stem], path)
@@ -113,4 +118,4 @@ def _twice(pictures: Sequence[Path]) -> list[str]:
     if not pairs:
         return []
     names = " and ".join(path.name for path in pairs[0])
-    return [f"{len(pairs)} there twice ({names}), each counted"]
+    return [f"{len(pairs)} twice under two suffixes ({names}), each counted"]

@@ -1,9 +1,9 @@
 """The Frechet distance between two sets of features, each taken as a Gaussian.
 
     d = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
-On pooled Inception features against real images that is FID, on its spatial features sFID, against
-samples of the float model FID2FP. A set is summed up as it streams by (n, sum x, sum x x^T in
-float64), so no feature is kept. Which features, and of which images, is not decided here.
+With pooled Inception features against real images this is FID, with its spatial features sFID, and
+against samples of the float model FID2FP. A set is summed in a stream (n, sum x, sum x x^T in
+float64), so no features are kept. The caller chooses the features and the images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varptq.errors import InputError, NonFiniteError
 
-# An eigenvalue below this share of the largest is rounding of a zero, per dimension.
+# An eigenvalue below this share of the largest, times D, counts as a rounded zero.
 _ROUNDING = torch.finfo(torch.float64).eps
 
 
@@ -38,7 +38,7 @@ class Gaussian:
     def from_moments(cls, mean: Tensor, covariance: Tensor, count: int = 2) -> Gaussian:
         """From a mean (D,) and covariance (D, D), e.g. `mu` and `sigma` of a published npz.
 
-        count: how many features they were taken from, if that is known; at least 2.
+        count: how many features they were computed from, if known; at least 2.
         Raises `InputError` for shapes that do not belong together.
         """
         mean, covariance = mean.double().cpu(), covariance.double().cpu()
@@ -68,14 +68,14 @@ class Gaussian:
             )
         x_ND = x_ND.detach().double().cpu()
         if not x_ND.isfinite().all():
-            raise NonFiniteError("features: hold NaN or infinity, check the images and the network")
+            raise NonFiniteError("features: hold NaN or infinity; check the images and the network")
         self._grow(x_ND.shape[1])
         self.count += len(x_ND)
         self._sum += x_ND.sum(0)
         self._outer.addmm_(x_ND.T, x_ND)
 
     def merge(self, other: Gaussian) -> None:
-        """Add what `other` has seen. Raises `InputError` for another D."""
+        """Add the sums of `other`. Raises `InputError` for another D."""
         if self.count and other.count and self.dim != other.dim:
             raise InputError(f"features: {self.dim} and {other.dim} dimensions cannot be merged")
         if other.count:
@@ -100,7 +100,7 @@ class Gaussian:
         return (self._outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
     def state(self) -> dict[str, Tensor]:
-        """All it holds, to be stored: count () int64, sum (D,) and outer (D, D) float64."""
+        """All sums, for storage: count () int64, sum (D,) and outer (D, D) float64."""
         return {
             "count": torch.tensor(self.count, dtype=torch.int64, device="cpu"),
             "sum": self._sum,
@@ -132,7 +132,8 @@ def _check_moments(first: Tensor, second: Tensor) -> None:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """The distance, at least 0. Needs 2 features each; more than D for a value worth quoting.
+    """The distance, at least 0. Each side needs at least 2 features, and more than D
+    for a value worth quoting.
 
     The trace of (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which stays
     exact where S1 or S2 is singular and a matrix root of the product loses half the digits.
@@ -147,10 +148,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def bias_of_means(*sets: Gaussian) -> float:
-    """tr S1 / n1 + tr S2 / n2: what finite sets add to the distance through their means alone.
+    """tr S1 / n1 + tr S2 / n2: what the means of finite sets add to the distance.
 
-    Two sets drawn from one distribution are apart by |m1 - m2|^2 of this expectation; the
-    covariances add more, without a closed form.
+    For two sets drawn from one distribution this is the expectation of |m1 - m2|^2; the covariances
+    add more, without a closed form.
     """
     return sum(float(one.covariance.trace() / one.count) for one in sets)
 

@@ -1,10 +1,10 @@
-"""Images on disk as other tools keep them: an npz with `arr_0`, or a folder of pictures.
+"""Images on disk as other tools store them: an npz with `arr_0`, or a folder of pictures.
 
 The npz is what the ADM evaluator reads: `arr_0` (N, H, W, 3) uint8, labels (if any) as `arr_1`; the
-names `images` and `labels` are read too. Statistics of images may lie beside them or in place of
-them (statistics.py).
-Both ways go in pieces, so the size of a set is bounded by the disk. Sets we sample ourselves are in
-sampling.py.
+names `images` and `labels` are read too. The file may hold statistics of images as well, or instead
+(statistics.py).
+Reading and writing go in pieces, so only the disk bounds the size of a set. Sets that we sample
+ourselves are in sampling.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from varptq.pictures import Pixels
 from varptq.reading import flattened, read_image
 
 IMAGES, LABELS = "arr_0", "arr_1"
-# Other writers call them so; the first name found counts.
+# Names that other programs use; the first one found counts.
 IMAGE_NAMES, LABEL_NAMES = (IMAGES, "images"), (LABELS, "labels")
 EXPECTED = (
     f"a folder of pictures, or an npz with {IMAGES} (N, H, W, 3) uint8 or {statistics.EXPECTED}"
@@ -41,8 +41,8 @@ Part = tuple[NDArray[np.int64], Pixels, NDArray[np.int64]]
 def write_npz(path: str | Path, count: int, parts: Iterable[Part]) -> None:
     """Write images and labels that come in pieces (places in the file, images, labels).
 
-    The places of all pieces together are 0 .. count - 1. Needs the size of the images twice on the
-    disk for a moment. Raises `OutputError` where the file cannot be written.
+    The places of all pieces together are 0 .. count - 1. For a moment this needs twice the size
+    of the images on disk. Raises `OutputError` if the file cannot be written.
     """
 
     def fill(file: IO[bytes]) -> None:
@@ -59,13 +59,13 @@ def write_npz(path: str | Path, count: int, parts: Iterable[Part]) -> None:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """An entry without a time stamp: the same images give the same bytes."""
+    """An entry without a time stamp, so that the same images give the same bytes."""
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
 def _scatter(path: Path, count: int, parts: Iterable[Part]) -> NDArray[np.int64]:
-    """Put every image at its place in one .npy file; returns the labels in that order. Nothing is
-    mapped: a full disk under a mapping ends the process without an exception."""
+    """Put every image at its place in one .npy file; returns the labels in that order. The file is
+    not mapped: writing to a mapped file on a full disk kills the process without an exception."""
     labels_N = np.empty(count, np.int64)
     begin = 0
     with path.open("wb") as file:
@@ -88,8 +88,8 @@ class ImageFiles:
 
     count: 0 for a file of statistics alone. size: (height, width) of all images, None without any.
     warning: what a user should know about this set, None if nothing. files: of a folder.
-    moments: of which features the file has mean and covariance, and how many; keys as in
-    `statistics.NAMES`.
+    moments: the features of which the file has mean and covariance, and their number D; keys as
+    in `statistics.NAMES`.
     """
 
     path: Path
@@ -101,8 +101,8 @@ class ImageFiles:
 
     @classmethod
     def open(cls, path: str | Path) -> ImageFiles:
-        """Look at `path` without decoding all images. Raises `InputError` if it holds none, and for
-        a picture in a folder that cannot be read or is of another size."""
+        """Inspect `path` without decoding the images. Raises `InputError` if it holds none, and for
+        a picture in a folder that cannot be read or has another size."""
         path = Path(path)
         if path.is_dir():
             files, notes = folders.find_pictures(path)
@@ -129,7 +129,9 @@ class ImageFiles:
             ]
             shapes = {image.shape for image in images}
             if len(shapes) > 1:
-                raise InputError(f"images {self.path}: of sizes {sorted(shapes)}, expected one")
+                raise InputError(
+                    f"images {self.path}: of sizes {sorted(shapes)}, expected one size"
+                )
             yield np.stack(images)
 
     def _npz_batches(self, size: int) -> Iterator[Pixels]:
@@ -166,7 +168,7 @@ def _images(archive: zipfile.ZipFile) -> Iterator[tuple[IO[bytes], npz.ArrayHead
 
 
 def _about_labels(archive: zipfile.ZipFile, images: npz.ArrayHeader) -> list[str]:
-    """Sentences about the order of the images, and about arrays that nothing reads."""
+    """Sentences about the order of the images, and about arrays that are not read."""
     there, notes = npz.names(archive), []
     known = {images.name, *chain(*statistics.NAMES.values())}
     name = next((name for name in LABEL_NAMES if name in there), None)
@@ -175,15 +177,13 @@ def _about_labels(archive: zipfile.ZipFile, images: npz.ArrayHeader) -> list[str
         if header.dtype.kind in "biuf" and header.shape in {(count,), (count, 1)}:
             known.add(name)
             if _is_sorted(npz.array(archive, name)):
-                notes.append(
-                    "sorted by label; the Inception Score of such a file is wrong, shuffle it"
-                )
+                notes.append("sorted by label, which makes the Inception Score wrong; shuffle them")
     if unread := [name for name in there if name not in known]:
         notes.append(f"left out {', '.join(unread[:8])}, only {images.name} is read")
     return notes
 
 
 def _is_sorted(labels_N: NDArray[Any]) -> bool:
-    """Whether whole classes stand one behind the other; a single class is no order."""
+    """Whether the images are sorted by class; those of a single class are not."""
     flat = labels_N.reshape(-1)
     return len(flat) > 1 and flat[0] != flat[-1] and bool((flat[1:] >= flat[:-1]).all())

@@ -1,6 +1,6 @@
-"""Arrays of an npz file one by one, without reading those that nobody asked for.
+"""Arrays of an npz file one by one, without reading those that are not asked for.
 
-A header is a promise: what an array takes is known before it is read. Objects, which would be
+The size of an array is known from its header, before it is read. Arrays of objects, which would be
 pickles, are refused.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from varptq.errors import InputError
 
-# What a zip file that is damaged, encrypted or of a kind we cannot unpack raises, and NumPy for
+# Raised for a zip file that is damaged, encrypted or in a format we cannot unpack, and by NumPy for
 # the header of an array.
 READ_ERRORS = (
     *(OSError, ValueError, LookupError, EOFError, RuntimeError, MemoryError),
@@ -29,7 +29,7 @@ _MEMBER = ".npy"
 
 
 class ArrayHeader(NamedTuple):
-    """What the array `name` says of itself."""
+    """The header of the array `name`."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class ArrayHeader(NamedTuple):
 
 @contextmanager
 def opened(path: Path, expected: str) -> Iterator[zipfile.ZipFile]:
-    """The open archive; whatever is wrong with it, or raised inside, becomes an `InputError` that
+    """The open archive. Any error in it, or raised inside the block, becomes an `InputError` that
     names the file and what was `expected`."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -56,7 +56,7 @@ def opened(path: Path, expected: str) -> Iterator[zipfile.ZipFile]:
 
 
 def names(archive: zipfile.ZipFile) -> list[str]:
-    """Of all arrays, in the order of the file."""
+    """Names of all arrays, in the order of the file."""
     found = archive.namelist()
     return [name.removesuffix(_MEMBER) for name in found if name.endswith(_MEMBER)]
 

@@ -1,4 +1,4 @@
-"""Two models asked for the same images with the same seeds: how alike the answers are.
+"""How alike two models' images of the same classes and seeds are.
 
     token_agreement = share of equal ids          psnr = 10 log10(255^2 / mean squared error)
     ssim = mean over windows of alikeness in brightness, contrast and structure
@@ -34,8 +34,8 @@ def token_agreement(first_BL: Tensor, second_BL: Tensor) -> float:
 def psnr(first: Pixels, second: Pixels) -> float:
     """Peak signal-to-noise ratio in dB of two (B, H, W, 3) uint8 arrays, infinite for equal ones.
 
-    One ratio from the error over all images, so that a pair of equal images does not make it
-    infinite. Raises `InputError` for unequal shapes.
+    The ratio is computed from the error over all images, so that one pair of equal images does not
+    make it infinite. Raises `InputError` for unequal shapes.
     """
     if first.shape != second.shape:
         raise InputError(f"images: shapes {first.shape} and {second.shape}, expected equal")
@@ -46,9 +46,9 @@ def psnr(first: Pixels, second: Pixels) -> float:
 def ssim(first: Pixels, second: Pixels) -> float:
     """Structural similarity of two (B, H, W, 3) uint8 arrays, mean over images; 1 for equal ones.
 
-    Wang et al. 2004: Gaussian window of 11 x 11, sigma 1.5, only where it fits whole; K1 = 0.01,
-    K2 = 0.03, peak 255; each colour by itself. Raises `InputError` for unequal shapes or images
-    smaller than the window.
+    Wang et al. 2004: Gaussian window of 11 x 11, sigma 1.5, only at positions where it fits; K1 =
+    0.01, K2 = 0.03, peak 255; each colour channel on its own. Raises `InputError` for unequal
+    shapes or images smaller than the window.
     """
     if first.shape != second.shape or min(first.shape[1:3]) < SSIM_WINDOW:
         raise InputError(

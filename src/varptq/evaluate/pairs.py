@@ -1,5 +1,5 @@
-"""One pass over the samples of two models, image by image: what pairs of equal seeds have in
-common, and which tokens were drawn.
+"""One pass over the samples of two models: how alike the images of equal seeds are, and which
+tokens were drawn.
 
     PSNR from the mean error over all images; SSIM, LPIPS, CLIP and agreement are means over images
 Only sums are kept, which add up over parts of the images. The measures themselves are in paired.py,
@@ -38,7 +38,7 @@ class Tally:
         return Piece({"counts": self.counts_V}, {"images": self.images, "clip": self.clip})
 
     def merge(self, piece: Piece) -> None:
-        """Add what another one packed."""
+        """Add sums that another object packed."""
         self.counts_V += piece.tensors["counts"]
         self.images += piece.facts["images"]
         self.clip += piece.facts["clip"]
@@ -70,7 +70,7 @@ class PairSums:
         return Piece({"equal": self.equal_L}, {"images": self.images, "sums": self.sums})
 
     def merge(self, piece: Piece) -> None:
-        """Add what another one packed."""
+        """Add sums that another object packed."""
         self.equal_L += piece.tensors["equal"]
         self.images += piece.facts["images"]
         for name, value in piece.facts["sums"].items():
@@ -86,7 +86,7 @@ class PairSums:
             self.sums[name] = self.sums.get(name, 0.0) + value * len(first.images)
 
     def _means(self, first: Pixels, second: Pixels) -> dict[str, float]:
-        """Means over these images; the error of PSNR as a share of the peak's power."""
+        """Means over these images; for PSNR the mean squared error divided by the squared peak."""
         means: dict[str, float] = {}
         if "psnr" in self.wanted:
             means["psnr"] = 10 ** (-psnr(first, second) / 10)
@@ -98,7 +98,7 @@ class PairSums:
         return means
 
     def results(self) -> dict[str, float | None]:
-        """By name; PSNR is None where all images are equal, which JSON has no number for."""
+        """Results by name; PSNR is None if all images are equal, as JSON has no infinity."""
         found: dict[str, float | None] = {k: v / self.images for k, v in self.sums.items()}
         if (noise := found.get("psnr")) is not None:
             found["psnr"] = -10 * math.log10(noise) if noise else None

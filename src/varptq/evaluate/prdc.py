@@ -1,9 +1,9 @@
-"""Precision and recall of a set of images: is it realistic, and does it cover the real ones?
+"""Precision and recall of a set of images: how realistic it is, and how well it covers real images.
 
-    ball of a point = all that is as near to it as its k-th neighbour in its own set
+    ball of a point = everything as near to it as its k-th neighbour in its own set
     precision = share of fakes inside the ball of some real image; recall = the other way round
-Kynkaanniemi et al. 2019, with k = 3 as in the ADM suite, by brute force in blocks of rows. Which
-features are compared is up to the caller: the suite takes pooled Inception features.
+Kynkaanniemi et al. 2019, with k = 3 as in the ADM suite, by brute force in blocks of rows. The
+caller chooses the features; the suite takes pooled Inception features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from varptq.errors import InputError, NonFiniteError
 
 # Distances held at once: 128 MB in float64.
 BLOCK_ELEMENTS = 1 << 24
-# Equal points are apart by rounding alone, which stays below this share of their squared norms.
+# Rounding gives equal points a distance, which stays below this share of their squared norms.
 ROUNDING = 1e-13
 
 
@@ -25,7 +25,7 @@ def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> tuple[floa
     """(precision, recall) of fake features (M, D) against real ones (N, D).
 
     Computed in float64 on the device of `real_ND`; time grows with (N + M)^2 D, memory with
-    (N + M) D. Raises `InputError` for sets that do not match or have no k-th neighbour.
+    (N + M) D. Raises `InputError` for sets that do not match or have too few rows.
     """
     for name, features in (("real", real_ND), ("fake", fake_MD)):
         if features.ndim != 2 or features.shape[1] != real_ND.shape[-1] or len(features) <= k:
@@ -37,7 +37,7 @@ def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> tuple[floa
             raise NonFiniteError(f"{name} features: hold NaN or infinity")
     if k < 1:
         raise InputError(f"k {k}: must be at least 1")
-    # Centred, because distances come from norms and products, which cancel far from the origin.
+    # Centred: distances come from norms and products, which lose digits far from the origin.
     centre = real_ND.double().mean(0)
     real = real_ND.double() - centre
     fake = fake_MD.double().to(real.device) - centre

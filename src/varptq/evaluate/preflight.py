@@ -1,7 +1,7 @@
-"""Before anything is sampled: which metrics can be had, and whether the sets can be compared.
+"""Checks before anything is sampled: which metrics are possible, and whether the sets match.
 
-Sampling takes hours and a mistake seconds to find, so all that can be refused is refused here. What
-metrics need is in catalogue.py, their computation in metrics.py.
+Sampling takes hours and the checks take seconds, so whatever can be refused is refused here. What
+metrics need is in catalogue.py, their computation in evaluate.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from varptq.models.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class Instruments:
-    """What some metrics need beside the samples; None is not there."""
+    """What some metrics need beside the samples; None if missing."""
 
     network: FeatureNetwork | None = None
     reference: ImageFiles | None = None
@@ -45,10 +45,10 @@ def plan(
     metrics: Collection[str] | None,
     count: int,
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The metrics that `evaluate` computes of `count` images, and for the others what is missing.
+    """The metrics that `evaluate` computes from `count` images, and for the others what is missing.
 
-    metrics: names of `catalogue.METRICS`; None is everything that can be had. Raises `InputError`
-    for a metric asked for that cannot be had, for statistics of another network or that are none,
+    metrics: names of `catalogue.METRICS`; None means all that are possible. Raises `InputError`
+    if a metric in `metrics` is not possible, for statistics that are invalid or of another network,
     and for real images of another size than the samples: resizing either changes every distance.
     """
     reference, side = instruments.reference, pipe.vae.image_size
@@ -68,7 +68,7 @@ def plan(
 
 
 def _widths(network: FeatureNetwork | None, side: int) -> Widths:
-    """How many features of each part the network gives; that is known once it has seen an image."""
+    """How many features of each part the network gives, found by running it on one image."""
     if network is None:
         return {}
     features = network(torch.zeros(1, side, side, 3, dtype=torch.uint8, device="cpu"))
@@ -79,7 +79,7 @@ def _widths(network: FeatureNetwork | None, side: int) -> Widths:
 def _have(
     pipe: Pipeline, float_pipe: Pipeline | None, tools: Instruments, count: int, widths: Widths
 ) -> set[str]:
-    """Keys of `catalogue.NEEDS` that are there."""
+    """Keys of `catalogue.NEEDS` that are available."""
     side, reference = pipe.vae.image_size, tools.reference
     real = reference.count if reference else 0
     published = of_statistics(reference, METRICS, widths)

@@ -1,7 +1,7 @@
-"""What metrics on real images are taken against: the images of a file, or its statistics.
+"""What metrics on real images compare with: the images of a file, or its statistics.
 
-A distance goes by the statistics that were made with as many features as the network gives, whoever
-made them; all else goes by images. Every document says which it was.
+A distance uses statistics if their number of features is that of the network, whoever computed
+them; all other metrics use images. Every document says which was used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from varptq.evaluate import statistics
 from varptq.evaluate.catalogue import METRICS
 from varptq.evaluate.image_files import ImageFiles
 
-# The metrics of one set of samples, by what else they compare.
+# Metrics of one set of samples that compare it with real images.
 AGAINST_REAL = ("fid", "sfid", "precision", "recall")
 PLAIN_RESIZE, SUITE_RESIZE = "inception", "inception-adm"
 
@@ -23,8 +23,8 @@ Widths = Mapping[str, int | None]
 def of_statistics(
     reference: ImageFiles | None, metrics: Collection[str], widths: Widths
 ) -> dict[str, str]:
-    """The distances in `metrics` that go by statistics of the file, and the part of the features
-    each compares. widths: of the parts that the network gives."""
+    """The distances in `metrics` that use statistics of the file, and the part of the features that
+    each compares. widths: how many features of each part the network gives."""
     moments = reference.moments if reference else {}
     return {
         name: part
@@ -36,8 +36,9 @@ def of_statistics(
 def check_statistics(
     reference: ImageFiles, network: str, metrics: Collection[str], widths: Widths
 ) -> None:
-    """Raise `InputError` for statistics that the distances in `metrics` cannot go by: of another
-    network where there are no images instead, not finite, or no covariance."""
+    """Raise `InputError` for statistics that the distances in `metrics` cannot use: those of
+    another network if there are no images either, values that are not finite, or a matrix that is
+    not a covariance."""
     found = of_statistics(reference, metrics, widths)
     asked = [part for name, part in statistics.DISTANCES.items() if name in metrics]
     if not reference.count and not found and asked:
@@ -54,7 +55,7 @@ def check_statistics(
 def about_reference(
     reference: ImageFiles, network: str, metrics: Collection[str], widths: Widths
 ) -> list[str]:
-    """What a user should know of a set of real images that `metrics` are taken against."""
+    """Warnings about the real images with which `metrics` compare."""
     warnings = [reference.warning] if reference.warning else []
     found = of_statistics(reference, metrics, widths)
     for name, part in statistics.DISTANCES.items():
@@ -74,7 +75,7 @@ def about_reference(
 def sources_of(
     metrics: Collection[str], samples: int, reference: ImageFiles | None, widths: Widths
 ) -> dict[str, str]:
-    """For each metric on features of one set of samples: of what it was taken, in words."""
+    """For each metric on features of one set of samples: what it was computed from, in words."""
     found = of_statistics(reference, metrics, widths)
     sources = {"is": f"{samples} samples"} if "is" in metrics else {}
     for name in AGAINST_REAL:

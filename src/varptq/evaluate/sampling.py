@@ -1,12 +1,12 @@
-"""Sets of sampled images on disk, in shards: tens of thousands never sit in memory, and a run that
-was killed goes on where it stopped.
+"""Sets of sampled images on disk, in shards: only one shard is in memory, and a run that was killed
+continues where it stopped.
 
     folder/samples.json      what the images are: model, sampling settings, seed
     folder/00000.npz ...     `shard_size` images each (uint8 NHWC) with labels, tokens, first index
 
 Image i is a function of (model, settings, seed, i), and its class of (seed, i). Batches begin where
-shards begin, so a shard is the same bytes whenever it is made, and a set can grow. A shard carries
-the fingerprint of samples.json. Measures are not here.
+shards begin, so a shard has the same bytes whenever it is made, and a set can grow. A shard carries
+the fingerprint of samples.json. Metrics are elsewhere.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from varptq.torch_state import plain_torch
 FORMAT_VERSION = 1
 MANIFEST = "samples.json"
 SHARD_NAME = re.compile(r"\d{5,}\.npz")
-# What a killed process leaves of `files.write_atomic`.
+# Temporary files of `files.write_atomic` that a killed process leaves behind.
 LEFTOVERS = ".varptq-*.tmp"
-# A kill costs at most this many images.
+# A killed process loses at most this many images.
 DEFAULT_SHARD = 64
 EXPORT_SEED = 0
 
@@ -91,7 +91,7 @@ class SampleSet:
         return -(-self.count // self.shard_size)
 
     def shards(self, wanted: range | None = None) -> Iterator[Shard]:
-        """All images in order, or those of the shards in `wanted`, one shard in memory. Raises
+        """All images in order, or those of the shards in `wanted`, one shard at a time. Raises
         `InputError` for a damaged file."""
         for index in range(self.num_shards) if wanted is None else wanted:
             first = index * self.shard_size
@@ -114,7 +114,7 @@ class SampleSet:
         return torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(tokens))
 
     def sha256(self) -> str:
-        """Of all images, labels and tokens, however they are cut into shards."""
+        """SHA-256 of all images, labels and tokens, however they are cut into shards."""
         hashes = [hashlib.sha256() for _ in range(3)]
         for shard in self.shards():
             for state, array in zip(hashes, shard[1:], strict=True):
@@ -125,7 +125,7 @@ class SampleSet:
         """All images as `arr_0` (N, H, W, 3) uint8 and labels as `arr_1`, the ADM evaluator's file.
 
         The order is a fixed shuffle: that evaluator cuts the file into splits for the Inception
-        Score, which neighbours of one class would break. Raises `OutputError`.
+        Score, which images sorted by class would make wrong. Raises `OutputError`.
         """
         generator = torch.Generator().manual_seed(EXPORT_SEED)
         place_N = torch.randperm(
@@ -141,7 +141,7 @@ class SampleSet:
         """One file per image, 000000.png and on, in the order of the set.
 
         The folder appears whole, and replaces an earlier one of this kind: images left over from a
-        larger set would be measured with these. Raises `OutputError`.
+        larger set would count as well. Raises `OutputError`.
         """
         with exported_folder(folder) as staging:
             for shard in self.shards():
@@ -163,16 +163,15 @@ def sample_set(
     progress: Progress = silent,
     ranks: Ranks | None = None,
 ) -> SampleSet:
-    """Sample `count` images into `folder`, keeping the shards that are there already.
+    """Sample `count` images into `folder`, keeping the shards that exist already.
 
     ranks: processes on the same call with the same folder; missing shards are dealt to them, and
     the call returns when all are there.
     force: remove samples of another model or other settings that are in the way, which are an
-    error otherwise. Prompts are balanced: as many neighbours as the pool has are all
-    different. The
-    batch size is not part of what the images are, but changes float summation: a run that is to
-    end in the same bytes goes on with the same one. Raises `InputError` for numbers that cannot be
-    used, `OutputError` where the folder holds something else or cannot be written.
+    error otherwise. Prompts are balanced: any consecutive images, as many as the pool has prompts,
+    are of different ones. The batch size does not identify a set, but changes float summation: for
+    the same bytes, continue a run with the same one. Raises `InputError` for numbers out of range,
+    `OutputError` if the folder holds something else or cannot be written.
     """
     pipe = bare(pipe)
     settings = settings or SamplingSettings()
@@ -190,7 +189,7 @@ def sample_set(
     labels_N = balanced(len(pool), count, seed)
     wanted = [range(first, min(first + shard_size, count)) for first in range(0, count, shard_size)]
     missing = [images for images in wanted if not _is_there(result, images)]
-    # Nobody writes before all have looked: every process deals the same list.
+    # No process writes before all have looked, so that all divide the same list.
     ranks.barrier()
     stage, done = f"samples of {title(pipe)}", count - sum(map(len, missing))
     progress(stage, done, count)
@@ -211,7 +210,7 @@ def sample_set(
 
 
 def _shifted(progress: Progress, whole: str, before: int, count: int) -> Progress:
-    """Progress of one shard, told as progress of the whole set."""
+    """Progress of one shard, reported as progress of the whole set."""
 
     def report(stage: str, done: int, total: int, info: str = "") -> None:
         progress(whole, before + done, count, info)
@@ -220,14 +219,14 @@ def _shifted(progress: Progress, whole: str, before: int, count: int) -> Progres
 
 
 def title(pipe: Pipeline) -> str:
-    """What people call the model: "demo" or "demo w4a4"."""
+    """The name shown for the model: "demo" or "demo w4a4"."""
     return f"{pipe.name} {pipe.config.name}" if isinstance(pipe, QuantizedPipeline) else pipe.name
 
 
 def describe(
     pipe: Pipeline, settings: SamplingSettings, seed: int, shard_size: int
 ) -> dict[str, Any]:
-    """What decides the images of a set and their files, as plain JSON values."""
+    """Everything that determines the images of a set and their files, as plain JSON values."""
     return {
         "format_version": FORMAT_VERSION,
         "model": title(pipe),
@@ -239,8 +238,8 @@ def describe(
 
 
 def model_sha256(pipe: Pipeline) -> str:
-    """SHA-256 of everything that computes: tensors of both networks with names and dtypes, the
-    quantization config, theta and the runtime."""
+    """SHA-256 of everything that determines results: tensors of both networks with names and
+    dtypes, the quantization config, theta and the runtime."""
     recipe = b""
     if isinstance(pipe, QuantizedPipeline):
         parts = [pipe.config.to_dict(), pipe.theta, pipe.runtime]
@@ -275,7 +274,7 @@ def _claim(folder: Path, identity: dict[str, Any], force: bool) -> None:
         if not force:
             raise OutputError(
                 f"{folder}: holds samples with {_difference(path, identity)}; "
-                "choose another folder or force"
+                "choose another folder or force=True (--force)"
             )
         for old in folder.iterdir():
             if SHARD_NAME.fullmatch(old.name):
@@ -284,7 +283,7 @@ def _claim(folder: Path, identity: dict[str, Any], force: bool) -> None:
 
 
 def _difference(path: Path, identity: dict[str, Any]) -> str:
-    """The first field in which the samples that are there differ from the ones asked for."""
+    """The first field in which the existing samples differ from those asked for."""
     try:
         found = json.loads(path.read_text())
         for name, value in identity.items():
@@ -304,10 +303,10 @@ def _is_there(samples: SampleSet, images: range) -> bool:
         with np.load(path, allow_pickle=False) as arrays:
             found, length = str(arrays["fingerprint"]), len(arrays["labels"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        # Damaged: it is a function of the fingerprint, so making it again loses nothing.
+        # Damaged; the shard can be made again with the same content.
         return False
     if found != samples.fingerprint:
-        raise OutputError(f"{path}: is a shard of another run; move it away")
+        raise OutputError(f"{path}: a shard of another run; move it away")
     return length >= len(images)
 
 

@@ -1,8 +1,8 @@
-"""The Inception Score: images that are recognised, and that are not all alike.
+"""The Inception Score: high if each image is recognisable and the images are not all alike.
 
     score of a split = exp(mean_i KL(p_i || mean_i p_i))        IS = mean over splits
-Splits are runs of 5000 images in the order they come, the last one shorter, as in the ADM suite; so
-images sorted by class make the score meaningless. Sums stream in float64; no row is kept.
+Splits are runs of 5000 consecutive images, the last one shorter, as in the ADM suite; images sorted
+by class make the score meaningless. Sums are accumulated in float64; no rows are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class InceptionScore:
     def update(self, probabilities_BK: Tensor) -> None:
         """Add rows of probabilities (B, K).
 
-        Raises `InputError` where rows are no distributions or have another K than before.
+        Raises `InputError` for rows that are not distributions or have another K than before.
         """
         rows_BK = probabilities_BK.detach().double().cpu()
         known = None if self._sum_K is None else len(self._sum_K)

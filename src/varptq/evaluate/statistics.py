@@ -1,9 +1,9 @@
-"""Means and covariances of real images that someone published, in place of the images.
+"""Published means and covariances of real images' features, in place of the images.
 
     mu (D,), sigma (D, D)      of pooled features: files of pytorch-fid, MAR, DiT and the ADM suite
     mu_s (S,), sigma_s (S, S)  of spatial features, for sFID: files of the ADM suite
-They say nothing of the network that made the features but their width. They are usually taken of
-more images than lie beside them, so a distance goes by them where there are any.
+Of the network that made the features they tell only the width. They usually come from more images
+than the same file holds, so a distance uses them if they exist.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "pooled": ("mu", "sigma"),
     "spatial": ("mu_s", "sigma_s"),
 }
-# The distances, and the part that each is taken on.
+# The distances, and the part of the features that each compares.
 DISTANCES: Mapping[str, str] = {"fid": "pooled", "sfid": "spatial"}
 EXPECTED = "mu (D,) and sigma (D, D) of floats"
-# A covariance in float32 differs from its transpose, and has eigenvalues below 0, by less.
+# A covariance rounded to float32 differs from its transpose, and has eigenvalues below 0, by less.
 ROUNDING = 1e-4
 
 
 def widths(archive: zipfile.ZipFile) -> dict[str, int]:
-    """The parts that a file has statistics of, and D of each, by the headers alone.
+    """The parts of which a file has statistics, and D of each, from the headers alone.
 
     Raises `ValueError` for a mean without its covariance, or shapes that do not belong together.
     """
@@ -54,7 +54,7 @@ def widths(archive: zipfile.ZipFile) -> dict[str, int]:
 def load(path: Path, part: str) -> Gaussian:
     """The Gaussian of a part that `widths` found, of an unknown number of images.
 
-    Raises `InputError` for NaN or infinity, and for a matrix that is no covariance.
+    Raises `InputError` for NaN or infinity, and for a matrix that is not a covariance.
     """
     with npz.opened(path, EXPECTED) as archive:
         mean, covariance = (
@@ -69,14 +69,14 @@ def load(path: Path, part: str) -> Gaussian:
 
 
 def _flaw(covariance: Tensor) -> str | None:
-    """What keeps a square matrix from being a covariance."""
+    """Why a square matrix is not a covariance, None if it is one."""
     lowest, highest = covariance.diagonal().aminmax()
     if lowest < 0:
         return f"has the variance {float(lowest):g}"
     apart = (covariance - covariance.T).abs().max()
     if apart > ROUNDING * highest:
         return f"differs from its transpose by {float(apart):g}"
-    # A factor exists where no eigenvalue is below what is added to all of them.
+    # A Cholesky factor exists if no eigenvalue is below minus what is added to all of them.
     shift = torch.eye(len(covariance), dtype=torch.float64, device="cpu") * (
         ROUNDING * covariance.trace()
     )

@@ -1,13 +1,13 @@
-"""Fidelity at the level of tokens: how far the next-token distributions of a quantized model move.
+"""Token-level fidelity: how far quantization moves the next-token distributions of a model.
 
 Both models read the same tokens (teacher forcing), so every position is compared under the same
 context. With p the float and q the quantized guided distribution at a position,
     kl          = sum over V of p log(p / q)
     kl_filtered = the same after p and q are cut to the entries that the filter keeps of p, and
                   renormalised there.
-Sampling draws from filtered distributions, but filtering each model by itself would leave q without
-mass on entries that p keeps, and the divergence infinite. On p's own support both have mass, so it
-is finite by construction. Nothing is sampled or decoded here.
+Sampling draws from filtered distributions, but filtering each model on its own would leave q
+without mass on entries that p keeps, and make the divergence infinite. On the support of p both
+have mass, so it is finite. Nothing is sampled or decoded here.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def token_fidelity(
 
 
 def filtered_kl_divergence(p_logits: Tensor, q_logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The same with both cut to what the filter keeps of p and renormalised, (..., V) -> (...)."""
+    """KL with p and q cut to the entries that the filter keeps of p and renormalised, (..., V) ->
+    (...)."""
     p_kept = filter_logits(p_logits, top_k, top_p)
     return kl_divergence(p_kept, q_logits.masked_fill(p_kept == -torch.inf, -torch.inf))
 

@@ -1,8 +1,8 @@
-"""PNG files without what nobody needs here: metadata that is large, damaged or of other programs.
+"""PNG files stripped of metadata that is large, damaged or not needed here.
 
-A PNG is a signature and chunks: length, kind, content, checksum. Kinds with a small first letter
-are ancillary, and a picture is whole without them. Pillow refuses a file for a damaged one, and for
-a text or colour profile above 1 MB, which every viewer passes over; so do we.
+A PNG is a signature and chunks: length, kind, content, checksum. Kinds with a lower-case first
+letter are ancillary, and a picture is complete without them. Pillow refuses a file with a damaged
+one, or with a text or colour profile above 1 MB; viewers ignore these, and so do we.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import zlib
 from typing import BinaryIO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Of a colour profile or a text, packed or not; Pillow unpacks no more.
+# Size of a colour profile or a text, packed or not; Pillow unpacks no more.
 MAX_METADATA = 1 << 20
-# Transparency belongs to the picture; the others hold the profile and the orientation.
+# Transparency is part of the picture; the others hold the profile and the orientation.
 _KEPT = (b"tRNS", b"eXIf", b"iCCP", b"tEXt", b"zTXt", b"iTXt")
 _PACKED = (b"iCCP", b"zTXt")
 # Where programs put the orientation before there was eXIf. Only texts of these names are kept.
@@ -24,8 +24,9 @@ _TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0\0")
 
 
 def only_what_shows(file: BinaryIO) -> BinaryIO:
-    """A copy of a PNG with the chunks that decide how it looks, metadata in front of the pixels; a
-    file of another kind as it is. Both at their start. What a chunk promises is not believed."""
+    """A copy of a PNG with only the chunks that decide how it looks, metadata before the pixels; a
+    file of another kind unchanged. Both are positioned at their start. Lengths in chunks are not
+    trusted."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if file.read(len(SIGNATURE)) != SIGNATURE:
@@ -40,7 +41,7 @@ def only_what_shows(file: BinaryIO) -> BinaryIO:
             continue
         content = file.read(min(length + 4, size))
         if not ancillary or _is_sound(kind, content):
-            # Metadata may also stand behind the pixels, where Pillow finds it when it has decoded.
+            # Metadata may also follow the pixels, where Pillow finds it only after decoding.
             in_front = ancillary or (not pixels and kind not in (b"IDAT", b"IEND"))
             (front if in_front else pixels).append(head + content)
         if kind == b"IEND":
@@ -49,7 +50,7 @@ def only_what_shows(file: BinaryIO) -> BinaryIO:
 
 
 def _is_sound(kind: bytes, content: bytes) -> bool:
-    """Whether an ancillary chunk is one that Pillow can use. content: with the checksum."""
+    """Whether Pillow can use an ancillary chunk. content: with the checksum."""
     content, checksum = content[:-4], content[-4:]
     if checksum != struct.pack(">I", zlib.crc32(content, zlib.crc32(kind))):
         return False
@@ -59,7 +60,7 @@ def _is_sound(kind: bytes, content: bytes) -> bool:
 
 
 def _unpacks(packed: bytes) -> bool:
-    """Whether a method byte and a zlib stream give no more than `MAX_METADATA`."""
+    """Whether a method byte and a zlib stream unpack to at most `MAX_METADATA`."""
     stream = zlib.decompressobj()
     try:
         stream.decompress(packed[1:], MAX_METADATA)

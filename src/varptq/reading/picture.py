@@ -1,10 +1,9 @@
-"""Pictures of any kind as upright 8-bit RGB or RGBA, and refusing those that cannot be trusted.
+"""Pictures of any kind as upright 8-bit RGB or RGBA; pictures that cannot be trusted are refused.
 
-JPEG, PNG and WebP, told by their content; EXIF orientation is applied; grey, palette, CMYK and
-16-bit grey become RGB, an alpha channel is kept. The number of pixels is read off the header and
-refused before anything is decoded. A colour profile of RGB goes along and is not applied; other
-metadata, with the place of a photo, is dropped, whole or damaged. Of an animation the first frame
-counts.
+JPEG, PNG and WebP, recognised by their content. EXIF orientation is applied; grey, palette, CMYK
+and 16-bit grey become RGB, an alpha channel is kept. The number of pixels is checked in the header,
+before anything is decoded. An RGB colour profile is kept and not applied; other metadata, such as
+the place of a photo, is dropped, sound or damaged. Of an animation the first frame is read.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from PIL import Image, ImageStat, UnidentifiedImageError
 from varptq.errors import InputError
 from varptq.reading.chunks import MAX_METADATA, only_what_shows
 
-# Decoders for other formats are old and many; each is a way in for a hostile file.
+# No other formats: each of their many old decoders is a way in for a hostile file.
 FORMATS = ("JPEG", "PNG", "WEBP")
-# Above what phones take (50 megapixels); an edit holds a few copies of 4 bytes per pixel.
+# More than phones take (50 megapixels); an edit holds a few copies of 4 bytes per pixel.
 MAX_PIXELS = 64_000_000
 OPAQUE_FROM = 128
 
@@ -35,7 +34,7 @@ ImageLike = str | Path | bytes | Image.Image
 
 PROFILE = "icc_profile"
 ORIENTATION = 0x0112
-# What a viewer does for each orientation of EXIF; 1 is upright.
+# How a viewer turns a picture of each EXIF orientation; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,9 +45,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _LIES_DOWN = 5
-# How a whole file ends; others are read to the end before they are believed.
+# How an intact file ends; files that end otherwise are decoded before they are trusted.
 _ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
-# What pictures that we do not read begin with, as (place, bytes), and the files that stand for one.
+# First bytes, as (place, bytes), of formats that we do not read, and of files that are no pictures.
 _STRANGERS = {
     "a GIF": (0, b"GIF8"),
     "a BMP": (0, b"BM"),
@@ -61,7 +60,7 @@ _STRANGERS = {
     "an array of NumPy": (0, b"\x93NUMPY"),
 }
 
-# What Pillow raises on damaged files, by format and kind of damage.
+# What Pillow raises for damaged files, depending on format and damage.
 _DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error),
     *(zlib.error, OverflowError, MemoryError, Image.DecompressionBombError),
@@ -82,8 +81,9 @@ def read_image(
 ) -> Image.Image:
     """The picture, upright, loaded, in mode "RGB", or "RGBA" if it has transparency.
 
-    source: a path, the bytes of a file, or a Pillow image, which is left as it is. what: its name
-    in messages. Raises `InputError` for what is no picture, damaged, or above `max_pixels`.
+    source: a path, the bytes of a file, or a Pillow image, which does not change. what: its name in
+    messages. Raises `InputError` for a source that is not a picture, is damaged, or has more than
+    `max_pixels`.
     """
     with opened(source, what=what, max_pixels=max_pixels) as (image, what):
         image.load()
@@ -91,9 +91,9 @@ def read_image(
 
 
 def read_header(path: Path, *, what: str = "image", max_pixels: int = MAX_PIXELS) -> Header:
-    """What `read_image` would give of a file, without decoding one that ends as it should.
+    """The header of what `read_image` would return, without decoding a file that ends as it should.
 
-    Raises `InputError` as `read_image` does, but for damage within.
+    Raises `InputError` as `read_image` does, except for damage inside the file.
     """
     with opened(path, what=what, max_pixels=max_pixels) as (image, _):
         with path.open("rb") as file:
@@ -110,8 +110,8 @@ def read_header(path: Path, *, what: str = "image", max_pixels: int = MAX_PIXELS
 def opened(
     source: ImageLike, *, what: str = "image", max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[Image.Image, str]]:
-    """The image with its header read and checked, and its name in messages; what was opened here is
-    closed again. Whatever Pillow raises inside becomes an `InputError`."""
+    """The image with its header read and checked, and its name in messages; a file opened here is
+    closed again. Whatever Pillow raises inside the block becomes an `InputError`."""
     if isinstance(source, str | Path):
         what = f"{what} {source}"
     elif not isinstance(source, bytes | Image.Image):
@@ -130,9 +130,9 @@ def opened(
 
 
 def eight_bit(image: Image.Image, what: str) -> Image.Image:
-    """A new image in RGB or RGBA, with nothing attached but a profile of such values.
+    """A new image in RGB or RGBA, without metadata other than an RGB profile.
 
-    Of 16 bits the upper 8 count. Raises `InputError` for floats, and for values beyond 16 bits.
+    The upper 8 of 16 bits are kept. Raises `InputError` for floats, and for values beyond 16 bits.
     """
     if image.mode == "F":
         raise InputError(
@@ -141,7 +141,7 @@ def eight_bit(image: Image.Image, what: str) -> Image.Image:
     if image.mode.startswith("I"):
         found = _upper_eight(image, what)
     else:
-        # Pillow goes from these premultiplied greys to others in two steps only.
+        # Pillow converts these premultiplied greys only in two steps.
         straight = image.convert("LA") if image.mode == "La" else image
         found = straight.convert("RGBA" if image.has_transparency_data else "RGB")
     found.info = {}
@@ -152,7 +152,7 @@ def eight_bit(image: Image.Image, what: str) -> Image.Image:
 
 
 def turned(picture: Image.Image, original: Image.Image) -> Image.Image:
-    """`picture` upright, where the EXIF data of `original` say how it was taken."""
+    """`picture` turned upright, by the EXIF orientation of `original`."""
     turn = _TURNS.get(_orientation(original))
     if turn is None:
         return picture
@@ -162,7 +162,7 @@ def turned(picture: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def is_opaque(image: Image.Image) -> Image.Image:
-    """Of an RGBA image: "L", 255 where alpha is at least one half, else 0."""
+    """RGBA -> "L": 255 where alpha is at least one half, else 0."""
     return at_least(image.getchannel("A"), OPAQUE_FROM)
 
 
@@ -172,8 +172,8 @@ def at_least(grey: Image.Image, threshold: int) -> Image.Image:
 
 
 def flattened(image: Image.Image) -> Image.Image:
-    """RGB of an RGB or RGBA image; behind transparency lies the mean colour of what is opaque, so
-    that the coarse tokens of the picture do not take whatever colour hides there."""
+    """RGB of an RGB or RGBA image. Transparent pixels get the mean colour of the opaque ones, so
+    that hidden colours do not reach the coarse tokens of the picture."""
     if image.mode == "RGB":
         return image
     opaque = is_opaque(image)
@@ -207,7 +207,7 @@ def _damage_named(what: str, source: ImageLike, max_pixels: int) -> Iterator[Non
         raise
     except FileNotFoundError:
         if isinstance(source, str | Path) and Path(source).is_symlink():
-            raise InputError(f"{what}: a link to a file that is not there; remove it") from None
+            raise InputError(f"{what}: a link to a file that does not exist; remove it") from None
         raise InputError(f"{what}: no such file; give a JPEG, PNG or WebP") from None
     except PermissionError:
         raise InputError(f"{what}: cannot be read (Permission denied); allow it") from None
@@ -218,17 +218,17 @@ def _damage_named(what: str, source: ImageLike, max_pixels: int) -> Iterator[Non
         ) from None
     except UnidentifiedImageError:
         raise InputError(
-            f"{what}: is no JPEG, PNG or WebP image{_kind(source)}; convert it"
+            f"{what}: not a JPEG, PNG or WebP image{_kind(source)}; convert it"
         ) from None
     except _DAMAGE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(
-            f"{what}: cannot be read ({reason}); is it whole? save it as PNG again"
+            f"{what}: cannot be read ({reason}); it may be incomplete, save it as PNG again"
         ) from None
 
 
 def _kind(source: ImageLike) -> str:
-    """What a file without a picture is instead, as far as its first bytes tell."""
+    """What a file that is not a picture is instead, if its first bytes tell."""
     head = source[:32] if isinstance(source, bytes) else b"?"
     if isinstance(source, str | Path):
         with Path(source).open("rb") as file:
@@ -240,10 +240,10 @@ def _kind(source: ImageLike) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8 as in EXIF; 1 where that says nothing or is damaged."""
+    """1 to 8 as in EXIF; 1 if EXIF is missing or damaged."""
     try:
-        # The method of a PNG would decode it, to look for EXIF behind the pixels: chunks.py has put
-        # it in front.
+        # The method of a PNG would decode it, to look for EXIF after the pixels; chunks.py has
+        # moved it before them.
         found = Image.Image.getexif(image).get(ORIENTATION, 1)
     except _DAMAGE:
         return 1
@@ -251,7 +251,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upper_eight(image: Image.Image, what: str) -> Image.Image:
-    """RGB, or RGBA, of grey with 16 bits, which Pillow would clip at 255."""
+    """RGB, or RGBA, of 16-bit grey, which Pillow would clip at 255."""
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 0xFFFF:

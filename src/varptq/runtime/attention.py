@@ -43,7 +43,7 @@ def attention_rule(attention: Attention) -> AttentionRule | None:
 
 
 class IntAttention(KernelModule):
-    """Takes the place of an `Attention`; the tensors of its rule are its buffers too."""
+    """Replaces an `Attention`; the tensors of its rule are registered as buffers too."""
 
     def __init__(self, attention: Attention, kernels: Kernels, rule: AttentionRule) -> None:
         super().__init__()

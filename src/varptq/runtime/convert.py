@@ -1,11 +1,11 @@
-"""From the simulated modules to the integer ones: what is refused, and one walk that replaces.
+"""Conversion of the simulated modules to integer ones: what is refused, and the walk that replaces.
 
     QuantLinear -> IntLinear      Attention -> IntAttention      ModulatedNorm, GELU -> into the
                                                                  quantizer of the Linear behind them
 
 What a config leaves in float stays in float, arranged so that an image does not depend on its
-batch. A layer can be converted as soon as its codes are there, so that loading an artifact holds
-one layer unpacked at a time.
+batch. A layer can be converted as soon as its codes are loaded, so that loading an artifact
+keeps only one unpacked layer in memory at a time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from varptq.runtime.layers import (
 
 
 def refusal(var: Transformer, kernels: Kernels) -> str | None:
-    """The first layer of a simulated model (it may be on the meta device) that `kernels` cannot
-    execute, and why; None where it can execute all."""
+    """The first layer of a simulated model (which may be on the meta device) that `kernels` cannot
+    execute, and why; None if it can execute all layers."""
     for name, linear in quant_linears(var).items():
         rule = input_rule(linear)
         if rule is None:
@@ -69,8 +69,9 @@ def without_kernel(operands: Mapping[str, TensorSpec | None], runtime: str) -> s
 
 
 def on_integers(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
-    """A pipeline that computes `pipe` with `kernels`; `pipe` stays as it is and shares what is not
-    replaced. Raises `InputError` by layer for what the kernels cannot execute."""
+    """A pipeline that computes `pipe` with `kernels`. `pipe` itself does not change; modules that
+    are not replaced are shared. Raises `InputError`, naming the layer, for what the kernels cannot
+    execute."""
     if (reason := refusal(pipe.var, kernels)) is not None:
         raise InputError(f"runtime {kernels.name!r}: {reason}; use runtime simulated")
     tensors = (*pipe.var.parameters(), *pipe.var.buffers(), *pipe.vae.parameters())
@@ -83,7 +84,7 @@ def on_integers(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
 
 
 def convert_linear(var: Transformer, layer: str, kernels: Kernels) -> None:
-    """Put an `IntLinear` in the place of the `QuantLinear` named `layer`, whose codes are there.
+    """Replace the `QuantLinear` named `layer`, whose codes are loaded, by an `IntLinear`.
 
     A GELU before it becomes part of it."""
     parent_name, _, name = layer.rpartition(".")
@@ -130,7 +131,7 @@ def _one_image_at_a_time(var: Transformer) -> None:
 
 
 def _split_by_rows(var: Transformer, linear: str) -> bool:
-    """Attention in float is split by rows before its Linears, which a deferred norm is not."""
+    """Attention in float is split by rows before its Linears; a deferred norm cannot be split."""
     parent = var.get_submodule(linear.rpartition(".")[0])
     return isinstance(parent, Attention) and attention_rule(parent) is None
 

@@ -1,4 +1,4 @@
-"""Runtime "cpu": the native core, or torch's own integer products where there is no core.
+"""Runtime "cpu": the native core, or torch's own integer products where the core is missing.
 
 Both execute the same configurations, those that limits.py lets through, and compute the definitions
 of runtime "reference". What torch does without the core is in cpu_torch.py.
@@ -23,7 +23,7 @@ from varptq.runtime.limits import refuse_attention, refuse_linear
 
 
 def cpu_kernels() -> Kernels:
-    """The native core where it is there, else torch's integer products with a warning."""
+    """The native core if it is available, else torch's integer products, with a warning."""
     if binding.core() is not None:
         return NativeKernels()
     warnings.warn(f"runtime 'cpu' takes its slow path: {binding.reason()}", stacklevel=2)

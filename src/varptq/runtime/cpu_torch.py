@@ -2,10 +2,10 @@
 
     P' = sum of a'(w - zw) = P - zw A1,   P = sum a' w,   a' = a - za,   A1 = sum a'
 
-over a segment of L channels, with stored weights w in int8. Where some a' leaves int8 the product
-takes the unsigned codes instead and P = sum a w - za W1, W1 = sum w. `torch._int_mm` multiplies
-where it is exact on this machine: without VNNI a library may add pairs in 16 bits and saturate, so
-matrices of extreme codes are tried once. Otherwise torch multiplies in int32.
+over a segment of L channels, with stored weights w in int8. Where some a' does not fit int8, the
+product takes the unsigned codes instead and P = sum a w - za W1, W1 = sum w. `torch._int_mm`
+multiplies where it is exact on this machine: without VNNI a library may add pairs in 16 bits and
+saturate, so it is tested once on matrices of extreme codes. Otherwise torch multiplies in int32.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _int_mm: Callable[[Tensor, Tensor], Tensor] = getattr(torch, "_int_mm")  # noqa:
 
 class StoredWeight(NamedTuple):
     """stored (S, N, L) int8, segment by segment: codes less their zero points, at 8 bits less 128;
-    sums (S, N) int32 over a segment. scale (N, G) float32. zero_point (N, G) int32: what is still
-    to be subtracted from what is stored, None where that is nothing."""
+    sums (S, N) int32 over a segment. scale (N, G) float32. zero_point (N, G) int32: what remains
+    to be subtracted from the stored values, None if nothing."""
 
     stored: Tensor
     sums: Tensor
@@ -39,7 +39,7 @@ class StoredWeight(NamedTuple):
 
 
 class TorchKernels(ReferenceKernels):
-    """Executes what the native core does, and refuses the rest alike."""
+    """Executes the same configs as the native core, and refuses the same."""
 
     name = "cpu"
 

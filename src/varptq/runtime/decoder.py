@@ -1,5 +1,5 @@
-"""The image decoder of an integer runtime: channels last, which saves oneDNN its copies, in float32
-or bfloat16: half the bytes, and faster where the CPU has bfloat16 products. Ids are not touched.
+"""The image decoder of an integer runtime: channels last, which spares oneDNN copies, in float32 or
+bfloat16 (half the bytes, and faster where the CPU has bfloat16 products). Token ids do not change.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ def decode_in(pipe: P, dtype: torch.dtype) -> P:
 
 
 def _return_free_memory(*_: object) -> None:
-    """What sampling or the last level has freed, before maps four times as large are taken."""
+    """Return what sampling or the last level freed, before allocating maps four times as large."""
     return_free_memory()

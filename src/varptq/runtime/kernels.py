@@ -25,7 +25,7 @@ from varptq.quant.config import AttentionSpec
 
 
 class Pending(NamedTuple):
-    """A modulated norm that its consumer carries out: LayerNorm(x) (1 + scale) + shift."""
+    """A modulated norm that the next layer computes: LayerNorm(x) (1 + scale) + shift."""
 
     x_BLC: Tensor
     scale_B1C: Tensor
@@ -84,42 +84,42 @@ class AttentionRule:
 
 
 class Kernels(Protocol):
-    """The operations of one runtime. What it packs, rows of codes and caches are its own affair:
-    only it looks inside."""
+    """The operations of one runtime. Packed weights, rows of codes and caches are opaque: only the
+    runtime that made them reads them."""
 
     @property
     def name(self) -> str: ...
 
     def refuse_linear(self, rule: InputRule) -> str | None:
-        """What of this layer cannot be executed, for an error message; None where all can."""
+        """What cannot be executed of this layer, for an error message; None if all can."""
         ...
 
     def refuse_attention(self, rule: AttentionRule) -> str | None: ...
 
     def pack(self, weight: Weight, rule: InputRule) -> Any:
-        """The weight in the layout of `linear`, a tuple with tensors."""
+        """The weight in the layout that `linear` takes, a tuple with tensors."""
         ...
 
     def quantize(
         self, x: Tensor | Pending, rule: InputRule, means: Tensor | None, rows: Tensor | None
     ) -> Any:
-        """Codes of x (B, l, K) or (B, K). Of means (R, K) float32 token i takes the row `rows[i]`,
-        (l,) int32. Raises `NonFiniteError` naming the layer."""
+        """Codes of x (B, l, K) or (B, K). Token i takes row `rows[i]`, (l,) int32, of means (R, K)
+        float32. Raises `NonFiniteError` naming the layer if x holds NaN or infinity."""
         ...
 
     def linear(self, codes: Any, packed: Any, bias: Tensor | None, rows: Tensor | None) -> Tensor:
-        """float32 (..., N). Of bias (R, N) float32 token i takes the row `rows[i]`."""
+        """float32 (..., N). Token i takes row `rows[i]` of bias (R, N) float32."""
         ...
 
     def new_cache(self, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> Any:
-        """Room for the tokens of scales that end at `ends`, for `rows` rows."""
+        """An empty cache for `rows` rows, with room for all tokens of scales that end at `ends`."""
         ...
 
     def attend(
         self, qkv_BlD: Tensor, rule: AttentionRule, cache: Any, spans: Sequence[Span]
     ) -> Tensor:
-        """Add l tokens, qkv (B, l, 3 C), to the cache; answer their queries: float32 (B, l, C).
-        Raises `NonFiniteError` naming the layer."""
+        """Add l tokens, qkv (B, l, 3 C), to the cache; return their outputs, float32 (B, l, C).
+        Raises `NonFiniteError` naming the layer if qkv holds NaN or infinity."""
         ...
 
     def phi(self, phi: nn.Conv2d) -> nn.Module:

@@ -1,12 +1,12 @@
 """Modules on integers for the Linear and norm seams, the same for every integer runtime.
 
-    DeferredNorm   hands x, scale and shift on, for the quantizer to normalise while it reads x
+    DeferredNorm   passes x, scale and shift on; the quantizer normalises while it reads x
     IntLinear      codes of the input x packed codes of the weight, then scale and bias
     PerImage, ByRows, PerRowAttention
                    what the config leaves in float, so that an image does not depend on its batch
 
-Who computes is the `Kernels` object they are given. What is computed is defined by
-`quant.layers.QuantLinear`, whose place `IntLinear` takes. Shapes as in models/seams.py.
+They compute with the `Kernels` object they are given. What is computed is defined by
+`quant.layers.QuantLinear`, which `IntLinear` replaces. Shapes as in models/seams.py.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ VECTOR = 64
 
 
 class DeferredNorm(ModulatedNorm):
-    """Stands before an `IntLinear`."""
+    """The norm before an `IntLinear`, left for that layer to compute."""
 
     def forward(self, x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Any:
         return Pending(x_BLC, scale_B1C, shift_B1C)
 
 
 class PerImage(nn.Module):
-    """A float layer run on one image at a time, since how a matrix product or a convolution sums
-    depends on the number of its rows."""
+    """A float layer run on one image at a time, since the order in which a matrix product or a
+    convolution sums depends on the number of its rows."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ class ByRows(nn.Module):
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """An elementwise function with an exponential in it, so that a row's result depends on the row
-    alone: torch computes the end of a thread's share by other instructions than its bulk."""
+    """An elementwise function that contains an exponential, computed so that a row's result depends
+    on that row alone: torch uses other instructions at the end of a thread's share than before."""
     width = x.shape[-1]
     together = SERIAL_ELEMENTS // width if width % VECTOR == 0 else 1
     parts = x.reshape(-1, width).split(max(1, together))
@@ -92,8 +92,8 @@ def tensors_of(packed: Any) -> dict[str, Tensor]:
 
 
 class KernelModule(nn.Module):
-    """A module whose buffers are the kernels' business: they follow the model to another device,
-    but not to another dtype."""
+    """A module whose buffers belong to the kernels: they follow the model to another device, but
+    not to another dtype."""
 
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
         for name, buffer in self._buffers.items():
@@ -123,10 +123,10 @@ def input_rule(linear: QuantLinear, *, gelu: bool = False) -> InputRule | None:
 
 class IntLinear(KernelModule):
     """A `QuantLinear` on integers. Its input is a float tensor (B, l, K) or (B, K), or a `Pending`
-    norm; its output float32.
+    norm; its output is float32.
 
-    The packed weight belongs to the kernels. `bias` (R, N) holds the bias plus W m of every scale,
-    `means` (R, K) the means; both None where there are none.
+    The packed weight belongs to the kernels. `bias` (R, N) holds the bias plus W m for every scale,
+    `means` (R, K) the means; each is None if there is none.
     """
 
     bias: Tensor | None
@@ -139,7 +139,7 @@ class IntLinear(KernelModule):
         self.out_features, self.in_features = linear.out_features, linear.in_features
         weight = Weight(linear.codes, linear.scale, linear.zero_point, linear.spec.weight.num_bits)
         self.packed = kernels.pack(weight, rule)
-        # Also as buffers, so that a state dict holds all that computes.
+        # Also as buffers, so that a state dict holds all that takes part in the result.
         for name, tensor in tensors_of(self.packed).items():
             self.register_buffer(f"packed_{name}", tensor)
         found = cast(Tensor | None, linear.bias)

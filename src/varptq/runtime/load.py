@@ -1,4 +1,4 @@
-"""`varptq.load`: an artifact from disk on the runtime asked for."""
+"""`varptq.load`: read an artifact and put it on a runtime."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def load(
 
     runtime: "auto" or a name of `varptq.runtime.RUNTIMES`; the choice is in the result's `runtime`.
     dtype: of the float parts and of the arithmetic; on an integer runtime, of the image decoder
-    alone, the rest being integers and float32. Warns where "auto" has to be "simulated", with the
-    reason. Raises `InputError` for a runtime that is not there or does not execute the config, by
-    layer; `ConfigError` for a device that is not here or a dtype no model computes in;
-    `ArtifactError` naming the file and what is wrong.
+    alone, as the rest is integers and float32. Warns, with the reason, if "auto" falls back to
+    "simulated". Raises `InputError` for a runtime that does not exist or, naming the layer, cannot
+    execute the config; `ConfigError` for a device that this machine lacks or a dtype in which no
+    model computes; `ArtifactError` naming the file and what is wrong with it.
     """
     device, dtype = checked_device(device), checked_dtype(dtype)
     choice = choose(folder, runtime=runtime, device=device)
@@ -44,7 +44,7 @@ def load(
         warnings.warn(f"artifact {folder}: runs on {choice.runs_on}{SLOW}", stacklevel=2)
     if choice.kernels is None:
         return load_artifact(folder, device=device, dtype=dtype)
-    # A layer goes from its codes to the kernels' layout before the next one is read.
+    # Each layer is brought into the kernels' layout before the next one is read.
     adopt = partial(convert_linear, kernels=choice.kernels)
     pipeline = load_artifact(folder, dtype=torch.float32, adopt=adopt)
     pipeline = decode_in(finish(pipeline, choice.kernels).to(device=device), dtype)
@@ -56,7 +56,8 @@ def load(
 def choose(
     folder: str | Path, *, runtime: str = AUTO, device: str | torch.device = "cpu"
 ) -> Choice:
-    """Who would compute the artifact in `folder`, and why; no weight is read. Raises as `load`."""
+    """The runtime that would execute the artifact in `folder`, and why; reads no weights. Raises as
+    `load` does."""
     asked_for(runtime)
     document, _ = read_config(folder)
     var, _ = empty_modules(folder, document)

@@ -1,4 +1,5 @@
-"""Runtime "reference": plain torch integers. Slow, exact, on any machine; the oracle of the others.
+"""Runtime "reference": plain torch integers. Slow, exact, on any machine; the others are tested
+against it.
 
     y[m, n] = sum over groups of sa[m, g] sw[n, g] P'[m, n, g],   P' = sum of (a - za)(w - zw)
 
@@ -65,14 +66,14 @@ class PackedWeight(NamedTuple):
 
 
 class Scaled(Protocol):
-    """A packed weight, as far as its scale (N, G) goes."""
+    """Any packed weight that has a scale (N, G)."""
 
     @property
     def scale(self) -> Tensor: ...
 
 
 class ReferenceKernels:
-    """Everything a config can say, as far as all operands of a product are integers."""
+    """Executes every config in which both operands of each product are integers."""
 
     name = "reference"
 
@@ -146,7 +147,7 @@ class ReferenceKernels:
 def prepared(
     x: Tensor | Pending, rule: InputRule, means: Tensor | None, rows: Tensor | None
 ) -> Tensor:
-    """What is quantized: float32 after norm or GELU, less its means, rotated."""
+    """The float32 values to quantize: after norm or GELU, less their means, rotated."""
     if isinstance(x, Pending):
         normed = F.layer_norm(x.x_BLC, x.x_BLC.shape[-1:], eps=LAYER_NORM_EPS)
         x = normed * (1 + x.scale_B1C) + x.shift_B1C
@@ -159,20 +160,20 @@ def prepared(
 
 
 def chosen(table: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of a table (R, K) that tokens take; the first one without `rows`."""
+    """The rows of a table (R, K) that the tokens take; the first one if `rows` is None."""
     return table[0] if rows is None else table[rows.long()]
 
 
 def exact_integers(zero_point: Tensor, layer: str) -> Tensor:
-    """Zero points as int64. Raises `InputError` for one beyond 32 bits, which only a range without
-    zero has (almost constant values far from it)."""
+    """Zero points as int64. Raises `InputError` for one beyond 32 bits, which happens only if a
+    range excludes zero (almost constant values far from it)."""
     if float(zero_point.abs().max()) >= INT32_END:
         raise InputError(f"layer {layer}: a zero point beyond 32 bits; use runtime simulated")
     return zero_point.to(torch.int64)
 
 
 def segment(codes: Rows, packed: Scaled) -> int:
-    """Channels that share their scales on both sides."""
+    """Number of channels that share one scale on both sides."""
     width = codes.codes.shape[-1]
     return math.gcd(width // codes.scale.shape[-1], width // packed.scale.shape[-1])
 

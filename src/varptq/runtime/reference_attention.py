@@ -1,11 +1,12 @@
-"""The attention products of runtime "reference": integers where `quant.attention` has fake floats.
+"""The attention products of runtime "reference": integers where `quant.attention` has dequantized
+floats.
 
     score = (sum over c of uq uk) sq sk,   u = code - zero point
     out   = (sum over tokens of p code, u) times the scales, after the policy of the values
 
 Policies "token" and "segment" cache codes, which never change; "release" (and keys per channel)
 caches floats and quantizes them again whenever the cache grows. A scale along the axis that is
-summed (keys per channel, log2 probabilities) makes the sum one of float64. Rows of the batch are
+summed (keys per channel, log2 probabilities) requires a sum in float64. Rows of the batch are
 computed one by one. Shapes as in models/seams.py, without B.
 """
 
@@ -29,21 +30,21 @@ from varptq.runtime.kernels import AttentionRule
 
 
 class Integers(NamedTuple):
-    """u = code - zero point, integers (H, l, c) in int64, and the scale that gives them values."""
+    """u = code - zero point, integers (H, l, c) in int64, and their scale: value = scale * u."""
 
     u: Tensor
     scale: Tensor
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of integers, exact: in int32 where that holds every sum."""
+    """a @ b of integers, exact: in int32 if that can hold every sum, else in int64."""
     largest = int(a.abs().max()) * int(b.abs().max()) * a.shape[-1]
     dtype = torch.int32 if largest < 2**31 else torch.int64
     return a.to(dtype) @ b.to(dtype)
 
 
 class Cache:
-    """What one block keeps of every row of the batch: named tensors (H, l, n), one piece a call."""
+    """What one block caches for every row of the batch: named tensors (H, l, n), one per call."""
 
     def __init__(self, rows: int) -> None:
         self.rows: list[dict[str, list[Tensor]]] = [{} for _ in range(rows)]
@@ -206,7 +207,7 @@ def _at_order(u: Tensor, order_HL: Tensor, rule: AttentionRule) -> Tensor:
 
 
 def _folded(p_HlL: Tensor, u_HLc: Tensor, step_HL1: Tensor, rule: AttentionRule) -> Tensor:
-    """Policy "token": the step of a value goes into its probability."""
+    """Policy "token": the step of a value is folded into its probability."""
     largest = step_HL1.amax(dim=-2, keepdim=True)
     relative_H1L = (step_HL1 / largest).transpose(-1, -2)
     mixed, hat = _products(p_HlL * relative_H1L, [u_HLc], rule)

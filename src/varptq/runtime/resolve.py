@@ -1,12 +1,12 @@
-"""Which runtime computes a quantized model: one question, answered before any weight is read.
+"""Which runtime executes a quantized model, decided before any weight is read.
 
     explicit name  >  environment variable VARPTQ_RUNTIME (for "auto")  >  the fastest that can
 
-"simulated" computes in float on dequantized codes, whatever the config says; the others compute in
-integers and say by layer what they cannot execute. An explicit name is that runtime or an error,
-never another in silence; "auto" on the CPU is "cpu" where that executes the config, else
-"simulated", and says why. `fastest` decides that, for a model that is to be quantized (`foreseen`),
-one that was, an artifact being loaded, and `varptq info`.
+"simulated" computes in float on dequantized codes and executes every config; the others compute in
+integers and name the layer that they cannot execute. An explicit name gives that runtime or an
+error, never silently another; "auto" on the CPU is "cpu" if that executes the config, else
+"simulated" with the reason. `fastest` decides for a model that is yet to be quantized (`foreseen`),
+a quantized one, an artifact being loaded, and `varptq info`.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ FASTEST = {"cpu": "cpu", "cuda": "cuda"}
 
 @dataclass(frozen=True)
 class Choice:
-    """The runtime to use, why, and its kernels (None: simulated). fallback: "simulated" because
-    nothing faster can, not because it was asked for."""
+    """The runtime to use, why, and its kernels (None: simulated). fallback: "simulated" was taken
+    because nothing faster can execute the config, not because it was asked for."""
 
     name: str
     reason: str
@@ -86,7 +86,7 @@ class Choice:
 
 
 def asked_for(runtime: str = AUTO) -> str:
-    """`runtime`, or what VARPTQ_RUNTIME says in the place of "auto": "auto" or one of `RUNTIMES`.
+    """`runtime`, or the value of VARPTQ_RUNTIME instead of "auto": "auto" or one of `RUNTIMES`.
 
     Raises `InputError` for a name that does not exist."""
     if runtime != AUTO:
@@ -98,7 +98,7 @@ def asked_for(runtime: str = AUTO) -> str:
 
 
 def resolve(var: Transformer, runtime: str = AUTO, device: str | torch.device = "cpu") -> Choice:
-    """Who computes the converted model `var`, which may be on the meta device.
+    """The runtime that executes the converted model `var`, which may be on the meta device.
 
     Raises `InputError` for an explicit runtime that does not exist, does not compute on `device`,
     or does not execute a layer of the config.
@@ -115,7 +115,7 @@ def resolve(var: Transformer, runtime: str = AUTO, device: str | torch.device = 
 
 
 def fastest(var: Transformer, device: str | torch.device = "cpu") -> Choice:
-    """What "auto" is for the converted model `var`, whatever the environment says."""
+    """What "auto" means for the converted model `var`; the environment is not asked."""
     device = torch.device(device)
     name = FASTEST.get(device.type)
     if name is None:
@@ -135,7 +135,7 @@ def foreseen(
     device: str | torch.device = "cpu",
 ) -> Choice:
     """`fastest` for the float model `var` once it is quantized by `config`, with shift-and-sum or
-    without; only the architecture is looked at. Raises `ConfigError` as `convert` does."""
+    without; reads only the architecture. Raises `ConfigError` as `convert` does."""
     with torch.device("meta"), WithoutInit():
         quantized = convert(float_layout(var), config)
     set_theta(quantized, 1.0 if shift else None)
@@ -143,27 +143,27 @@ def foreseen(
 
 
 def told(var: Transformer, device: str | torch.device = "cpu") -> Choice:
-    """`fastest` for those who only tell of it: that the native core is missing is for those who
-    compute to warn of."""
+    """`fastest`, for reporting only: it does not warn that the native core is missing, as whoever
+    computes with it will."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fastest(var, device)
 
 
 def survey(var: Transformer | None = None) -> dict[str, str]:
-    """Why each runtime cannot compute here (the model `var`), on its own kind of device; empty
-    where it can."""
+    """By runtime, why it cannot compute here (the model `var`) on its own kind of device; empty if
+    it can."""
     found = {SIMULATED: ""}
     for name, entry in INTEGER.items():
         if entry.device == "cuda" and not torch.cuda.is_available():
-            found[name] = "no CUDA device is here"
+            found[name] = "this machine has no CUDA device"
         else:
             found[name] = _try(name, var, torch.device(entry.device))[1]
     return found
 
 
 def _try(name: str, var: Transformer | None, device: torch.device) -> tuple[Kernels | None, str]:
-    """The kernels of a runtime, or None and why not."""
+    """The kernels of a runtime, or None and the reason."""
     entry = INTEGER[name]
     if device.type != entry.device:
         return None, f"computes on {entry.device}, the device is {device.type}"

@@ -1,4 +1,4 @@
-"""The page: a head with the queue, a tab per task, and what is refreshed when."""
+"""The page: a head with the queue, a tab per task, and the events that refresh them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from varptq.web.results_tab import ResultsTab
 from varptq.web.studio import Studio
 
 QUEUE_SECONDS = 1.5
-# Files that pages uploaded or were shown go when they are a day old; looked after every hour.
+# Uploaded and shown files are deleted after a day; checked every hour.
 CACHE = (3600, 24 * 3600)
 MAX_EVENTS = 1000
 
@@ -38,7 +38,8 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("Results") as fourth:
                 results = ResultsTab(studio)
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        # Folders change while pages are open: the pickers are filled when their tab is opened.
+        # Folders change while pages are open, so the pickers are filled whenever their tab is
+        # opened.
         for tab, pickers, chosen, besides in (
             (first, generate.pickers, [generate.model, generate.beside], [generate.missing]),
             (second, edit.pickers, [edit.model], []),

@@ -1,8 +1,8 @@
-"""What the studio may open: published models that are here, and what lies under its folders.
+"""What the studio may open: published models on this machine, and what lies under its folders.
 
-The folders are looked through anew each time; only what that finds can be opened, by its key. A
-path is never made from what a page sends, and nothing that leaves its folder by a symbolic link is
-listed. Nothing is loaded here.
+The folders are searched anew each time, and only what is found can be opened, by its key. A path is
+never made from what a page sends, and a symbolic link out of its folder is not listed. Nothing is
+loaded here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPORT_FILE, ANALYSIS_FILE = "report.html", "analysis.json"
 
 
 class Kind(StrEnum):
-    """What an entry is."""
+    """The kind of an entry."""
 
     float = "float"
     artifact = "artifact"
@@ -34,7 +34,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that can be picked. `key` is what a page sends; `files` are what it stands for:
+    """One thing that can be picked. `key` is what a page sends; `files` are what it refers to:
     none for a published model, the folder of an artifact, report or analysis, or a transformer and
     its VQVAE."""
 
@@ -50,9 +50,9 @@ class Entry:
 
 
 class Catalogue:
-    """The entries under `folders` (name -> folder), and the published models that are here.
+    """The entries under `folders` (name -> folder), and the published models on this machine.
 
-    Raises `InputError` for a folder that is not there.
+    Raises `InputError` for a folder that does not exist.
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
@@ -60,18 +60,18 @@ class Catalogue:
         for folder in folders:
             root = Path(os.path.realpath(folder))
             if not root.is_dir():
-                raise InputError(f"folder {str(folder)!r}: no such folder; give one that is there")
+                raise InputError(f"folder {str(folder)!r}: no such folder; give one that exists")
             if root not in self.folders.values():
                 self.folders[self._free_name(root.name or "root")] = root
 
     def _free_name(self, name: str) -> str:
-        """A folder called like a model is ./demo, as on the command line."""
+        """A folder with the name of a model gets "./" before it, as on the command line."""
         name = f"./{name}" if name in PRESETS else name
         names = (name, *(f"{name}-{number}" for number in range(2, len(self.folders) + 3)))
         return next(name for name in names if name not in self.folders)
 
     def entries(self, *kinds: Kind) -> list[Entry]:
-        """Everything there is of these kinds, published models first."""
+        """All entries of these kinds, published models first."""
         found = [*_published(), *self._under_folders()]
         return [entry for entry in found if entry.kind in kinds]
 
@@ -82,9 +82,9 @@ class Catalogue:
                 return entry
         wanted = " or ".join(kinds)
         if not key or not isinstance(key, str):
-            raise InputError(f"{wanted}: nothing chosen; choose one of the list")
+            raise InputError(f"{wanted}: nothing chosen; choose one from the list")
         raise InputError(
-            f"{wanted} {key!r}: not under the folders of this studio; choose one of the list"
+            f"{wanted} {key!r}: not in the folders of this studio; choose one from the list"
         )
 
     def _under_folders(self) -> Iterator[Entry]:
@@ -100,12 +100,12 @@ def _published() -> Iterator[Entry]:
         try:
             resolve(name)
         except CheckpointError:
-            continue  # not in the cache, and the studio fetches nothing
+            continue  # not in the cache, and the studio downloads nothing
         yield Entry(name, Kind.float)
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """`root` and the folders below it, hidden ones and symbolic links left out."""
+    """`root` and the folders below it, without hidden ones and symbolic links."""
     line = [(root, 0)]
     for _ in range(MAX_FOLDERS):
         if not line:

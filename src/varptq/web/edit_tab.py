@@ -1,7 +1,7 @@
-"""The tab Edit: paint what is to change, see candidates, compare with the picture as it was.
+"""The tab Edit: paint what is to change, see candidates, compare with the original.
 
-The upload stays as it is on this side; the canvas gets a copy of a handy size and gives back
-strokes alone. So what is kept is the upload's own pixels.
+The server keeps the upload; the canvas gets a copy of a convenient size and sends back only
+strokes. So the part that is kept has the upload's own pixels.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ MAX_CANDIDATES, AT_A_TIME = 8, 4
 # Longer sides are shown smaller for painting, shorter ones larger.
 CANVAS = (512, 768)
 UPLOAD = "Upload an image."
-# What candidates of no class are called.
+# Name of candidates without a class.
 EDIT = "edit"
 TASKS = {
     "In-paint": ("inpaint", "Paint what is to be drawn anew."),
-    "Out-paint": ("outpaint", "Paint what is to be kept; all around it is drawn anew."),
+    "Out-paint": ("outpaint", "Paint what is to be kept; everything around it is drawn anew."),
     "Change class": ("class", "Paint what is to become the class chosen below."),
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of `edit`, checked as far as they can be without a model."""
+    """Arguments of `edit`, checked as far as possible without a model."""
 
     image: Image.Image
     arguments: dict[str, Any]
@@ -114,7 +114,7 @@ def compute(studio: Studio, entry: Entry, asked: Request, job: Job) -> None:
 
 
 def on_canvas(image: Image.Image) -> Image.Image:
-    """`image` as an editor shows it, small ones with their pixels kept."""
+    """`image` as an editor shows it; small images are enlarged without smoothing."""
     longest = max(image.size)
     goal = min(max(longest, CANVAS[0]), CANVAS[1])
     size = tuple(max(1, round(side * goal / longest)) for side in image.size)
@@ -133,7 +133,7 @@ class EditTab:
                 inputs = self._controls()
             with gr.Column(scale=2, min_width=300):
                 self._canvas()
-                # Under the canvas: on a phone, painting is the last thing before it.
+                # Under the canvas: on a phone, painting is the last step before it.
                 self.bar = RunBar(studio, "Edit", "edit")
                 self._results()
         self._events([self.upload, self.editor, *inputs])
@@ -193,7 +193,7 @@ class EditTab:
         only_layers(self.editor)
 
     def _results(self) -> None:
-        # Shown and hidden as a whole: the app makes a component anew when its own settings change,
+        # Shown and hidden as a whole: if a component's own settings change, the app makes it anew,
         # without the limits of files.py.
         with gr.Column(visible=False) as self.outcome:
             self.results = gr.Gallery(
@@ -215,8 +215,8 @@ class EditTab:
                 buttons=["fullscreen"],
                 elem_id="edit-slider",
             )
-            # Shown with its file in one step: a button that is seen already may miss the file that
-            # comes with its column, and then does nothing.
+            # Shown together with its file: a button that is already visible may miss the file that
+            # arrives with its column, and then does nothing.
             self.download = gr.DownloadButton(
                 "Download this candidate", visible=False, elem_id="edit-download"
             )
@@ -243,7 +243,7 @@ class EditTab:
         )
 
     def pickers(self, model: str | None) -> Updates:
-        """The picker with what there is now; a choice that is still there stays."""
+        """The picker with the present models; a choice that still exists stays."""
         keys = self.studio.keys(*MODELS)
         return {self.model: refilled(keys, model, keys[0])}
 
@@ -260,7 +260,7 @@ class EditTab:
         return {self.editor: shown, self.outcome: hidden, self.download: hidden}
 
     def explain(self, task: str) -> Updates:
-        """The hint of a task; a class is asked for only where there is one."""
+        """The hint of a task; only a task with a class asks for one."""
         kind, hint = TASKS.get(task, TASKS["In-paint"])
         shown = gr.update(visible=kind == "class")
         return {self.hint: parts.note(f"{UPLOAD} {hint}"), self.name: shown, self.cfg: shown}
@@ -268,7 +268,7 @@ class EditTab:
     def choose(
         self, results: list[Any] | None, pair: tuple[str, str] | None, event: gr.SelectData
     ) -> Updates:
-        """Put the candidate that was clicked beside the picture as it was."""
+        """Put the clicked candidate beside the original."""
         if not results or not pair or not isinstance(event.index, int):
             return gr.skip()
         chosen = results[min(event.index, len(results) - 1)][0]
@@ -277,7 +277,7 @@ class EditTab:
     async def run(
         self, model: str, path: str | None, editor: EditorValue | None, *rest: Any
     ) -> AsyncIterator[Updates]:
-        """Edit when the model's turn comes."""
+        """Queue the edit, and follow it."""
         with toasts():
             entry = self.studio.model(model)
             asked = request(path, editor, *rest)

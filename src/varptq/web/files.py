@@ -1,7 +1,7 @@
-"""Files that pages send and get: opened with limits, and offered from the app's own cache.
+"""Files that pages send and receive: opened with limits, and offered from the app's own cache.
 
-A page can name only what it uploaded or was shown; the app sees to that before a function is
-called. What is offered lies under a name nobody can guess, and goes after a day.
+A page can name only files that it uploaded or was shown; the app checks that before it calls a
+function. Offered files have unguessable names and are deleted after a day.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gradio.components import Component
 from gradio.components.image_editor import EditorData, EditorValue
 from PIL import Image
 
+from varptq import readable
 from varptq.editing import read_image
 from varptq.errors import InputError, OutputError
 from varptq.pictures import slug
@@ -28,28 +29,29 @@ from varptq.web.studio import toasts
 from varptq.web.surroundings import CACHE
 
 MAX_BYTES = 25_000_000
-# Below the library's own limit: 20 people may upload at the same time.
+# Below the limit of `reading`, since 20 people may upload at the same time.
 MAX_PIXELS = 25_000_000
 
 
 def picture(path: str | None) -> Image.Image:
     """The uploaded picture, upright, RGB or RGBA. Raises `InputError` without naming the path."""
     if not path:
-        raise InputError("image: none; upload a JPEG, PNG or WebP")
+        raise InputError("image: none given; upload a JPEG, PNG or WebP")
     file = Path(path)
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise InputError(
-            f"image {file.name}: {size / 1e6:.0f} MB, expected at most {MAX_BYTES / 1e6:.0f} MB"
+            f"image {file.name}: {readable.megabytes(size)}, expected at most "
+            f"{readable.megabytes(MAX_BYTES)}"
         )
     return read_image(file.read_bytes(), what=f"image {file.name}", max_pixels=MAX_PIXELS)
 
 
 def only_layers(editor: gr.ImageEditor) -> gr.ImageEditor:
-    """Makes a canvas give {"background": None, "layers": the painted ones, RGBA, "composite": None}
-    and read them with the limits above, where it would decode whatever a page sends.
+    """Make a canvas return {"background": None, "layers": the painted ones, RGBA, "composite":
+    None}, read with the limits above; by itself it would decode whatever a page sends.
 
-    A subclass would do, if the app did not write a stub beside the file of every subclass.
+    Not a subclass, because the app writes a stub beside the file of every subclass.
     """
 
     def preprocess(payload: EditorData | None) -> EditorValue | None:
@@ -62,10 +64,10 @@ def only_layers(editor: gr.ImageEditor) -> gr.ImageEditor:
 
 
 def only_cached(block: Block) -> None:
-    """Let pages name no file but those in the app's cache: what was uploaded or shown.
+    """Let pages name only files in the app's cache, which were uploaded or shown.
 
-    The app would fetch an address from anywhere, and checks paths only when it was started by its
-    own `launch`.
+    By itself the app would fetch any address, and would check paths only if started by its own
+    `launch`.
     """
     move = block.async_move_resource_to_block_cache
 
@@ -74,7 +76,7 @@ def only_cached(block: Block) -> None:
             real = Path(os.path.realpath(url_or_file_path))
             with toasts():
                 if not real.is_relative_to(os.path.realpath(block.GRADIO_CACHE)):
-                    raise InputError("file: no upload of this page")
+                    raise InputError("file: not uploaded on this page")
         return await move(url_or_file_path)
 
     block.async_move_resource_to_block_cache = move_cached
@@ -96,7 +98,7 @@ def offer(component: Component, path: Path) -> str:
         with _placed(component, path.name) as copy:
             copy.write_bytes(path.read_bytes())
         return str(copy)
-    # Stored: packed codes do not get smaller.
+    # Stored, as packed codes do not compress.
     with (
         _placed(component, f"{path.name}.zip") as archive,
         zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out,
@@ -108,7 +110,7 @@ def offer(component: Component, path: Path) -> str:
 
 
 def stem(word: str, seed: int) -> str:
-    """How pictures drawn from a seed are called; the number of each and ".png" follow."""
+    """First part of the file names of images from a seed; a number and ".png" follow."""
     return f"{slug(word)}-seed{seed}"
 
 
@@ -121,7 +123,7 @@ def offer_picture(component: Component, image: Image.Image, name: str) -> str:
 
 @contextmanager
 def _placed(component: Component, name: str) -> Iterator[Path]:
-    """Where to write a file for pages; one that cannot be written whole goes again."""
+    """Where to write a file for pages; it is deleted if it cannot be written whole."""
     folder = Path(component.GRADIO_CACHE) / secrets.token_hex(16)
     path = folder / name
     try:
@@ -130,7 +132,7 @@ def _placed(component: Component, name: str) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise OutputError(
-            f"{name}: cannot be kept for the page ({error.strerror}); free some space or set "
+            f"{name}: cannot be stored for the page ({error.strerror}); free some space or set "
             f"{CACHE} to another folder"
         ) from None
     component.temp_files.add(str(path))  # what the app removes after a day

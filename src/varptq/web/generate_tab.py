@@ -1,7 +1,7 @@
 """The tab Generate: images of a class from one model, or from two beside each other.
 
-Image i of both draws from (seed, i), so the columns answer the same question. While a model runs
-its column shows every scale, coarse to fine; the time of decoding these pictures is not counted.
+Image i of both models draws from (seed, i), so the columns are comparable. While a model runs, its
+column shows every scale, coarse to fine; the time for decoding these is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+from varptq import readable
+from varptq.artifact.sizes import quantized_size, transformer_size
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
@@ -44,9 +45,9 @@ from varptq.web.studio import (
 
 MAX_COUNT, MAX_TOP_K = 16, 4096
 NOTHING = "nothing"
-HINT = "Choose a class and generate. Two models draw beside each other, from the same seeds."
+HINT = "Choose a class and generate. Two models draw side by side, from the same seeds."
 DEFAULTS = SamplingSettings()
-MISSING = "No quantized model is here yet. Make one in the tab Quantize, or in a shell: "
+MISSING = "There is no quantized model yet. Make one in the tab Quantize, or in a shell: "
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,12 @@ def decoded(pipe: Pipeline, f_hat: torch.Tensor) -> Pixels:
 
 def facts_of(pipe: Pipeline, count: int, spent: float) -> tuple[tuple[str, str], ...]:
     """Time, memory and bits of a model, for people."""
-    kinds = sizes(pipe)
-    transformer = total({kind: size for kind, size in kinds.items() if kind != VAE})
+    transformer = transformer_size(pipe)
     packed = quantized_size(pipe).bits_per_element
     config = getattr(pipe, "config", None)
-    memory = f"transformer {parts.megabytes(transformer.bytes)}"
+    memory = f"transformer {readable.megabytes(transformer.bytes)}"
     if config is not None:
-        memory += f" of {parts.megabytes(transformer.float32_bytes)} in float32"
+        memory += f" of {readable.megabytes(transformer.float32_bytes)} in float32"
         bits = f"{config.name}; {packed:.2f} per quantized weight, with scales"
     else:
         bits = f"{8 * pipe.dtype.itemsize}, float"
@@ -141,7 +141,7 @@ def facts_of(pipe: Pipeline, count: int, spent: float) -> tuple[tuple[str, str],
         ("Bits", bits),
     ]
     if pipe.device.type == "cuda":
-        rows.append(("GPU peak", parts.megabytes(torch.cuda.max_memory_allocated(pipe.device))))
+        rows.append(("GPU peak", readable.megabytes(torch.cuda.max_memory_allocated(pipe.device))))
     return tuple(rows)
 
 
@@ -160,7 +160,7 @@ class Panel:
                 elem_id=f"generate-{name}",
                 interactive=False,
             )
-            # Hidden until there is a picture: see `EditTab._results`.
+            # Hidden until there is an image: see `EditTab._results`.
             self.download = gr.DownloadButton(
                 "Download",
                 size="md",
@@ -185,7 +185,7 @@ class Panel:
         return [*shown, self.download, self.files]
 
     def clear(self, entry: Entry | None) -> Updates:
-        """Empty, headed by the model that is about to draw; hidden if none is."""
+        """Empty, with the name of the model that is about to draw; hidden without one."""
         tone = "" if entry is None else "float" if entry.kind is Kind.float else "quantized"
         title = parts.heading(entry.key if entry else "", tone)
         shown = gr.update(visible=entry is not None)
@@ -194,7 +194,7 @@ class Panel:
         return {self.column: shown, self.title: title, **empty, **hidden}
 
     def show(self, steps: list[Pixels], drawing: Drawing) -> Updates:
-        """What a part of the result changes; `steps` collects the scales of one run."""
+        """The updates for a part of the result; `steps` collects the scales of one run."""
         small = max(drawing.images.shape[1:3]) < VISIBLE_SIDE
         style = ["pixels"] if small else []
         files = [
@@ -211,7 +211,7 @@ class Panel:
         return updates
 
     def choose(self, files: list[str], event: gr.SelectData) -> Any:
-        """Offer the picture that was clicked; while they are drawn none is complete."""
+        """Offer the clicked image, unless images are still being drawn."""
         if not files or not isinstance(event.index, int):
             return gr.skip()
         return self._offered(files[min(event.index, len(files) - 1)])
@@ -292,7 +292,7 @@ class GenerateTab:
         return [self.model, self.beside, self.name, count, seed, cfg, top_k, top_p]
 
     def pickers(self, model: str | None, beside: str | None) -> Updates:
-        """The pickers with what there is now; a choice that is still there stays."""
+        """The pickers with the present models; a choice that still exists stays."""
         keys, artifacts = self.studio.keys(*MODELS), self.studio.keys(Kind.artifact)
         first = artifacts[0] if artifacts else NOTHING
         return {
@@ -307,7 +307,7 @@ class GenerateTab:
         return {self.name: class_picker(known), self.about: says(model, known)}
 
     def _missing(self) -> str:
-        """How to make a quantized model, where there is none to put beside a float one."""
+        """How to make a quantized model, if there is none."""
         return "" if self.studio.keys(Kind.artifact) else parts.command(MISSING, self.example)
 
     async def run(
@@ -321,7 +321,7 @@ class GenerateTab:
         top_k: float,
         top_p: float,
     ) -> AsyncIterator[Updates]:
-        """Draw with `model`, then with `beside`, each when its turn comes."""
+        """Queue a drawing with `model`, then one with `beside`, and follow both."""
         with toasts():
             request = Request.checked(name, count, seed, cfg, top_k, top_p)
             chosen = [model] if beside in (None, "", NOTHING) else [model, beside]

@@ -1,11 +1,10 @@
-"""Work that takes a while: one job at a time per model, in the order of asking, with a queue that
-people can see.
+"""Long-running work: one job at a time per model, first come first served, in a visible queue.
 
     job = jobs.submit("demo", "2 images of cat", work)     work(job) runs in a thread of its own
-    async for part in follow(job): ...                     what `work` hands out, as it comes
+    async for part in follow(job): ...                     what `work` emits, as it comes
 
-Work is asked to stop by an exception from the calls it makes anyway (`progress`, `emit`, `check`).
-Pages and models are not known here.
+Work is stopped by an exception from calls that it makes anyway (`progress`, `emit`, `check`). This
+file knows neither pages nor models.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 from varptq.errors import InputError
 
 MAX_WAITING = 100
-# How often a follower looks; a person does not see less.
+# How often a follower looks.
 POLL_SECONDS = 0.1
 SIGN_OF_LIFE_SECONDS = 1.0
 
@@ -74,7 +73,7 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Since it began to run, until now or its end."""
+        """Running time until now, or until its end."""
         return (self.ended or time.monotonic()) - self.started if self.started else 0.0
 
     @property
@@ -92,16 +91,16 @@ class Job:
         self.stage, self.done, self.total, self.info = stage, done, total, info
 
     def emit(self, part: Any) -> None:
-        """Hand a part of the result to whoever follows."""
+        """Pass a part of the result to the follower."""
         self.check()
         self._parts.put(part)
 
     def stop(self) -> None:
-        """Ask the work to stop; one that waits never begins."""
+        """Ask the work to stop; a waiting job never starts."""
         self._stop.set()
 
     def parts(self) -> list[Any]:
-        """What was handed out since the last call."""
+        """The parts emitted since the last call."""
         found: list[Any] = []
         with suppress(queue.Empty):
             while True:
@@ -118,7 +117,8 @@ class Job:
         except StoppedError:
             self.state = State.stopped
         except BaseException as error:
-            # A thread has nobody to raise to: the follower raises it where it can be shown.
+            # Nobody would see an exception of this thread; the follower raises it where it can be
+            # shown.
             self.error, self.state = error, State.failed
         finally:
             self.ended = time.monotonic()
@@ -141,7 +141,7 @@ class Jobs:
         with self._lock:
             if len(self._waiting[model]) >= self.max_waiting:
                 raise InputError(
-                    f"model {model!r}: {self.max_waiting} jobs wait already; try again later"
+                    f"model {model!r}: {self.max_waiting} jobs are waiting already; try again later"
                 )
             self._waiting[model].append(job)
             if model not in self._busy:
@@ -150,7 +150,7 @@ class Jobs:
         return job
 
     def ahead(self, job: Job) -> int:
-        """How many jobs of the same model come before it."""
+        """How many jobs of the same model run before it."""
         with self._lock:
             line = list(self._waiting[job.model])
             if job not in line:
@@ -196,11 +196,11 @@ class Jobs:
 
 
 async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncIterator[Any]:
-    """The parts of a job as they come, and None whenever its state or progress has changed, and now
-    and then: only between two of its turns a follower can be told that its page is gone.
+    """The parts of a job as they come, and None whenever its state or progress has changed, and at
+    intervals besides, since a follower learns only between two items that its page is closed.
 
-    Ends with the job; raises what its work raised. A follower that leaves stops the job unless
-    `keep`, so that nobody computes for a page that is closed.
+    Ends with the job; raises what its work raised. Unless `keep`, a follower that leaves stops the
+    job, so that nothing is computed for a closed page.
     """
     seen, said = (), 0.0
     try:

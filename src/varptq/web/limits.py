@@ -1,5 +1,5 @@
-"""What every request and answer goes through: the security head lines, no addresses in place of
-files, and uploads that cannot be kept. Knows no page; `server.py` puts it around the app."""
+"""Middleware for every request and response: the security headers, no addresses in place of files,
+and uploads that cannot be stored. Knows no page; `server.py` puts it around the app."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from varptq.web.surroundings import CACHE
 
-# The app's own scripts are partly inline, and its pictures partly made in the page (blob:, data:).
+# Some of the app's own scripts are inline, and some pictures are made in the page (blob:, data:).
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -23,7 +23,7 @@ POLICY = (
 )
 API = "/gradio_api"
 UPLOAD = f"{API}/upload"
-# The app would fetch what these name from anywhere, or take a film of any size.
+# Through these the app would fetch any address, or accept a film of any size.
 REFUSED = (
     *(f"{API}/{place}{scheme}" for place in ("file=", "file/") for scheme in ("http:", "https:")),
     *(f"{API}/proxy=", f"{API}/process_recording"),
@@ -31,7 +31,7 @@ REFUSED = (
 
 
 class PolicyHeaders:
-    """Adds the security head lines to every answer."""
+    """Adds the security headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -49,7 +49,7 @@ class PolicyHeaders:
 
 
 class OwnFilesOnly:
-    """Refuses routes of the app that reach beyond this machine or its limits."""
+    """Refuses routes of the app that reach beyond this machine or exceed its limits."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -63,8 +63,8 @@ class OwnFilesOnly:
 
 
 class KeptUploads:
-    """Says in one line why an upload cannot be kept, where the app would end in a traceback, and
-    removes what is left in `folder` of uploads that did not come to their end."""
+    """Says in one line why an upload cannot be stored, instead of the app's traceback, and removes
+    the remains of incomplete uploads from `folder`."""
 
     def __init__(self, app: ASGIApp, folder: Path) -> None:
         self.app, self.folder = app, folder
@@ -85,13 +85,13 @@ class KeptUploads:
             await self.app(scope, receive, hold)
         except OSError as error:
             says = (
-                f"upload: cannot be kept ({error.strerror}); free some space or set {CACHE} to "
+                f"upload: cannot be stored ({error.strerror}); free some space or set {CACHE} to "
                 "another folder"
             )
-            # Its frames hold the part that was written open, and with it the space that it takes.
+            # Its frames keep the partial file open, and with it the space on disk.
             traceback.clear_frames(error.__traceback__)
             answer = PlainTextResponse(says, status_code=507)
-        except (AttributeError, TypeError):  # what the app makes of a part that is no file
+        except (AttributeError, TypeError):  # the app's errors for a part that is not a file
             answer = PlainTextResponse("upload: holds no file; choose one", status_code=400)
         finally:
             self._going_on -= 1
@@ -102,7 +102,8 @@ class KeptUploads:
             await send(message)
 
     def _tidy(self) -> None:
-        """A finished upload lies in a folder of its own; a file beside those is a part of one."""
+        """Remove partial uploads: a finished one lies in a folder of its own, a partial one
+        beside."""
         if self._going_on:
             return
         with suppress(OSError):

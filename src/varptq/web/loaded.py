@@ -1,5 +1,5 @@
-"""Models in memory: loaded when first asked for, the one unused for longest goes first; and what
-can be said of a model before it is loaded."""
+"""Models in memory, loaded when first asked for and dropped when unused for longest; and what is
+known of a model before it is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.presets import PRESETS
 from varptq.runtime import load
-from varptq.runtime.resolve import AUTO
+from varptq.runtime.resolve import AUTO, asked_for
 from varptq.web.catalogue import Entry, Kind
 
 # A float model and the quantized one beside it.
@@ -24,8 +24,12 @@ CAPACITY = 2
 
 
 class LoadedModels:
-    """At most `capacity` pipelines on `device`, artifacts on `runtime`. One that changed on disk is
-    loaded again."""
+    """At most `capacity` pipelines on `device` in `dtype`, artifacts on `runtime`. A model that
+    changed on disk is loaded again.
+
+    Raises `ConfigError` for a device or dtype that cannot be used, `InputError` for an unknown
+    runtime.
+    """
 
     def __init__(
         self,
@@ -35,12 +39,9 @@ class LoadedModels:
         runtime: str = AUTO,
         capacity: int = CAPACITY,
     ) -> None:
-        self.placement: dict[str, Any] = {
-            "device": checked_device(device),
-            "dtype": checked_dtype(dtype),
-        }
+        asked_for(runtime)
+        self.device, self.dtype = checked_device(device), checked_dtype(dtype)
         self.runtime = runtime
-        self._words = ("--device", device, "--dtype", dtype)
         self.capacity = capacity
         self._lock = threading.Lock()
         self._held: OrderedDict[tuple[Entry, tuple[int, ...]], Pipeline] = OrderedDict()
@@ -52,7 +53,8 @@ class LoadedModels:
             if (pipe := self._held.pop(key, None)) is not None:
                 self._held[key] = pipe
                 return pipe
-        # Outside the lock: another model's job need not wait. The same model has one job at a time.
+        # Outside the lock, so that jobs of other models need not wait; a model has one job at a
+        # time.
         pipe = self._load(entry)
         with self._lock:
             self._held[key] = pipe
@@ -61,22 +63,24 @@ class LoadedModels:
         return pipe
 
     def words(self, entry: Entry) -> list[str]:
-        """How the command line says where `entry` computes."""
-        executed = ("--runtime", self.runtime) if entry.kind is Kind.artifact else ()
-        return [*self._words, *executed]
+        """The options of the command line that make `entry` compute as it does here."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        runtime = ("--runtime", self.runtime) if entry.kind is Kind.artifact else ()
+        return ["--device", str(self.device), "--dtype", dtype, *runtime]
 
     def _load(self, entry: Entry) -> Pipeline:
+        placement: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         if entry.kind is Kind.artifact:
-            return load(entry.files[0], runtime=self.runtime, **self.placement)
+            return load(entry.files[0], runtime=self.runtime, **placement)
         if entry.files:
             var, vae = entry.files
-            return load_model(var=var, vae=vae, **self.placement)
-        return load_model(entry.key, **self.placement)
+            return load_model(var=var, vae=vae, **placement)
+        return load_model(entry.key, **placement)
 
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a model before it is loaded. side: of its pictures, in pixels."""
+    """What is known of a model before it is loaded. side: of its images, in pixels."""
 
     names: tuple[str, ...]
     classes: int
@@ -84,7 +88,7 @@ class About:
 
 
 def about(entry: Entry) -> About | None:
-    """None for a float model of files, of which only loading tells.
+    """None for a float model from files, which must be loaded to be known.
 
     Raises `ArtifactError` for an artifact that cannot be read.
     """
@@ -105,7 +109,7 @@ def about(entry: Entry) -> About | None:
 
 
 def class_choices(known: About | None) -> list[str]:
-    """Names of the classes, or ids for a model without names; empty where only loading tells."""
+    """Names of the classes, or ids for a model without names; empty if they are not known yet."""
     if known is None:
         return []
     return list(known.names) or [str(label) for label in range(known.classes)]

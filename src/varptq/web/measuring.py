@@ -1,7 +1,7 @@
 """Reports made from the studio: `varptq evaluate` and `varptq analyze` in a process of their own.
 
-The same command as on the command line, so the files are the same; a process can be stopped at any
-time, and both verbs leave nothing half-written.
+These run the same commands as a user would, so the files are the same. A process can be stopped at
+any time, as both verbs leave nothing half-written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def report_folder(out: Path, entry: Entry, kind: Kind) -> Path:
 def evaluate(
     entry: Entry, out: Path, count: int, catalogue: Catalogue, models: LoadedModels, job: Job
 ) -> None:
-    """Sample `count` images with the model, and its float model, and compare."""
+    """Sample `count` images with the model and its float model, and compare."""
     words = model_words(entry)
     if entry.kind is Kind.artifact and (source := float_model(entry, catalogue)) is not None:
         words += model_words(source) if source.files else []  # published ones are found by name
@@ -47,7 +47,7 @@ def analyze(
     entry: Entry, out: Path, images: int, catalogue: Catalogue, models: LoadedModels, job: Job
 ) -> None:
     """Measure every tensor of the model at the bits of an artifact's config, w4a4 for a float
-    model. Raises `InputError` if the float model of the artifact is not here."""
+    model. Raises `InputError` if the artifact's float model is not found."""
     with tempfile.TemporaryDirectory() as folder:
         config, source = "w4a4", entry
         if entry.kind is Kind.artifact:
@@ -55,8 +55,8 @@ def analyze(
             source = float_model(entry, catalogue)
             if source is None:
                 raise InputError(
-                    f"model {entry.key}: its float model {document.name!r} is not here; put its "
-                    "files under a folder of the studio"
+                    f"model {entry.key}: its float model {document.name!r} is missing; put its "
+                    "files in a folder of the studio"
                 )
             file = Path(folder) / "config.json"
             file.write_text(json.dumps(document.varptq.config.to_dict()), encoding="utf-8")
@@ -89,7 +89,7 @@ def model_words(entry: Entry) -> list[str]:
 
 
 def run(job: Job, *words: Any) -> None:
-    """`varptq <words>`; its last line is the job's progress, its error the job's."""
+    """Run `varptq <words>`; its last line is the job's progress, its error the job's error."""
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "varptq", *words]
         process = subprocess.Popen(
@@ -105,7 +105,9 @@ def run(job: Job, *words: Any) -> None:
                 process.wait()
         if process.returncode != 0:
             line = _last_line(log).removeprefix("error: ")
-            raise VarptqError(line or f"varptq {words[0]}: ended with {process.returncode}")
+            raise VarptqError(
+                line or f"varptq {words[0]}: ended with exit code {process.returncode}"
+            )
 
 
 def _last_line(log: Any) -> str:

@@ -14,20 +14,12 @@ from PIL import Image
 
 from varptq.evaluate.report.markup import Markup, element
 from varptq.pictures import Pixels
+from varptq.readable import seconds
 from varptq.web.jobs import Job, State
 
 CURVE_WIDTH, CURVE_HEIGHT, CURVE_POINTS = 160.0, 44.0, 80
 STRIP_SIDE = 128
 WORDS = {State.done: "Done", State.failed: "Failed", State.stopped: "Stopped"}
-
-
-def seconds(duration: float) -> str:
-    minutes, rest = divmod(round(duration), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{duration:.1f} s"
-
-
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def status(job: Job, ahead: int) -> Markup:
@@ -96,8 +88,8 @@ def queue(jobs: Sequence[Job]) -> Markup:
 def curves(
     losses: Mapping[str, Sequence[tuple[int, float]]], says: Mapping[str, str] | None = None
 ) -> Markup:
-    """One small curve of (step, loss) per unit, each on its own scale, log upwards; under it what
-    `says` has of the unit, or its first and last loss."""
+    """One small curve of (step, loss) per unit, each on its own scale, log upwards; below it
+    the text of the unit in `says`, or its first and last loss."""
     known = says or {}
     drawn = (_curve(n, points, known.get(n)) for n, points in losses.items())
     return element("div", *drawn, class_="curves")
@@ -128,19 +120,19 @@ def _curve(name: str, points: Sequence[tuple[int, float]], says: str | None) -> 
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `CURVE_POINTS` means of neighbours: a batch's loss is noisy."""
+    """At most `CURVE_POINTS` means of neighbours, as the loss of a batch is noisy."""
     size = -(-len(points) // CURVE_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[-1][0], sum(loss for _, loss in group) / len(group)) for group in groups]
 
 
 def page_frame(page: str, title: str) -> Markup:
-    """A whole HTML page in a frame that runs no script and reaches nothing."""
+    """A whole HTML page in a frame that runs no script and loads nothing."""
     return element("iframe", srcdoc=page, sandbox="", title=title, class_="page", tabindex=0)
 
 
 def strip(images: Sequence[Pixels], says: str) -> Markup:
-    """Small pictures (H, W, 3) in a line, in the page itself."""
+    """Small pictures (H, W, 3) in a line, embedded in the page."""
     pictures = [
         element("img", src=_data(image), alt=f"{says}, {i} of {len(images)}", class_="pixels")
         for i, image in enumerate(images, start=1)

@@ -1,6 +1,6 @@
 """The tab Quantize: choose a method and bits, watch the calibration, get the artifact.
 
-A calibration goes on when its page is closed. A page that opens meanwhile shows it and can stop it.
+A calibration continues when its page is closed. A page opened meanwhile shows it and can stop it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 import gradio as gr
 
+from varptq import readable
 from varptq.artifact import save
 from varptq.artifact.format import CONFIG_FILE
-from varptq.artifact.sizes import VAE, quantized_size, sizes, total
+from varptq.artifact.sizes import quantized_size, transformer_size
 from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.config import PRESETS as CALIBRATIONS
 from varptq.calibrate.methods import METHODS, Method, default_method
@@ -36,7 +37,7 @@ from varptq.web.studio import MAX_SEED, Studio, checked_here, refilled, toasts, 
 
 KIND = "quantize"
 CONFIGS = ("w4a4", "w4a8", "w6a6", "w8a8", "w4a4+litevar", "w6a6+litevar", "w4a4+paper", "best")
-# The choice that leaves the method to `default_method`.
+# The choice that lets `default_method` decide.
 DEFAULT = "default"
 DEFAULT_SUMMARY = "the one these bits were measured with"
 EFFORTS_FIRST = (*EFFORTS, *(name for name in CALIBRATIONS if name not in EFFORTS))
@@ -68,7 +69,7 @@ class Request:
         name: object,
         replace: object,
     ) -> Request:
-        """From what a page sent; samples and steps of 0 are those of the preset. Raises
+        """From what a page sent; 0 samples or steps mean those of the preset. Raises
         `ConfigError` or `InputError`."""
         given = {
             "num_samples": whole("samples", samples or 0, 0, MAX_SAMPLES),
@@ -83,8 +84,8 @@ class Request:
         name = str(name or "").strip()
         if not NAME.fullmatch(name):
             raise InputError(
-                f"name {name!r}: expected letters, digits and . _ + -, beginning with a letter or "
-                "digit, at most 64"
+                f"name {name!r}: expected at most 64 letters, digits and . _ + -, beginning with "
+                "a letter or digit"
             )
         return cls(
             quant_config,
@@ -96,7 +97,8 @@ class Request:
         )
 
     def place(self, out: Path) -> Path:
-        """The artifact's folder. Raises `OutputError` where `save` would, after all the work."""
+        """The artifact's folder. Raises `OutputError` now for what `save` would refuse at the
+        end."""
         target = out / self.name
         if target.exists() and not (self.replace and (target / CONFIG_FILE).is_file()):
             raise OutputError(f"name {self.name!r}: exists; choose another or tick Replace")
@@ -105,7 +107,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Made:
-    """The artifact and what to say about it, and about every unit that was reconstructed."""
+    """The artifact, its summary, and a text about every reconstructed unit."""
 
     folder: Path
     rows: tuple[tuple[str, str], ...]
@@ -114,7 +116,7 @@ class Made:
 
 
 def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
-    """Quantize and save; emit `Losses` now and then."""
+    """Quantize and save; emit `Losses` at intervals."""
     target = request.place(studio.out)
     pipe = studio.models.get(entry)
     parts_on = Method.parse(request.method)
@@ -147,13 +149,13 @@ def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
 
 def rows_of(pipe: QuantizedPipeline, spent: float) -> tuple[tuple[str, str], ...]:
     """The summary for people."""
-    transformer = total({kind: size for kind, size in sizes(pipe).items() if kind != VAE})
+    transformer = transformer_size(pipe)
     smaller = transformer.float32_bytes / transformer.bytes
     units = pipe.report.get("units", [])
     nearest = sum(unit["kept"] == "nearest" for unit in units)
     return (
         ("Model", f"{pipe.name}, {pipe.config.name}, {pipe.method}"),
-        ("Size", f"{parts.megabytes(transformer.bytes)}, {smaller:.1f}x smaller than float32"),
+        ("Size", f"{readable.megabytes(transformer.bytes)}, {smaller:.1f}x smaller than float32"),
         ("Weights", f"{quantized_size(pipe).bits_per_element:.2f} bits each, with scales"),
         (
             "Units",
@@ -161,13 +163,13 @@ def rows_of(pipe: QuantizedPipeline, spent: float) -> tuple[tuple[str, str], ...
         ),
         ("Runs on", told(pipe.var).runs_on),
         ("Theta", "off" if pipe.theta is None else f"{pipe.theta:.4f}"),
-        ("Time", parts.seconds(spent)),
+        ("Time", readable.seconds(spent)),
     )
 
 
 def units_of(pipe: QuantizedPipeline) -> dict[str, str]:
-    """What became of every unit: its loss with nearest rounding and with the codes that were kept,
-    both on the same rows, where the steps of a curve are on a few each."""
+    """For every unit, its loss with nearest rounding and with the codes that were kept, both
+    measured on the same rows; the steps of a curve are measured on a few rows each."""
     says = {}
     for unit in pipe.report.get("units", []):
         kept = unit["kept"]
@@ -192,7 +194,7 @@ class QuantizeTab:
                 self.bar = RunBar(studio, "Quantize", "quantize")
             with gr.Column(scale=2, min_width=300):
                 self.summary = gr.HTML(
-                    parts.note("The loss of every unit is drawn here while it is learned."),
+                    parts.note("The loss of every unit appears here while it is learned."),
                     elem_id="quantize-summary",
                 )
                 self.download = gr.DownloadButton(
@@ -239,7 +241,7 @@ class QuantizeTab:
             max_lines=1,
             elem_id="quantize-name",
         )
-        replace = gr.Checkbox(label="Replace one of that name")
+        replace = gr.Checkbox(label="Replace an artifact of that name")
         return [self.config, self.method, calibration, samples, steps, seed, self.name, replace]
 
     def _events(self, inputs: list[Any]) -> None:
@@ -258,12 +260,12 @@ class QuantizeTab:
             picker.change(suggested_name, chosen, self.name, **private)
 
     def pickers(self, model: str | None) -> Updates:
-        """The picker with what there is now; a choice that is still there stays."""
+        """The picker with the present models; a choice that still exists stays."""
         keys = self.studio.keys(Kind.float)
         return {self.model: refilled(keys, model, keys[0])}
 
     async def run(self, model: str, *rest: Any) -> AsyncIterator[Updates]:
-        """Quantize when the model's turn comes."""
+        """Queue the calibration, and follow it."""
         with toasts():
             entry = self.studio.model(model, Kind.float)
             request = Request.checked(*rest)
@@ -279,10 +281,10 @@ class QuantizeTab:
                 yield updates
 
     async def resume(self) -> AsyncIterator[Updates]:
-        """Follow the calibration that is going on, for a page that has just opened."""
+        """Follow a running calibration on a page that has just opened."""
         going = [job for job in self.studio.jobs.listed() if job.kind == KIND]
         if not going:
-            # To yield nothing would empty the page, the words on its buttons included.
+            # Yielding nothing would clear the page, button labels included.
             yield gr.skip()
             return
         with toasts():
@@ -294,7 +296,7 @@ class QuantizeTab:
             return {self.summary: parts.note(f"Will run on: {part.runs_on}")}
         if isinstance(part, Losses):
             return {self.curves: parts.curves(part.curves())}
-        rows = [*part.rows, ("Written", f"{part.folder.name}, in the pickers of all tabs")]
+        rows = [*part.rows, ("Written", f"{part.folder.name}, now in the lists of all tabs")]
         curves = parts.curves(part.losses.curves(), part.units)
         archive = offer(self.download, part.folder)
         return {
@@ -315,7 +317,7 @@ def effort(calibration: str) -> str:
 
 
 def suggested_name(model: str | None, config: str | None, method: str | None) -> str:
-    """A name that says what it is."""
+    """A name made from model, config and method."""
     named = (model, config, None if method == DEFAULT else method)
     words = "-".join(str(word) for word in named if word)
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", words).strip("-._+")[:64]

@@ -1,7 +1,7 @@
 """The tab Results: reports of `varptq evaluate` and `varptq analyze`, made here or elsewhere.
 
-A report is a page of its own that reaches nothing; it is shown in a frame without scripts. The
-pictures of an analysis are shown as they are.
+A report is a self-contained page, shown in a frame without scripts. The pictures of an analysis are
+shown as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 
+from varptq import readable
 from varptq.errors import InputError
 from varptq.evaluate.report.markup import Markup
 from varptq.web import parts
@@ -27,12 +28,14 @@ from varptq.web.studio import MODELS, Studio, checked_here, refilled, toasts, wh
 SHOWN = (Kind.report, Kind.analysis)
 EVALUATE, ANALYZE = "Evaluate", "Analyze"
 VERBS = {
-    f"{EVALUATE}: images beside the float model's": Kind.report,
+    f"{EVALUATE}: images compared with the float model's": Kind.report,
     f"{ANALYZE}: which tensor costs what": Kind.analysis,
 }
 MAX_IMAGES = 50_000
 MAX_PAGE_BYTES = 40_000_000
-NOTHING_YET = "No report yet. Choose a model and make one, or give a folder with reports at start."
+NOTHING_YET = (
+    "No report yet. Choose a model and make one, or start the studio with a folder of reports."
+)
 
 
 class ResultsTab:
@@ -59,7 +62,7 @@ class ResultsTab:
                         20,
                         precision=0,
                         label="Images",
-                        info="More images, firmer numbers",
+                        info="More images give more precise numbers",
                         elem_id="results-count",
                     )
                     self.bar = RunBar(studio, "Measure", "results")
@@ -89,7 +92,7 @@ class ResultsTab:
         return [self.report, self.page, self.download]
 
     def pickers(self, report: str | None, model: str | None) -> Updates:
-        """The pickers with what there is now, and the report; a choice that is still there
+        """The pickers with the present entries, and the report; a choice that still exists
         stays."""
         keys, reports = self.studio.keys(*MODELS), self.studio.keys(*SHOWN)
         artifacts = self.studio.keys(Kind.artifact) or keys
@@ -113,7 +116,7 @@ class ResultsTab:
         return {self.report: choices, self.page: page, self.download: update}
 
     async def run(self, model: str, what: object, count: object) -> AsyncIterator[Updates]:
-        """Make a report when the model's turn comes, and show it."""
+        """Queue a report, follow it, and show it."""
         with toasts():
             if what not in SHOWN:
                 raise InputError(f"report {what!r}: expected one of {', '.join(SHOWN)}")
@@ -129,7 +132,7 @@ class ResultsTab:
                 yield self.show(job.result)
 
     def _measure(self, kind: Kind, entry: Entry, number: int, job: Job) -> str:
-        """Make the report; its key."""
+        """Make the report and return its key."""
         studio = self.studio
         folder = report_folder(studio.out, entry, kind)
         if kind is Kind.report:
@@ -141,8 +144,8 @@ class ResultsTab:
 
 
 def view(entry: Entry) -> tuple[parts.Markup, str]:
-    """What the page shows of a report, and the file to download. Raises `InputError` for a page too
-    large to show."""
+    """What the page shows of a report, and the file to download. Raises `InputError` for a page
+    that is too large to show."""
     folder = entry.files[0]
     if entry.kind is Kind.analysis:
         names = sorted(path for path in folder.glob("*.png") if path.is_file())
@@ -150,13 +153,13 @@ def view(entry: Entry) -> tuple[parts.Markup, str]:
         return Markup(parts.facts(suggested(folder / ANALYSIS_FILE)) + pictures), ANALYSIS_FILE
     page = folder / REPORT_FILE
     if (size := page.stat().st_size) > MAX_PAGE_BYTES:
-        raise InputError(f"report {entry.key}: {size / 1e6:.0f} MB, too large to show here")
+        raise InputError(f"report {entry.key}: {readable.megabytes(size)}, too large to show here")
     return parts.page_frame(page.read_text(encoding="utf-8"), f"Report {entry.key}"), REPORT_FILE
 
 
 def suggested(file: Path) -> list[tuple[str, str]]:
-    """What `varptq analyze` measured and suggests, for people; nothing where another version wrote
-    the file."""
+    """What `varptq analyze` measured and suggests, for people; empty if another version wrote the
+    file."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         name, found = document["config"]["name"], document["suggestion"]
@@ -166,7 +169,7 @@ def suggested(file: Path) -> list[tuple[str, str]]:
         return [
             ("Model", f"{document['model']}, {name}"),
             ("Suggested", f"{count} tensors at more bits, {operations:.2f}x bit operations"),
-            ("KL", f"{base:.4f} to {mixed:.4f} nats per token, on images it was not chosen on"),
+            ("KL", f"{base:.4f} to {mixed:.4f} nats per token, on images not used for the choice"),
         ]
     except (ValueError, LookupError, TypeError, ZeroDivisionError):
         return []

@@ -1,4 +1,4 @@
-"""The row every tab has: a button that starts, one that stops, and a line that says how it goes."""
+"""The row of every tab with a button to start, one to stop, and a line of progress."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunBar:
     async def follow(
         self, job: Job, show: Callable[[Any], Updates], *, keep: bool = False
     ) -> AsyncIterator[Updates]:
-        """Updates of the page while `job` goes on; `show` says what a part of its result does.
+        """Updates of the page while `job` runs; `show` turns a part of its result into updates.
 
         At the end the buttons are as before; what the work raised is raised then.
         """

@@ -1,8 +1,8 @@
-"""Start the studio: who may reach it, how much they may send, and nothing else.
+"""Start the studio: who may reach it, and how much they may send.
 
-It answers on this machine alone unless another address and a password are given; there is no link
-through a third party (`share`). Every answer carries a content security policy that keeps the
-browser from asking anyone else.
+It answers only on this machine unless another address and a password are given; there is no link
+through a third party (`share`). Every response carries a content security policy that keeps the
+browser from contacting other servers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from varptq.errors import InputError, OutputError
-from varptq.runtime.resolve import AUTO, asked_for
 from varptq.web import app, theme
 from varptq.web.catalogue import Catalogue
 from varptq.web.files import MAX_BYTES
@@ -44,20 +43,17 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 7860
     auth: tuple[str, str] | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    runtime: str = AUTO
 
     def check(self) -> None:
-        """Raises `InputError` for an address that others reach without a password."""
+        """Raise `InputError` for an address that other machines reach, without a password."""
         if not is_local(self.host) and self.auth is None:
             raise InputError(
-                f"host {self.host}: other machines reach it; give --auth USER:PASSWORD too"
+                f"host {self.host}: other machines can reach it; give --auth USER:PASSWORD too"
             )
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -76,13 +72,12 @@ def parse_auth(text: str) -> tuple[str, str]:
     return user, password
 
 
-def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
+def make_studio(folders: list[Path], out: Path, models: LoadedModels | None = None) -> Studio:
     """The state of a studio that opens what is under `folders` and `out`, and writes to `out`.
 
-    Raises `InputError` for a folder that is not there or a runtime that does not exist,
-    `OutputError` if `out` cannot be written.
+    models: where and in which numbers models compute; None takes the defaults. Raises `InputError`
+    for a folder that does not exist, `OutputError` if `out` cannot be written.
     """
-    asked_for(options.runtime)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,21 +86,20 @@ def make_studio(folders: list[Path], out: Path, options: Options) -> Studio:
         ) from None
     if not os.access(out, os.W_OK):
         raise OutputError(f"{out}: cannot be written; choose another place")
-    models = LoadedModels(device=options.device, dtype=options.dtype, runtime=options.runtime)
-    return Studio(Catalogue([out, *folders]), models, Jobs(), out.resolve())
+    return Studio(Catalogue([out, *folders]), models or LoadedModels(), Jobs(), out.resolve())
 
 
 def web_app(studio: Studio, options: Options) -> FastAPI:
-    """The studio with its limits and its head lines, ready for any ASGI server.
+    """The studio with its limits and security headers, ready for any ASGI server.
 
-    Raises `OutputError` where uploads cannot be kept.
+    Raises `OutputError` if uploads cannot be stored.
     """
     limits = _middleware(options, claim_cache())
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=limits)
     blocks = app.build(studio)
-    # A page that writes programs, which a variable of the app's own would switch on.
+    # A page for writing programs, which an environment variable of the app would enable.
     blocks.vibe_mode = False
-    # Only so does the app check which files a page may name; its `launch` would do the same.
+    # Only then does the app check which files a page may name; its `launch` does the same.
     blocks.has_launched = blocks.is_running = True
     return gr.mount_gradio_app(
         outer,
@@ -129,8 +123,8 @@ def web_app(studio: Studio, options: Options) -> FastAPI:
 def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -> None:
     """Answer until Ctrl-C. `announce` gets the address once it is open.
 
-    Raises `InputError` for an address that may not or cannot be used, `OutputError` where uploads
-    cannot be kept.
+    Raises `InputError` for an address that may not or cannot be used, `OutputError` if uploads
+    cannot be stored.
     """
     options.check()
     listening = _listen(options.host, options.port)
@@ -146,8 +140,8 @@ def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except (OSError, ValueError) as error:  # ValueError: no name at all, as "a..b"
-        why = getattr(error, "strerror", None) or "no name of a machine"
+    except (OSError, ValueError) as error:  # ValueError: not a valid name, such as "a..b"
+        why = getattr(error, "strerror", None) or "not a valid name"
         raise InputError(f"host {host!r}: cannot be used ({why}); choose another --host") from None
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -164,7 +158,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
-    """Compares in constant time, both words always."""
+    """Compares user and password in constant time."""
 
     def check(given_user: str, given_password: str) -> bool:
         pairs = ((user, given_user), (password, given_password))
@@ -174,8 +168,8 @@ def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
 
 
 def _middleware(options: Options, uploads: Path) -> list[Middleware]:
-    """The policy on every answer; and where only this machine may ask, no other name in `Host`, so
-    that a foreign page cannot reach the studio by a name that it points here."""
+    """The policy on every response. If only this machine may ask, also no other name in `Host`, so
+    that a foreign page cannot reach the studio through a name that points to this machine."""
     used = [
         Middleware(PolicyHeaders),
         Middleware(OwnFilesOnly),

@@ -1,6 +1,6 @@
-"""What every tab works with, and how a mistake becomes a toast.
+"""State and helpers of all tabs, and how a mistake becomes a toast.
 
-Every event takes what a page sends, which may be anything, and checks it with these.
+A page may send anything, so every event checks what it gets with these helpers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MODELS = (Kind.float, Kind.artifact)
 
 @dataclass(frozen=True)
 class Studio:
-    """The state that all pages share. `out`: where artifacts and reports made here go; it is one of
-    the catalogue's folders."""
+    """The state that all pages share. `out`: folder for artifacts and reports made here, which is
+    one of the catalogue's folders."""
 
     catalogue: Catalogue
     models: LoadedModels
@@ -44,8 +44,8 @@ class Studio:
 
 
 def checked_here(picker: gr.Dropdown) -> gr.Dropdown:
-    """A picker whose value goes to `Catalogue.find` as it came: the app knows the choices from the
-    time it started, the catalogue those of now."""
+    """A picker whose value goes to `Catalogue.find` unchecked: the app knows the choices at its
+    start, the catalogue the present ones."""
 
     def preprocess(payload: Any) -> Any:
         return payload
@@ -55,8 +55,8 @@ def checked_here(picker: gr.Dropdown) -> gr.Dropdown:
 
 
 def refilled(keys: list[str], value: str | None, otherwise: str) -> Any:
-    """The update that fills a picker with `keys`. `value`, what the page had when it asked, is not
-    sent back if it is still there: by now the page may have another one, which that would undo."""
+    """The update that fills a picker with `keys`. `value`, the page's choice when it asked, is not
+    sent back if it still exists: the page may have another choice by now, which that would undo."""
     if value in keys:
         return gr.update(choices=keys)
     return gr.update(choices=keys, value=otherwise)
@@ -69,7 +69,7 @@ def class_picker(known: About | None) -> Any:
 
 
 def says(key: str, known: About | None) -> str:
-    """One line about what a model can draw, for under its picker."""
+    """One line about a model's classes and image size, shown below its picker."""
     if known is None:
         return ""
     return parts.note(f"{key}: {known.classes} classes, {known.side} x {known.side} pixels.")
@@ -77,7 +77,7 @@ def says(key: str, known: About | None) -> str:
 
 @contextmanager
 def toasts() -> Iterator[None]:
-    """Show a `VarptqError` as the one line it is; a bug of ours keeps its traceback."""
+    """Show a `VarptqError` as a toast of one line; a bug of ours keeps its traceback."""
     try:
         yield
     except VarptqError as error:
@@ -86,7 +86,8 @@ def toasts() -> Iterator[None]:
 
 
 def whole(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in low..high. Raises `InputError`: a page sends what it likes."""
+    """`value` as an int in low..high. Raises `InputError` otherwise, as a page may send
+    anything."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
         raise InputError(f"{name} {value!r}: expected a whole number")
     if not low <= value <= high:

@@ -1,7 +1,7 @@
-"""What the machine's settings may do to the app that the studio is built on, and what not.
+"""Which settings of the machine reach the app that the studio is built on.
 
-The app keeps files in one folder for all users of a machine and reads proxies that it never asks.
-Knows no page and, until it is called, no Gradio.
+By itself the app keeps files in one folder for all users of a machine, and reads proxy settings
+though it needs none. Knows no page and, until it is called, no Gradio.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ CLAIMED: set[str] = set()
 
 @contextmanager
 def without_proxies() -> Iterator[None]:
-    """For the time of importing the app, which refuses to be imported where a proxy has a form that
-    its client does not know (socks://, an IPv6 range). The studio asks nobody."""
+    """Hide the proxy settings while the app is imported, since the import fails for proxies that
+    its client does not know (socks://, an IPv6 range). The studio contacts no other server."""
     hidden = {name: os.environ.pop(name) for name in [*os.environ] if name.lower() in PROXIES}
     try:
         yield
@@ -33,8 +33,8 @@ def without_proxies() -> Iterator[None]:
 
 
 def claim_cache() -> Path:
-    """A new folder of this process's own, from now on the one that the app keeps uploads and shown
-    pictures in; below the folder that `CACHE` names, if it does. It goes with the process.
+    """Make a new folder, in which the app keeps uploads and shown pictures from now on; below the
+    folder that `CACHE` names, if any. It is deleted when the process ends.
 
     Raises `OutputError` if none can be made.
     """
@@ -52,7 +52,7 @@ def claim_cache() -> Path:
     CLAIMED.add(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[CACHE] = folder
-    # The app has read the variable when it was imported, and makes a folder there.
+    # The app read the variable when it was imported, and would make a folder there.
     routes.__dict__["DEFAULT_TEMP_DIR"] = folder
     return Path(folder)
 
@@ -61,7 +61,7 @@ def _refusal(named: str | None, error: OSError) -> str:
     if named:
         return (
             f"{CACHE} {named!r}: cannot be written ({error.strerror}); set it to a folder of your "
-            "own or leave it out"
+            "own, or unset it"
         )
     return (
         f"temporary folder: cannot be made ({error.strerror}); set {CACHE} to a folder that can be "

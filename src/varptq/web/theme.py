@@ -1,5 +1,5 @@
 """The look of the studio: the colours of the report (evaluate/report/page.css) on the system's
-fonts. Nothing is fetched: no font, no icon, no script from elsewhere."""
+fonts. No font, icon or script is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAPER = Color(
 
 
 def theme() -> Base:
-    """Light and dark; which of them follows the reader's system."""
+    """Light and dark, following the reader's system."""
     return Base(
         primary_hue=RUST,
         secondary_hue=RUST,

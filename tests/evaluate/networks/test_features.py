@@ -202,7 +202,7 @@ def test_what_a_network_does_not_give_is_named() -> None:
     assert features.part_of(trunk, "spatial", "inception") is trunk.spatial
     with pytest.raises(InputError, match=r"'inception' gives no probabilities.*fc\.weight"):
         features.part_of(trunk, "probabilities", "inception")
-    with pytest.raises(InputError, match=r"'resnet56' gives no spatial, sFID needs them"):
+    with pytest.raises(InputError, match=r"'resnet56' gives no spatial, which sFID needs"):
         features.part_of(Features(torch.ones(1, 64)), "spatial", "resnet56")
 
 
@@ -298,7 +298,7 @@ def test_a_module_may_give_more_parts_but_only_rows() -> None:
 
     found = ModuleFeatures(Parts(), "parts")(pixels(3, 5))
     assert found.spatial is None and found.probabilities is not None
-    with pytest.raises(InputError, match=r"'maps': gave shape \(3, 3, 5, 5\), expected \(3, f"):
+    with pytest.raises(InputError, match=r"'maps': returned shape \(3, 3, 5, 5\), expected \(3, f"):
         ModuleFeatures(nn.Identity(), "maps")(pixels(3, 5))
 
 

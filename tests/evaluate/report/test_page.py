@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from varptq.evaluate.catalogue import METRICS, NEEDS
-from varptq.evaluate.report import choose_pairs, numbers, render, write_report
+from varptq.evaluate.report import choose_pairs, render, write_report
 from varptq.evaluate.report.charts import HEIGHT, Axis, Series, cloud, curves
 from varptq.evaluate.report.gallery import MAX_BYTES, MAX_PAIRS, Pair, gallery
 from varptq.evaluate.report.markup import Markup, element
@@ -243,21 +243,6 @@ def test_curves_stay_in_the_picture(values: list[float]) -> None:
 def test_a_cloud_has_a_dot_for_every_value() -> None:
     points, line = (Series("a", [0.1, 0.0, 0.5], tone) for tone in ("quantized", "float"))
     assert cloud(points, line, Axis.decades(0.01, 0.5), str, "x").count("h0") == 3
-
-
-def test_numbers_have_the_digits_people_read() -> None:
-    written = [
-        *(numbers.significant(v) for v in (0, 0.09134, 1.4249, 16.04, 1234)),
-        *(numbers.percent(v) for v in (0, 0.0012, 0.5, 1)),
-        *(numbers.megabytes(v) for v in (3216, 1_332_848)),
-        *(numbers.count(v) for v in (12, 8454144, 10891378688)),
-    ]
-    assert written == [
-        *("0", "0.0913", "1.42", "16.0", "1234"),
-        *("0.0%", "0.12%", "50.0%", "100.0%"),
-        *("3.2 kB", "1.33 MB"),
-        *("12", "8.45 M", "10.9 G"),
-    ]
 
 
 @pytest.fixture(scope="module")

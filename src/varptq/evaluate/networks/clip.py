@@ -1,8 +1,8 @@
-"""CLIP score: does an image fit its text?
+"""CLIP score: how well an image fits its text.
 
     score = 100 max(0, cos(image embedding, text embedding))
-Hessel et al. 2021 without their factor 2.5, as torchmetrics has it. The model is transformers'
-CLIP, read without pickle; transformers is not among varptq's dependencies. For class-conditional
+Hessel et al. 2021 without their factor 2.5, as in torchmetrics. The model is transformers' CLIP,
+read without pickle; transformers is not a dependency of varptq. For class-conditional
 models the texts are prompts made of class names. Images are resized with torch, not Pillow.
 """
 
@@ -22,12 +22,12 @@ from varptq.models.placement import checked_device
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPLATE = "a photo of a {}"
-# Images or texts that pass through the model together.
+# Images or texts in one batch of the model.
 AT_ONCE = 64
 
 
 class ClipEncoder(Protocol):
-    """Images and texts in one space."""
+    """Maps images and texts to embeddings in one space."""
 
     def __call__(self, pixels_BHW3: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, H, W, 3) uint8 and T texts -> embeddings (B, D) and (T, D) of any length."""
@@ -42,16 +42,18 @@ def class_prompts(names: Sequence[str], template: str = TEMPLATE) -> list[str]:
 def clip_score(pixels_BHW3: Tensor, texts: Sequence[str], encoder: ClipEncoder) -> Tensor:
     """(B,) float32 scores from 0 to 100 of images (B, H, W, 3) uint8 and their B texts.
 
-    Raises `InputError` where their numbers differ, `NonFiniteError` for embeddings with NaN or
-    infinity.
+    Raises `InputError` if there are not as many texts as images, `NonFiniteError` for embeddings
+    with NaN or infinity.
     """
     if len(texts) != len(pixels_BHW3):
-        raise InputError(f"{len(pixels_BHW3)} images and {len(texts)} texts, expected one for each")
+        raise InputError(
+            f"{len(pixels_BHW3)} images and {len(texts)} texts, expected one text per image"
+        )
     # Images of one class share their text, which need not be encoded more than once.
     distinct = list(dict.fromkeys(texts))
     images_BD, texts_TD = encoder(pixels_BHW3, distinct)
     if not (images_BD.isfinite().all() and texts_TD.isfinite().all()):
-        raise NonFiniteError("CLIP embeddings: hold NaN or infinity, check the model and its dtype")
+        raise NonFiniteError("CLIP embeddings: hold NaN or infinity; check the model and its dtype")
     rows = [distinct.index(text) for text in texts]
     return 100 * F.cosine_similarity(images_BD, texts_TD[rows]).clamp_min(0).float()
 
@@ -73,13 +75,13 @@ class TransformersClip:
     def load(cls, name: str, device: torch.device | str = "cpu") -> Self:
         """From a folder or a name on the Hugging Face hub, e.g. "openai/clip-vit-large-patch14".
 
-        Raises `InputError` without transformers, `CheckpointError` where the model cannot be read.
+        Raises `InputError` without transformers, `CheckpointError` if the model cannot be read.
         """
         try:
             transformers: Any = importlib.import_module("transformers")
         except ImportError:
             raise InputError(
-                "CLIP score: the package transformers is not installed; pip install transformers"
+                "CLIP score: needs the package transformers; pip install transformers"
             ) from None
         try:
             model = transformers.CLIPModel.from_pretrained(name, use_safetensors=True)

@@ -1,9 +1,9 @@
-"""Images to features: what FID, sFID, Inception Score, precision and recall are computed on.
+"""Images to features, on which FID, sFID, Inception Score, precision and recall are computed.
 
     pixels (B, H, W, 3) uint8 -> pooled (B, D), and where a network has them spatial features (B, S)
     and class probabilities (B, K)
-`load_network("kind:path")` reads the networks that we know from their files, `ModuleFeatures` makes
-one of any torch module. Reading files is `weights.py`; nothing here computes a metric.
+`load_network("kind:path")` reads the known networks from their files, `ModuleFeatures` wraps any
+torch module. Reading files is `weights.py`; nothing here computes a metric.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NEEDED: dict[Part, tuple[str, str]] = {
     "spatial": ("sFID", "use the FID Inception"),
     "probabilities": (
         "the Inception Score",
-        "use a file that holds the classification layer too (Inception: fc.weight)",
+        "use a file that includes the classification layer (Inception: fc.weight)",
     ),
 }
 
@@ -41,7 +41,7 @@ class Features(NamedTuple):
 
 
 class FeatureNetwork(Protocol):
-    """What the metrics ask for: a name for the record, and features of images."""
+    """What the metrics need: a name for the record, and features of images."""
 
     name: str
 
@@ -51,11 +51,11 @@ class FeatureNetwork(Protocol):
 
 
 def part_of(features: Features, part: Part, network: str) -> Tensor:
-    """The optional part of `features`, or an `InputError` that says which metric lacks what."""
+    """An optional part of `features`. Raises `InputError`, naming the metric, if it is missing."""
     tensor = features.spatial if part == "spatial" else features.probabilities
     if tensor is None:
         metric, remedy = _NEEDED[part]
-        raise InputError(f"network {network!r} gives no {part}, {metric} needs them; {remedy}")
+        raise InputError(f"network {network!r} gives no {part}, which {metric} needs; {remedy}")
     return tensor
 
 
@@ -131,8 +131,8 @@ class ModuleFeatures:
     """Any torch module as a network.
 
     module: takes images (B, 3, H, W) float32 in [0, 1] of their own size; returns (B, D), or a
-    `Features` (or tuple of its parts) where it has more to give. It is set to eval mode. Calls
-    raise `InputError` for images it cannot take and for results of another kind.
+    `Features` (or tuple of its parts) if it has more of them. It is set to eval mode. Calls raise
+    `InputError` for images that it cannot take and for results of another kind.
     """
 
     def __init__(self, module: nn.Module, name: str, device: torch.device | str = "cpu") -> None:
@@ -151,7 +151,7 @@ class ModuleFeatures:
             height, width = images.shape[2:]
             reason = str(error).strip().splitlines()[-1]  # TorchScript's first lines are a trace
             raise InputError(
-                f"network {self.name!r}: fails on images of {height} x {width} ({reason})"
+                f"network {self.name!r}: fails for images of {height} x {width} ({reason})"
             ) from None
         pooled, *others = result if isinstance(result, tuple) else (result,)
         parts = (None if part is None else self._checked(part, len(pixels_BHW3)) for part in others)
@@ -160,7 +160,7 @@ class ModuleFeatures:
     def _checked(self, part: Tensor, images: int) -> Tensor:
         if part.ndim != 2 or len(part) != images:
             raise InputError(
-                f"network {self.name!r}: gave shape {tuple(part.shape)}, expected ({images}, "
+                f"network {self.name!r}: returned shape {tuple(part.shape)}, expected ({images}, "
                 "features); flatten or pool them"
             )
         return part.float()
@@ -178,9 +178,9 @@ def planes(pixels_BHW3: Tensor, device: torch.device) -> Tensor:
 def load_network(spec: str, device: torch.device | str = "cpu") -> FeatureNetwork:
     """A network from "kind:path".
 
-    "inception:FILE" (.safetensors or TorchScript .pt), "inception:download" (fetches the trunk),
+    "inception:FILE" (.safetensors or TorchScript .pt), "inception:download" (downloads the trunk),
     "inception-adm:..." (the same with the legacy resize), "resnet56:FILE" (.safetensors),
-    "module:FILE" (TorchScript of any network, as `ModuleFeatures` wants it). Formats:
+    "module:FILE" (TorchScript of any network, as `ModuleFeatures` takes it). Formats:
     docs/metrics.md. Raises `InputError` for an unknown kind, `CheckpointError` for a file that
     cannot be used, `NonFiniteError` for one with NaN or infinity.
     """

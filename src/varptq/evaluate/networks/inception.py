@@ -27,7 +27,7 @@ BN_EPS = 1e-3
 class Conv(NamedTuple):
     """A convolution with BN and ReLU: its plain name, its name in the TorchScript release, shape.
 
-    Stride 2 goes without padding, as does `valid`; the others keep the size of the map.
+    No padding for stride 2 or `valid`; all others keep the size of the map.
     """
 
     name: str
@@ -225,8 +225,8 @@ class Inception(nn.Module):
         )
 
     def fold(self) -> None:
-        """Multiply every BN into its convolution, which leaves out a fifth of the time and moves
-        features by float32 rounding. Its tensors no longer have the names above."""
+        """Fold every BN into its convolution, which saves a fifth of the time and changes features
+        by float32 rounding. The tensors no longer have the names above."""
         for module in self.modules():
             if isinstance(module, _ConvNorm):
                 module.fold()
@@ -251,7 +251,7 @@ class Inception(nn.Module):
 
 
 def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors named as in the TorchScript release under their plain names; others as they are.
+    """Rename tensors of the TorchScript release to their plain names; other names stay.
 
     That release has no BN gain (it is 1) and calls the classification layer `output`.
     """

@@ -1,9 +1,9 @@
-"""LPIPS: how different two images look to a trained eye, AlexNet with the v0.1 heads.
+"""LPIPS: the perceptual distance of two images, by AlexNet with the v0.1 heads.
 
     d = sum over 5 layers of mean over positions of  w . (a/|a| - b/|b|)^2
 a and b are the activations (channels) of the two images at a position, w the head's weights. Zhang
 et al. 2018. Tensors are named as in the reference package: `features.{0,3,6,8,10}.{weight,bias}`
-and `lin{0..4}.model.1.weight`. There is no other backbone.
+and `lin{0..4}.model.1.weight`. Other backbones are not supported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 # The second pool needs a 3 x 3 map.
 MIN_SIDE = 31
 NORM_EPS = 1e-10
-# Images in memory at a time: their first maps of 256 x 256 pixels take 1 MB each.
+# Images in memory at a time; the first maps of a 256 x 256 image take 1 MB.
 AT_ONCE = 64
 
 

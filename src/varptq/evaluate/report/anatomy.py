@@ -1,7 +1,7 @@
 """The sections of the page about the model itself: bits and bytes, bit operations, shift-and-sum,
 and how all of it came about.
 
-They are made from `document["model"]`, the description that `varptq info` prints; without one only
+They are made from `document["model"]`, the description that `varptq info` prints; without it only
 the provenance appears. What was measured is in sections.py.
 """
 
@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from varptq.evaluate.report import numbers
+from varptq import readable
 from varptq.evaluate.report.charts import heat_map
 from varptq.evaluate.report.markup import Markup, element
 from varptq.evaluate.report.sections import Document, figure, note, section
@@ -51,12 +51,12 @@ def bits_and_size(document: Document) -> Markup | None:
     for kind, size in kinds.items():
         operands = bits.get(kind, {})
         stored, full = size["bytes"], size["float32_bytes"]
-        says = f"{numbers.megabytes(stored)} of {numbers.megabytes(full)} in float32"
+        says = f"{readable.megabytes(stored)} of {readable.megabytes(full)} in float32"
         rows.append(
             [
                 element("th", SPECIAL.get(kind, kind), scope="row"),
                 number(f"{8 * stored / size['elements']:.2f}" if size["elements"] else ""),
-                number(numbers.megabytes(stored)),
+                number(readable.megabytes(stored)),
                 bar(stored / largest, says, full / largest),
                 element("td", operands.get("weight", "float"), class_="spec", data_of="weight"),
                 element("td", operands.get("input", ""), class_="spec", data_of="input"),
@@ -66,7 +66,7 @@ def bits_and_size(document: Document) -> Markup | None:
     attention = bits.get(ATTENTION, {})
     products = "; ".join(f"{operand} {text}" for operand, text in attention.items())
     says = (
-        f"{numbers.megabytes(total)} in all. Bits each include scales and zero points. "
+        f"{readable.megabytes(total)} in all. Bits each include scales and zero points. "
         f"In the attention products: {products}."
     )
     return section("size", "Bits and size", table(head, rows, "kinds"), note(says))
@@ -81,17 +81,17 @@ def bit_operations(document: Document) -> Markup | None:
     rows: list[list[object]] = [
         [
             element("th", kind, scope="row"),
-            number(numbers.count(value)),
-            number(numbers.percent(value / bops["total"])),
-            bar(value / parts[0][1], numbers.percent(value / bops["total"])),
+            number(readable.count(value)),
+            number(readable.percent(value / bops["total"])),
+            bar(value / parts[0][1], readable.percent(value / bops["total"])),
         ]
         for kind, value in parts
     ]
     says = (
-        f"{numbers.count(bops['total'])} bit operations an image without guidance, "
-        f"{numbers.count(bops['float_total'])} with every operand in 16 bits "
-        f"({numbers.ratio(bops['float_total'], bops['total'])}). A product of b- and c-bit numbers "
-        "counts b times c."
+        f"{readable.count(bops['total'])} bit operations an image without guidance, "
+        f"{readable.count(bops['float_total'])} with every operand in 16 bits "
+        f"({readable.ratio(bops['float_total'], bops['total'])}). A product of b- and c-bit "
+        "numbers counts b times c."
     )
     head = ("Product", "BOPs", "Share", "")
     return section("bops", "Bit operations", table(head, rows, "bops"), note(says))
@@ -148,7 +148,7 @@ def _cell(copy: Mapping[str, Any]) -> str:
 
 
 def provenance(document: Document) -> Markup:
-    """Settings, versions and checksums: what one needs to get the same numbers again."""
+    """Settings, versions and checksums: everything needed to reproduce the numbers."""
     settings, model = document["settings"], document.get("model") or {}
     machine = document["machine"]
     rows: list[tuple[str, object]] = [
@@ -177,7 +177,7 @@ def provenance(document: Document) -> Markup:
 
 
 def _listed(values: Mapping[str, object]) -> str:
-    """ "cfg 4, top-k 100"; what is switched off is not listed."""
+    """ "cfg 4, top-k 100"; settings that are off are not listed."""
     shown = {name: value for name, value in values.items() if value is not False}
     return ", ".join(
         name.replace("_", "-") + ("" if value is True else f" {value}")

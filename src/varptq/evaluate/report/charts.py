@@ -1,8 +1,8 @@
 """Curves, point clouds and heat maps as inline SVG.
 
-Pictures are 360 wide in their own units, about the width of a phone: a column of a wide page and a
-whole narrow one show them at nearly their real size, so text stays readable. Colours are CSS
-variables of the page, which knows light from dark. Scales of axes are decided here, meaning is not.
+Pictures are 360 units wide, about the width of a phone: a column of a wide page or a whole narrow
+page shows them at nearly their real size, so text stays readable. Colours are CSS variables of the
+page, for light and dark. Scales of axes are chosen here; what is drawn is up to the caller.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from varptq.evaluate.report.markup import Markup, element, join
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 8.0, 8.0, 36.0
 GOAL_TICKS = 4
-# Below this a value counts as 0: the steps between ticks would have no logarithm.
+# A smaller value counts as 0, which keeps the logarithm of the step between ticks finite.
 SMALLEST = 1e-300
 CELL_HEIGHT = 22.0
-# So that the number in a full cell still stands out.
+# Keeps the number in a full cell readable.
 FULL_CELL = 0.72
 
 Format = Callable[[float], str]
@@ -164,5 +164,5 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _short(value: float) -> str:
-    """At most three characters before the point, one digit behind it for small numbers."""
+    """At most three characters before the point, one decimal for small numbers."""
     return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"

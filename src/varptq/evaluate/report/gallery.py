@@ -1,7 +1,7 @@
 """The sample grid: the two images of a seed one above the other, as PNG inside the page.
 
-Pictures go in at their own size and are enlarged by the browser without smoothing. How many there
-are is bounded by their bytes, so that the page can be sent by mail.
+Pictures are embedded at their own size and enlarged by the browser without smoothing. Their total
+size is bounded, so that the page can be sent by mail.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from varptq.evaluate.report.markup import Markup, element, join
 from varptq.evaluate.sampling import SampleSet
 from varptq.pictures import Pixels
 
-# Raw bytes of all pictures of a page, and never more pairs than a reader will look at.
+# Limits of a page: raw bytes of all pictures, and pairs that a reader will look at.
 MAX_BYTES, MAX_PAIRS = 5_000_000, 40
 # Images from this side on get more room.
 LARGE = 128
 
 
 class Pair(NamedTuple):
-    """Images (H, W, 3) uint8 of one seed; `above` None where there is no float model. `agreement`:
+    """Images (H, W, 3) uint8 of one seed; `above` is None without a float model. `agreement`:
     share of equal tokens."""
 
     title: str

@@ -1,7 +1,7 @@
 """HTML and SVG elements as strings that are safe to join: text is escaped unless it is `Markup`.
 
-Names of models and classes come from files other people wrote, so nothing is pasted in raw. Which
-elements a page has is in the other files.
+Names of models and classes come from files that others wrote, so nothing is inserted unescaped. The
+elements of a page are in the other files.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ EMPTY = {"meta", "img", "path", "line", "rect", "circle"}
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that already is HTML."""
 
     __slots__ = ()
 
 
 def text(value: object) -> Markup:
-    """`value` as it will stand on the page."""
+    """`value` as HTML, escaped unless it is `Markup`."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
 
 
 def join(*parts: object) -> Markup:
-    """Parts one behind the other; None is left out."""
+    """All parts in order; None is left out."""
     return Markup("".join(text(part) for part in parts if part is not None))
 
 
@@ -44,5 +44,5 @@ def element(name: str, /, *children: object, **attributes: object) -> Markup:
 
 
 def _number(value: object) -> str:
-    """Coordinates to a hundredth of a pixel: more digits only make the file longer."""
+    """Coordinates to a hundredth of a pixel, which is precise enough."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""The page: head, style, sections in the order a reader wants them, and the file.
+"""The page: head, style, sections in reading order, and the file.
 
-Nothing in it is fetched from anywhere, and it runs no script: a content security policy says so to
-the browser. Light and dark follow the reader's system.
+The page loads nothing from elsewhere and runs no script; a content security policy makes the
+browser enforce it. Light and dark follow the reader's system.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def render(document: Document, pairs: Sequence[Pair] = ()) -> str:
         element("meta", name="color-scheme", content="light dark"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("title", title),
-        # A style sheet is read as it is, entities and all.
+        # Browsers do not decode entities in a style sheet, so it is not escaped.
         element("style", Markup(_style())),
     )
     against = document["compared_with"]

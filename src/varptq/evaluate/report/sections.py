@@ -1,4 +1,4 @@
-"""The sections of the page about quality, each made from the document of `metrics.evaluate`.
+"""The sections of the page about quality, each made from the document of `evaluate`.
 
 A section whose numbers were not measured returns None and does not appear. What the model is made
 of is in anatomy.py.
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from varptq import readable
 from varptq.evaluate.catalogue import METRICS, sources, titled
-from varptq.evaluate.report import numbers
 from varptq.evaluate.report.charts import Axis, Series, cloud, curves
 from varptq.evaluate.report.gallery import Pair, gallery
 from varptq.evaluate.report.markup import Markup, element, join
 
 Document = Mapping[str, Any]
 
-# Points of the codebook plot: more would lie on each other.
+# Points of the codebook plot; more would overlap.
 MAX_POINTS = 320
 ARROWS = {"lower": "↓", "higher": "↑"}
 
@@ -31,7 +31,7 @@ def note(*parts: object) -> Markup:
 
 
 def figure(title: str, picture: Markup, series: Sequence[Series] = (), says: str = "") -> Markup:
-    """A picture with its title above, and a legend where there is more than one series."""
+    """A picture with its title above, and a legend if it has more than one series."""
     keys = [element("span", line.name, class_=f"key {line.tone}") for line in series]
     legend = element("div", *keys, class_="legend") if len(keys) > 1 else None
     caption = element("figcaption", element("b", title), legend)
@@ -70,7 +70,7 @@ def _metric_row(name: str, network: str | None, found: Document, of_float: Docum
 
 
 def _value(name: str, found: Document) -> str:
-    text = numbers.measured(found[name], METRICS[name].style)
+    text = METRICS[name].written(found[name])
     spread = found.get(f"{name}_std")
     return text if spread is None else f"{text} ± {spread:.2f}"
 
@@ -105,7 +105,7 @@ def scale_by_scale(document: Document) -> Markup | None:
                 "KL divergence from the float model, nats",
                 found,
                 {"kl": ("all entries", "quantized"), "kl_filtered": ("filtered", "second")},
-                numbers.plain,
+                readable.plain,
             ),
             _curve(
                 "Agreement with the float model",
@@ -163,17 +163,17 @@ def _frequencies(found: Document, kind: str) -> Markup:
     if "float_counts" in found:
         used += (
             f", {sum(c > 0 for c in base)} by the float model; the L1 distance of the two "
-            f"distributions is {numbers.significant(found['distance'])}"
+            f"distributions is {readable.significant(found['distance'])}"
         )
     if 0 in (*line.values, *points.values):
-        used += "; those never drawn stand on the floor"
+        used += "; entries never drawn lie on the bottom line"
     title = "Share of the sampled tokens, by codebook entry"
     series = [points, line] if "float_counts" in found else []
     return figure(title, picture, series, f"{used}.")
 
 
 def _binned(values: Sequence[float]) -> list[float]:
-    """Means of neighbours, so that at most `MAX_POINTS` are left."""
+    """Means of neighbours, at most `MAX_POINTS`."""
     size = -(-len(values) // MAX_POINTS)
     parts = [values[start : start + size] for start in range(0, len(values), size)]
     return [sum(part) / len(part) for part in parts]
@@ -188,7 +188,7 @@ def _resampling(found: Document, sides: Sequence[int]) -> Markup:
     after = Series("resampled", [scale["l1_after"] for scale in found["scales"]], "quantized")
     axis = Axis.linear(max(*before.values, *after.values))
     names = [str(side) for side in sides]
-    picture = curves([before, after], names, axis, numbers.plain, "side of the token map")
+    picture = curves([before, after], names, axis, readable.plain, "side of the token map")
     says = f"L1 distance. {found['moved']} calibration tokens were drawn again."
     title = "Calibration tokens: frequencies against predicted probabilities"
     return figure(title, picture, [before, after], says)
@@ -202,12 +202,12 @@ def lede(document: Document) -> Markup:
         size, bops = model["sizes"]["transformer"], model["bops"]
         if size["bytes"] < size["float32_bytes"]:
             parts.append(
-                f"Transformer of {numbers.megabytes(size['bytes'])} in place of "
-                f"{numbers.megabytes(size['float32_bytes'])}, "
-                f"{numbers.ratio(size['float32_bytes'], size['bytes'])} smaller"
+                f"Transformer of {readable.megabytes(size['bytes'])} in place of "
+                f"{readable.megabytes(size['float32_bytes'])}, "
+                f"{readable.ratio(size['float32_bytes'], size['bytes'])} smaller"
             )
         if bops["total"] < bops["float_total"]:
-            fewer = numbers.ratio(bops["float_total"], bops["total"])
+            fewer = readable.ratio(bops["float_total"], bops["total"])
             parts.append(f"{fewer} fewer bit operations than in 16-bit float")
     for name in ("kl", "fid2fp", "fid"):
         if name in found:

@@ -1,1 +1,1 @@
-"""Triton kernels of the integer runtime "cuda": one file per kernel, held against the reference."""
+"""Triton kernels of the integer runtime "cuda", one file each, tested against the reference."""

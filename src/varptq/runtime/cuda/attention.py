@@ -1,8 +1,8 @@
 """Triton: attention on codes, from q, k, v of new tokens to the mixed values.
 
-    append   bias, normalisation, codes of q, k, v; k and v enter the cache as int8, once for ever
+    append   bias, normalisation, codes of q, k, v; k and v enter the cache as int8 and never change
     stats    row maximum m and Z = sum exp(score - m) of the float softmax
-    mass     attention each key gets, averaged over the queries: the orders of shift-and-sum
+    mass     attention that each key gets, averaged over the queries: the orders of shift-and-sum
     mix      probability codes rint(p rel / sp), times integer values, exact in int32
 
 The definition is `QuantScores` and `QuantMix` (quant/attention.py) for policies "token" and
@@ -103,7 +103,7 @@ def append(
 def _value_steps(
     v, scale, zero, TOP: tl.constexpr, OFFSET: tl.constexpr, COPIES: tl.constexpr
 ):  # fmt: skip
-    """What the cache holds of a value: (code - z) at the finest order, or code - 128 at 8 bits."""
+    """What the cache stores of a value: code - z at the finest order, or code - 128 at 8 bits."""
     if OFFSET > 0:
         return _codes(v, scale, zero, TOP) - OFFSET
     fine = _rint(tl.div_rn(v, tl.div_rn(scale, COPIES)))
@@ -224,8 +224,8 @@ def mix(
 ):  # fmt: skip
     """out (B, l, H c): probability codes times value codes, segment by segment.
 
-    shift (B H, L) int32: how far a value is shifted down to its order, then `left` says whether
-    back up to one scale per segment; relative (B H, L): what p is multiplied with before coding;
+    shift (B H, L) int32: how far a value is shifted down to its order; `left` says whether it is
+    then shifted back up to one scale per segment. relative (B H, L): factor of p before coding.
     segment_scale (B H, segments) with the segments' ends.
     """
     pair = tl.program_id(0).to(tl.int64)

@@ -1,8 +1,8 @@
 """`CudaKernels`: the operations of runtime/kernels.py on Triton's kernels, tensors on any device.
 
-They run on a GPU; under TRITON_INTERPRET=1 the same kernels run on the CPU, slowly, which is how
-their logic is tested without one. Numbers are those of the reference: equal codes, equal integers,
-floats to rounding.
+They run on a GPU. Under TRITON_INTERPRET=1 the same kernels run on the CPU, slowly; that is how
+their logic is tested without a GPU. Results match the reference: equal codes, equal integers,
+floats up to rounding.
 """
 
 # Launches pass plain numbers for Triton's compile-time constants.
@@ -59,7 +59,7 @@ class CudaKernels:
     name = "cuda"
 
     def refuse_linear(self, rule: InputRule) -> str | None:
-        """What of this layer cannot be executed; None where all can."""
+        """What cannot be executed of this layer; None if all can."""
         if not rule.sign_split and rule.range_rule != "with_zero":
             return f"input range rule {rule.range_rule!r}"
         return None if rule.weight_zero_is_code else "weight zero points that are no codes"
@@ -181,7 +181,7 @@ class _Call:
         self.order = rule.spec.max_order if rule.theta is not None else 0
 
     def append(self, spans: Sequence[Span]) -> None:
-        """Codes of the new tokens, of which the first span's are the oldest."""
+        """Codes of the new tokens; those of the first span are the oldest."""
         rule, cache, spec = self.rule, self.cache, self.rule.spec
         assert spec.query and spec.key and spec.value
         by_segment = spec.policy == "segment"
@@ -236,7 +236,7 @@ class _Call:
         )  # fmt: skip
 
     def _steps(self, order: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
-        """What p is multiplied with per key (B H, L), the scale of each segment, and their ends.
+        """The factor of p per key (B H, L), the scale of each segment, and the segments' ends.
 
         Policy "token" folds the step of a token into p, relative to the largest; "segment" brings
         all values of a segment to its finest step.

@@ -31,13 +31,13 @@ from varptq.quant.quantizers import MAX_BITS, MIN_BITS
 from varptq.settings import Settings
 from varptq.torch_state import plain_torch
 
-# The products' errors are averages over many tokens; more images would not change a picture.
+# The errors of the products are means over many tokens; more images would not change the figures.
 PRODUCT_IMAGES = 8
 
 
 class AnalysisConfig(Settings):
-    """images: how many to measure on, and as many again to verify on. widths: bits each tensor is
-    measured at. seed: of the images; calibration's default is 0, so these are held out.
+    """images: how many to measure on, and as many more to verify on. widths: bits at which each
+    tensor is measured. seed: of the images; calibration's default is 0, so these are held out.
     """
 
     images: int = Field(default=8, ge=1)
@@ -56,7 +56,7 @@ class AnalysisConfig(Settings):
 
 @dataclass(frozen=True)
 class Analysis:
-    """`document`: plain JSON values. `mixed`: the config that the suggestion makes."""
+    """`document`: plain JSON values. `mixed`: the suggested config."""
 
     document: dict[str, Any]
     mixed: QuantConfig
@@ -71,7 +71,7 @@ def analyze(
     settings: AnalysisConfig | None = None,
     progress: Progress = silent,
 ) -> Analysis:
-    """Where `config` loses on this float model, and a mixed config within `budget`.
+    """Find where `config` loses quality on this float model, and a mixed config within `budget`.
 
     Weights are rounded to nearest and shift-and-sum is off. budget: 1.1 times the BOPs of `config`
     by default. Raises `InputError` for a quantized pipeline or a budget below what `config` costs,
@@ -144,7 +144,7 @@ def kinds(bench: Bench) -> list[str]:
 
 
 def ranked(measured: list[Sensitivity], widths: tuple[int, ...]) -> list[Sensitivity]:
-    """The costliest at the narrowest width first."""
+    """Sorted by the cost at the narrowest width, highest first."""
     return sorted(measured, key=lambda row: -row.alone[min(widths)].kl)
 
 
@@ -178,6 +178,6 @@ def bits_of(bench: Bench, suggestion: Suggestion) -> list[dict[str, Any]]:
 
 
 def verify(other: Bench, config: QuantConfig, suggestion: Suggestion) -> dict[str, Any]:
-    """Both configs on images that had no part in the choice."""
+    """Both configs measured on images that were not used for the choice."""
     found: dict[str, Divergence] = {"base": other.kl(config), "mixed": other.kl(suggestion.config)}
     return {name: divergence.to_dict() for name, divergence in found.items()}

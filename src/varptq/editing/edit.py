@@ -1,9 +1,10 @@
 """`edit`: regenerate a part of an image and keep the rest, with any pipeline on any runtime.
 
-The image is encoded to tokens; at every scale the tokens of what is kept are given to the model and
-the others are drawn, so that h = m * h_given + (1 - m) * h_drawn for every token embedding. In- and
-out-painting run under the label "unconditional", where guidance has nothing to add and the batch is
-not doubled. No training, no weights of its own. Source: Tian et al. (VAR), zero-shot editing.
+The image is encoded to tokens; at every scale the tokens of the kept part are given to the model
+and the others are drawn, so that h = m * h_given + (1 - m) * h_drawn for every token embedding. In-
+and out-painting run under the label "unconditional", where guidance changes nothing and the batch
+is not doubled. There is no training and there are no extra weights. Source: Tian et al. (VAR),
+zero-shot editing.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ CLASS_TASK: Task = "class"
 class EditResult:
     """images: the candidates, in the size and mode of `before` (raw: the model's, RGB). tokens:
     (n, L) int64. before: the upright input (raw: as the model sees it). mask_used: "L" of the same
-    size, the weight of the new picture at every pixel; 0 left the pixel as it was. keep_L: (L,)
-    bool, which tokens were given. cfg: the guidance in use. Candidate i drew from
+    size, the weight of the new image at every pixel; 0 left the pixel unchanged. keep_L: (L,)
+    bool, which tokens were given. cfg: the guidance that was used. Candidate i drew from
     (seed, first_index + i)."""
 
     images: list[Image.Image]
@@ -84,17 +85,17 @@ def edit(
     batch_size: int = DEFAULT_BATCH,
     progress: Progress = silent,
 ) -> EditResult:
-    """Regenerate a part of `image`; `candidates` answers to the same question.
+    """Regenerate a part of `image`; returns `candidates` alternatives.
 
     image: path, bytes of a file or Pillow image, of any size and mode. task: "inpaint", "outpaint"
     (neither takes a label) or "class" (regenerates towards `label`, an id or name, with guidance
-    `cfg`, 1.5 if None). mask: picture or array (H, W) of the image's size, white or True is
-    regenerated. box: instead of a mask, (x0, y0, x1, y1) relative to the image; its inside is
+    `cfg`, the usual one if None). mask: picture or array (H, W) of the image's size, white or True
+    is regenerated. box: instead of a mask, (x0, y0, x1, y1) relative to the image; its inside is
     regenerated, with "outpaint" what lies around it. With neither, transparent pixels are. fit:
     "crop" shows the model the centred square, "pad" the whole image. feather: pixels around the
-    mask over which old and new are mixed, None is half a token. raw: the model's own picture,
-    nothing pasted. Candidate i draws from (seed, first_index + i) alone. Raises `InputError` for
-    what cannot be used and `ConfigError` for settings.
+    mask over which old and new are mixed, None is half a token. raw: the model's own image,
+    not pasted. Candidate i draws from (seed, first_index + i) alone. Raises `InputError` for
+    arguments and `ConfigError` for settings that cannot be used.
     """
     pipe, cfg = bare(pipe), _guidance(task, label, cfg)
     _check_counts(candidates, feather)
@@ -146,7 +147,9 @@ def _guidance(task: str, label: int | str | None, cfg: float | None) -> float:
         raise InputError(f"task {task!r}: unknown, expected one of {', '.join(TASKS)}")
     if task == CLASS_TASK:
         if label is None:
-            raise InputError("task class: has no label; give the class to change to, name or id")
+            raise InputError(
+                "task class: no label given; give the name or id of the class to change to"
+            )
         return CFG if cfg is None else cfg
     if label is not None:
         raise InputError(f"label {label!r}: {task} takes none; leave it out or use task class")
@@ -171,7 +174,8 @@ def _mask(
     mask: MaskLike | None,
     box: Sequence[float] | None,
 ) -> Mask:
-    """The mask meant, with something to regenerate and, unless a class says what, to go by."""
+    """The chosen mask. Raises `InputError` if it leaves nothing to regenerate or, unless the task
+    is "class", nothing to keep."""
     if mask is not None and box is not None:
         raise InputError("mask and box: both given, expected one of them")
     if box is not None:
@@ -181,9 +185,13 @@ def _mask(
     elif image.mode == "RGBA":
         what, chosen = "alpha channel", alpha_mask(image, frame, side)
     else:
-        raise InputError("mask: none; give a mask, a box, or an image with transparent pixels")
+        raise InputError(
+            "mask: none given; give a mask, a box, or an image with transparent pixels"
+        )
     if chosen.pixels.getbbox() is None:
-        raise InputError(f"{what}: empty, nothing is to be regenerated; cover a part of the image")
+        raise InputError(
+            f"{what}: empty, so nothing would be regenerated; cover a part of the image"
+        )
     if not chosen.cells_PP.any():
         raise InputError(
             f"{what}: covers no token of the {side} x {side} grid over what the model sees; "
@@ -191,7 +199,7 @@ def _mask(
         )
     if chosen.cells_PP.all() and task != CLASS_TASK:
         raise InputError(
-            f"{what}: full, no token of the {side} x {side} grid is kept; leave a part of the "
-            "image, or use task class or generate"
+            f"{what}: full, so no token of the {side} x {side} grid is kept; leave a part of "
+            "the image, or use task class or generate"
         )
     return chosen

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError
 from varptq.evaluate.catalogue import METRICS, NEEDS
+from varptq.evaluate.evaluate import Subject, evaluate
 from varptq.evaluate.frechet import Gaussian, bias_of_means, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.metrics import Subject, evaluate
 from varptq.evaluate.networks.features import Features, ModuleFeatures
 from varptq.evaluate.paired import psnr
 from varptq.evaluate.prdc import precision_recall
@@ -157,7 +157,7 @@ def test_few_images_and_sorted_files_are_warned_of(
     assert [text.split(":")[0].split()[0] for text in document["warnings"]] == ["images", "Fréchet"]
     bias = bias_of_means(Gaussian.of(features(pair[0]).pooled), Gaussian.of(NETWORK(real).pooled))
     assert "3 images with 3 features" in document["warnings"][1]
-    assert f"too large, by about {bias:.2g} through the means" in document["warnings"][1]
+    assert f"too large, by about {bias:.2g} from the means" in document["warnings"][1]
 
 
 def test_a_model_beside_itself_is_identical(pair: tuple[Subject, Subject]) -> None:

@@ -1,8 +1,9 @@
-"""`evaluate`: everything that can be measured of two sets of samples, as one plain document.
+"""`evaluate`: everything that can be measured on two sets of samples, as one plain document.
 
-The subject is usually a quantized pipeline with its samples, beside it the float pipeline with
-samples of the same seeds. Each metric has its formula in a file of its own; what they mean and need
-is in catalogue.py, whether it is there in preflight.py. Sampling, files and pages are elsewhere.
+The subject is usually a quantized pipeline with its samples, compared with the float pipeline and
+its samples from the same seeds. Each metric has its formula in a file of its own; what they mean
+and need is in catalogue.py, and preflight.py checks that it is available. Sampling, files and pages
+are elsewhere.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from varptq.torch_state import plain_torch
 from varptq.work import Piece, Work, pack, unpack
 
 FORMAT_VERSION = 1
-# Every token of an image counts, so the mean is steady long before the image metrics are.
+# Each image gives many tokens, so these means settle long before the image metrics.
 DEFAULT_TOKEN_IMAGES = 256
 TOKEN_CHUNK, FEATURE_BATCH = 8, 32
 TOKEN_METRICS = ("kl", "kl_filtered", "top1")
@@ -65,13 +66,14 @@ def evaluate(
     progress: Progress = silent,
     work: Work | None = None,
 ) -> dict[str, Any]:
-    """Measure `subject`, beside the float model `against` where there is one.
+    """Measure `subject`, and compare it with the float model `against` if given.
 
-    metrics: names of `catalogue.METRICS`; None is everything that can be had, and the document says
-    what is missing for the rest. token_images: how many images the token-level metrics read.
-    work, begun: shares the passes over images between processes, which all return the same
-    document, and keeps what is finished. The document holds JSON values only; an infinite PSNR is
-    None. Raises `InputError` for sets or metrics that do not fit.
+    metrics: names of `catalogue.METRICS`; None computes all that are possible, and the document
+    says what is missing for the others. token_images: how many images the token-level metrics read.
+    work: begun by the caller; it shares the passes over images between processes, which all return
+    the same document, and keeps finished parts. The document holds JSON values only; an infinite
+    PSNR is None. Raises `InputError` for sets that do not match and for metrics
+    that cannot be computed.
     """
     if token_images < 1:
         raise InputError(f"token_images {token_images}: must be at least 1")
@@ -168,7 +170,7 @@ class _Run:
             self.found[name], self.per_scale[name] = value, scales
 
     def compare_images(self) -> None:
-        """What one pass over the samples gives: pairs, CLIP scores and codebook frequencies."""
+        """The results of one pass over the samples: pairs, CLIP scores and codebook frequencies."""
         pairs, tallies = self._image_sums()
         parts = cut(self.subject.samples.num_shards)
         self.progress("compare images", 0, len(self.subject.samples))
@@ -211,7 +213,7 @@ class _Run:
         return pack({"pairs": pairs.pack(), **packed})
 
     def compare_distributions(self) -> None:
-        """The metrics on features of a network."""
+        """The metrics on the features of a network."""
         network, reference = self.tools.network, self.tools.reference
         wanted = [name for name in FEATURE_METRICS if name in self.chosen]
         if network is None or not wanted:
@@ -242,7 +244,7 @@ class _Run:
             self.of_float |= measure(floats, real, wanted)
             if "fid2fp" in wanted:
                 self.found["fid2fp"] = frechet_distance(ours.pooled, floats.pooled)
-        # Nobody knows of how many images published statistics are.
+        # Published statistics do not say how many images they were computed from.
         others = [] if "fid" in published else [real.pooled if real else ours.pooled]
         self._warn_of_few(ours.pooled, *others)
 
@@ -251,13 +253,13 @@ class _Run:
         if 2 <= fewest <= ours.dim:
             bias = bias_of_means(ours, *others)
             self.warnings.append(
-                f"Fréchet distances: of {fewest} images with {ours.dim} features each, so they "
-                f"come out too large, by about {bias:.2g} through the means alone; values "
-                "worth quoting need more images than features"
+                f"Fréchet distances: from {fewest} images with {ours.dim} features each, so they "
+                f"are too large, by about {bias:.2g} from the means alone; values worth "
+                "quoting need more images than features"
             )
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of models, by what computes, and of samples."""
+        """SHA-256 of the models and of the samples."""
         subjects = {"": self.subject, **({"float ": self.against} if self.against else {})}
 
         def make() -> Piece:
@@ -271,13 +273,13 @@ class _Run:
 
 
 def in_order(found: dict[str, Any]) -> dict[str, Any]:
-    """The metrics in the order of the catalogue; a deviation ("is_std") behind its metric."""
+    """The metrics in the order of the catalogue; a deviation ("is_std") follows its metric."""
     order = list(METRICS)
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].removesuffix("_std"))))
 
 
 def versions() -> dict[str, str]:
-    """Of what took part in the numbers."""
+    """Versions of the software that computed the numbers."""
     try:
         ours = version("varptq")
     except PackageNotFoundError:  # run from the source tree
@@ -309,7 +311,7 @@ def kind(pipe: Pipeline) -> str:
 
 
 def _check_pair(subject: Subject, against: Subject) -> None:
-    """Pairs have to be of equal seeds, settings, labels and number."""
+    """Raise `InputError` unless the two sets pair up image by image."""
     pairs = {
         "count": (len(subject.samples), len(against.samples)),
         "shard_size": (subject.samples.shard_size, against.samples.shard_size),
@@ -324,5 +326,6 @@ def _check_pair(subject: Subject, against: Subject) -> None:
         if ours != theirs:
             raise InputError(
                 f"models {title(subject.pipe)!r} and {title(against.pipe)!r}: {name} is {ours} and "
-                f"{theirs}; compare samples made alike, of a model and the one it was made from"
+                f"{theirs}, expected equal values; compare a model with the one it was made from, "
+                "sampled with the same settings"
             )
