@@ -110,7 +110,13 @@ def test_a_path_that_is_no_folder_is_refused(copied: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "hint"),
-    [(2, "update varptq"), (0, "quantize the model again"), (-1, "quantize"), (10**30, "update")],
+    [
+        (3, "update varptq"),
+        (1, "quantize the model again"),
+        (0, "quantize the model again"),
+        (-1, "quantize"),
+        (10**30, "update"),
+    ],
 )
 def test_another_version_is_refused(forge: Forge, version: int, hint: str) -> None:
     refused(forge(lambda c: c.update(format_version=version)), CONFIG, "format_version", hint)
@@ -174,9 +180,9 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("architecture.transformer.scales", [1, -2]),
         ("architecture.transformer.scales", [1] * 1000),
         ("architecture.transformer.codebook_size", 38),
-        ("architecture.vae.ch", 33),
-        ("architecture.vae.ch_mult", []),
-        ("architecture.vae.attn_levels", [2]),
+        ("architecture.autoencoder.ch", 33),
+        ("architecture.autoencoder.ch_mult", []),
+        ("architecture.autoencoder.attn_levels", [2]),
         ("quantization_config.format", "dense"),
         ("quantization_config.ignore", ["transformer.head"]),
         ("varptq.theta", 0),
@@ -201,8 +207,8 @@ def test_a_field_that_cannot_be_is_refused(forge: Forge, path: str, value: Any) 
         ("architecture.transformer.depth", 2),
         ("architecture.transformer.l2_norm", False),
         ("architecture.transformer.scales", [1, 2, 4]),
-        ("architecture.vae.hit_scales", 3),
-        ("architecture.vae.num_res_blocks", 2),
+        ("architecture.autoencoder.hit_scales", 3),
+        ("architecture.autoencoder.num_res_blocks", 2),
     ],
 )
 def test_tensors_of_another_model_are_refused(forge: Forge, path: str, value: Any) -> None:

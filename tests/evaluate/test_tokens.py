@@ -147,14 +147,17 @@ def test_batches_do_not_matter(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda a, ids: {"ids_BL": ids[:, :-1]}, "shape"),
-        (lambda a, ids: {"ids_BL": ids + VOCABULARY}, "ids"),
-        (lambda a, ids: {"ids_BL": ids - VOCABULARY}, "ids"),
+        (lambda a, ids: {"tokens": ids[:, :-1]}, "shape"),
+        (lambda a, ids: {"tokens": ids + VOCABULARY}, "ids"),
+        (lambda a, ids: {"tokens": ids - VOCABULARY}, "ids"),
         (lambda a, ids: {"prompts": [0, 1]}, "shape"),
         (lambda a, ids: {"prompts": [0, 1, 2, 3, CLASSES]}, "class 5"),
         (lambda a, ids: {"batch_size": 0}, "batch_size"),
         (lambda a, ids: {"top_p": 2.0}, "top_p"),
-        (lambda a, ids: {"quant_pipe": small_pipeline(0, classes=3)}, "num_classes are 5 and 3"),
+        (
+            lambda a, ids: {"quant_pipe": small_pipeline(0, classes=3)},
+            "numbers of prompts are 5 and 3",
+        ),
     ],
 )
 def test_bad_arguments_are_named(

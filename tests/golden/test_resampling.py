@@ -23,7 +23,7 @@ def test_counts_and_distances(data):
     probs_NLV = torch.from_numpy(data["prob_BlV"])
     ids_NL = torch.from_numpy(data["sampled_ids"])
     new_NL, report = resample_tokens(
-        ids_NL, lambda k: probs_NLV[:, scales.slices()[k]], scales, seed=0
+        ids_NL, lambda k: probs_NLV[:, scales.slices()[k]], scales.lengths, seed=0
     )
     for k, (part, scale) in enumerate(zip(scales.slices(), report.scales, strict=True)):
         assert np.array_equal(scale.target_count, data["target_count"][k])

@@ -187,7 +187,7 @@ def test_labels_by_id_and_name(tiny: Pipeline, labels: Any, expected: list[int])
         ("cat", "labels: 'cat', expected a list"),
         (3, "labels: 3, expected a list"),
         (torch.tensor(3), "labels: 3, expected a list"),
-        ([5], r"class 5: not in 0\.\.4 of model 'tiny'"),
+        ([5], r"model 'tiny': class 5: not in 0\.\.4"),
         ([0, -1], r"class -1: not in 0\.\.4"),
         (["-1"], r"class -1: not in 0\.\.4"),
         ([10**30], r"not in 0\.\.4"),
@@ -213,7 +213,7 @@ def test_unusable_labels_are_named(tiny: Pipeline, labels: Any, message: str) ->
 
 def test_names_need_a_model_that_has_them(tiny: Pipeline) -> None:
     nameless = Pipeline(tiny.var, tiny.vae, "nameless")
-    with pytest.raises(InputError, match="class 'cat': model 'nameless' has no class names"):
+    with pytest.raises(InputError, match="model 'nameless': class 'cat': there are no class names"):
         nameless.prompts(["cat"])
 
 

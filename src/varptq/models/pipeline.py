@@ -95,7 +95,10 @@ class Pipeline:
         be used."""
         if isinstance(values, Prompts):
             return values
-        return self.var.prompts(values, self.class_names)
+        try:
+            return self.var.prompts(values, self.class_names)
+        except InputError as error:
+            raise InputError(f"model {self.name!r}: {error}") from None
 
     def pool(self) -> Prompts:
         """The prompts there are to draw images for: every class once."""

@@ -121,7 +121,7 @@ def _label(value: Any, num_classes: int, names: Sequence[str]) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral | str):
         raise InputError(f"class {value!r}: expected an id or a name, got {type(value).__name__}")
     if not 0 <= int(value) < num_classes:
-        raise InputError(f"class {value}: not in 0..{num_classes - 1}, the classes of this model")
+        raise InputError(f"class {value}: not in 0..{num_classes - 1}")
     return int(value)
 
 
@@ -129,7 +129,7 @@ def _label_of_name(name: str, num_classes: int, names: Sequence[str]) -> int:
     if name == UNCONDITIONAL:
         return num_classes
     if not names:
-        raise InputError(f"class {name!r}: this model has no class names; give an id")
+        raise InputError(f"class {name!r}: there are no class names; give an id")
     if name in names:
         return list(names).index(name)
     # Compared in lower case: "DOG" has not one letter of "dog".

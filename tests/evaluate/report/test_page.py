@@ -257,7 +257,7 @@ def test_pairs_stand_class_by_class(samples: SampleSet) -> None:
     assert {titles.count(name) for name in set(titles)} == {MAX_PAIRS // 5}
     for pair in chosen:
         assert pair.above is not None and (pair.above == pair.image).all() and pair.agreement == 1
-    alone = choose_pairs(samples, None, ())
+    alone = choose_pairs(samples, None, [f"class {label}" for label in range(5)])
     assert alone[0].title == "class 0" and alone[0].above is None
     assert Checker(gallery(alone)).tags[0] == ("div", {"class": "pairs"})
 
@@ -265,7 +265,7 @@ def test_pairs_stand_class_by_class(samples: SampleSet) -> None:
 def test_large_pictures_are_fewer(samples: SampleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 2 * 6 * 6 * 3
     monkeypatch.setattr("varptq.evaluate.report.gallery.MAX_BYTES", 3 * size)
-    assert len(choose_pairs(samples, samples, ())) == 3
+    assert len(choose_pairs(samples, samples, "abcde")) == 3
     assert MAX_BYTES // (2 * 256 * 256 * 3) == 12
 
 
