@@ -8,6 +8,7 @@ own with `make_tiny`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,10 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.var.transformer import VAR, VARArch, randomize
 from varptq.models.var.vqvae import VQVAE, VQVAEArch
+
+# Triton reads this when a kernel is defined, and any test may be the first to import the kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Times vary tenfold between machines, and a first example also pays for what torch sets up.
 settings.register_profile("varptq", deadline=None)

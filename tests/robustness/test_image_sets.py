@@ -114,8 +114,8 @@ def test_what_is_left_out_is_told(tmp_path: Path, counted: Callable[[], None]) -
 REFUSED = {
     "a fork of its own": ({"1.png": FORK}, r"1\.png: not a JPEG.* but a resource fork of macOS"),
     "an empty file": ({"1.png": b""}, r"1\.png: not a JPEG.* but empty"),
-    "a pointer of git-lfs": ({"1.png": b"version https://git-lfs"}, r"1\.png: is no .* git-lfs"),
-    "a page": ({"1.jpg": b"<html>"}, r"1\.jpg: is no .* but HTML"),
+    "a pointer of git-lfs": ({"1.png": b"version https://git-lfs"}, r"1\.png: not a .* git-lfs"),
+    "a page": ({"1.jpg": b"<html>"}, r"1\.jpg: not a .* but HTML"),
     "half a file": ({"1.png": file_of(PICTURES[1].resize((64, 64)))[:900]}, r"1\.png: cannot be"),
     "another size": (
         {"b/1.png": file_of(PICTURES[1].resize((5, 7)))},

@@ -280,7 +280,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path, counted: Callable[[], None]
                 read_image(source)
     counted()
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(InputError, match=r"link\.png: a link to a file that is not there"):
+    with pytest.raises(InputError, match=r"link\.png: a link to a file that does not exist"):
         read_image(tmp_path / "link.png")
 
 

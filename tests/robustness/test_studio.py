@@ -83,7 +83,7 @@ def test_a_folder_for_uploads_that_cannot_be_one(
     monkeypatch.setenv(CACHE, str(tmp_path / place))
     with pytest.raises(OutputError, match=f"^{CACHE} '.*file.*: cannot be written") as refused:
         web_app(make_studio([], tmp_path / "out"), Options())
-    assert "leave it out" in str(refused.value)
+    assert "unset it" in str(refused.value)
 
 
 def test_a_folder_for_uploads_is_used_and_shared_with_nobody(
@@ -119,7 +119,7 @@ def test_the_disk_fills_up_during_an_upload(
         patch.setattr(route_utils.GradioUploadFile, "write", full)
         answer = send(client, "a.png", b"y")
     assert answer.status_code == 507
-    assert answer.text.startswith("upload: cannot be kept (No space left on device)")
+    assert answer.text.startswith("upload: cannot be stored (No space left on device)")
     assert "\n" not in answer.text
     assert not [path for path in cache(machine).iterdir() if path.is_file()]
     assert send(client, "a.png", b"y").status_code == 200
@@ -161,7 +161,7 @@ def test_the_disk_is_full_when_a_picture_is_to_be_shown(
     counted()
     monkeypatch.setattr(Image.Image, "save", full)
     shown: Any = SimpleNamespace(GRADIO_CACHE=str(tmp_path), temp_files=set())
-    with pytest.raises(OutputError, match=r"^cat\.png: cannot be kept .*No space left"):
+    with pytest.raises(OutputError, match=r"^cat\.png: cannot be stored .*No space left"):
         files.offer_picture(shown, Image.new("RGB", (2, 2)), "cat.png")
     assert not list(tmp_path.iterdir()) and not shown.temp_files
 
