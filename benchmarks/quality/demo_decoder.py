@@ -23,8 +23,8 @@ import varptq
 from benchmarks.common.judges import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
 from benchmarks.common.pages import DOCS, replace, table
 from benchmarks.common.results import write_document
+from varptq.evaluate.features import load_network, part_of
 from varptq.evaluate.frechet import Gaussian, frechet_distance
-from varptq.evaluate.networks.features import load_network, part_of
 from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.paired import psnr
 from varptq.models.pipeline import Pipeline

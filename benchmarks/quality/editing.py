@@ -34,8 +34,8 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.editing.edit import encode
 from varptq.editing.frame import Frame
 from varptq.editing.masks import box_mask, feather_width, feathered, forced_ids, keep_mask
+from varptq.evaluate.features import FeatureNetwork, load_network
 from varptq.evaluate.frechet import Gaussian, frechet_distance
-from varptq.evaluate.networks.features import FeatureNetwork, load_network
 from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.paired import psnr
 from varptq.models.pipeline import Pipeline

@@ -52,9 +52,9 @@ from benchmarks.common.methods_rows import (
     WIDTHS,
 )
 from benchmarks.common.results import append_line, read_lines
+from varptq.evaluate.features import load_network, part_of
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.networks.features import load_network, part_of
 from varptq.evaluate.networks.lpips import Lpips
 from varptq.evaluate.sampling import SampleSet, sample_set
 from varptq.evaluate.scores import InceptionScore

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from helpers.cli_calls import run, succeed
 from varptq.errors import InputError, NonFiniteError
 from varptq.evaluate.evaluate import Subject, evaluate
+from varptq.evaluate.features import ModuleFeatures
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.networks.features import ModuleFeatures
 from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.sampling import sample_set
 from varptq.models.pipeline import Pipeline

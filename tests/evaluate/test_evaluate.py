@@ -15,9 +15,9 @@ from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError
 from varptq.evaluate.catalogue import METRICS, NEEDS
 from varptq.evaluate.evaluate import Subject, evaluate
+from varptq.evaluate.features import Features, ModuleFeatures
 from varptq.evaluate.frechet import Gaussian, bias_of_means, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.networks.features import Features, ModuleFeatures
 from varptq.evaluate.paired import psnr
 from varptq.evaluate.prdc import precision_recall
 from varptq.evaluate.preflight import Instruments, plan

@@ -24,8 +24,8 @@ from varptq.calibrate.quantize import quantize
 from varptq.distributed import Ranks
 from varptq.evaluate import sampling
 from varptq.evaluate.evaluate import Subject, evaluate
+from varptq.evaluate.features import ModuleFeatures
 from varptq.evaluate.image_files import ImageFiles, write_npz
-from varptq.evaluate.networks.features import ModuleFeatures
 from varptq.evaluate.preflight import Instruments
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings

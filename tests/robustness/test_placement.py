@@ -13,7 +13,7 @@ import varptq
 from helpers.checkpoint_states import one_line
 from varptq import artifact
 from varptq.errors import ConfigError, NonFiniteError
-from varptq.evaluate.networks.features import ModuleFeatures
+from varptq.evaluate.features import ModuleFeatures
 from varptq.models.pipeline import Pipeline, build_model, load_model
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.web.loaded import LoadedModels

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from varptq.errors import InputError
 from varptq.evaluate.evaluate import Subject, evaluate
+from varptq.evaluate.features import ModuleFeatures
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.networks.features import ModuleFeatures
 from varptq.evaluate.prdc import precision_recall
 from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.report import render

@@ -147,9 +147,9 @@ def load_instruments(
     pipe: Pipeline,
 ) -> Instruments:
     """What was given on the command line, on the device of the model."""
+    from varptq.evaluate.features import load_network
     from varptq.evaluate.image_files import ImageFiles
     from varptq.evaluate.networks.clip import TransformersClip
-    from varptq.evaluate.networks.features import load_network
     from varptq.evaluate.networks.lpips import Lpips
     from varptq.evaluate.preflight import Instruments
 

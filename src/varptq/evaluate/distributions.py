@@ -16,9 +16,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from varptq.evaluate.features import FeatureNetwork, Features, part_of
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.networks.features import FeatureNetwork, Features, part_of
 from varptq.evaluate.prdc import precision_recall
 from varptq.evaluate.sampling import SampleSet
 from varptq.evaluate.scores import InceptionScore

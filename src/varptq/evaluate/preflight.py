@@ -14,9 +14,9 @@ import torch
 from varptq.errors import InputError
 from varptq.evaluate.catalogue import METRICS, choose
 from varptq.evaluate.distributions import NEIGHBOURS
+from varptq.evaluate.features import FeatureNetwork
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.networks.clip import ClipEncoder
-from varptq.evaluate.networks.features import FeatureNetwork
 from varptq.evaluate.networks.lpips import MIN_SIDE, Lpips
 from varptq.evaluate.paired import SSIM_WINDOW
 from varptq.evaluate.references import (

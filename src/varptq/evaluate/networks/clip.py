@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varptq.errors import CheckpointError, InputError, NonFiniteError
-from varptq.evaluate.networks.features import planes
+from varptq.evaluate.features import planes
 from varptq.models.placement import checked_device
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varptq.errors import InputError
-from varptq.evaluate.networks.features import planes
+from varptq.evaluate.features import planes
 from varptq.evaluate.networks.weights import check_shapes, read_tensors
 from varptq.models.placement import checked_device
 

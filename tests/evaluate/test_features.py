@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from helpers.measuring import weight_file
 from varptq.errors import CheckpointError, InputError, NonFiniteError
-from varptq.evaluate.networks import features, inception, weights
-from varptq.evaluate.networks.features import (
+from varptq.evaluate import features
+from varptq.evaluate.features import (
     Features,
     InceptionFeatures,
     ModuleFeatures,
     load_network,
 )
+from varptq.evaluate.networks import inception, weights
 from varptq.evaluate.networks.resnet import ResNet56
 
 State = dict[str, Tensor]
