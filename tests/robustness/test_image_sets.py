@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_found_at_once(tmp_path: Path, counted: Callable[
     counted()
     real = folder_of(tmp_path / "real", {"0.png": png()})
     for target, expected in (
-        ("gone.png", "a link to a file that is not there"),
+        ("gone.png", "a link to a file that does not exist"),
         ("1.png", "cannot"),
     ):
         (real / "1.png").unlink(missing_ok=True)
