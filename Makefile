@@ -29,7 +29,7 @@ demo: $(STAMP)  ## calibrate, quantize, sample and compare on a small model; res
 test: $(STAMP) browser  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-check: lint  ## the inner loop, under three minutes: lint, types and the quick tests
+check: lint  ## the inner loop, about four minutes: lint, types and the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not web" $(ARGS)
 
 lint: $(STAMP)  ## lint, format and types, changing nothing
