@@ -132,7 +132,7 @@ def _reserve(path: Path, size: int) -> None:
 
 def scale_weights(spans: list[Span]) -> Tensor:
     """(tokens,) 1 / l_k for every token of scale k."""
-    lengths = [span.queries.stop - span.queries.start for span in spans]
+    lengths = [span.length for span in spans]
     return torch.cat(
         [torch.full((n,), 1.0 / n, dtype=torch.float32, device="cpu") for n in lengths]
     )

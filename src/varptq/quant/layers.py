@@ -285,7 +285,7 @@ class QuantLinear(nn.Module):
                 stacklevel=2,
             )
             return self.means.mean(0, keepdim=True), self.mean_bias.mean(0, keepdim=True)
-        lengths = [span.queries.stop - span.queries.start for span in spans]
+        lengths = [span.length for span in spans]
         scales = torch.tensor([span.scale for span in spans], dtype=torch.int64, device=device)
         rows = scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=device))
         return self.means[rows], self.mean_bias[rows]

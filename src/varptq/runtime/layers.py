@@ -168,7 +168,7 @@ class IntLinear(KernelModule):
         scales = torch.tensor([span.scale for span in spans], dtype=torch.int32, device="cpu")
         if len(spans) == 1:
             return scales
-        lengths = [span.queries.stop - span.queries.start for span in spans]
+        lengths = [span.length for span in spans]
         return scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
 
     def extra_repr(self) -> str:

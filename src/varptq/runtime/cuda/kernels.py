@@ -201,7 +201,7 @@ class _Call:
             SEGMENT=by_segment, **value,
         )  # fmt: skip
         for span in spans if by_segment else ():
-            first, count = span.queries.start, span.queries.stop - span.queries.start
+            first, count = span.queries.start, span.length
             attention.append_segment[(self.rows, rule.num_heads)](
                 self.qkv, rule.v_bias, *values, *sizes, first, count, WIDTH=self.width, **value
             )
@@ -210,7 +210,7 @@ class _Call:
     def attend(self, span: Span) -> None:
         """One span: statistics, orders where shift-and-sum is on, and the product."""
         rule, cache = self.rule, self.cache
-        queries = span.queries.stop - span.queries.start
+        queries = span.length
         keys = span.keys
         operands = (
             self.q, self.q_scale, self.q_zero, self.q_sum,
