@@ -16,7 +16,7 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint native browser test-native format clean
+.PHONY: help install demo test check quick lint native browser test-native format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,11 @@ demo: $(STAMP)  ## calibrate, quantize, sample and compare on a small model; res
 test: $(STAMP) browser  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-check: lint  ## the inner loop, about four minutes: lint, types and the quick tests
+# At the same time: types take one core for a minute.
+check: $(STAMP)  ## the inner loop, about four minutes: lint, types and the quick tests
+	@$(MAKE) --no-print-directory --jobs 2 lint quick
+
+quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not web" $(ARGS)
 
 lint: $(STAMP)  ## lint, format and types, changing nothing

@@ -7,14 +7,21 @@ own with `make_tiny`.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import importlib
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from helpers.studio_pages import CHROMIUM, FLAGS
+from helpers.warm import commands
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
 from varptq.models.var.transformer import VAR, VARArch, randomize
@@ -53,6 +60,26 @@ VAE_ARCH = VQVAEArch(
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel")
 # A fresh model's logits hardly depend on class and context; these factors make them.
 LIVELY = {"class_emb.weight": 50.0, "word_embed.weight": 10.0, "head.weight": 10.0}
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, one a process: a second driver in the same process would not start."""
+    playwright = pytest.importorskip("playwright", reason="no playwright to drive a browser with")
+    if CHROMIUM is None:
+        pytest.skip("no chromium to open pages with")
+    with importlib.import_module(f"{playwright.__name__}.sync_api").sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Path]:
+    """A folder with the commands `python` and `varptq`, which begin with everything imported."""
+    # Not below tmp_path, whose length sockets may not take.
+    with tempfile.TemporaryDirectory() as folder, commands(Path(folder)) as filled:
+        yield filled
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -99,6 +126,20 @@ def tiny_no_l2() -> Pipeline:
 def any_tiny(request: pytest.FixtureRequest) -> Pipeline:
     """A test with this argument runs on each kind of model."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A browser keeps an event loop running on this thread to the end of the session. Tests
+    without one may run loops of their own."""
+    loop = asyncio._get_running_loop()
+    if loop is None or "browser" in getattr(item, "fixturenames", ()):
+        return (yield)
+    asyncio._set_running_loop(None)
+    try:
+        return (yield)
+    finally:
+        asyncio._set_running_loop(loop)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

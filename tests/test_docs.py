@@ -4,7 +4,8 @@ The ```python, ```bash and ```console blocks of one file run in order, python in
 in one temporary folder, as a reader would paste them. A block behind the comment
 `<!-- not run: reason -->` is skipped with that reason. Shell blocks run under `bash -e`, with
 `varptq` being the package under test; a command that may reach outside (make, pip, git) has to be
-marked as not run. Output shown in a console block is not compared.
+marked as not run. Output shown in a console block is not compared. The effort "fast" takes few
+images.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+
+from helpers import few_images
+from varptq.calibrate.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 SHELLS = {"bash", "console"}
@@ -90,6 +94,7 @@ class Reader:
     name: str
     blocks: list[Block]
     folder: Path
+    python: Path
     namespace: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
     done: int = 0
     stuck_at: int | None = None
@@ -119,7 +124,7 @@ class Reader:
                 f"{self.name}:{block.line}: {', '.join(foreign)} cannot run in a test; put "
                 f"<!-- not run: reason --> before the block, or use {', '.join(sorted(COMMANDS))}"
             )
-        varptq = f'varptq() {{ "{sys.executable}" -c "{CALL_CLI}" "$@"; }}\n'
+        varptq = f'varptq() {{ "{self.python}" "{few_images.__file__}" "$@"; }}\n'
         path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
         result = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", varptq + script],
@@ -134,8 +139,6 @@ class Reader:
             shown = f"{result.stdout[-2000:]}{result.stderr[-2000:]}"
             pytest.fail(f"{self.name}:{block.line}: exit code {result.returncode}\n{shown}")
 
-
-CALL_CLI = "from varptq.cli.main import app; app(prog_name='varptq')"
 
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 FILES = [path for path in PAGES if path.is_file()]
@@ -152,16 +155,16 @@ CASES = [
 
 
 @pytest.fixture(scope="session")
-def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
+def readers(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> dict[str, Reader]:
     return {
-        name: Reader(name, blocks, tmp_path_factory.mktemp("reader"))
+        name: Reader(name, blocks, tmp_path_factory.mktemp("reader"), warm / "python")
         for name, blocks in BLOCKS.items()
     }
 
 
 if CASES:
 
-    @pytest.mark.slow  # a process each: three minutes in all
+    @pytest.mark.slow  # minutes in all
     @pytest.mark.parametrize(("name", "index"), CASES)
     def test_the_example_runs(
         readers: dict[str, Reader], name: str, index: int, monkeypatch: pytest.MonkeyPatch
@@ -172,7 +175,11 @@ if CASES:
         monkeypatch.chdir(reader.folder)
         # What an example adds to a table is gone after it.
         tables = ("calibrate.methods.METHODS", "quant.quantizers.QUANTIZERS")
-        with patch.dict(f"varptq.{tables[0]}"), patch.dict(f"varptq.{tables[1]}"):
+        with (
+            patch.dict(f"varptq.{tables[0]}"),
+            patch.dict(f"varptq.{tables[1]}"),
+            patch.dict(PRESETS, fast=few_images.FAST),
+        ):
             reader.read_to(index)
 
 
@@ -229,7 +236,7 @@ ls missing
 def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     monkeypatch.chdir(tmp_path)
     blocks = [block for block in blocks_of(SAMPLE) if block.language in RUN]
-    return Reader("sample.md", blocks, tmp_path)
+    return Reader("sample.md", blocks, tmp_path, Path(sys.executable))
 
 
 def test_blocks_are_found_with_their_line_and_reason(sample: Reader) -> None:
@@ -257,7 +264,8 @@ def test_a_failing_command_fails_and_stops_the_reader(sample: Reader) -> None:
 
 
 def test_a_failing_python_block_shows_the_line_of_the_document(tmp_path: Path) -> None:
-    reader = Reader("sample.md", [Block("python", "x = 1\nx.missing\n", 70, None)], tmp_path)
+    blocks = [Block("python", "x = 1\nx.missing\n", 70, None)]
+    reader = Reader("sample.md", blocks, tmp_path, Path(sys.executable))
     with pytest.raises(AttributeError) as error:
         reader.read_to(0)
     last = error.traceback[-1]

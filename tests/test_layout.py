@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "varptq"
 TESTS = Path(__file__).parent
@@ -53,3 +56,12 @@ def test_a_misplaced_test_is_seen() -> None:
 def test_no_test_file_is_too_long_to_read() -> None:
     lengths = {p: len(p.read_text().splitlines()) for p in TESTS.rglob("*.py")}
     assert not {p.name: n for p, n in lengths.items() if n > MAX_LINES}
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="only workers share out tests")
+@pytest.mark.xdist_group("layout")
+def test_groups_stay_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """By the ending of the name, which pytest-xdist writes: without it every fixture of a group is
+    made by every worker, and nothing else would tell."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@layout")

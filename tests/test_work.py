@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,12 +86,14 @@ def test_a_run_killed_at_any_piece_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_processes_killed_outright_go_on(whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_processes_killed_outright_go_on(
+    whole: dict[str, bytes], tmp_path: Path, warm: Path
+) -> None:
     """SIGKILL in real processes at random points, before the units and among them: six pieces come
     before the first unit."""
     points = torch.randint(2, 6, (3,), generator=torch.Generator().manual_seed(0)).tolist()
     for lines in [*points, None]:
-        command = [sys.executable, str(PROCESS), str(tmp_path / "artifact"), "0"]
+        command = [str(warm / "python"), str(PROCESS), str(tmp_path / "artifact"), "0"]
         with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             if lines is None:
@@ -102,6 +103,7 @@ def test_processes_killed_outright_go_on(whole: dict[str, bytes], tmp_path: Path
             for _ in range(lines):
                 assert process.stdout.readline()
             process.kill()
+            process.stdout.read()  # to its end, which is that of the process
     assert content(tmp_path / "artifact") == whole
 
 
@@ -165,11 +167,11 @@ def test_other_weights_and_threads_start_over(
             torch.set_num_threads(1)
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
+def test_a_second_process_is_refused(tmp_path: Path, warm: Path) -> None:
     with Work(tmp_path / "work") as work:
         work.begin({"a": 1}, silent)
         code = "import sys\nfrom varptq.work import Work\nWork(sys.argv[1]).__enter__()"
-        command = [sys.executable, "-c", code, str(tmp_path / "work")]
+        command = [str(warm / "python"), "-c", code, str(tmp_path / "work")]
         ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert ran.returncode == 1
         with pytest.raises(OutputError, match=r"work: process \d+ is working there; wait for it"):

@@ -86,7 +86,7 @@ def recording(samples: int, repeats: int) -> dict[str, Any]:
         pipe = model_of("var-d16", depth)
         chosen = random_samples(pipe, samples)
         quantized = convert(pipe.var, QuantConfig.preset(CONFIG))
-        recorder = Recorder(pipe, quantized, chosen, CalibrationConfig())
+        recorder = Recorder(pipe, quantized.get_submodule, chosen, CalibrationConfig())
 
         def replay(pipe: Pipeline = pipe, chosen: CalibrationSet = chosen) -> None:
             generate(pipe, chosen.prompts, decode=False, forced=chosen.tokens)
@@ -158,7 +158,9 @@ def one_step(unit: Unit, alphas: list[nn.Parameter], rows: Tensor, fused: bool) 
 
 def unit_of(pipe: Pipeline, config: QuantConfig, samples: int, name: str) -> Unit:
     model = convert(pipe.var, config)
-    recorder = Recorder(pipe, model, random_samples(pipe, samples), CalibrationConfig())
+    recorder = Recorder(
+        pipe, model.get_submodule, random_samples(pipe, samples), CalibrationConfig()
+    )
     return next(iter(recorder.units([name])))
 
 

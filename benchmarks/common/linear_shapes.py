@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 # Rows of the ten scales, with guidance.
 ROWS = (2, 8, 18, 32, 50, 72, 128, 200, 338, 512)
 DEPTH = 16
@@ -14,10 +16,31 @@ LAYERS = (
     ("head", 1024, 4096, 1),
     ("ada_lin", 1024, 6144, 0),
 )
-# Row bits, weight bits, activation group, weight group.
+
+
+class Scheme(NamedTuple):
+    """Bits of rows and weights, and their groups; with groups uniform steps below 6 bits, where
+    there are codebooks otherwise."""
+
+    row_bits: int
+    weight_bits: int
+    row_group: int | None = None
+    weight_group: int | None = None
+
+    @property
+    def books(self) -> tuple[bool, bool]:
+        """Whether rows and weights are on codebooks."""
+        grouped = self.row_group or self.weight_group
+        return (not grouped and self.row_bits < 6, not grouped and self.weight_bits < 6)
+
+
 SCHEMES = {
-    "W8A8": (8, 8, None, None),
-    "W6A6": (6, 6, None, None),
-    "W4A8": (8, 4, None, 128),
-    "W4A4": (4, 4, 64, 128),
+    "W8A8": Scheme(8, 8),
+    "W6A6": Scheme(6, 6),
+    "W4A8": Scheme(8, 4),
+    "W4A4": Scheme(4, 4),
+    "W3A8": Scheme(8, 3),
+    "W2A8": Scheme(8, 2),
+    "W4A8 in groups": Scheme(8, 4, None, 128),
+    "W4A4 in groups": Scheme(4, 4, 64, 128),
 }

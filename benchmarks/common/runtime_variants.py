@@ -4,11 +4,11 @@ one image takes by part.
 Float variants: "eager" computes AdaLN at every scale as upstream does, in float32 and under bf16
 autocast; "prepacked" has oneDNN's own weight layout and AdaLN once per image; "torchao int8" is its
 dynamic quantization of the same bf16 model, each Linear compiled. Ours are nearest rounding, whose
-time is that of any rounding, with the image decoder in bf16, channels last.
+time is that of any rounding, with the image decoder in 8 bits as the presets have it.
 
 Parts: `linears` (ours: with norm, GELU and quantization, which are fused into them), `attention`
-without its projections, `sampling` (guidance, filters, draw), `rest` of the transformer's loop,
-`decoder` from ids to pixels.
+without its projections, `text` (the same over a text, where there is one), `sampling` (guidance,
+filters, draw), `rest` of the transformer's loop, `decoder` from ids to pixels.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +25,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.models.blocks import Attention
+from varptq.models.cross import CrossAttention
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import Sampler
 from varptq.models.seams import Stage
 from varptq.models.var.transformer import VAR, Condition
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert
+from varptq.quant.convert import convert, convert_autoencoder
 from varptq.quant.find import release_float_weights
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
-from varptq.runtime.attention import IntAttention
+from varptq.runtime.attention import IntAttention, IntCrossAttention
 from varptq.runtime.convert import on_integers
 from varptq.runtime.cpu import cpu_kernels
 from varptq.runtime.decoder import decode_in
@@ -113,19 +115,18 @@ class TimedSampler:
 
 
 class Stopwatch:
-    """Adds up the seconds of modules by part; a Linear inside an attention counts as a Linear."""
+    """Adds up the seconds of modules by part, sampling too; a Linear inside an attention counts as
+    a Linear."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: Seconds = defaultdict(float)
         self.started: dict[nn.Module, float] = {}
         self.clock = time.perf_counter
 
     def watch(self, pipe: Pipeline) -> None:
         linear = (nn.Linear, QuantLinear, IntLinear, PrepackedLinear, CompiledLinear)
         for module in pipe.var.modules():
-            part = "linears" if isinstance(module, linear) else None
-            if isinstance(module, Attention | IntAttention):
-                part = "attention"
+            part = "linears" if isinstance(module, linear) else attention_part(module)
             if part is not None:
                 module.register_forward_pre_hook(self._start)
                 module.register_forward_hook(self._stopped(part))
@@ -142,14 +143,18 @@ class Stopwatch:
         def stop(module: nn.Module, *_: Any) -> None:
             taken = self.clock() - self.started.pop(module)
             self.seconds[part] += taken
-            inside = part == "linears" and any(isinstance(m, ATTENTIONS) for m in self.started)
-            if inside:
-                self.seconds["attention"] -= taken
+            if part == "linears":
+                for around in filter(None, map(attention_part, self.started)):
+                    self.seconds[around] -= taken
 
         return stop
 
 
-ATTENTIONS = (Attention, IntAttention)
+def attention_part(module: nn.Module) -> str | None:
+    """Of an attention; None for other modules."""
+    if isinstance(module, CrossAttention | IntCrossAttention):
+        return "text"
+    return "attention" if isinstance(module, Attention | IntAttention) else None
 
 
 def variant(pipe: Pipeline, *, autocast: bool = False) -> Variant:
@@ -161,7 +166,7 @@ def variant(pipe: Pipeline, *, autocast: bool = False) -> Variant:
     def run(batch: int) -> Seconds:
         labels = [pipe.var.arch.num_classes // 5] * batch
         watch.clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        watch.seconds = dict.fromkeys(PARTS, 0.0)
+        watch.seconds.clear()
         clock = watch.clock
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             started = clock()
@@ -170,7 +175,7 @@ def variant(pipe: Pipeline, *, autocast: bool = False) -> Variant:
             with torch.inference_mode():
                 pipe.vae.decode_features(pipe.vae.quantize.accumulate(tokens))
             ended = clock()
-        found = watch.seconds
+        found = {part: watch.seconds[part] for part in PARTS[:-2]}
         found["rest"] = between - started - sum(found.values())
         return found | {"decoder": ended - between}
 
@@ -207,7 +212,13 @@ def simulated(pipe: Pipeline, preset: str) -> QuantizedPipeline:
     var = convert(pipe.var, config).requires_grad_(False)
     release_float_weights(var)
     return QuantizedPipeline(
-        var, copy.deepcopy(pipe.vae), preset, pipe.class_names, config=config, method="rtn"
+        var,
+        convert_autoencoder(copy.deepcopy(pipe.vae), config).requires_grad_(False),
+        preset,
+        pipe.class_names,
+        family=pipe.family,
+        config=config,
+        method="rtn",
     )
 
 
@@ -241,9 +252,9 @@ def variants(pipe: Pipeline, presets: tuple[str, ...], *, quick: bool) -> dict[s
     for preset in presets:
         quantized = simulated(pipe, preset)
         ours = on_integers(quantized, cpu_kernels())
-        found[preset] = variant(decode_in(ours, torch.bfloat16))
+        found[preset] = variant(decode_in(ours, torch.float32))
         if preset == presets[0]:
-            # A model of its own: the other one shares its decoder with `ours`.
+            # A model of its own: the other one shares tensors with `ours`.
             found["simulated"] = variant(simulated(pipe, preset))
     return found
 

@@ -136,13 +136,13 @@ def model(pipe: Pipeline, preset: str, method: str) -> Pipeline:
 
 def edited_images(pipe: Pipeline, measures: Measures, task: Task) -> Pixels:
     """What `varptq.edit` does, for one image each and in batches."""
-    side = pipe.vae.image_size
+    size = pipe.vae.image_size
     originals = [Image.fromarray(image) for image in measures.images]
-    frame = Frame.of(originals[0].size, side, "crop")
-    mask = box_mask(task.box, frame, pipe.scales.last_side, inside=True)
-    weight = feathered(mask.pixels, feather_width(None, frame, pipe.scales.last_side), frame)
+    frame = Frame.of(originals[0].size, size, "crop")
+    mask = box_mask(task.box, frame, pipe.scales.last, inside=True)
+    weight = feathered(mask.pixels, feather_width(None, frame, pipe.scales.last), frame)
     given = torch.cat([encode(pipe, originals[i : i + BATCH]) for i in range(0, IMAGES, BATCH)])
-    forced = forced_ids(given, keep_mask(mask.cells_PP, pipe.scales))
+    forced = forced_ids(given, keep_mask(mask.cells_PQ, pipe.scales))
     classes = task.asked(measures.labels) if task.cfg else [UNCONDITIONAL] * IMAGES
     drawn = varptq.generate(pipe, classes, seed=SEED, cfg=task.cfg, forced=forced, batch_size=BATCH)
     assert drawn.images is not None

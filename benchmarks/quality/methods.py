@@ -3,6 +3,8 @@
     python -m benchmarks.quality.methods [--count N] [--seeds 0 1 2] [--widths ...] [--methods ...]
     python -m benchmarks.quality.methods --network inception:FILE --float-images 1000   # once more
     python -m benchmarks.quality.methods --compile ...  # the same images, sampled a third faster
+    python -m benchmarks.quality.methods --model demo-text ...
+    python -m benchmarks.quality.methods --widths bops1 ... --methods preset  # as users have it
 
 Per row (width, method, calibration seed): calibrate as proof.py does, keep the artifact, sample
 `count` images, and measure
@@ -10,13 +12,15 @@ Per row (width, method, calibration seed): calibrate as proof.py does, keep the 
     lpips       mean over pairs of images of one seed, float and quantized
     fd, fd2fp   Frechet distance in features of the network, to real images and to float samples
     fd_vqvae    the same to real images that went through the VQVAE, whose blur all samples share
-    accuracy    share of images that the classifier calls their class;  is   its Inception Score
+    accuracy    share of images that the classifier calls their class (of a text: the one that its
+                noun names);  is   its Inception Score
 and the distances once more without each tenth of the images in turn ("without"): their scatter is
 the standard error that comes from the number of images (jackknife). Tenths are of the same images
 in every row, so that errors of differences between rows can be taken too.
 Rows "float" are the float model with other image seeds: what chance alone moves. Row "vqvae" are
 the real images through the VQVAE: the least distance any tokens could reach.
-Appends one line per row to results/methods.jsonl and skips what is there. Images lie in shards of
+Appends one line per row to results/methods.jsonl (methods_text.jsonl for the text demo) and skips
+what is there. Images lie in shards of
 64 and artifacts in --out, so a run can be killed and goes on, and a larger --count extends the
 sets. VARPTQ_WEIGHTS names the folder of measuring networks and images (docs/metrics.md).
 `methods_report.py` makes tables and pictures.
@@ -37,19 +41,23 @@ import numpy as np
 import torch
 
 import varptq
+from benchmarks.common.caption_classes import classes_named
 from benchmarks.common.compiled import compile_quantizers
 from benchmarks.common.held_out import CALIBRATION, held_out
 from benchmarks.common.judges import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
 from benchmarks.common.methods_rows import (
-    ABLATED_WIDTHS,
     ABLATION,
+    BARE,
+    BARE_METHOD,
     FLOAT,
-    METHODS,
-    NAME,
     NEAREST,
+    OURS,
     PAPER,
+    PRESET,
+    PRESET_IMAGES,
+    STUDIES,
     VQVAE,
-    WIDTHS,
+    Study,
 )
 from benchmarks.common.results import append_line, read_lines
 from varptq.evaluate.features import load_network, part_of
@@ -82,32 +90,42 @@ class Row(NamedTuple):
 
     @property
     def preset(self) -> str:
+        if self.method == PRESET:
+            return self.width
+        # Methods differ in the transformer; the autoencoder is the float one.
+        if self.method == BARE:
+            return f"{self.width}{OURS}+vae32"
         return self.width + PAPER + ("+litevar" if "litevar" in self.method else "")
 
     @property
     def calibration_method(self) -> str:
         """LiteVAR is learned rounding with fc2 in float, so a preset and not a method."""
+        if self.method in (BARE, PRESET):
+            return BARE_METHOD
         return "brecq" if self.method == "litevar" else self.method.removesuffix("+litevar")
 
 
-def rows(widths: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> Iterator[Row]:
+def rows(
+    study: Study, widths: Iterable[str], methods: Iterable[str], seeds: Iterable[int]
+) -> Iterator[Row]:
     """Anchors first, then seed by seed, so that an early stop leaves a whole table."""
     yield Row(VQVAE, VQVAE, 0)
     yield from (Row(FLOAT, FLOAT, seed) for seed in FLOAT_SEEDS)
     for seed in seeds:
         for width in widths:
             for method in methods:
-                asked = method in METHODS or width in ABLATED_WIDTHS
-                if asked and not (method == NEAREST and seed):
+                if study.has(width, method) and not (method == NEAREST and seed):
                     yield Row(width, method, seed)
 
 
 class Bench:
     """The float model with its samples, the networks, and everything measured once."""
 
-    def __init__(self, out: Path, weights: Path, network: str, count: int, float_images: int):
-        self.out, self.count = out, count
-        self.pipe = varptq.load_model("demo")
+    def __init__(
+        self, model: str, out: Path, weights: Path, network: str, count: int, float_images: int
+    ):
+        self.out, self.count = out / model, count
+        self.pipe = varptq.load_model(model)
         self.network = load_network(network)
         self.lpips = Lpips.load(weights / LPIPS)
         self.test = held_out(self.pipe)
@@ -122,6 +140,12 @@ class Bench:
 
     def sample(self, pipe: Pipeline, name: str, count: int, seed: int) -> SampleSet:
         return sample_set(pipe, self.out / name / "samples", count=count, seed=seed)
+
+    def classes(self, labels: np.ndarray) -> np.ndarray:
+        """What images with these places in the pool should show."""
+        if not self.pipe.encoder:
+            return labels
+        return classes_named(self.pipe.pool().titles())[labels]
 
     def gaussian(self, batches: Iterable[np.ndarray]) -> Gaussian:
         found = Gaussian()
@@ -143,7 +167,7 @@ class Bench:
             )
             seconds = time.monotonic() - started
             varptq.save(made, folder)
-        return varptq.load(folder, runtime="simulated"), seconds
+        return varptq.load(folder, runtime="cpu" if row.method == PRESET else "simulated"), seconds
 
     def tokens(self, pipe: Pipeline) -> dict[str, Any]:
         return token_fidelity(self.pipe, pipe, self.test.prompts, self.test.tokens).to_dict()
@@ -167,7 +191,7 @@ class Bench:
                 probabilities = torch.cat([part_of(x, "probabilities", RESNET56) for x in features])
                 score.update(probabilities)
                 called = probabilities.argmax(-1).cpu().numpy()
-                hits += int((called == ours.labels).sum())
+                hits += int((called == self.classes(ours.labels)).sum())
                 pair = torch.from_numpy(theirs.images[: len(pixels)].copy())
                 apart += float(self.lpips(pixels, pair).double().sum())
         result: dict[str, Any] = self.distances(merged(groups))
@@ -241,17 +265,24 @@ def run(arguments: argparse.Namespace) -> None:
     weights = Path(os.environ["VARPTQ_WEIGHTS"])
     network = arguments.network or f"{RESNET56}:{weights / CLASSIFIER}"
     started = time.monotonic()
-    bench = Bench(arguments.out, weights, network, arguments.count, arguments.float_images)
+    study = STUDIES[arguments.model]
+    bench = Bench(
+        arguments.model, arguments.out, weights, network, arguments.count, arguments.float_images
+    )
     print(f"float samples and features: {time.monotonic() - started:.0f} s", flush=True)
-    there = {key(line) for line in read_lines(NAME)}
-    for row in rows(arguments.widths, arguments.methods, arguments.seeds):
+    there = {key(line) for name in (study.name, PRESET_IMAGES) for line in read_lines(name)}
+    widths, methods = (
+        arguments.widths or study.widths,
+        arguments.methods or (*study.methods, *ABLATION),
+    )
+    for row in rows(study, widths, methods, arguments.seeds):
         identity = {**row._asdict(), "count": arguments.count, "network": bench.network.name}
         if key(identity) in there:
             continue
         started = time.monotonic()
         line = identity | bench.measure(row) | {"float_images": arguments.float_images}
         seconds = time.monotonic() - started
-        append_line(NAME, line | settings())
+        append_line(PRESET_IMAGES if row.method == PRESET else study.name, line | settings())
         print(f"{row.name}: {line['images']}, {seconds:.0f} s", flush=True)
 
 
@@ -259,11 +290,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--model", choices=STUDIES, default="demo")
     parser.add_argument("--count", type=int, default=1000, help="images per row")
     parser.add_argument("--float-images", type=int, default=10_000, help="of the float set")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--widths", nargs="+", default=WIDTHS)
-    parser.add_argument("--methods", nargs="+", default=(*METHODS, *ABLATION))
+    parser.add_argument("--widths", nargs="+", help="default: all of the model's study")
+    parser.add_argument("--methods", nargs="+", help="default: all of the model's study")
     parser.add_argument("--network", help="kind:FILE, ResNet-56 if not given")
     parser.add_argument("--out", type=Path, default=Path("out/methods"))
     parser.add_argument("--compile", action="store_true", help="compile the quantizers")

@@ -1,18 +1,18 @@
-"""Tables and picture of the page docs/tables/methods.md, from results/methods.jsonl.
+"""Tables and pictures of docs/tables/methods.md and methods_text.md, from their results (.jsonl).
 
     python -m benchmarks.quality.methods_report
 
-Token measures of further calibration seeds come from results/proof.jsonl, whose calibrations are
-the same. The paper's numbers stand beside ours as changes against BRECQ at the same width, since
-levels of another model, data set and feature network say nothing here. Writes the text between the
-"methods" markers and docs/images/methods.png.
+Token measures of further calibration seeds of the first demo come from results/proof.jsonl, whose
+calibrations are the same. The paper's numbers stand beside ours as changes against BRECQ at the
+same width, since levels of another model, data set and feature network say nothing here. Writes the
+text between the "methods" markers and docs/images/methods.png and methods_text.png.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
 
 import matplotlib
@@ -20,72 +20,41 @@ import numpy as np
 
 from benchmarks.common.judges import RESNET56
 from benchmarks.common.methods_rows import (
-    ABLATED_WIDTHS,
     ABLATION,
+    BARE,
+    BARE_METHOD,
     FLOAT,
-    METHODS,
-    NAME,
     NEAREST,
+    OURS,
     PAPER,
+    STUDIES,
     VQVAE,
-    WIDTHS,
+    Cells,
+    Study,
     standard_error,
 )
 from benchmarks.common.pages import DOCS, replace, save, table
-from benchmarks.common.proof_rows import NAME as PROOF
+from benchmarks.common.proof_rows import NAMES as PROOFS
 from benchmarks.common.results import Line, read_lines
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator
 
 BASE = "brecq"
-# FID2FP16 of the paper's table, 50,000 images: VAR-d16 and VAR-d30.
-PAPER_FID2FP = {
-    "w6a6": {
-        "brecq": (4.29, 2.55),
-        "litevar": (4.05, 2.48),
-        "sas": (3.14, 2.09),
-        "sas+litevar": (2.64, 1.85),
-    },
-    "w4a8": {
-        "brecq": (4.76, 1.96),
-        "litevar": (3.85, 2.03),
-        "sas": (4.05, 1.81),
-        "sas+litevar": (3.00, 1.76),
-    },
-    "w4a6": {
-        "brecq": (10.57, 4.17),
-        "litevar": (9.09, 4.60),
-        "sas": (8.44, 3.74),
-        "sas+litevar": (5.28, 3.56),
-    },
-    "w4a4": {
-        "brecq": (32.82, 14.66),
-        "litevar": (36.67, 11.11),
-        "sas": (24.35, 8.68),
-        "sas+litevar": (18.32, 8.48),
-    },
-}
-# Its ablation at W4A6, FID2FP16: VAR-d16 and VAR-d20.
-PAPER_ABLATION = {
-    "brecq": (10.57, 6.62),
-    "brecq+shift": (9.55, 6.03),
-    "brecq+resample": (9.74, 5.61),
-    "sas": (8.44, 5.09),
-}
 
 
 class Results:
     """The lines of one image count, and the token measures of more seeds."""
 
-    def __init__(self, lines: list[Line], proof: list[Line], count: int) -> None:
-        self.count = count
+    def __init__(self, study: Study, lines: list[Line], proof: list[Line], count: int) -> None:
+        self.study, self.count = study, count
         own = [line for line in lines if line["network"] == RESNET56]
         # Real images through the VQVAE are the same ones at every count.
         self.lines = [x for x in own if x["count"] == self.count or x["width"] == VQVAE]
-        samples = {line["calibration"]["num_samples"] for line in proof}
-        self.proof = [x for x in proof if x["calibration"]["num_samples"] == max(samples)]
+        samples = max((line["calibration"]["num_samples"] for line in proof), default=0)
+        self.proof = [x for x in proof if x["calibration"]["num_samples"] == samples]
         self.float_images = next(x["float_images"] for x in self.lines if x["width"] != VQVAE)
 
     def of(self, width: str, method: str) -> list[Line]:
@@ -113,18 +82,27 @@ class Results:
         return math.hypot(*deviations) / len(deviations) ** 0.5 if deviations else 0.0
 
     def tokens(self, width: str, method: str, name: str) -> list[float]:
+        proven = (width + OURS, BARE_METHOD) if method == BARE else (width + PAPER, method)
         by_seed = {line["seed"]: line["fidelity"][name] for line in self.of(width, method)}
         for line in self.proof:
-            if (line["width"], line["method"]) == (width + PAPER, method):
+            if (line["width"], line["method"]) == proven:
                 by_seed.setdefault(line["seed"], line["fidelity"][name])
         return list(by_seed.values())
 
     def widths(self) -> list[str]:
-        return [width for width in WIDTHS if any(x["width"] == width for x in self.lines)]
+        return [width for width in self.study.widths if self.methods(width)]
 
     def methods(self, width: str) -> list[str]:
-        asked = (*METHODS, *(ABLATION if width in ABLATED_WIDTHS else ()))
-        return [method for method in asked if self.of(width, method)]
+        asked = (*self.study.methods, *ABLATION)
+        return [
+            method
+            for method in asked
+            if self.study.has(width, method) and self.tokens(width, method, "kl_filtered")
+        ]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Those with images."""
+        return [(w, m) for w in self.widths() for m in self.methods(w) if self.of(w, m)]
 
     @property
     def chance(self) -> float:
@@ -147,6 +125,8 @@ def over_seeds(values: list[float], digits: int) -> str:
 def distance(results: Results, width: str, method: str, name: str, digits: int) -> str:
     """Mean over seeds, standard error from the number of images, deviation over seeds."""
     values = results.images(width, method, name)
+    if not values:
+        return "-"
     text = f"{mean(values):.{digits}f} ± {results.error(width, method, name):.{digits}f}"
     return f"{text} / {stdev(values):.{digits}f}" if len(values) > 1 else text
 
@@ -174,7 +154,7 @@ def levels(results: Results, width: str) -> list[str]:
     rows = []
     for method in results.methods(width):
         cells = [
-            f"{len(results.of(width, method))}",
+            str(len(results.of(width, method) or results.tokens(width, method, "kl_filtered"))),
             over_seeds(results.tokens(width, method, "kl_filtered"), 3),
             over_seeds(results.tokens(width, method, "top1"), 3),
             over_seeds(results.images(width, method, "lpips"), 4),
@@ -213,39 +193,25 @@ def our_changes(results: Results, width: str, method: str) -> list[str]:
     def means(get: Callable[..., list[float]], name: str) -> str:
         return change(mean(get(width, method, name)), mean(get(width, BASE, name)))
 
-    return [
-        means(results.tokens, "kl_filtered"),
-        means(results.images, "lpips"),
-        excess_change(results, width, method),
-    ]
+    tokens = means(results.tokens, "kl_filtered")
+    if not (results.of(width, method) and results.of(width, BASE)):
+        return [tokens, "-", "-"]
+    return [tokens, means(results.images, "lpips"), excess_change(results, width, method)]
 
 
 def relative(
-    results: Results,
-    rows: Iterable[tuple[str, str]],
-    paper: Callable[[str, str], tuple[list[str], str]],
+    results: Results, rows: Iterable[tuple[str, str]], columns: Sequence[str], paper: Cells
 ) -> list[str]:
-    """Changes against BRECQ; `paper` gives its two cells of a row."""
-    lines, labels = [], ""
+    """Changes against BRECQ, ours and those of the paper's columns."""
+    lines = []
     for width, method in rows:
-        if results.of(width, method) and results.of(width, BASE):
-            theirs, labels = paper(width, method)
-            ours = our_changes(results, width, method)
+        if {method, BASE} <= set(results.methods(width)):
+            ours, found = our_changes(results, width, method), paper.get(width, {})
+            pairs = zip(found.get(method, ()), found.get(BASE, ()), strict=method in found)
+            theirs = [change(value, base) for value, base in pairs] or ["-"] * len(columns)
             lines.append([width.upper(), f"`{method}`", *ours, *theirs])
-    models = [f"paper, FID2FP, {name}" for name in labels.split()]
-    return table(["width", "method", "KL", "LPIPS", "FD2FP above chance", *models], lines)
-
-
-def paper_methods(width: str, method: str) -> tuple[list[str], str]:
-    found = PAPER_FID2FP.get(width, {})
-    pairs = zip(found.get(method, ()), found.get(BASE, ()), strict=True)
-    return [change(value, base) for value, base in pairs] or ["-", "-"], "d16 d30"
-
-
-def paper_ablation(width: str, method: str) -> tuple[list[str], str]:
-    pairs = zip(PAPER_ABLATION[method], PAPER_ABLATION[BASE], strict=True)
-    cells = [change(value, base) for value, base in pairs]
-    return (cells if width == "w4a6" else ["-", "-"]), "d16 d20"
+    papers = [f"paper, {column}" for column in columns]
+    return table(["width", "method", "KL", "LPIPS", "FD2FP above chance", *papers], lines)
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
@@ -253,15 +219,17 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def ticks(axis: Axis, places: tuple[float, ...]) -> None:
-    """Plain numbers on a logarithmic axis."""
-    axis.set_ticks(places, labels=[f"{place:g}" for place in places])
+def ticks(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers, at 1, 2 and 5."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
 
 def picture(results: Results) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2))
-    widths, shown = results.widths(), list(METHODS)
+    widths, shown = results.widths(), list(results.study.methods)
     for place, method in enumerate(shown):
         there = [i for i, width in enumerate(widths) if results.of(width, method)]
         values = [mean(results.images(widths[i], method, "fd2fp")) for i in there]
@@ -272,20 +240,18 @@ def picture(results: Results) -> None:
         right.errorbar(kl, values, errors, fmt="o", ms=4, lw=0.8)
     for axis in (left, right):
         axis.axhline(results.chance, color="0.5", ls="--", lw=1, label="float, other seeds")
-        axis.set_yscale("log")
-        ticks(axis.yaxis, (0.02, 0.05, 0.1, 0.2, 0.4))
+        ticks(axis.yaxis)
     left.set_xlim(-0.5, len(widths) - 0.5)
     left.set_xticks(range(len(widths)), [width.upper() for width in widths])
     left.set_ylabel("FD2FP, ResNet-56 features")
     left.legend(fontsize=7)
-    right.set_xscale("log")
-    ticks(right.xaxis, (0.08, 0.1, 0.2, 0.4))
+    ticks(right.xaxis)
     right.set_xlabel("KL to float, nats per token")
-    save(figure, "methods.png")
+    save(figure, f"{results.study.name}.png")
 
 
 def intro(results: Results) -> list[str]:
-    rows = [(w, m) for w in results.widths() for m in results.methods(w)]
+    rows = results.rows()
     seeds = [len(results.of(*row)) for row in rows if row[1] != NEAREST]
     kl = [mean(results.tokens(*row, "kl_filtered")) for row in rows]
     fd2fp = [mean(results.images(*row, "fd2fp")) for row in rows]
@@ -310,15 +276,17 @@ def _span(values: list[int]) -> str:
 
 def changes(results: Results) -> list[str]:
     """Against BRECQ: the methods, and the parts of the method."""
-    compared = [(w, m) for w in results.widths() for m in METHODS if m not in (BASE, NEAREST)]
-    ablated = [(w, m) for w in ABLATED_WIDTHS for m in (*ABLATION, "sas")]
+    study = results.study
+    others = [method for method in study.methods if method not in (BASE, NEAREST)]
+    compared = [(w, m) for w in results.widths() for m in others]
+    ablated = [(w, m) for w in study.ablated_widths for m in (*ABLATION, "sas")]
     return [
         "**Changes against `brecq`, beside the paper's:**",
         "",
-        *relative(results, compared, paper_methods),
+        *relative(results, compared, study.columns, study.paper),
         "**The ablation, against `brecq`:**",
         "",
-        *relative(results, ablated, paper_ablation),
+        *relative(results, ablated, study.ablation_columns, study.ablation),
     ]
 
 
@@ -357,29 +325,37 @@ def others(lines: list[Line]) -> list[str]:
     ]
 
 
-def main() -> None:
-    lines, proof = read_lines(NAME), read_lines(PROOF)
-    own = [line for line in lines if line["network"] == RESNET56 and line["width"] in WIDTHS]
+def write(study: Study, lines: list[Line], proof: list[Line]) -> None:
+    """The page and the picture of one model."""
+    own = [line for line in lines if line["network"] == RESNET56 and line["width"] in study.widths]
     there = {(line["count"], line["width"], line["method"]) for line in own}
     rows = Counter(count for count, *_ in there)
     # The count that most rows have makes the tables, the larger of equals; others follow.
     usual = max(rows, key=lambda count: (rows[count], count))
-    results = Results(lines, proof, usual)
+    results, *others_of = (
+        Results(study, lines, proof, n) for n in (usual, *sorted(rows.keys() - {usual}))
+    )
     picture(results)
-    widths = results.widths()
     text = [
         *intro(results),
-        "**What chance and the VQVAE alone give:**",
+        "**What chance and the autoencoder alone give:**",
         "",
         *anchors(results),
-        *(line for width in widths for line in levels(results, width)),
-        "![methods by width, and KL against FD2FP](../images/methods.png)",
+        *(line for width in results.widths() for line in levels(results, width)),
+        f"![methods by width, and KL against FD2FP](../images/{study.name}.png)",
         "",
         *changes(results),
-        *(line for n in sorted(rows) if n != usual for line in beside(Results(lines, proof, n))),
+        *(line for one in others_of for line in beside(one)),
         *others([line for line in lines if line["network"] != RESNET56]),
     ]
-    replace(DOCS / "tables/methods.md", "methods", text)
+    replace(DOCS / f"tables/{study.name}.md", "methods", text)
+
+
+def main() -> None:
+    for model, study in STUDIES.items():
+        lines = read_lines(study.name)
+        if lines:
+            write(study, lines, read_lines(PROOFS[model]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Does every part of the method help? KL to the float model, and errors of p v, per calibration.
 
     python -m benchmarks.quality.proof [--seeds 0 1 2] [--widths ...] [--methods ...] [--samples N]
+    python -m benchmarks.quality.proof --model demo-text --widths w4a4+paper
 
-Appends one line per calibration to results/proof.jsonl and skips what is there, so it can be
-stopped and started, and split over processes by --seeds. `proof_report.py` makes
-docs/tables/proof.md from that file. On the bundled demo model; held-out images are of other seeds
-than any calibration's.
+Appends one line per calibration to results/proof.jsonl (proof_text.jsonl for the text demo) and
+skips what is there, so it can be stopped and started, and split over processes by --seeds.
+`proof_report.py` makes docs/tables/proof.md from that file, `methods_report.py` takes the token
+measures of its table from it. Held-out images are of other seeds than any calibration's.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ import torch
 
 import varptq
 from benchmarks.common.held_out import CALIBRATION, held_out
-from benchmarks.common.proof_rows import METHODS, NAME, SEEDS, WIDTHS
+from benchmarks.common.proof_rows import METHODS, NAMES, SEEDS, WIDTHS
 from benchmarks.common.results import append_line, read_lines
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet
 from varptq.evaluate.attention import product_errors
 from varptq.evaluate.tokens import token_fidelity
+from varptq.models.cross import Mixes
 from varptq.models.pipeline import Pipeline
-from varptq.quant.find import quant_mixes
 
 
-def done() -> set[tuple[str, str, int, int]]:
+def done(name: str) -> set[tuple[str, str, int, int]]:
     return {
         (x["width"], x["method"], x["seed"], x["calibration"]["num_samples"])
-        for x in read_lines(NAME)
+        for x in read_lines(name)
     }
 
 
@@ -51,7 +52,8 @@ def one(
     quantized = varptq.quantize(pipe, config, method=name, calibration=calibration, seed=seed)
     seconds = time.monotonic() - started
     fidelity = token_fidelity(pipe, quantized, test.prompts, test.tokens)
-    products = product_errors(pipe, quant_mixes(quantized.var), test.prompts[:20], test.tokens[:20])
+    mixes = list(Mixes.of(quantized.var).tokens.values())
+    products = product_errors(pipe, mixes, test.prompts[:20], test.tokens[:20])
     units = quantized.report.get("units", [])
     return {
         "width": width,
@@ -72,16 +74,16 @@ def one(
 
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    pipe = varptq.load_model("demo")
+    pipe, results = varptq.load_model(arguments.model), NAMES[arguments.model]
     test = held_out(pipe)
     calibration = CALIBRATION.replace(num_samples=arguments.samples)
     for seed in arguments.seeds:
         for width in arguments.widths:
             for method in arguments.methods:
-                if (width, method, seed, arguments.samples) in done():
+                if (width, method, seed, arguments.samples) in done(results):
                     continue
                 line = one(pipe, test, width, method, seed, calibration)
-                append_line(NAME, line)
+                append_line(results, line)
                 kl = line["fidelity"]["kl_filtered"]
                 print(f"{width} {method} seed {seed}: kl {kl:.4f}, {line['seconds']} s", flush=True)
 
@@ -90,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--model", choices=NAMES, default="demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--widths", nargs="+", default=WIDTHS)
     parser.add_argument("--methods", nargs="+", default=METHODS)

@@ -5,6 +5,8 @@
 The runs, nearest rounding unless said (docs/quality.md tells what came out):
     1 attribution   2 centring   3 rotation   4 the fc2 input   5 smoothing   6 attention policies
     7 price list of widths   8 rounding   11 end-to-end tuning   12 finals against the baselines
+    13 the presets that users choose from, GPTQ, on 512 images that nothing was chosen on, on the
+    integers of runtime cpu   14 the same, tuned
 Appends one line per measurement to results/quality4bit.jsonl and skips what is there, so it can be
 stopped and started. KL is from the float model's guided next-token distributions, unfiltered,
 teacher-forced on images it generated itself from seeds no calibration uses. Runs 8, 11 and 12 also
@@ -17,11 +19,11 @@ image).
 from __future__ import annotations
 
 import argparse
-import copy
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +32,19 @@ from torch import Tensor
 import varptq
 from benchmarks.common.fpqvar import account_config, fpqvar
 from benchmarks.common.held_out import HELD_OUT_SEED
-from benchmarks.common.quality4bit_rows import MODELS, NAME
+from benchmarks.common.quality4bit_rows import (
+    FINER,
+    GROUPED,
+    HEAD_4,
+    LAST,
+    MODELS,
+    NAME,
+    OFFERED,
+    TUNABLE,
+    TUNED_LAST,
+)
 from benchmarks.common.results import append_line, read_lines
+from benchmarks.common.twin import with_outliers
 from varptq.analyze.bench import Bench
 from varptq.analyze.sensitivity import put_back_groups
 from varptq.calibrate.config import CalibrationConfig
@@ -41,11 +54,10 @@ from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
-from varptq.models.seams import NormFold, ValueFold
 from varptq.models.var.transformer import VAR
 from varptq.quant.config import InputTransform, LayerRule, QuantConfig, TensorSpec
 from varptq.quant.describe import bops_account
-from varptq.quant.folds import scale_input, scale_values, shift_input
+from varptq.quant.pipeline import QuantizedPipeline
 from varptq.quant.presets import FC2
 
 CFG, IMAGES, SAMPLED, SEEDS = 1.5, 24, 60, (0, 1, 2)
@@ -59,10 +71,9 @@ BOTH = (2, 3, 5)
 SAMPLING = (8, 11, 12)
 # KL of a twin to its model above this is not the rounding of float32.
 PRESERVED = 1e-6
-SIGMA, OFFSET, OFFSET_SHARE = 1.0, 8.0, 0.01
 ATTRIBUTED = 16
-# Presets beside w4a4, and what w4a4 is called with a head of 4 bits on both sides.
-PRESETS, HEAD_4 = ("best", "w4a8", "w6a6", "w8a8"), "w4a4, head 4 bits"
+PRESETS = (FINER, "w4a8+groups", "w6a6", "w8a8")
+LAST_SEED, LAST_IMAGES = 77_000, 512
 
 
 class Entry(NamedTuple):
@@ -75,32 +86,6 @@ class Entry(NamedTuple):
     seeds: tuple[int, ...] = (0,)
     calibration: CalibrationConfig = NEAREST
     models: tuple[str, ...] = MODELS
-
-
-@torch.no_grad()
-def with_outliers(pipe: Pipeline, seed: int = 0) -> Pipeline:
-    """A model of the same function whose inputs of mat_qkv, fc1 and proj have channels of very
-    different size (log-normal), and 1% of channels with an offset of 8 deviations."""
-    var, generator = copy.deepcopy(pipe.var), torch.Generator().manual_seed(seed)
-    width = var.arch.width
-
-    def factors() -> Tensor:
-        return (SIGMA * torch.randn(width, generator=generator)).exp()
-
-    folds = var.folds()
-    for place in (fold for fold in folds.values() if isinstance(fold, NormFold)):
-        if place.consumer is var.head:
-            continue
-        d_C, offset_C = factors(), torch.zeros(width)
-        chosen = torch.randperm(width, generator=generator)[: max(1, int(OFFSET_SHARE * width))]
-        offset_C[chosen] = (
-            OFFSET * d_C[chosen] * torch.randn(len(chosen), generator=generator).sign()
-        )
-        scale_input(place, d_C)
-        shift_input(place, offset_C)
-    for place in (fold for fold in folds.values() if isinstance(fold, ValueFold)):
-        scale_values(place, factors())
-    return replace(pipe, var=var)
 
 
 def check_twin(pipe: Pipeline, twin: Pipeline, test: CalibrationSet) -> float:
@@ -186,29 +171,29 @@ def head(config: QuantConfig, weight_bits: int, input_bits: int = 8) -> QuantCon
 def rows() -> dict[int, list[Entry]]:
     """Every row of every run."""
     P = QuantConfig.preset
-    ours = P("w4a4")
+    ours = P(GROUPED)
     bare = "w4a4+paper+p8+io8+token"
     both = InputTransform(center=True, hadamard=128)
     runs = {
         2: [(n, P(n)) for n in (bare, f"{bare}+center", f"{bare}+smooth+center")],
         3: [(n, P(n)) for n in (f"{bare}+rotate", f"{bare}+center+rotate")]
-        + [("w4a4, blocks of 64", transform(ours, hadamard=64))],
+        + [(f"{GROUPED}, blocks of 64", transform(ours, hadamard=64))],
         4: [
             ("fc2 sign-split", fc2(ours, "sign_split", None)),
             ("fc2 asymmetric", fc2(ours, "affine", None)),
             ("fc2 centred", fc2(ours, "affine", InputTransform(center=True))),
             ("fc2 centred and rotated", fc2(ours, "affine", both)),
         ],
-        5: [("w4a4", ours), ("w4a4+paper+smooth", P("w4a4+paper+smooth"))],
-        6: [(n, P(n)) for n in ("w4a4+segment", "w4a4+renorm")]
-        + [("w4a4, log2 probabilities", ours.replace(attention=log2(ours)))],
+        5: [(GROUPED, ours), ("w4a4+paper+smooth", P("w4a4+paper+smooth"))],
+        6: [(n, P(n)) for n in (f"{GROUPED}+segment", f"{GROUPED}+renorm")]
+        + [(f"{GROUPED}, log2 probabilities", ours.replace(attention=log2(ours)))],
         7: [
             ("probabilities 6 bits", uniform(ours, 6)),
-            ("q, k 6 bits", P("w4a4+qk6")),
-            ("v 6 bits", P("w4a4+v6")),
-            ("q, k, v 6 bits", P("w4a4+qk6+v6")),
-            ("q, k, v 8 bits", P("w4a4+qk8+v8")),
-            ("groups of 32", P("w4a4+g32")),
+            ("q, k 6 bits", P(f"{GROUPED}+qk6")),
+            ("v 6 bits", P(f"{GROUPED}+v6")),
+            ("q, k, v 6 bits", P(f"{GROUPED}+qk6+v6")),
+            ("q, k, v 8 bits", P(f"{GROUPED}+qk8+v8")),
+            ("groups of 32", P(f"{GROUPED}+g32")),
             ("head weight 8 bits", head(ours, 8)),
         ],
     }
@@ -219,20 +204,22 @@ def rows() -> dict[int, list[Entry]]:
         ]
         for run, rows in runs.items()
     }
-    found[6].append(Entry("w4a4, copies", ours, "rtn+shift", models=("demo",)))
-    closed = {name: P(name) for name in ("w4a4+paper", "w4a4", *PRESETS)}
+    found[6].append(Entry(f"{GROUPED}, copies", ours, "rtn+shift", models=("demo",)))
+    closed = {name: P(name) for name in ("w4a4+paper", GROUPED, *PRESETS)}
     closed[HEAD_4] = head(ours, 4, 4)
     found[8] = [
         Entry(f"{name}, gptq", config, "gptq", SEEDS, CLOSED_FORM)
         for name, config in closed.items()
     ]
-    for name in ("w4a4", "best"):
+    for name in (GROUPED, FINER):
         learned = Entry(f"{name}, gptq+adaround", P(name), "brecq", (0,), LEARNED, ("demo",))
         found[8].append(learned)
     found[11] = [
-        Entry(f"{name}, gptq, tuned", P(name), "gptq", (0,), TUNED) for name in ("w4a4", "best")
+        Entry(f"{name}, gptq, tuned", P(name), "gptq", (0,), TUNED) for name in (GROUPED, FINER)
     ]
     found[12] = finals()
+    found[LAST] = [Entry(name, P(name), "gptq", SEEDS, CLOSED_FORM) for name in OFFERED]
+    found[TUNED_LAST] = [Entry(f"{n}, tuned", P(n), "gptq", (0,), TUNED) for n in TUNABLE]
     return found
 
 
@@ -250,8 +237,8 @@ def finals() -> list[Entry]:
         Entry("litevar", P("w4a4+paper+litevar")),
         Entry("brecq", P("w4a4+paper"), "brecq", calibration=CONVERGED, models=("demo",)),
         Entry("sas", P("w4a4+paper"), "sas", calibration=CONVERGED),
-        *(Entry(name, P(name), seeds=SEEDS) for name in ("w4a4", *PRESETS)),
-        Entry(HEAD_4, head(P("w4a4"), 4, 4), seeds=SEEDS),
+        *(Entry(name, P(name), seeds=SEEDS) for name in (GROUPED, *PRESETS)),
+        Entry(HEAD_4, head(P(GROUPED), 4, 4), seeds=SEEDS),
     ]
 
 
@@ -262,19 +249,26 @@ def log2(config: QuantConfig) -> Any:
     )
 
 
-def bops(var: VAR, entry: Entry) -> float:
+def bops(var: VAR, entry: Entry, what: str = "total") -> float:
     """Relative to the paper's assignment at 4 bits."""
     base = bops_account(var, QuantConfig.preset("w4a4+paper")).total
-    return bops_account(var, entry.config or account_config()).total / base
+    return getattr(bops_account(var, entry.config or account_config()), what) / base
+
+
+def on_integers(pipe: QuantizedPipeline) -> Pipeline:
+    """As users run it, and in a fifteenth of the time."""
+    with tempfile.TemporaryDirectory() as folder:
+        varptq.save(pipe, Path(folder) / "model")
+        return varptq.load(Path(folder) / "model", runtime="cpu")
 
 
 class Workshop:
     """The two models, what they are measured on, and the lines that are there."""
 
-    def __init__(self, images: int) -> None:
+    def __init__(self, images: int, seed: int = HELD_OUT_SEED) -> None:
         self.pipe = varptq.load_model("demo")
         config = CalibrationConfig(num_samples=images)
-        test = calibration_set(self.pipe, config, seed=HELD_OUT_SEED, resampled=False)
+        test = calibration_set(self.pipe, config, seed=seed, resampled=False)
         self.judge, self.images = Judge(self.pipe, test), images
         self.models = {"demo": self.pipe, "twin": with_outliers(self.pipe)}
         self.twin_kl = check_twin(self.pipe, self.models["twin"], test)
@@ -293,6 +287,8 @@ class Workshop:
                 pipe, entry.config, method=entry.method, calibration=entry.calibration, seed=seed
             )
             quantized, theta = result, result.theta
+            if run in (LAST, TUNED_LAST):
+                quantized = on_integers(result)
         line = {
             "run": run,
             "model": model,
@@ -301,6 +297,7 @@ class Workshop:
             "seed": seed,
             "images": self.images,
             "bops": bops(self.pipe.var, entry),
+            "bops_int8": bops(self.pipe.var, entry, "on_int8"),
             "theta": theta,
             **self.judge.kl(quantized),
         }
@@ -315,7 +312,7 @@ def attribution(work: Workshop) -> list[dict[str, Any]]:
     test = work.judge.test
     bench = Bench(work.pipe, test.prompts[:ATTRIBUTED], test.tokens[:ATTRIBUTED])
     lines = []
-    for label in ("w4a4+paper+released", "w4a4"):
+    for label in ("w4a4+paper+released", GROUPED):
         config = QuantConfig.preset(label)
         put_back = {n: found.kl for n, found in put_back_groups(bench, config).items()}
         line = {"run": 1, "model": "demo", "label": label, "seed": 0}
@@ -337,24 +334,42 @@ def main(say: Callable[[str], None] = print) -> None:
     parser.add_argument("--images", type=int, default=IMAGES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+
+    @cache
+    def shop(run: int) -> Workshop:
+        last = run in (LAST, TUNED_LAST)
+        work = Workshop(LAST_IMAGES, LAST_SEED) if last else Workshop(arguments.images)
+        say(f"twin: KL {work.twin_kl:.1e} to its model")
+        return work
+
     try:
-        work = Workshop(arguments.images)
+        measure_all(arguments, shop, say)
     except VarptqError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def measure_all(
+    arguments: argparse.Namespace, shop: Callable[[int], Workshop], say: Callable[[str], None]
+) -> None:
+    """Every line that was asked for and is not there."""
     there = {key(line) for line in read_lines(NAME)}
-    say(f"twin: KL {work.twin_kl:.1e} to its model")
     if 1 in arguments.runs and not any(line["run"] == 1 for line in read_lines(NAME)):
-        for line in attribution(work):
+        for line in attribution(shop(1)):
             append_line(NAME, line)
-    for run in arguments.runs:
-        for entry in rows().get(run, []):
-            for model in sorted({*entry.models} & {*arguments.models}):
-                for seed in sorted({*entry.seeds} & {*arguments.seeds}):
-                    if (run, model, entry.label, seed) in there:
-                        continue
-                    line = work.measure(run, model, entry, seed)
-                    append_line(NAME, line)
-                    say(f"{run} {model} {entry.label}: kl {line['kl']:.4f}, {line['bops']:.3f}x")
+    asked = [
+        (run, model, entry, seed)
+        for run in arguments.runs
+        for seed in SEEDS
+        for entry in rows().get(run, [])
+        for model in MODELS
+        if seed in arguments.seeds and seed in entry.seeds
+        if model in arguments.models and model in entry.models
+    ]
+    for run, model, entry, seed in asked:
+        if (run, model, entry.label, seed) not in there:
+            line = shop(run).measure(run, model, entry, seed)
+            append_line(NAME, line)
+            say(f"{run} {model} {entry.label}: kl {line['kl']:.4f}, {line['bops']:.3f}x")
 
 
 if __name__ == "__main__":

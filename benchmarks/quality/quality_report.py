@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.quality_report
 
-Prints the targets and writes docs/images/quality_{attribution,frontier,scales}.png and the text
-between the "targets" and "runs" markers of docs/tables/quality4bit.md. Ratios are to the released
+Prints the targets and writes docs/images/quality_{attribution,frontier,scales}.png, the text
+between the "targets" and "runs" markers of docs/tables/quality4bit.md, and the table of presets in
+docs/quality.md, and their images' from results/preset_images.jsonl. Ratios are to the released
 quantizers at the same nominal bits: nearest rounding, theta from the 1% budget. KL is the mean over
 calibration seeds, behind +- half of what lies between the smallest and the largest.
 """
@@ -16,25 +17,43 @@ from typing import NamedTuple
 
 import matplotlib
 
+from benchmarks.common.judges import RESNET56
+from benchmarks.common.methods_rows import PRESET, PRESET_IMAGES
 from benchmarks.common.pages import DOCS, replace, save
-from benchmarks.common.quality4bit_rows import GROUP_NAMES, MODELS, NAME
+from benchmarks.common.quality4bit_rows import (
+    FINER,
+    GROUP_NAMES,
+    GROUPED,
+    HEAD_4,
+    LAST,
+    MODELS,
+    NAME,
+    OFFERED,
+    TUNABLE,
+    TUNED_LAST,
+)
 from benchmarks.common.results import Line, read_lines
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-WIDTHS = ("w4a4", "w4a8", "w6a6", "w8a8")
 RUNS = {
     2: "Centring and smoothing, without rotation",
     3: "Rotation",
-    4: "The fc2 input of w4a4",
+    4: "The fc2 input of w4a4+groups",
     5: "Smoothing",
-    6: "Attention policies of w4a4",
-    7: "Other widths within w4a4",
+    6: "Attention policies of w4a4+groups",
+    7: "Other widths within w4a4+groups",
     8: "Rounding of the weights",
     11: "End-to-end tuning",
     12: "Finals",
+    LAST: "The presets, GPTQ, 512 images of their own, on integers",
+    TUNED_LAST: "The same, tuned",
 }
+
+
+# Images of a preset, and of the float model that they are compared with.
+SAMPLED = 1000
 
 
 class Target(NamedTuple):
@@ -47,10 +66,10 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target("w4a4, head 4 bits, gptq", "w4a4 released", 0.4, 1.05),
-    Target("best, gptq", "w4a4 released", 0.22, 1.15),
-    Target("best, gptq", "fpqvar", 0.7, 1.15),
-    Target("w4a8, gptq", "w4a8 released", 0.2),
+    Target(f"{HEAD_4}, gptq", "w4a4 released", 0.4, 1.05),
+    Target(f"{FINER}, gptq", "w4a4 released", 0.22, 1.15),
+    Target(f"{FINER}, gptq", "fpqvar", 0.7, 1.15),
+    Target("w4a8+groups, gptq", "w4a8 released", 0.2),
     Target("w6a6, gptq", "w6a6 released", 0.3),
     Target("w8a8, gptq", "w8a8 released", 0.04),
 )
@@ -128,6 +147,64 @@ def tables(lines: list[Line]) -> list[str]:
     return text
 
 
+class Wanted(NamedTuple):
+    """The most bit operations and KL of a preset, calibrated and tuned; None was not said."""
+
+    bops: float | None
+    kl: float | None
+    tuned: float | None = None
+
+
+WANTED = {
+    "w4a4": Wanted(1.07, 0.130, 0.105),
+    "bops1": Wanted(1.00, 0.058, 0.050),
+    "best": Wanted(1.15, 0.038, 0.033),
+    "w2a8": Wanted(None, 0.058, 0.050),
+    "w3a8": Wanted(None, 0.014),
+    "w4a8": Wanted(None, 0.0052),
+}
+
+
+def presets(lines: list[Line]) -> list[str]:
+    """What users choose from."""
+    last = [x for x in lines if x["run"] == LAST]
+    tuned = [x for x in lines if x["run"] == TUNED_LAST]
+    head = ["preset", "BOPs", "on int8", "KL, demo", "KL, twin", "wanted", "top-1, demo"]
+    head += ["tuned: KL, demo", "KL, twin", "wanted"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in OFFERED:
+        wanted = WANTED.get(name, Wanted(None, None))
+        cells = [f"`{name}`"]
+        cells += [shown(value(last, "demo", name, x), ".2f") + "x" for x in ("bops", "bops_int8")]
+        cells += [spread(values(last, model, name, "kl")) for model in MODELS]
+        cells += [shown(wanted.kl, "g"), shown(value(last, "demo", name, "top1"), ".3f")]
+        if name in TUNABLE:
+            cells += [spread(values(tuned, model, f"{name}, tuned", "kl")) for model in MODELS]
+            cells.append(shown(wanted.tuned, "g"))
+        else:
+            cells += ["-"] * 3
+        rows.append(f"| {' | '.join(cells)} |")
+    return [*rows, ""]
+
+
+def images(lines: list[Line]) -> list[str]:
+    """Samples of the presets."""
+    part = [x for x in lines if x["count"] == x.get("float_images") == SAMPLED]
+    part = [x for x in part if x["network"] == RESNET56]
+    head = ["preset", "FD to float samples", "FD to real images", "LPIPS to float", "right class"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in OFFERED:
+        found = [x["images"] for x in part if (x["width"], x["method"]) == (name, PRESET)]
+        if not found:
+            continue
+        cells = [f"`{name}`"]
+        for field, digits in (("fd2fp", ".3f"), ("fd", ".2f"), ("lpips", ".4f")):
+            cells.append(format(mean(x[field] for x in found), digits))
+        cells.append(f"{mean(x['accuracy'] for x in found):.1%}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return [*rows, ""]
+
+
 def plot_attribution(lines: list[Line]) -> None:
     """KL that goes away when a group of tensors is put back to float."""
     part = [x for x in lines if x["run"] == 1]
@@ -151,13 +228,14 @@ class Mark(NamedTuple):
     side: str = "left"
 
 
+GROUPS = (HEAD_4, GROUPED, FINER, "w4a8+groups", "w6a6")
+# By rising bit operations: of those that cost more, those that are no better are left out.
+BY_PRICE = ("bops1", "best", "w3a8", "w4a8", "w8a8")
 CURVES = {
     "released quantizers": ("w4a4 released", "w4a8 released", "w6a6 released", "w8a8 released"),
-    "presets, nearest": ("w4a4, head 4 bits", "w4a4", "best", "w4a8", "w6a6", "w8a8"),
-    "presets, GPTQ": tuple(
-        f"{name}, gptq" for name in ("w4a4, head 4 bits", "w4a4", "best", "w4a8", "w6a6", "w8a8")
-    ),
-    "presets, GPTQ, tuned": ("w4a4, gptq, tuned", "best, gptq, tuned"),
+    "in groups, GPTQ": tuple(f"{name}, gptq" for name in GROUPS),
+    "presets": BY_PRICE,
+    "presets, tuned": tuple(f"{name}, tuned" for name in ("bops1", "best")),
     "sas, converged": ("sas",),
     "FPQVAR": ("fpqvar",),
     "LiteVAR": ("litevar",),
@@ -167,12 +245,9 @@ MARKS = (
     Mark("w4a8 released", "w4a8", (-6, -3), "right"),
     Mark("w6a6 released", "w6a6", (6, -3)),
     Mark("w8a8 released", "w8a8", (0, 7)),
-    Mark("w4a4, head 4 bits", "head 4 bits", (-6, -2), "right"),
-    Mark("w4a4", "w4a4"),
-    Mark("best", "best"),
-    Mark("w4a8", "w4a8", (-6, 3), "right"),
-    Mark("w6a6", "w6a6"),
-    Mark("w8a8", "w8a8", (0, 7)),
+    Mark(f"{GROUPED}, gptq", "w4a4 in groups"),
+    Mark("w4a8+groups, gptq", "w4a8 in groups"),
+    *(Mark(name, name, (-6, -4), "right") for name in BY_PRICE),
     Mark("fpqvar", "FPQVAR", (6, 3)),
     Mark("litevar", "LiteVAR", (-6, 5), "right"),
 )
@@ -180,7 +255,8 @@ MARKS = (
 
 def plot_frontier(lines: list[Line]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
-    final = [x for x in lines if x["run"] in (8, 11, 12)]
+    final = [x for x in lines if x["run"] in (8, LAST, TUNED_LAST)]
+    final += [x for x in lines if x["run"] == 12 and x["label"] not in OFFERED]
     for axis, model in zip(axes, MODELS, strict=True):
         curves = zip(CURVES.items(), "sov^PDX", strict=True)
         for index, ((name, labels), marker) in enumerate(curves):
@@ -207,8 +283,9 @@ def plot_frontier(lines: list[Line]) -> None:
 def plot_scales(lines: list[Line]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, model in zip(axes, MODELS, strict=True):
-        for label in ("w4a4 released", "fpqvar", "w4a4", "best", "best, gptq", "w4a8, gptq"):
-            curves = values([x for x in lines if x["run"] in (8, 12)], model, label, "kl_per_scale")
+        part = [x for x in lines if x["run"] in (12, LAST)]
+        for label in ("w4a4 released", "fpqvar", "w4a4", "bops1", "best", "w4a8"):
+            curves = values(part, model, label, "kl_per_scale")
             if curves:
                 curve = [mean(column) for column in zip(*curves, strict=True)]
                 axis.plot(range(1, len(curve) + 1), curve, marker="o", ms=3, label=label)
@@ -232,6 +309,8 @@ def main(say: Callable[[str], None] = print) -> None:
         "![KL per scale](../images/quality_scales.png)",
         "",
     ]
+    replace(DOCS / "quality.md", "presets", presets(lines))
+    replace(DOCS / "quality.md", "preset images", images(read_lines(PRESET_IMAGES)))
     replace(DOCS / "tables/quality4bit.md", "targets", rows)
     replace(DOCS / "tables/quality4bit.md", "runs", [*tables(lines), *pictures])
 

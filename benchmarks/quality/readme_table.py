@@ -14,30 +14,25 @@ from dataclasses import replace
 from statistics import mean
 from typing import Any
 
-import torch
-
 from benchmarks.common.pages import DOCS, table
 from benchmarks.common.pages import replace as replace_section
-from benchmarks.common.quality4bit_rows import NAME
+from benchmarks.common.quality4bit_rows import LAST, NAME
 from benchmarks.common.results import read_document, read_lines
 from varptq.artifact.sizes import VAE, sizes, total
+from varptq.models.meta import on_meta
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import PRESETS
 from varptq.models.var.transformer import VAR
 from varptq.models.var.vqvae import VQVAE
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert
+from varptq.quant.convert import convert, convert_autoencoder
 from varptq.quant.describe import bops_account
 
 MODEL = "var-d16"
-# What a row is called in quality4bit.jsonl.
+# Run and label of a row in quality4bit.jsonl.
 ROWS = {
-    "w8a8": "w8a8, gptq",
-    "w6a6": "w6a6, gptq",
-    "w4a8": "w4a8, gptq",
-    "best": "best, gptq",
-    "w4a4": "w4a4, gptq",
-    "w4a4+paper": "sas",
+    **{n: (LAST, n) for n in ("w8a8", "w6a6", "w4a8", "w3a8", "w2a8", "best", "bops1", "w4a4")},
+    "w4a4+paper": (12, "sas"),
 }
 COSTS = [
     "VAR-d16",
@@ -45,15 +40,15 @@ COSTS = [
     "with the VQVAE, MB",
     "bit operations",
     "one image, s",
-    "speed over bf16",
+    "speed over float32",
 ]
 QUALITY = ["demo model", "KL to float, nats per token", "same most likely token"]
-FLOAT = "eager bf16 autocast"
+FLOAT = "eager fp32"
 
 
 def shapes() -> Pipeline:
     preset = PRESETS[MODEL]
-    with torch.device("meta"):
+    with on_meta():
         return Pipeline(
             VAR(preset.transformer_arch),
             VQVAE(preset.autoencoder_arch, preset.transformer_arch.scales),
@@ -61,9 +56,10 @@ def shapes() -> Pipeline:
         )
 
 
-def measured(label: str, what: str) -> float:
-    lines = read_lines(NAME)
-    return mean(x[what] for x in lines if (x["model"], x["label"]) == ("demo", label))
+def measured(run: int, label: str, what: str) -> float:
+    wanted = ("demo", run, label)
+    lines = [x for x in read_lines(NAME) if (x["model"], x["run"], x["label"]) == wanted]
+    return mean(x[what] for x in lines)
 
 
 def seconds() -> dict[str, float]:
@@ -74,16 +70,18 @@ def seconds() -> dict[str, float]:
 
 
 def costs() -> list[str]:
-    """Of the transformer alone, and with the VQVAE, which stays in float32 on disk."""
+    """Of the transformer alone, and with the VQVAE, float32 in the file of the float model."""
     pipe, taken = shapes(), seconds()
-    decoder = sizes(pipe)[VAE].bytes
+    autoencoder = sizes(pipe)[VAE].bytes
     base = bops_account(pipe.var, QuantConfig.preset("w4a4+paper")).total
-    floats = sum(p.numel() for p in pipe.var.parameters()) * 2
-    rows = [["float, bf16", *megabytes(floats, decoder), "16x", f"{taken[FLOAT]:.1f}", "1x"]]
+    floats = sum(p.numel() for p in pipe.var.parameters()) * 4
+    rows = [["float32", *megabytes(floats, autoencoder), "16x", f"{taken[FLOAT]:.1f}", "1x"]]
     for name in ROWS:
         config = QuantConfig.preset(name)
-        whole = total(sizes(replace(pipe, var=convert(pipe.var, config)))).bytes
-        cells = [f"`{name}`", *megabytes(whole - decoder, decoder)]
+        var, vae = convert(pipe.var, config), convert_autoencoder(pipe.vae, config)
+        found = sizes(replace(pipe, var=var, vae=vae))
+        stored = found[VAE].bytes
+        cells = [f"`{name}`", *megabytes(total(found).bytes - stored, stored)]
         cells.append(f"{bops_account(pipe.var, config).total / base:.2f}x")
         if name in taken:
             cells += [f"{taken[name]:.1f}", f"{taken[FLOAT] / taken[name]:.1f}x"]
@@ -93,14 +91,14 @@ def costs() -> list[str]:
     return table(COSTS, rows)[:-1]
 
 
-def megabytes(transformer: int, decoder: int) -> list[str]:
-    return [f"{size / 1e6:.0f}" for size in (transformer, transformer + decoder)]
+def megabytes(transformer: int, autoencoder: int) -> list[str]:
+    return [f"{size / 1e6:.0f}" for size in (transformer, transformer + autoencoder)]
 
 
 def quality() -> list[str]:
     rows = [
-        [f"`{name}`", f"{measured(label, 'kl'):.3f}", f"{100 * measured(label, 'top1'):.0f}%"]
-        for name, label in ROWS.items()
+        [f"`{name}`", f"{measured(*row, 'kl'):.3f}", f"{100 * measured(*row, 'top1'):.0f}%"]
+        for name, row in ROWS.items()
     ]
     return table(QUALITY, rows)[:-1]
 

@@ -48,7 +48,7 @@ def measure() -> list[dict[str, Any]]:
         config = CALIBRATION.replace(**settings)
         model = convert(pipe.var, QuantConfig.preset("w4a4+paper"))
         set_theta(model, THETA)
-        for unit in Recorder(pipe, model, samples, config).units():
+        for unit in Recorder(pipe, model.get_submodule, samples, config).units():
             if unit.name in UNITS:
                 report = reconstruct_unit(unit, config, seed=0)
                 assert report is not None

@@ -112,7 +112,9 @@ def memory(samples: int, gibibytes: float, dtype: str) -> dict[str, Any]:
         config = CalibrationConfig(
             num_samples=samples, steps=1, batch_size=2, memory_gb=gibibytes, spool_dir=spool
         )
-        for unit in Recorder(pipe, model, random_samples(pipe, samples), config).units():
+        for unit in Recorder(
+            pipe, model.get_submodule, random_samples(pipe, samples), config
+        ).units():
             if unit.name.endswith((".attn", ".ffn")):
                 reconstruct_module.reconstruct_unit(unit, config, 0)
                 print(f"{unit.name}: peak so far {peak():.1f} GiB", flush=True)

@@ -28,7 +28,8 @@ from benchmarks.common.linear_shapes import DEPTH, LAYERS, ROWS, SCHEMES
 from benchmarks.common.timing import alternate, copy_rate
 from varptq.native import binding
 from varptq.native.linear import linear, pack
-from varptq.native.quantize import quantize
+from varptq.native.quantize import Codebook, quantize
+from varptq.quant.codebook import HALVES, entries, reach
 
 QUICK_ROWS = (2, 32, 128, 512)
 
@@ -51,18 +52,24 @@ def float_call(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
 
 def integer_call(scheme: str, x: Tensor, outputs: int, bias: Tensor) -> Callable[[], Tensor]:
     row_bits, weight_bits, row_group, weight_group = SCHEMES[scheme]
+    of_rows, of_weights = SCHEMES[scheme].books
     g = torch.Generator().manual_seed(0)
     groups, top = x.shape[1] // (weight_group or x.shape[1]), 2**weight_bits
+    zero_point = torch.randint(0, top, (outputs, groups), generator=g).float()
     weight = pack(
         torch.randint(0, top, (outputs, x.shape[1]), generator=g, dtype=torch.uint8),
         torch.rand(outputs, groups, generator=g),
-        torch.randint(0, top, (outputs, groups), generator=g).float(),
+        torch.zeros_like(zero_point) if of_weights else zero_point,
         num_bits=weight_bits,
         row_group=row_group,
+        table=entries(weight_bits) if of_weights else None,
     )
+    book = Codebook(HALVES[row_bits], reach(row_bits)) if of_rows else None
 
     def call() -> Tensor:
-        rows = quantize(x, num_bits=row_bits, row_group=row_group, weight_group=weight_group)
+        rows = quantize(
+            x, num_bits=row_bits, row_group=row_group, weight_group=weight_group, codebook=book
+        )
         return linear(rows, weight, bias)
 
     return call
@@ -86,7 +93,7 @@ def measure(rows: tuple[int, ...], budget: float, threads: int) -> Iterator[Timi
                     2 * m * inputs * outputs / peak if peak else 0.0,
                     inputs * outputs * (0.5 if bits <= 4 else 1.0) / rate,
                 )
-                for s, (_, bits, _, _) in SCHEMES.items()
+                for s, (_, bits, *_) in SCHEMES.items()
             }
             yield Timing(name, m, alternate(calls, budget, threads), floor)
 

@@ -36,7 +36,7 @@ def run(
 ) -> dict[str, Any]:
     """The stage and its file; the content of record.json."""
     vqvae, device = pipe.vae, pipe.device
-    dataset = data.load(folder, out / "images.npz", vqvae.image_size)
+    dataset = data.load(folder, out / "images.npz", vqvae.image_size[0])
     before = vqvae_stage.measure(vqvae, dataset.test, device)
     tokens = out / "tokens.npz"
     ids_2NL = var_stage.tokens(vqvae, dataset.train, tokens, "tokens", device, progress)

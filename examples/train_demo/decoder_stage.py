@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
-from varptq.models.var.vqvae import IMAGE_CHANNELS, VQVAE
+from varptq.models.convolutions import IMAGE_CHANNELS
+from varptq.models.var.vqvae import VQVAE
 
 NAME = "decoder"
 LEAK = 0.2

@@ -68,19 +68,21 @@ class Stage:
     seconds: float = 0.0
 
 
-def train(stage: Stage, path: Path, progress: Progress) -> None:
+def train(stage: Stage, path: Path, progress: Progress, *, go_on: bool = True) -> int:
     """Bring `stage.module` to the average of its trained weights; `path` keeps the state.
 
-    A state that is there is gone on with; a finished one is only read. Raises `InputError` for the
-    state of another recipe, `NonFiniteError` where the loss is lost.
+    A state that is there is gone on with; a finished one is only read, and so is any other without
+    `go_on`. Returns the steps it is the average of. Raises `InputError` for the state of another
+    recipe, `NonFiniteError` where the loss is lost.
     """
     schedule, module = stage.schedule, stage.module
     optimizer = _optimizer(module, schedule)
     average = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     step = _resume(stage, path, optimizer, average)
+    last = schedule.steps if go_on else step
     started = time.monotonic() - stage.seconds
     progress(stage.name, step, schedule.steps)
-    while step < schedule.steps:
+    while step < last:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, step)
         loss = stage.loss(step)
@@ -98,6 +100,7 @@ def train(stage: Stage, path: Path, progress: Progress) -> None:
             _save(stage, path, step, optimizer, average)
         progress(stage.name, step, schedule.steps, _info(stage))
     module.load_state_dict(average)
+    return step
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:

@@ -47,7 +47,7 @@ def run(
     progress: Progress,
 ) -> dict[str, Any]:
     """Both stages and the files; the content of record.json."""
-    side = recipe.scales.last_side * recipe.vqvae.arch(recipe.scales).downsampling
+    side = recipe.scales.last[0] * recipe.vqvae.arch(recipe.scales).downsampling
     dataset = data.load(folder, out / "images.npz", side)
     identity = {
         "recipe": recipe.to_dict(),
@@ -90,7 +90,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def vqvae_tensors(vqvae: VQVAE) -> dict[str, Tensor]:
-    return _half(vqvae)
+    return half(vqvae)
 
 
 def var_tensors(var: VAR) -> dict[str, Tensor]:
@@ -98,10 +98,11 @@ def var_tensors(var: VAR) -> dict[str, Tensor]:
     scale_L = var.arch.scales.scale_of_L()
     hidden_LL = scale_L.view(-1, 1) < scale_L.view(1, -1)
     mask = torch.zeros(hidden_LL.shape).masked_fill(hidden_LL, -torch.inf)
-    return _half(var) | {"attn_bias_for_masking": mask.half()[None, None].contiguous()}
+    return half(var) | {"attn_bias_for_masking": mask.half()[None, None].contiguous()}
 
 
-def _half(module: nn.Module) -> dict[str, Tensor]:
+def half(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module, floating ones in float16."""
     state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     return {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()

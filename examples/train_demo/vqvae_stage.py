@@ -77,8 +77,8 @@ def quantized(pyramid: TokenPyramid, features: Tensor, commitment: float) -> tup
     residual, f_hat = features.detach(), torch.zeros_like(features)
     total = features.new_zeros(())
     scales = pyramid.scales
-    for scale, side in enumerate(scales.sides):
-        z = F.interpolate(residual, size=(side, side), mode="area")
+    for scale, size in enumerate(scales.sides):
+        z = F.interpolate(residual, size=size, mode="area")
         ids = pyramid.nearest(z.flatten(2).transpose(1, 2))
         _count(pyramid, scale, ids)
         part = pyramid.contribution(pyramid.embed(ids), scale)
@@ -107,8 +107,8 @@ def _restart(pyramid: TokenPyramid, features: Tensor, seed: int, step: int) -> N
     if not len(dead):
         return
     residual, candidates = features, []
-    for scale, side in enumerate(pyramid.scales.sides):
-        z = F.interpolate(residual, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+    for scale, size in enumerate(pyramid.scales.sides):
+        z = F.interpolate(residual, size=size, mode="area").flatten(2).transpose(1, 2)
         candidates.append(z.flatten(0, 1))
         residual = residual - pyramid.contribution(pyramid.embed(pyramid.nearest(z)), scale)
     pool = torch.cat(candidates)

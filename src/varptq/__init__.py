@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from varptq.calibrate.quantize import quantize
     from varptq.editing import EditResult, edit
     from varptq.errors import VarptqError
+    from varptq.models.class_names import read_class_names
     from varptq.models.generate import Output, generate
     from varptq.models.pipeline import Pipeline, build_model, load_model
+    from varptq.models.prompt_files import load_features, read_prompts, save_features
+    from varptq.models.text_encoder import T5Encoder
     from varptq.quant.config import QuantConfig
     from varptq.quant.pipeline import QuantizedPipeline
     from varptq.runtime import load
@@ -30,14 +33,19 @@ __all__ = [
     "Pipeline",
     "QuantConfig",
     "QuantizedPipeline",
+    "T5Encoder",
     "VarptqError",
     "build_model",
     "edit",
     "generate",
     "load",
+    "load_features",
     "load_model",
     "quantize",
+    "read_class_names",
+    "read_prompts",
     "save",
+    "save_features",
 ]
 
 _HOMES = {
@@ -47,14 +55,19 @@ _HOMES = {
     "Pipeline": "models.pipeline",
     "QuantConfig": "quant.config",
     "QuantizedPipeline": "quant.pipeline",
+    "T5Encoder": "models.text_encoder",
     "VarptqError": "errors",
     "build_model": "models.pipeline",
     "edit": "editing",
     "generate": "models.generate",
     "load": "runtime",
+    "load_features": "models.prompt_files",
     "load_model": "models.pipeline",
     "quantize": "calibrate.quantize",
+    "read_class_names": "models.class_names",
+    "read_prompts": "models.prompt_files",
     "save": "artifact",
+    "save_features": "models.prompt_files",
 }
 
 

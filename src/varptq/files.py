@@ -265,6 +265,14 @@ def home() -> Path | None:
         return None
 
 
+def cache_folder() -> Path | None:
+    """Where this user's downloads and features are kept; None for one without a home folder."""
+    if found := os.environ.get("XDG_CACHE_HOME"):
+        return Path(found, "varptq")
+    place = home()
+    return None if place is None else place / ".cache" / "varptq"
+
+
 def is_whole(folder: Path) -> bool:
     """Whether `folder` is complete: no run is filling it in place, or was killed while doing so."""
     return not (folder / UNFINISHED).exists()

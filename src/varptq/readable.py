@@ -6,6 +6,7 @@ Used by the command line, the studio and the report, so that all three write a n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def megabytes(size: float) -> str:
@@ -30,6 +31,11 @@ def count(value: float) -> str:
 def percent(share: float) -> str:
     """One decimal, two for shares below 1%."""
     return f"{share:.2%}" if 0 < abs(share) < 0.01 else f"{share:.1%}"
+
+
+def side(value: int | Sequence[int]) -> str:
+    """Of a token map: "3" for a square, "3x2" for height and width."""
+    return f"{value}" if isinstance(value, int) else "x".join(map(str, value))
 
 
 def significant(value: float) -> str:

@@ -51,6 +51,7 @@ def test_prices_are_those_of_the_converted_model(preset: str, any_tiny: Pipeline
         assert prices.bops(changed) == bops_account(model, changed).total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_suggestion_is_a_config_that_costs_and_loses_what_it_says(
     unit: str, tiny: Pipeline, bench: Bench, prices: Prices

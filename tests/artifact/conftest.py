@@ -36,7 +36,17 @@ def tiny_pipeline() -> Pipeline:
     """Odd numbers of classes and codebook entries; width 128, so that groups of 128 apply."""
     scales = Scales((1, 2, 3))
     var = VAR(VARArch(3, 1, 128, 2, scales, 37, 8, l2_norm=True, shared_adaln=False))
-    vae = VQVAE(VQVAEArch(32, (1, 1), 1, 8, 37, 2, (1,), mid_attn=True), scales)
+    vae_arch = VQVAEArch(
+        ch=32,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+        code_dim=8,
+        codebook_size=37,
+        num_phi=2,
+        attn_levels=(1,),
+        mid_attn=True,
+    )
+    vae = VQVAE(vae_arch, scales)
     randomize(var, torch.Generator().manual_seed(0))
     vae.randomize(torch.Generator().manual_seed(1))
     pipe = Pipeline(var.eval(), vae.eval(), "tiny", ("a", "b", "ç"), {"var": "seed 0"})
@@ -62,28 +72,30 @@ def pristine(quantized: QuantizedPipeline, tmp_path_factory: pytest.TempPathFact
     return save(quantized, tmp_path_factory.mktemp("pristine") / "model")
 
 
+def forged(
+    source: Path,
+    folder: Path,
+    config: Callable[[Document], object] | None = None,
+    tensors: Callable[[State], object] | None = None,
+) -> Path:
+    """A copy of an artifact with altered contents whose sizes and hashes are right again."""
+    document = json.loads((source / "config.json").read_text())
+    state = load_file(source / "model.safetensors")
+    if config:
+        config(document)
+    if tensors:
+        tensors(state)
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    save_file(state, weights, {"config_sha256": digest(document)})
+    content = weights.read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    document["files"] = {"model.safetensors": entry}
+    (folder / "config.json").write_text(json.dumps(document))
+    return folder
+
+
 @pytest.fixture
 def forge(pristine: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Make an artifact with altered contents whose sizes and hashes are right again."""
-
-    def make(
-        config: Callable[[Document], object] | None = None,
-        tensors: Callable[[State], object] | None = None,
-    ) -> Path:
-        document = json.loads((pristine / "config.json").read_text())
-        state = load_file(pristine / "model.safetensors")
-        if config:
-            config(document)
-        if tensors:
-            tensors(state)
-        folder = tmp_path / "forged"
-        folder.mkdir()
-        weights = folder / "model.safetensors"
-        save_file(state, weights, {"config_sha256": digest(document)})
-        content = weights.read_bytes()
-        entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        document["files"] = {"model.safetensors": entry}
-        (folder / "config.json").write_text(json.dumps(document))
-        return folder
-
-    return make
+    """`forged` of the pristine artifact."""
+    return lambda config=None, tensors=None: forged(pristine, tmp_path / "forged", config, tensors)

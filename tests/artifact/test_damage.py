@@ -359,9 +359,9 @@ def test_the_largest_model_a_config_can_ask_for_is_refused_soon(forge: Forge) ->
             network = document["architecture"][name]
             network.update(codebook_size=2**20, code_dim=2**20)
 
-    started = time.monotonic()
+    started = time.process_time()
     refused(forge(change))
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def test_a_bad_argument_is_found_before_anything_is_read(pristine: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from torch import Tensor
 
 import varptq
+from benchmarks.common.caption_classes import classes_named
 from benchmarks.common.compiled import compiled
-from benchmarks.common.methods_rows import ABLATION, METHODS, WIDTHS, standard_error
+from benchmarks.common.methods_rows import ABLATION, BARE, METHODS, STUDIES, WIDTHS, standard_error
 from benchmarks.quality import methods
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.quant import affine, log2, sign_split
@@ -18,7 +17,7 @@ from varptq.quant import affine, log2, sign_split
 
 def test_every_row_is_a_preset_and_a_method() -> None:
     asked = (*METHODS, *ABLATION)
-    rows = list(methods.rows(WIDTHS, asked, (0, 1)))
+    rows = list(methods.rows(STUDIES["demo"], WIDTHS, asked, (0, 1)))
     # Five widths of five methods, and two parts of the ablation at two widths; nearest rounding
     # knows no seed.
     assert len(rows) == len(set(rows)) == 1 + 3 + 29 + 24
@@ -29,6 +28,22 @@ def test_every_row_is_a_preset_and_a_method() -> None:
         assert (fc2.weight is None) == ("litevar" in row.method)
         assert config.attention is not None and config.attention.policy == "release"
         assert "litevar" not in row.calibration_method
+
+
+def test_rows_of_the_text_demo() -> None:
+    study = STUDIES["demo-text"]
+    rows = list(methods.rows(study, ("w4a4", "w6a6"), (*study.methods, *ABLATION), (0,)))
+    assert len(rows) == len(set(rows)) == 1 + 3 + 6 + 2 + 6
+    bare = next(row for row in rows if row.method == BARE)
+    assert (bare.preset, bare.calibration_method) == ("w4a4+groups+vae32", "gptq")
+
+
+def test_a_caption_names_one_class() -> None:
+    pipe = varptq.load_model("demo-text")
+    texts = ["a dark photo of a lorry", "a jet on a blue background"]
+    assert classes_named(texts).tolist() == [9, 0]
+    # All captions of the demo name a class, and all classes are named.
+    assert set(classes_named(pipe.pool().titles()).tolist()) == set(range(10))
 
 
 def test_tenths_hold_every_image_and_every_class() -> None:
@@ -44,6 +59,7 @@ def test_tenths_hold_every_image_and_every_class() -> None:
     assert frechet_distance(methods.merged(groups), Gaussian.of(features)) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_repeated_draws() -> None:
     """The jackknife beside the spread of the distance over 300 fresh sets."""
     generator = torch.Generator().manual_seed(1)
@@ -67,20 +83,19 @@ def test_the_error_is_that_of_repeated_draws() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("function", "rest"),
-    [
-        (affine.affine_fake, (4, -1, "min_max")),
-        (sign_split.sign_split_fake, (4,)),
-        (log2.log2_fake, (4,)),
-    ],
-)
-def test_compiled_quantizers_give_the_same_bits(
-    function: Callable[..., torch.Tensor], rest: tuple[Any, ...]
-) -> None:
-    fast = compiled(function)
+def test_compiled_quantizers_give_the_same_bits() -> None:
+    """All in one function, as the compiler takes seconds for each that it is given."""
+
+    def all_of(x: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        return (
+            affine.affine_fake(x, 4, -1, "min_max"),
+            sign_split.sign_split_fake(x, 4),
+            log2.log2_fake(p, 4),
+        )
+
+    fast = compiled(all_of)
     for size in (33, 40):
         x = torch.randn(3, size, 48, generator=torch.Generator().manual_seed(size))
-        if function is log2.log2_fake:
-            x = x.mul(3).softmax(-1)
-        assert torch.equal(fast(x, *rest), function(x, *rest))
+        p = x.mul(3).softmax(-1)
+        for found, expected in zip(fast(x, p), all_of(x, p), strict=True):
+            assert torch.equal(found, expected)

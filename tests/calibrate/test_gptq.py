@@ -13,15 +13,23 @@ from torch import Tensor
 
 from varptq.calibrate import reconstruct as module
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.gptq import gptq_codes, inverse_factor, quadratic_loss
-from varptq.calibrate.reconstruct import Schedule, input_moments, reconstruct_unit, unit_layers
+from varptq.calibrate.gptq import (
+    TRIED,
+    gptq_codes,
+    inverse_factor,
+    quadratic_loss,
+    solved_rows,
+)
+from varptq.calibrate.reconstruct import Schedule, reconstruct_unit, unit_layers
 from varptq.calibrate.record import Recorder, Unit
 from varptq.calibrate.samples import calibration_set
+from varptq.calibrate.solve import input_moments
 from varptq.models.pipeline import Pipeline
 from varptq.models.var.transformer import VAR
 from varptq.quant.affine import Grid, affine_codes, affine_grid, affine_values
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
+from varptq.quant.quantizers import QUANTIZERS
 
 CONFIG = CalibrationConfig(num_samples=3, steps=12, rounding="gptq")
 
@@ -65,6 +73,52 @@ def test_its_own_loss_is_far_below_that_of_nearest(
     assert sum(ratios) / len(ratios) < 0.75
 
 
+CODEBOOK = QUANTIZERS["codebook"]
+
+
+def row_losses(weight: Tensor, codes: Tensor, grid: Grid, bits: int, moments: Tensor) -> Tensor:
+    """(O,) float64."""
+    values = CODEBOOK.values(codes, grid, bits)
+    error = (weight - values).flatten(1).double()
+    return ((error @ moments.double()) * error).sum(-1)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (8, 1, 37), (4, 3, 130)])
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_a_codebook_takes_the_better_size_and_fits_it(
+    shape: tuple[int, int, int], num_bits: int
+) -> None:
+    """Row by row against both sizes alone, and against scales around the fitted one."""
+    weight, moments = problem(*shape, seed=num_bits)
+    weight[0] = 0.0
+    nearest = CODEBOOK.grid(weight, num_bits)
+    solved = solved_rows(weight, nearest, num_bits, moments, CODEBOOK)
+    found = row_losses(weight, *solved, num_bits, moments)
+    alone = []
+    for factor in TRIED:
+        grid = Grid(nearest.scale * factor, nearest.zero_point)
+        codes = gptq_codes(weight, grid, num_bits, moments, quantizer=CODEBOOK)
+        alone.append(row_losses(weight, codes, grid, num_bits, moments))
+    assert bool((found <= torch.stack(alone).amin(0) * (1 + 1e-6)).all())
+    for change in (0.999, 1.001):
+        other = Grid(solved.grid.scale * change, solved.grid.zero_point)
+        beside = row_losses(weight, solved.codes, other, num_bits, moments)
+        assert bool((found <= beside * (1 + 1e-6)).all())
+    assert float(solved.grid.scale[0].abs().max()) == 0.0
+    if shape[-1] > 1:
+        plain = row_losses(
+            weight, CODEBOOK.codes(weight, nearest, num_bits), nearest, num_bits, moments
+        )
+        assert float(found.sum()) < 0.8 * float(plain.sum())
+
+
+def test_even_steps_keep_their_scales() -> None:
+    weight, moments = problem(5, 2, 65, seed=0)
+    grid = affine_grid(weight, 4)
+    solved = solved_rows(weight, grid, 4, moments, QUANTIZERS["affine"])
+    assert solved.grid is grid and torch.equal(solved.codes, gptq_codes(weight, grid, 4, moments))
+
+
 def test_it_is_near_the_best_there_is() -> None:
     """All codes of a row of four weights tried: GPTQ closes most of the gap nearest leaves."""
     gaps = []
@@ -106,7 +160,7 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 
 def units(pipe: Pipeline, model: VAR) -> dict[str, Callable[[], Unit]]:
     samples = calibration_set(pipe, CONFIG, seed=0, resampled=False)
-    recorder = Recorder(pipe, model, samples, CONFIG)
+    recorder = Recorder(pipe, model.get_submodule, samples, CONFIG)
     return {name: lambda name=name: next(iter(recorder.units([name]))) for name in recorder.costs()}
 
 

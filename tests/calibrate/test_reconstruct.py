@@ -68,7 +68,7 @@ def run_all(
     """Reports by unit, and the codes before and after."""
     model = quantized(pipe, preset)
     before, reports = codes_of(model), {}
-    for unit in Recorder(pipe, model, samples, config).units():
+    for unit in Recorder(pipe, model.get_submodule, samples, config).units():
         reports[unit.name] = reconstruct_unit(unit, config, seed)
     return reports, before, codes_of(model)
 
@@ -97,7 +97,7 @@ def test_the_loss_is_a_sum_of_means_over_scales(
     sides: list[int], rows: int, channels: int, first: int, seed: int
 ) -> None:
     """Sum over scales of the mean over rows and tokens of the channel-summed squared error."""
-    scales = Scales.of(sides)
+    scales = Scales(sides)
     lengths = scales.lengths[min(first, len(sides) - 1) :]
     weights = scale_weights(spans_of(scales, first=min(first, len(sides) - 1)))
     generator = torch.Generator().manual_seed(seed)
@@ -192,7 +192,7 @@ def test_units_do_not_depend_on_each_other(tiny: Pipeline, samples: CalibrationS
     """A unit alone gets the codes it gets among all others."""
     _, _, after = run_all(tiny, samples, CONFIG)
     model = quantized(tiny)
-    for unit in Recorder(tiny, model, samples, CONFIG).units():
+    for unit in Recorder(tiny, model.get_submodule, samples, CONFIG).units():
         if unit.name == "blocks.1.attn":
             reconstruct_unit(unit, CONFIG, 0)
     for name in ("blocks.1.attn.mat_qkv", "blocks.1.attn.proj"):
@@ -245,7 +245,7 @@ def test_the_regularizer_drives_soft_to_hard(tiny: Pipeline) -> None:
 
 def test_no_learned_state_is_left(tiny: Pipeline, samples: CalibrationSet) -> None:
     model = quantized(tiny)
-    for unit in Recorder(tiny, model, samples, CONFIG).units():
+    for unit in Recorder(tiny, model.get_submodule, samples, CONFIG).units():
         reconstruct_unit(unit, CONFIG, 0)
     assert all(layer.rounding is None for layer in quant_linears(model).values())
     assert not any("alpha" in name for name, _ in model.named_parameters())

@@ -27,6 +27,7 @@ from varptq.errors import ConfigError
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import kl_divergence
+from varptq.models.sampling import SamplingSettings
 from varptq.models.var.transformer import VAR
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
@@ -135,7 +136,7 @@ def test_the_gradient_of_a_scale_is_a_difference_quotient(tiny: Pipeline) -> Non
     images = calibration_set(tiny, CONFIG.replace(num_samples=2), seed=5, resampled=False)
 
     def loss() -> Tensor:
-        pair = (all_logits(p, images, 1.5) for p in (tiny, student))
+        pair = (all_logits(p, images, SamplingSettings(cfg=1.5)) for p in (tiny, student))
         return kl_divergence(*pair, torch.float32).mean()
 
     change = layer.start_tuning().change

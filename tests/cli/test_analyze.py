@@ -72,6 +72,7 @@ def test_the_mixed_config_can_be_quantized(
     assert account["sizes"]["transformer"]["bytes"] == document["suggestion"]["bytes"]
 
 
+@pytest.mark.slow
 def test_tables_and_a_budget_in_bytes(model: list[str], tmp_path: Path) -> None:
     out = ("--images", 1, "--out", tmp_path / "a")
     words = (*out, "--budget-size", "1.2", "--config", "w4a8+paper")
@@ -131,3 +132,21 @@ def test_the_python_call_gives_the_same(
     settings = AnalysisConfig(images=2, widths=(4,))
     document = analyze(pipe, QuantConfig.preset("w4a4"), settings=settings).document
     assert {**analyzed[1], "seconds": 0} == {**json.loads(json.dumps(document)), "seconds": 0}
+
+
+def test_a_frontier_writes_a_config_for_each_budget(model: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    budget = ("--frontier", "--budget-bops", 1.15, "--images", 2)
+    ran = run("analyze", *model, *budget, "--out", out)
+    assert ran.code == 0, ran.err
+    assert "blocks.*.attn.proj" in ran.out and "KL, calibrated" in ran.out
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("bops1.15.json", "frontier.json", "frontier.png")
+    ]
+    document = json.loads((out / "frontier.json").read_text())
+    assert document["chosen"]["bops1.15"]["bops"] <= 1.15
+    config = QuantConfig.from_dict(json.loads((out / "bops1.15.json").read_text()))
+    assert config.name == "frontier-bops1.15"
+    ran = run("analyze", *model, "--frontier", "--budget-bops", 0.01, "--out", tmp_path / "none")
+    assert ran.code == 2 and "budget bops0.01: 0.01 times the bops of w4a4+paper" in ran.err
+    assert not (tmp_path / "none").exists()

@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 import varptq
 from helpers.cli_calls import run, succeed
+from varptq.cli import demo
 from varptq.cli.main import app
 from varptq.models.presets import ASSETS
 from varptq.pictures import to_pixels
@@ -35,9 +37,8 @@ FILES = ("--var", DEMO / "var_demo.safetensors", "--vae", DEMO / "vae_demo.safet
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The demo model quantized to 4 bits, and what the command said about it."""
     folder = tmp_path_factory.mktemp("cli") / "artifact"
-    return folder, succeed(
-        "quantize", "demo", "--method", "sas", "--out", folder, *QUICK, "--json"
-    ).document
+    words = ("--config", "w4a4+groups", "--method", "sas", *QUICK)
+    return folder, succeed("quantize", "demo", *words, "--out", folder, "--json").document
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,8 @@ def artifact(quantized: tuple[Path, dict[str, Any]]) -> Path:
 def test_quantize_says_what_it_made(quantized: tuple[Path, dict[str, Any]]) -> None:
     folder, document = quantized
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert (document["model"], document["config"], document["method"]) == ("demo", "w4a4", "sas")
+    assert (document["model"], document["config"]) == ("demo", "w4a4+groups")
+    assert document["method"] == "sas"
     assert document["calibration"]["num_samples"] == document["calibration"]["steps"] == 2
     transformer = document["sizes"]["transformer"]
     assert 6 < transformer["float32_bytes"] / transformer["bytes"] < 8
@@ -87,7 +89,7 @@ def test_group_size_changes_the_weights(tmp_path: Path) -> None:
     words = ("--method", "rtn", "--group-size", 16, "--samples", 2, "--out", tmp_path / "a")
     succeed("quantize", "--random", "demo", *words)
     bits = succeed("info", tmp_path / "a", "--json").document["bits"]
-    assert bits["mat_qkv"]["weight"] == "4 bits, groups of 16"
+    assert bits["mat_qkv"]["weight"] == "4 bits, codebook, groups of 16"
     assert bits["word_embed"]["weight"] == "8 bits, groups of 16"
 
 
@@ -136,7 +138,7 @@ def test_force_replaces_files_of_the_same_name_only(tmp_path: Path) -> None:
 
 def test_info_of_an_artifact(artifact: Path) -> None:
     document = succeed("info", artifact, "--json").document
-    assert document["kind"] == "quantized w4a4"
+    assert document["kind"] == "quantized w4a4+groups"
     assert document["architecture"]["scales"] == [1, 2, 3, 4, 6, 8]
     assert sum(document["bops"]["by_kind"].values()) == document["bops"]["total"]
     assert 14 < document["bops"]["float_total"] / document["bops"]["total"] < 15
@@ -190,6 +192,23 @@ def test_demo_compares_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "KL(float || quantized)" in (tmp_path / "demo/summary.txt").read_text()
     assert min(Image.open(tmp_path / "demo/comparison.png").size) > 300
     assert run("demo", "--out", tmp_path / "demo/summary.txt", *QUICK).code == 2
+
+
+@pytest.mark.slow
+def test_demo_with_texts_asks_both_models_for_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SRC))
+    monkeypatch.chdir(tmp_path)
+    # Eight bits, so that both models agree unless they are asked for different things.
+    monkeypatch.setattr(demo, "OF_TEXTS", replace(demo.OF_TEXTS, config="w8a8", method="rtn"))
+    monkeypatch.setattr(demo, "MAX_PROMPTS", 3)
+    document = succeed("demo", "--text", *QUICK, "--images", 1, "--json").document
+    assert document["recipe"] | {"model": "demo-text", "cfg": 3.0, "top_k": 0} == document["recipe"]
+    assert (document["fidelity"]["num_images"], document["fidelity_cfg"]) == (3, 3.0)
+    assert document["token_agreement"] > 0.9
+    files = sorted(path.name for path in (tmp_path / "out/demo-text").iterdir())
+    assert files == ["artifact", "comparison.png", "summary.txt"]
 
 
 VAR_FILE, VAE_FILE = "--var {assets}/var_demo.safetensors", "--vae {assets}/vae_demo.safetensors"
@@ -292,16 +311,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_leaves_what_is_finished(tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_130_and_leaves_what_is_finished(tmp_path: Path, warm: Path) -> None:
     words = ["quantize", "demo", "--samples", "4", "--steps", "100000", "--out", "deep/artifact"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "varptq", *words],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background has its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [str(warm / "varptq"), *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     for line in process.stderr:

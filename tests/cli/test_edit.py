@@ -42,12 +42,12 @@ def test_files_and_document(photo: Path, artifact: Path, tmp_path: Path) -> None
     document = ran.document
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert document == json.loads((out / "edit.json").read_text())
-    assert (document["task"], document["label"], document["seed"]) == ("class", "cat", 3)
+    assert (document["task"], document["to"], document["seed"]) == ("class", "cat", 3)
     assert document["sampling"]["cfg"] == 4
     assert document["runtime"] != "float"
     assert document["images"] == [str(out / "0000.png"), str(out / "0001.png")]
     expected = varptq.edit(
-        varptq.load(artifact), photo, task="class", label=3, candidates=2,
+        varptq.load(artifact), photo, task="class", to=3, candidates=2,
         box=(0.25, 0.25, 0.75, 0.75), seed=3, cfg=4,
     )  # fmt: skip
     for name, image in zip(document["images"], expected.images, strict=True):
@@ -99,8 +99,12 @@ def test_a_folder_of_results_is_replaced_only_when_asked(photo: Path, tmp_path: 
         (("--model", "demo"), "mask: none given; give a mask, a box"),
         (("--model", "demo", "--box", "a,b"), "box 'a,b': expected four numbers"),
         (("--model", "demo", "--box", "0,0,1"), "box 0,0,1: expected x0,y0,x1,y1"),
-        (("--model", "demo", *BOX, "--task", "class", "--label", "hors"), "did you mean horse"),
-        (("--model", "demo", *BOX, "--label", "cat"), "label 'cat': inpaint takes none"),
+        (("--model", "demo", *BOX, "--task", "class", "--label", "hrose"), "did you mean horse"),
+        (("--model", "demo", *BOX, "--task", "class"), "task class: no class given"),
+        (("--model", "demo", *BOX, "--prompt", "a cat"), "reads no texts; leave out --prompt"),
+        (("--model", "demo", *BOX, "--label", "cat", "--prompt", "x"), "one of --label, --prompt"),
+        (("--model", "demo", *BOX, "--size", "1M"), "this model draws at one size only"),
+        (("--model", "demo", *BOX, "--cfg", "strong"), "is no number, nor one per scale"),
         (("--model", "demo", *BOX, "--runtime", "cpu"), "runtime 'cpu': only for artifacts"),
         (("--model", "missing", *BOX), "model 'missing': neither an artifact folder nor"),
         (BOX, "model: give one of a name or folder, --var with --vae, or --random"),

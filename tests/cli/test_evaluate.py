@@ -25,7 +25,7 @@ SAMPLING = ("--cfg", 4, "--top-k", 100, "--seed", 2)
 
 def save(pipe: varptq.Pipeline, folder: Path, method: str = "rtn") -> Path:
     calibration = varptq.CalibrationConfig(num_samples=2)
-    config = varptq.QuantConfig.preset("w4a4")
+    config = varptq.QuantConfig.preset("w4a4+groups")
     varptq.save(varptq.quantize(pipe, config, method=method, calibration=calibration), folder)
     return folder
 
@@ -77,7 +77,7 @@ def test_the_document_has_the_numbers_and_what_made_them(
     assert sum(document["codebook"]["counts"]) == 5 * 130
     assert document["settings"]["sampling"]["cfg"] == 4 and document["settings"]["seed"] == 2
     assert document["compared_with"] == "demo" and document["warnings"] == []
-    assert document["model"]["kind"] == "quantized w4a4"
+    assert document["model"]["kind"] == "quantized w4a4+groups"
     assert len(document["model"]["copies"]) == 6 * 6
     assert "--network" in document["left_out"]["fid2fp"]
     with np.load(out / "samples" / "quantized" / "00000.npz") as shard:

@@ -3,9 +3,7 @@ sampled where it can be, is one line, and leaves nothing half-written."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.sampling import sample_set
 from varptq.models.pipeline import Pipeline
 
-SRC = Path(__file__).parents[2] / "src"
 RANDOM = np.random.default_rng(0)
 
 
@@ -155,16 +152,14 @@ app(prog_name="varptq")
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, warm: Path) -> None:
     """A real process whose files may not grow beyond what one shard needs."""
     words = ["evaluate", "demo", "--metrics", "is", "--count", "9", "--seed", "4", "--out"]
     script = tmp_path / "probabilities.pt"
     torch.jit.script(Probabilities()).save(str(script))
     words += [str(tmp_path / "out"), "--network", f"module:{script}"]
-    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     limited = subprocess.run(
-        [sys.executable, "-c", LIMITED, "20000", *words],
-        env=environment,
+        [str(warm / "python"), "-c", LIMITED, "20000", *words],
         capture_output=True,
         text=True,
         timeout=120,

@@ -87,7 +87,7 @@ def test_kept_pixels_are_kept(
     noise[-size[1] // 2 :, -size[0] // 2 :] += 1
     mask = Image.fromarray((noise > 0.97).astype(np.uint8) * 255)
     result = varptq.edit(
-        tiny, image, task="class", label=1, mask=mask, fit=fit, feather=feather, seed=seed
+        tiny, image, task="class", to=1, mask=mask, fit=fit, feather=feather, seed=seed
     )
     found, weight = np.asarray(result.images[0]), np.asarray(result.mask_used)
     assert result.images[0].mode == image.mode and result.images[0].size == size
@@ -102,13 +102,13 @@ def test_kept_pixels_are_kept(
 @pytest.mark.parametrize("task", ["inpaint", "outpaint", "class"])
 def test_every_pipeline_edits(any_pipe: Pipeline, task: str) -> None:
     label = "cat" if task == "class" else None
-    result = varptq.edit(any_pipe, picture(), task=task, box=CENTRE, label=label, candidates=2)
+    result = varptq.edit(any_pipe, picture(), task=task, box=CENTRE, to=label, candidates=2)
     assert [image.size for image in result.images] == [(37, 30)] * 2
     assert result.mask_used.size == result.before.size == (37, 30)
     found, weight = np.asarray(result.images[0]), np.asarray(result.mask_used)
     assert (found[weight == 0] == np.asarray(picture())[weight == 0]).all()
     assert (found[weight == 255] != np.asarray(picture())[weight == 255]).any()
-    given_L = encode(any_pipe, [Frame.of((37, 30), 6, "crop").to_model(picture())])[0]
+    given_L = encode(any_pipe, [Frame.of((37, 30), (6, 6), "crop").to_model(picture())])[0]
     assert (result.tokens[:, result.keep_L] == given_L[result.keep_L]).all()
     assert result.keep_L[0] and 0 < int((~result.keep_L).sum()) < any_pipe.scales.num_tokens
 
@@ -139,13 +139,22 @@ def test_in_and_out_painting_do_not_double_the_batch(
 
 
 def test_a_class_is_guided(tiny: Pipeline, conditions: list[list[int]]) -> None:
-    by_name = varptq.edit(tiny, picture(), task="class", box=CENTRE, label="dog", candidates=2)
-    by_id = varptq.edit(tiny, picture(), task="class", box=CENTRE, label=3, candidates=2, cfg=1.5)
+    by_name = varptq.edit(tiny, picture(), task="class", box=CENTRE, to="dog", candidates=2)
+    by_id = varptq.edit(tiny, picture(), task="class", box=CENTRE, to=3, candidates=2, cfg=1.5)
     assert by_name.cfg == 1.5
     assert (by_name.tokens == by_id.tokens).all()
     assert conditions == [[3, 3, 5, 5]] * 2
-    varptq.edit(tiny, picture(), task="class", box=CENTRE, label="3", cfg=0)
+    varptq.edit(tiny, picture(), task="class", box=CENTRE, to="3", cfg=0)
     assert conditions[-1] == [3]
+
+
+def test_a_class_in_painted_is_the_class_changed_to(tiny: Pipeline) -> None:
+    painted, changed = (
+        varptq.edit(tiny, picture(), task=task, box=CENTRE, to="dog")
+        for task in ("inpaint", "class")
+    )
+    assert (painted.tokens == changed.tokens).all()
+    assert (painted.asked, painted.sampling) == ("dog", changed.sampling)
 
 
 def test_no_class_has_a_name_on_every_model(tiny: Pipeline) -> None:
@@ -188,7 +197,7 @@ def half(width: int = 37, height: int = 30) -> Image.Image:
 def test_raw_is_the_models_picture(tiny: Pipeline) -> None:
     pasted = varptq.edit(tiny, picture(), mask=half(), feather=0)
     raw = varptq.edit(tiny, picture(), mask=half(), raw=True)
-    side = tiny.vae.image_size
+    side = tiny.vae.image_size[0]
     for image in (raw.images[0], raw.before, raw.mask_used):
         assert image.size == (side, side)
     assert (raw.tokens == pasted.tokens).all()
@@ -250,7 +259,7 @@ def test_a_colour_profile_goes_along_and_exif_does_not(tiny: Pipeline, tmp_path:
 
 def test_one_pixel_can_change_its_class(tiny: Pipeline) -> None:
     dot, white = Image.new("RGB", (1, 1), (9, 9, 9)), Image.new("1", (1, 1), 1)
-    result = varptq.edit(tiny, dot, task="class", label=0, mask=white)
+    result = varptq.edit(tiny, dot, task="class", to=0, mask=white)
     assert result.images[0].size == (1, 1)
     with pytest.raises(InputError, match="mask: full"):
         varptq.edit(tiny, dot, mask=white)
@@ -278,6 +287,10 @@ def outside_the_crop() -> Image.Image:
     return mask
 
 
+def tiny_prompts() -> ClassPrompts:
+    return ClassPrompts.pool(5, ())[:2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -297,13 +310,16 @@ def outside_the_crop() -> Image.Image:
         ({"box": (0, 0, 1, 1), "task": "outpaint"}, "box: empty"),
         ({"box": (0.7, 0, 0.3, 1)}, "box 0.7,0,0.3,1: expected"),
         ({"box": CENTRE, "task": "upscale"}, "task 'upscale': unknown, expected one of inpaint"),
-        ({"box": CENTRE, "task": "class"}, "task class: no label given"),
-        ({"box": CENTRE, "task": "class", "label": "ca"}, "class 'ca': unknown; did you mean cat"),
-        ({"box": CENTRE, "task": "class", "label": "DOG"}, "class 'DOG': .* you mean dog"),
-        ({"box": CENTRE, "task": "class", "label": 9}, r"class 9: not in 0\.\.4"),
-        ({"box": CENTRE, "label": "cat"}, "label 'cat': inpaint takes none"),
-        ({"box": CENTRE, "cfg": 2.0}, "cfg 2: inpaint has no class"),
-        ({"box": CENTRE, "task": "class", "label": 1, "cfg": -1.0}, "cfg"),
+        ({"box": CENTRE, "task": "class"}, "task class: no class given"),
+        ({"box": CENTRE, "task": "class", "to": "cta"}, "class 'cta': unknown; did you mean cat"),
+        ({"box": CENTRE, "task": "class", "to": "DGO"}, "class 'DGO': .* you mean dog"),
+        ({"box": CENTRE, "task": "class", "to": 9}, r"class 9: not in 0\.\.4"),
+        ({"box": CENTRE, "to": tiny_prompts()}, "to: 2 prompts, expected one"),
+        ({"box": CENTRE, "task": "prompt", "to": "cat"}, "task prompt: .* use task class"),
+        ({"box": CENTRE, "negative": "cat"}, "negative: this model takes no negative prompts"),
+        ({"box": CENTRE, "size": "1M"}, "size '1M': this model draws at one size only"),
+        ({"box": CENTRE, "cfg": 2.0}, "cfg 2.0: inpaint towards nothing"),
+        ({"box": CENTRE, "task": "class", "to": 1, "cfg": -1.0}, "cfg"),
         ({"box": CENTRE, "top_p": 2.0}, "top_p"),
         ({"box": CENTRE, "candidates": 0}, "candidates 0: must be at least 1"),
         ({"box": CENTRE, "batch_size": 0}, "batch_size 0"),

@@ -28,6 +28,7 @@ from varptq.models.scales import Scales
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 fits = st.sampled_from(FITS)
 SIDE, P = 16, 4
+MODEL, LAST = (SIDE, SIDE), (P, P)
 
 
 def noise(size: tuple[int, int], channels: int, seed: int = 0) -> Image.Image:
@@ -41,11 +42,11 @@ def random_mask(size: tuple[int, int], share: float, seed: int) -> Image.Image:
 
 
 def test_crop_is_the_centred_square_and_pad_the_whole_image() -> None:
-    assert Frame.of((37, 20), 16, "crop").seen == (8, 0, 28, 20)
-    assert Frame.of((20, 37), 16, "crop").seen == (0, 8, 20, 28)
-    pad = Frame.of((40, 20), 16, "pad")
+    assert Frame.of((37, 20), (16, 16), "crop").seen == (8, 0, 28, 20)
+    assert Frame.of((20, 37), (16, 16), "crop").seen == (0, 8, 20, 28)
+    pad = Frame.of((40, 20), (16, 16), "pad")
     assert (pad.seen, pad.inner) == ((0, 0, 40, 20), (0, 4, 16, 12))
-    thin = Frame.of((5000, 1), 16, "pad")
+    thin = Frame.of((5000, 1), (16, 16), "pad")
     assert thin.inner == (0, 7, 16, 8)
 
 
@@ -53,14 +54,14 @@ def test_an_image_of_the_models_size_passes_through() -> None:
     image = noise((SIDE, SIDE), 3)
     for fit in FITS:
         assert (
-            np.asarray(Frame.of(image.size, SIDE, fit).to_model(image)) == np.asarray(image)
+            np.asarray(Frame.of(image.size, MODEL, fit).to_model(image)) == np.asarray(image)
         ).all()
 
 
 def test_padding_repeats_the_edge() -> None:
     image = Image.fromarray(np.array([[[9, 0, 0]] * 2, [[0, 9, 0]] * 2], np.uint8))
-    tall = Frame.of((2, 2), 2, "crop").to_model(image).resize((4, 2), Image.Resampling.NEAREST)
-    square = np.asarray(Frame.of((4, 2), 4, "pad").to_model(tall))
+    tall = Frame.of((2, 2), (2, 2), "crop").to_model(image).resize((4, 2), Image.Resampling.NEAREST)
+    square = np.asarray(Frame.of((4, 2), (4, 4), "pad").to_model(tall))
     assert (square[:2] == (9, 0, 0)).all() and (square[2:] == (0, 9, 0)).all()
 
 
@@ -69,7 +70,7 @@ def test_padding_repeats_the_edge() -> None:
 def test_pasting_leaves_what_has_no_weight(
     size: tuple[int, int], fit: str, channels: int, feather: int
 ) -> None:
-    frame, image = Frame.of(size, SIDE, fit), noise(size, channels)
+    frame, image = Frame.of(size, MODEL, fit), noise(size, channels)
     weight = feathered(random_mask(size, 0.05, 1), feather, frame)
     pasted = np.asarray(frame.paste(image, noise((SIDE, SIDE), 3, 2), weight))
     untouched = np.asarray(weight) == 0
@@ -78,9 +79,9 @@ def test_pasting_leaves_what_has_no_weight(
 
 
 def test_the_new_picture_replaces_the_old_on_the_mask() -> None:
-    frame = Frame.of((SIDE, SIDE), SIDE, "crop")
+    frame = Frame.of((SIDE, SIDE), MODEL, "crop")
     for channels in (3, 4):
-        new, weight = noise((SIDE, SIDE), 3, 2), Image.new("L", (SIDE, SIDE), 255)
+        new, weight = noise((SIDE, SIDE), 3, 2), Image.new("L", MODEL, 255)
         pasted = np.asarray(frame.paste(noise((SIDE, SIDE), channels), new, weight))
         assert (pasted[..., :3] == np.asarray(new)).all()
         assert (pasted[..., 3:] == 255).all()
@@ -91,12 +92,12 @@ def test_the_new_picture_replaces_the_old_on_the_mask() -> None:
 def test_one_white_pixel_reaches_its_token(
     size: tuple[int, int], fit: str, data: st.DataObject
 ) -> None:
-    frame = Frame.of(size, SIDE, fit)
+    frame = Frame.of(size, MODEL, fit)
     left, top, right, bottom = frame.seen
     x, y = data.draw(st.integers(left, right - 1)), data.draw(st.integers(top, bottom - 1))
     image = Image.new("L", size)
     image.putpixel((x, y), 255)
-    cells = picture_mask(image, frame, P).cells_PP
+    cells = picture_mask(image, frame, LAST).cells_PQ
     centre = []
     for value, first, last, start, end in zip(
         (x, y), frame.seen[:2], frame.seen[2:], frame.inner[:2], frame.inner[2:], strict=True
@@ -113,15 +114,15 @@ def test_one_white_pixel_reaches_its_token(
 def test_one_white_pixel_of_a_large_image_is_not_rounded_away() -> None:
     image = Image.new("L", (1500, 1200))
     image.putpixel((750, 600), 255)
-    assert picture_mask(image, Frame.of(image.size, SIDE, "crop"), P).cells_PP.sum() == 1
+    assert picture_mask(image, Frame.of(image.size, MODEL, "crop"), LAST).cells_PQ.sum() == 1
 
 
 def test_pixels_beyond_the_crop_are_no_tokens_and_get_no_weight() -> None:
-    frame = Frame.of((30, 10), SIDE, "crop")
+    frame = Frame.of((30, 10), MODEL, "crop")
     white = Image.new("L", (30, 10))
     white.paste(255, (0, 0, 9, 10))
-    mask = picture_mask(white, frame, P)
-    assert not mask.cells_PP.any()
+    mask = picture_mask(white, frame, LAST)
+    assert not mask.cells_PQ.any()
     assert feathered(mask.pixels, 6, frame).getbbox() is None
 
 
@@ -146,19 +147,19 @@ def test_a_box_takes_the_tokens_that_the_var_code_takes(
         return
     expected = np.full((side, side), not inside)
     expected[round(y0 * side) : round(y1 * side), round(x0 * side) : round(x1 * side)] = inside
-    frame = Frame.of((size, size), 2 * side, "crop")
-    found = box_mask((x0, y0, x1, y1), frame, side, inside=inside)
-    assert (found.cells_PP == expected).all()
+    frame = Frame.of((size, size), (2 * side, 2 * side), "crop")
+    found = box_mask((x0, y0, x1, y1), frame, (side, side), inside=inside)
+    assert (found.cells_PQ == expected).all()
 
 
 def test_a_box_is_relative_to_the_whole_image() -> None:
     # The right half of a 40 x 20 image; the crop shows columns 10 to 30.
-    frame = Frame.of((40, 20), SIDE, "crop")
-    mask = box_mask((0.5, 0, 1, 1), frame, P, inside=True)
-    assert mask.cells_PP.any(0).tolist() == [False, False, True, True]
+    frame = Frame.of((40, 20), MODEL, "crop")
+    mask = box_mask((0.5, 0, 1, 1), frame, LAST, inside=True)
+    assert mask.cells_PQ.any(0).tolist() == [False, False, True, True]
     assert mask.pixels.getbbox() == (20, 0, 40, 20)
-    padded = box_mask((0.5, 0, 1, 1), Frame.of((40, 20), SIDE, "pad"), P, inside=True)
-    assert padded.cells_PP.tolist() == [[False] * 4, *[[False, False, True, True]] * 2, [False] * 4]
+    padded = box_mask((0.5, 0, 1, 1), Frame.of((40, 20), MODEL, "pad"), LAST, inside=True)
+    assert padded.cells_PQ.tolist() == [[False] * 4, *[[False, False, True, True]] * 2, [False] * 4]
 
 
 @pytest.mark.parametrize(
@@ -176,9 +177,9 @@ def test_a_box_is_relative_to_the_whole_image() -> None:
     ],
 )
 def test_what_is_no_box_is_refused(box: tuple[float, ...]) -> None:
-    frame = Frame.of((8, 8), SIDE, "crop")
+    frame = Frame.of((8, 8), MODEL, "crop")
     with pytest.raises(InputError, match=r"box .*: expected x0,y0,x1,y1 with 0 <= x0 < x1 <= 1"):
-        box_mask(box, frame, P, inside=True)
+        box_mask(box, frame, LAST, inside=True)
 
 
 def bilinear(grid: np.ndarray, side: int) -> np.ndarray:
@@ -234,7 +235,7 @@ def test_forced_ids_are_given_or_free() -> None:
 def test_the_feather_is_a_band_around_the_mask(
     size: tuple[int, int], fit: str, width: int, share: float, seed: int
 ) -> None:
-    frame, mask = Frame.of(size, SIDE, fit), random_mask(size, share, seed)
+    frame, mask = Frame.of(size, MODEL, fit), random_mask(size, share, seed)
     weight = np.asarray(feathered(mask, width, frame)).astype(int)
     left, top, right, bottom = frame.seen
     seen = np.zeros((size[1], size[0]), bool)
@@ -249,7 +250,7 @@ def test_the_feather_is_a_band_around_the_mask(
 
 
 def test_the_feather_falls_outwards() -> None:
-    frame = Frame.of((41, 41), 41, "crop")
+    frame = Frame.of((41, 41), (41, 41), "crop")
     mask = Image.new("L", (41, 41))
     mask.paste(255, (0, 0, 11, 41))
     row = np.asarray(feathered(mask, 8, frame))[20].astype(int)
@@ -258,10 +259,14 @@ def test_the_feather_falls_outwards() -> None:
 
 
 def test_the_feather_width_is_half_a_token() -> None:
-    assert feather_width(None, Frame.of((32, 32), 32, "crop"), 8) == 2
-    assert feather_width(None, Frame.of((4000, 3000), 256, "crop"), 16) == round(3000 / 16 / 2)
-    assert feather_width(None, Frame.of((4000, 3000), 256, "pad"), 16) == round(4000 / 16 / 2)
-    assert feather_width(None, Frame.of((1, 1), 32, "crop"), 8) == 0
+    assert feather_width(None, Frame.of((32, 32), (32, 32), "crop"), (8, 8)) == 2
+    assert feather_width(None, Frame.of((4000, 3000), (256, 256), "crop"), (16, 16)) == round(
+        3000 / 16 / 2
+    )
+    assert feather_width(None, Frame.of((4000, 3000), (256, 256), "pad"), (16, 16)) == round(
+        4000 / 16 / 2
+    )
+    assert feather_width(None, Frame.of((1, 1), (32, 32), "crop"), (8, 8)) == 0
 
 
 @pytest.mark.parametrize(
@@ -275,27 +280,27 @@ def test_the_feather_width_is_half_a_token() -> None:
     ],
 )  # fmt: skip
 def test_white_is_regenerated(pixel: Any, mode: str, white: bool) -> None:
-    frame = Frame.of((SIDE, SIDE), SIDE, "crop")
-    image = Image.new(mode, (SIDE, SIDE), pixel)
+    frame = Frame.of((SIDE, SIDE), MODEL, "crop")
+    image = Image.new(mode, MODEL, pixel)
     image.paste("white", (0, 0, P, P))  # without any white it would be refused
-    mask = picture_mask(image, frame, P)
-    assert mask.cells_PP[0, 0] and mask.cells_PP.sum() == (P * P if white else 1)
+    mask = picture_mask(image, frame, LAST)
+    assert mask.cells_PQ[0, 0] and mask.cells_PQ.sum() == (P * P if white else 1)
     assert mask.pixels.getextrema() == ((255, 255) if white else (0, 255))
 
 
 def test_transparent_pixels_are_regenerated() -> None:
-    image = Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 128))
+    image = Image.new("RGBA", MODEL, (9, 9, 9, 128))
     image.paste((9, 9, 9, 127), (0, 0, 4, 4))
-    mask = alpha_mask(image, Frame.of(image.size, SIDE, "crop"), P)
-    assert mask.cells_PP.sum() == 1 and mask.cells_PP[0, 0]
+    mask = alpha_mask(image, Frame.of(image.size, MODEL, "crop"), LAST)
+    assert mask.cells_PQ.sum() == 1 and mask.cells_PQ[0, 0]
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
-    frame = Frame.of((20, 10), SIDE, "crop")
+    frame = Frame.of((20, 10), MODEL, "crop")
     with pytest.raises(InputError, match=r"mask: 10 x 20 pixels, the image has 20 x 10"):
-        picture_mask(Image.new("L", (10, 20), 255), frame, P)
+        picture_mask(Image.new("L", (10, 20), 255), frame, LAST)
 
 
 def test_an_unknown_fit_is_refused() -> None:
     with pytest.raises(InputError, match="fit 'stretch': unknown, expected crop or pad"):
-        Frame.of((20, 10), SIDE, "stretch")
+        Frame.of((20, 10), MODEL, "stretch")

@@ -29,7 +29,9 @@ CLASSES, VOCABULARY = 5, 37
 def small_pipeline(seed: int, classes: int = CLASSES) -> Pipeline:
     """A random model of 14 tokens and 37 codebook entries."""
     arch = VARArch(classes, 1, 32, 2, SCALES, VOCABULARY, 8, l2_norm=True, shared_adaln=False)
-    vae_arch = VQVAEArch(32, (1, 1), 1, 8, VOCABULARY, 4, (), mid_attn=False)
+    vae_arch = VQVAEArch(
+        ch=32, ch_mult=(1, 1), num_res_blocks=1, code_dim=8, codebook_size=VOCABULARY, num_phi=4
+    )
     pipe = Pipeline(VAR(arch), VQVAE(vae_arch, SCALES), f"small-{seed}")
     generator = torch.Generator().manual_seed(seed)
     randomize(pipe.var, generator)

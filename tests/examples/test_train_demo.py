@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,9 @@ from PIL import Image
 
 import varptq
 from varptq.models.state_file import read_state
+
+# One worker for the whole file: the model is trained once.
+pytestmark = pytest.mark.xdist_group("train-demo")
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "examples" / "train_demo"
@@ -85,14 +87,24 @@ def train(
     return run
 
 
-def process(*words: object) -> subprocess.Popen[str]:
-    call = [sys.executable, str(FOLDER / "train.py"), *map(str, words), "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True)
+Process = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
-def trained(images: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def process(warm: Path) -> Process:
+    """The command in a process of its own."""
+
+    def start(*words: object) -> subprocess.Popen[str]:
+        program = [warm / "python", FOLDER / "train.py", *words, "--threads", 1]
+        return subprocess.Popen(list(map(str, program)), stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def trained(
+    images: Path, recipe: Path, process: Process, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("trained")
     started = process("--data", images, "--recipe", recipe, "--out", out)
     _, error = started.communicate(timeout=300)
@@ -100,9 +112,14 @@ def trained(images: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
+@pytest.mark.slow
 def test_the_files_are_a_model_and_a_record(trained: Path) -> None:
     pipe = varptq.load_model(var=trained / FILES[1], vae=trained / FILES[0])
-    assert (pipe.var.arch.num_classes, pipe.scales.sides, pipe.vae.image_size) == (3, (1, 2, 4), 8)
+    assert (pipe.var.arch.num_classes, pipe.scales.plain(), pipe.vae.image_size) == (
+        3,
+        [1, 2, 4],
+        (8, 8),
+    )
     output = varptq.generate(pipe, [0, 1, 2], seed=0)
     assert output.images is not None and output.images.shape == (3, 3, 8, 8)
     # Names that upstream's modules have beyond ours, so that it loads them strictly.
@@ -116,6 +133,7 @@ def test_the_files_are_a_model_and_a_record(trained: Path) -> None:
     assert measures["psnr"] > 8 and measures["test_loss"] < math.log(16)
 
 
+@pytest.mark.slow
 def test_the_mask_hides_finer_keys(trained: Path) -> None:
     from safetensors import safe_open
 
@@ -129,6 +147,7 @@ def test_the_mask_hides_finer_keys(trained: Path) -> None:
             assert mask[0, 0, query, key] == (0 if seen else -math.inf)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_only_read(
     train: Command, trained: Path, images: Path, recipe: Path
 ) -> None:
@@ -143,7 +162,7 @@ def test_a_finished_run_is_only_read(
 
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(
-    train: Command, trained: Path, images: Path, recipe: Path, tmp_path: Path
+    train: Command, process: Process, trained: Path, images: Path, recipe: Path, tmp_path: Path
 ) -> None:
     """Killed after the first state of each stage, every time gone on with in another process."""
     words = ("--data", images, "--recipe", recipe, "--out", tmp_path)
@@ -164,6 +183,7 @@ def test_a_killed_run_ends_in_the_same_weights(
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_go_on_with_a_state(
     train: Command, trained: Path, images: Path, tmp_path: Path
 ) -> None:

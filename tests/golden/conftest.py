@@ -1,8 +1,8 @@
 """Golden data: numbers from the reference implementations, and where the tests find them.
 
-The folder comes from the environment variable VARPTQ_GOLDEN; the default is the small copy beside
-this file. Every test takes its sizes from the arrays, so the same tests run on a folder with other
-widths and seeds.
+The folders come from the environment variables VARPTQ_GOLDEN and VARPTQ_GOLDEN_INFINITY; the
+defaults are the small copies beside this file. Every test takes its sizes from the arrays, so the
+same tests run on a folder with other widths and seeds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 DEFAULT = Path(__file__).parent / "data"
+DEFAULT_INFINITY = Path(__file__).parent / "data_infinity"
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,35 @@ def golden_folder() -> Golden:
     return Golden(Path(os.environ.get("VARPTQ_GOLDEN", DEFAULT)))
 
 
+def infinity_folder() -> Golden:
+    return Golden(Path(os.environ.get("VARPTQ_GOLDEN_INFINITY", DEFAULT_INFINITY)))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     return golden_folder()
 
 
+@pytest.fixture(scope="session")
+def golden_infinity() -> Golden:
+    return infinity_folder()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with the argument `a_file` runs once for every a_var_*.npz of the folder."""
-    if "a_file" in metafunc.fixturenames:
-        names = golden_folder().files("a_var_*.npz") or ["a_var_*.npz"]
-        metafunc.parametrize("a_file", names)
+    """A test with the argument `a_file` runs once for every a_var_*.npz of the folder, one with
+    `case_file` for every case of Infinity, one with `recipe_file` or `wide_file` for every
+    autoencoder or transformer of it by formula."""
+    infinity = infinity_folder()
+    others = {*infinity.files("h_recipe_*.npz"), "rope_positions.npz"}
+    cases = [name for name in infinity.files("*_*.npz") if name not in others]
+    for argument, names, pattern in (
+        ("a_file", golden_folder().files("a_var_*.npz"), "a_var_*.npz"),
+        ("case_file", cases, "?_*.npz"),
+        ("recipe_file", infinity.files("h_recipe_vae*.npz"), "h_recipe_vae*.npz"),
+        ("wide_file", infinity.files("h_recipe_infinity*.npz"), "h_recipe_infinity*.npz"),
+    ):
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, names or [pattern], scope="module")
 
 
 @pytest.fixture(autouse=True)

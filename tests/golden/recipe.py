@@ -10,6 +10,8 @@ The tables list parameters only; the caller adds the buffers.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def recipe_state(data: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """float32 tensors by name from a recipe file's `seed` and `tensor_*` tables."""
     state = {}
     for t, name in enumerate(data["tensor_names"]):
-        shape = tuple(int(size) for size in str(data["tensor_shapes"][t]).split(","))
+        shape = tuple(int(size) for size in re.split("[ ,]", str(data["tensor_shapes"][t])))
         u = uniform(t, int(np.prod(shape)), int(data["seed"]))
         values = data["tensor_mean"][t] + data["tensor_std"][t] * np.sqrt(3.0) * u
         state[str(name)] = torch.from_numpy(values.astype(np.float32).reshape(shape))

@@ -45,7 +45,7 @@ def tokens(name: str, scales: Scales) -> int:
 def our_account(golden, data, setting: str) -> BopsAccount:
     """The account of the golden model; sizes come from its float weights."""
     weights = golden.weights(str(golden.npz("e_resampling.npz")["var_file"]))
-    scales = Scales.of(data["patch_nums"])
+    scales = Scales(data["patch_nums"])
     w, a = widths(setting)
     layers, products = [], []
     for name in data[f"{setting}.module_names"].tolist():
@@ -63,7 +63,7 @@ def our_account(golden, data, setting: str) -> BopsAccount:
 
 def masses(data, setting: str) -> list[AttentionMass]:
     bits = widths(setting)[1]
-    lengths = Scales.of(data["patch_nums"]).lengths
+    lengths = Scales(data["patch_nums"]).lengths
     found = []
     for key in data:
         match = re.fullmatch(rf"{setting}\.attn_mean\.block(\d+)\.scale(\d+)", key)

@@ -78,7 +78,7 @@ def test_inputs_and_targets_come_from_the_float_model(
     prompts = pipe.prompts(torch.from_numpy(data["labels"]))
     samples = CalibrationSet(prompts, torch.from_numpy(data["ids"]))
     model = convert(pipe.var, QuantConfig.preset("w4a4+paper"))
-    recorder = Recorder(pipe, model, samples, CalibrationConfig())
+    recorder = Recorder(pipe, model.get_submodule, samples, CalibrationConfig())
     count, found = len(data["labels"]), 0
     # Ours: all conditional rows, then all unconditional ones. Theirs: the two rows of each label.
     order = torch.arange(2 * count).view(2, count).t().flatten()

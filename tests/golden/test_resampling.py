@@ -19,7 +19,7 @@ def data(golden):
 
 
 def test_counts_and_distances(data):
-    scales = Scales.of(data["patch_nums"])
+    scales = Scales(data["patch_nums"])
     probs_NLV = torch.from_numpy(data["prob_BlV"])
     ids_NL = torch.from_numpy(data["sampled_ids"])
     new_NL, report = resample_tokens(
@@ -44,7 +44,7 @@ def test_counts_and_distances(data):
 
 def test_reference_trace_follows_our_rule(data):
     """The oracle accepts the reference's trace too, so ours obeys the reference's rule."""
-    scales = Scales.of(data["patch_nums"])
+    scales = Scales(data["patch_nums"])
     column = {name: i for i, name in enumerate(data["trace_columns"].tolist())}
     order = [column[n] for n in ("over_entry", "image", "position", "new_entry")]
     for k, part in enumerate(scales.slices()):

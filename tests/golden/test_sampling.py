@@ -15,7 +15,7 @@ SMOOTH_TOLERANCE = 1e-3  # the last temperatures amplify float32 noise
 
 def test_guidance(golden, a_file):
     data = golden.npz(a_file)
-    scales = Scales.of(data["patch_nums"])
+    scales = Scales(data["patch_nums"])
     both_2BLV = torch.from_numpy(data["tf_logits"]), torch.from_numpy(data["tf_logits_uncond"])
     for j, cfg in enumerate(data["cfg_values"].tolist()):
         for k, part in enumerate(scales.slices()):
@@ -45,7 +45,7 @@ def test_smooth_embedding(golden, a_file):
     if "smooth_h" not in data:
         pytest.skip(f"{a_file} has no smooth_* arrays")
     codebook = golden.weights(str(data["vae_file"]))["quantize.embedding.weight"]
-    scales = Scales.of(data["patch_nums"])
+    scales = Scales(data["patch_nums"])
     logits_BLV, noise_BLV, expected = (
         torch.from_numpy(data[f"smooth_{name}"]) for name in ("logits", "gumbel", "h")
     )

@@ -32,7 +32,7 @@ RECIPE_CHECKED = (
 
 
 def build(state: dict[str, Tensor], sides: np.ndarray) -> VQVAE:
-    vae = VQVAE(infer_vqvae(state), Scales.of(sides.tolist()))
+    vae = VQVAE(infer_vqvae(state), Scales(sides.tolist()))
     load_strict(vae, state, "VQVAE")
     return vae.eval().requires_grad_(False)
 
@@ -66,7 +66,7 @@ def test_architecture_is_read_off_the_tensors(vae: VQVAE, arrays: Arrays) -> Non
     assert vae.arch.ch_mult == tuple(arrays["ch_mult"])
     assert vae.arch.codebook_size == arrays["V"]
     assert vae.arch.code_dim == arrays["Cvae"]
-    assert vae.image_size == arrays["image_size"]
+    assert vae.image_size == (int(arrays["image_size"]),) * 2
 
 
 def test_phi_index(vae: VQVAE, arrays: Arrays) -> None:
@@ -150,7 +150,7 @@ def test_pyramid_of_the_released_sides(
     recipe: Arrays, recipe_weights: dict[str, Tensor], pixels: str
 ) -> None:
     vae = build(recipe_weights, recipe[f"patch_nums_{pixels}"])
-    assert vae.image_size == int(pixels)
+    assert vae.image_size == (int(pixels),) * 2
     assert vae.quantize.phi_of_scale == tuple(recipe[f"phi_index_{pixels}"])
     ids = torch.from_numpy(recipe[f"ids_{pixels}"])
     inputs = recipe[f"var_inputs_{pixels}_ch0_3"]

@@ -33,7 +33,7 @@ def error(ours: Tensor, theirs: np.ndarray) -> float:
 def test_architecture_is_read_off_the_tensors(golden: Golden, a_file: str) -> None:
     data = golden.npz(a_file)
     arch = load(golden, data).var.arch
-    assert arch.scales.sides == tuple(data["patch_nums"])
+    assert arch.scales.plain() == list(data["patch_nums"])
     for name, key in [
         ("num_classes", "num_classes"),
         ("depth", "depth"),
@@ -156,7 +156,7 @@ def _recipe_inputs(golden: Golden, data: dict[str, np.ndarray]) -> Tensor:
     num_scales = len(data["patch_nums"])
     vocabulary = state["quantize.embedding.weight"].shape[0]
     state.setdefault("quantize.ema_vocab_hit_SV", torch.zeros(num_scales, vocabulary))
-    vae = VQVAE(checkpoint.infer_vqvae(state), Scales.of(data["patch_nums"])).eval()
+    vae = VQVAE(checkpoint.infer_vqvae(state), Scales(data["patch_nums"])).eval()
     checkpoint.load_strict(vae, state, "recipe")
     with torch.no_grad():
         return vae.teacher_inputs(torch.from_numpy(data["ids"]))

@@ -7,7 +7,8 @@ whose rounding is learned, its norm feeds the attention alone, and the autoencod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -22,7 +23,7 @@ from varptq.models.autoencoder import Autoencoder
 from varptq.models.blocks import Attention, FeedForward
 from varptq.models.family import ArchitectureDocument, Family, ModelPreset
 from varptq.models.prompts import Prompts
-from varptq.models.scales import Scales
+from varptq.models.scales import Scales, Size
 from varptq.models.seams import (
     ConditionLinear,
     Fold,
@@ -36,6 +37,8 @@ from varptq.models.seams import (
 from varptq.models.transformer import Transformer
 from varptq.settings import Settings
 
+# Largest side of a map in tokens.
+MOST = 32
 CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 
 
@@ -44,7 +47,7 @@ class DotsArch:
     depth: int = 2
     width: int = 48
     num_heads: int = 3
-    sides: tuple[int, ...] = (1, 2, 5)
+    sides: Sequence[Any] = (1, 2, 5)
     draws: int = 3
 
 
@@ -105,28 +108,37 @@ class Dots(Transformer):
         super().__init__(arch)
         width = arch.width
         self.place = nn.Parameter(torch.zeros(3, width))
-        self.where = nn.Parameter(torch.zeros(1, self.scales.num_tokens, width))
+        self.rows = nn.Embedding(MOST, width)
+        self.columns = nn.Embedding(MOST, width)
         self.word_embed = TokenLinear(arch.draws, width, kind="word_embed", first_scale=1)
         self.blocks = nn.ModuleList(DotsBlock(width, arch.num_heads) for _ in range(arch.depth))
         self.head = TokenLinear(width, 2 * arch.draws, kind="head")
 
-    width = property(lambda self: self.arch.width)  # pyright: ignore
-    num_heads = property(lambda self: self.arch.num_heads)  # pyright: ignore
     scales = property(lambda self: Scales(self.arch.sides))  # pyright: ignore
     alphabet = property(lambda self: Alphabet(self.arch.draws, 2))  # pyright: ignore
-    device = property(lambda self: self.place.device)  # pyright: ignore
-    dtype = property(lambda self: self.place.dtype)  # pyright: ignore
 
-    def prompts(self, values: Any, names: Sequence[str]) -> Points:
-        return Points.of(values)
+    def prompts(self, values: Any, names: Sequence[str], encoder: Any) -> Points:
+        return values if isinstance(values, Points) else Points.of(values)
 
-    def pool(self, names: Sequence[str]) -> Points:
+    def pool(self, names: Sequence[str], encoder: Any) -> Points:
         return Points.of(CORNERS)
+
+    def over(self, scales: Scales) -> Self:
+        view = copy(self)
+        view.arch = replace(self.arch, sides=scales.sides)
+        return view
+
+    def schedule(self, size: Any) -> Scales:
+        """A height and a width in tokens, reached in three steps."""
+        if isinstance(size, Scales):
+            return size
+        height, width = size
+        return Scales([1, (max(1, height // 2), max(1, width // 2)), (height, width)])
 
     def condition(self, prompts: Points) -> Tensor:
         return prompts.rows_B3.to(self.place) @ self.place
 
-    def condition_vectors(self) -> Tensor:
+    def condition_vectors(self, pool: Any) -> Tensor:
         return (Points.of(CORNERS).guided().rows_B3.to(self.place) @ self.place).detach().float()
 
     def embed(self, condition: Tensor, inputs_BLc: Tensor) -> Tensor:
@@ -134,11 +146,18 @@ class Dots(Transformer):
         return torch.cat((self.embed_first(condition), rest), dim=1)
 
     def embed_first(self, condition: Tensor) -> Tensor:
-        return condition.unsqueeze(1) + self.where[:, : self.scales.lengths[0]]
+        return condition.unsqueeze(1) + self._position(0)
 
     def embed_inputs(self, inputs_Blc: Tensor, spans: Sequence[Span]) -> Tensor:
-        part = slice(self.scales.starts[spans[0].scale], spans[-1].keys)
-        return self.word_embed(inputs_Blc.to(self.dtype), spans) + self.where[:, part]
+        where = torch.cat([self._position(span.scale) for span in spans])
+        return self.word_embed(inputs_Blc.to(self.dtype), spans) + where
+
+    def _position(self, scale: int) -> Tensor:
+        """(l, C): nothing is learned of a place but its row and its column."""
+        height, width = (
+            torch.arange(side, device=self.device) for side in self.scales.sides[scale]
+        )
+        return (self.rows(height)[:, None] + self.columns(width)).flatten(0, 1)
 
     def stages(self, condition: Tensor) -> list[Stage]:
         def run(index: int) -> Any:
@@ -195,29 +214,35 @@ class Pixels(Autoencoder):
 
     scales = property(lambda self: self._scales)  # pyright: ignore
     alphabet = property(lambda self: Alphabet(self._draws, 2))  # pyright: ignore
-    image_size = property(lambda self: self._scales.last_side * self.arch.patch)  # pyright: ignore
     device = property(lambda self: self.inwards.weight.device)  # pyright: ignore
 
+    @property
+    def image_size(self) -> Size:
+        height, width = self.scales.last
+        return height * self.arch.patch, width * self.arch.patch
+
+    def over(self, scales: Scales) -> Self:
+        view = copy(self)
+        view._scales = scales
+        return view
+
     def zeros(self, batch: int) -> Tensor:
-        side = self.scales.last_side
-        return self.inwards.weight.new_zeros(batch, self._draws, side, side)
+        return self.inwards.weight.new_zeros(batch, self._draws, *self.scales.last)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.inwards.weight) * 2 - 1
 
     def add_scale(self, f_hat: Tensor, h_BlC: Tensor, scale: int) -> Tensor:
-        side, last = self.scales.sides[scale], self.scales.last_side
-        h_BCPP = h_BlC.transpose(1, 2).unflatten(2, (side, side))
-        return f_hat + F.interpolate(h_BCPP, size=(last, last)) / 2**scale
+        h_BCPQ = h_BlC.transpose(1, 2).unflatten(2, self.scales.sides[scale])
+        return f_hat + F.interpolate(h_BCPQ, size=self.scales.last) / 2**scale
 
     def next_input(self, f_hat: Tensor, scale: int) -> Tensor:
-        side = self.scales.sides[scale + 1]
-        return F.adaptive_avg_pool2d(f_hat, side).flatten(2).transpose(1, 2)
+        return F.adaptive_avg_pool2d(f_hat, self.scales.sides[scale + 1]).flatten(2).transpose(1, 2)
 
-    def encode(self, images_B3SS: Tensor) -> Tensor:
-        left, tokens = self.inwards(images_B3SS), []
-        for scale, side in enumerate(self.scales.sides):
-            signs = F.adaptive_avg_pool2d(left, side).flatten(2).transpose(1, 2) > 0
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        left, tokens = self.inwards(images_B3HW), []
+        for scale, size in enumerate(self.scales.sides):
+            signs = F.adaptive_avg_pool2d(left, size).flatten(2).transpose(1, 2) > 0
             tokens.append(signs.long())
             left = left - self.add_scale(self.zeros(len(left)), self.embed(tokens[-1]), scale)
         return torch.cat(tokens, 1)
@@ -230,7 +255,7 @@ class DotsFields(Settings):
     depth: int = Field(ge=1, le=16)
     width: int = Field(ge=1, le=4096)
     num_heads: int = Field(ge=1, le=64)
-    sides: tuple[int, ...]
+    sides: tuple[Any, ...]
     draws: int = Field(ge=1, le=64)
 
 

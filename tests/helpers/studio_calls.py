@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from varptq.models.sampling_defaults import TOP_K, TOP_P
+
 SECONDS = 120.0
 
 
@@ -32,6 +34,7 @@ class Caller:
         self.http = httpx.Client(timeout=SECONDS, trust_env=False)
         config = self.http.get(f"{address}/config").json()
         self.events = {event["api_name"]: event["id"] for event in config["dependencies"]}
+        self.inputs = {e["api_name"]: len(e["inputs"]) for e in config["dependencies"]}
 
     def call(self, name: str, *data: Any) -> Answer:
         """Join the queue with the event `name` and listen until it ends."""
@@ -47,8 +50,10 @@ class Caller:
         raise AssertionError("the stream ended before the event")
 
     def listen(self, name: str, *data: Any) -> Iterator[dict[str, Any]]:
-        """The same, message by message; who stops listening closes the page."""
-        body = {"data": data, "fn_index": self.events[name], "session_hash": self.session}
+        """The same, message by message; who stops listening closes the page. What is left out at
+        the end is empty."""
+        padded = [*data, *[None] * (self.inputs[name] - len(data))]
+        body = {"data": padded, "fn_index": self.events[name], "session_hash": self.session}
         self.http.post(f"{self.api}/queue/join", json=body).raise_for_status()
         url = f"{self.api}/queue/data?session_hash={self.session}"
         with self.http.stream("GET", url) as lines:
@@ -64,6 +69,34 @@ class Caller:
 
     def file(self, path: str) -> httpx.Response:
         return self.http.get(f"{self.api}/file={path}")
+
+
+def drawing(
+    name: Any,
+    count: Any,
+    seed: Any,
+    cfg: Any,
+    top_k: Any,
+    top_p: Any,
+    tau: Any = 1.0,
+    text: tuple[str, str, str] = ("", "", ""),
+) -> tuple[Any, ...]:
+    """What the event "generate" takes after the models. text: prompt, negative prompt and size."""
+    return (name, *text, count, seed, None, cfg, tau, top_k, top_p)
+
+
+def editing(
+    task: Any,
+    name: Any,
+    candidates: Any,
+    seed: Any,
+    cfg: Any,
+    *rest: Any,
+    text: tuple[str, str, str] = ("", "", ""),
+) -> tuple[Any, ...]:
+    """What the event "edit" takes after picture and canvas."""
+    sampling = (cfg, 1.0, TOP_K, TOP_P)
+    return (task, name, *text, candidates, seed, *sampling, *rest)
 
 
 def file_data(path: str) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import varptq
 from helpers.cli_calls import succeed
@@ -16,6 +19,7 @@ from varptq.evaluate.tokens import token_fidelity
 from varptq.models.families import FAMILIES, family
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import PRESETS
+from varptq.models.scales import Scales
 
 FAST = CalibrationConfig(num_samples=5, steps=2, theta_samples=2)
 POINTS = [(0.0, 1.0), (0.25, 0.5), (1.0, 1.0)]
@@ -75,6 +79,41 @@ def test_it_is_quantized_saved_loaded_and_runs_on_integers(
             assert torch.equal(one[0], tokens[2])
     fidelity = token_fidelity(dots, q, POINTS, varptq.generate(dots, POINTS, seed=2).tokens)
     assert 0 < fidelity.kl < (0.2 if config == "w8a8" else 20) and fidelity.top1 > 0.5
+
+
+@pytest.mark.parametrize("size", [(3, 5), Scales([1, 2, (4, 3), (6, 4)])])
+def test_a_request_brings_its_own_maps(dots: Pipeline, size: Any, tmp_path: Path) -> None:
+    """Rectangles and another number of scales, from one artifact made for squares."""
+    height, width = size.last if isinstance(size, Scales) else size
+    config = varptq.QuantConfig.preset("w8a8")
+    varptq.save(varptq.quantize(dots, config, calibration=FAST), tmp_path / "artifact")
+    drawn = varptq.generate(dots, POINTS, seed=1, size=size)
+    assert drawn.images is not None and drawn.images.shape == (3, 3, 3 * height, 3 * width)
+    view = dots.sized(size)
+    assert view.var.blocks is dots.var.blocks and dots.scales.plain() == [1, 2, 5]
+    assert torch.equal(view.vae.encode(drawn.images * 2 - 1), view.vae.encode(drawn.images * 2 - 1))
+    picture = Image.fromarray((drawn.images[0].permute(1, 2, 0) * 255).byte().numpy())
+    for runtime in ("simulated", "reference", "cpu"):
+        loaded = varptq.load(tmp_path / "artifact", runtime=runtime)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "scale 4 was not calibrated")
+            tokens = varptq.generate(loaded, POINTS, seed=1, size=size).tokens
+            edited = varptq.edit(
+                loaded.sized(size), picture, task="outpaint", box=(0.1, 0.1, 0.8, 0.9), raw=True
+            )
+            if runtime != "simulated":
+                one = varptq.generate(loaded, POINTS[1:2], seed=1, size=size, first_index=1)
+                assert torch.equal(one.tokens[0], tokens[1])
+        assert float((tokens == drawn.tokens).double().mean()) > 0.85
+        assert edited.images[0].size == (3 * width, 3 * height)
+
+
+def test_a_model_of_learned_positions_draws_at_its_own_size_only() -> None:
+    pipe = varptq.build_model("demo")
+    with pytest.raises(InputError, match="model 'demo': size '1M': this model draws at one size"):
+        varptq.generate(pipe, ["ship"], size="1M")
+    with pytest.raises(InputError, match=r"sides 1, 2: this model knows its own only, 1, 2, 3, 4"):
+        varptq.generate(pipe, ["ship"], size=Scales((1, 2)))
 
 
 def test_the_command_line_knows_what_to_do_with_it(dots: Pipeline, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_forced_tokens_decide_the_image_under_smoothing(tiny: Pipeline) -> None:
 
 def test_images_are_the_decoded_tokens(tiny: Pipeline) -> None:
     output = generate(tiny, LABELS)
-    side = tiny.vae.image_size
+    side = tiny.vae.image_size[0]
     assert output.images is not None and output.images.shape == (5, 3, side, side)
     assert output.images.dtype == torch.float32
     assert output.images.min() >= 0 and output.images.max() <= 1

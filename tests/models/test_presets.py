@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +14,13 @@ import huggingface_hub
 import pytest
 
 from varptq.errors import CheckpointError, InputError
+from varptq.models.pipeline import build_model, load_model
 from varptq.models.presets import PRESETS, preset, resolve
 from varptq.models.var.checkpoint import check_pair, infer_var, infer_vqvae, read_state
 from varptq.models.var.presets import HUB_REPO
 
-RELEASED = [name for name, entry in PRESETS.items() if entry.repo]
+OF_VAR = [name for name, entry in PRESETS.items() if entry.family == "var"]
+RELEASED = [name for name in OF_VAR if PRESETS[name].repo]
 COMMIT = "0" * 40
 
 
@@ -45,7 +49,7 @@ def test_demo_files_are_what_the_preset_says() -> None:
     assert len(entry.class_names) == entry.transformer_arch.num_classes
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", OF_VAR)
 def test_every_preset_is_a_pair(name: str) -> None:
     entry = preset(name)
     assert entry.name == name
@@ -61,9 +65,25 @@ def test_released_architectures() -> None:
         assert (arch.depth, arch.num_heads, arch.head_width) == (depth, depth, 64)
         assert arch.shared_adaln == (depth == 36)
         assert arch.scales.num_tokens == (2240 if depth == 36 else 680)
-        pixels = arch.scales.last_side * entry.autoencoder_arch.downsampling
+        pixels = arch.scales.last[0] * entry.autoencoder_arch.downsampling
         assert pixels == (512 if depth == 36 else 256)
         assert entry.transformer_file == f"var_d{depth}.pth"
+
+
+def test_a_preset_in_shards_wants_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, shards = "model.safetensors.index.json", ["model-1.safetensors", "model-2.safetensors"]
+    entry = dataclasses.replace(preset("var-d16"), transformer_file=index)
+    monkeypatch.setitem(PRESETS, "var-d16", entry)
+    weight_map = {f"tensor{i}": shard for i, shard in enumerate(shards)}
+    found = put(tmp_path, index, json.dumps({"weight_map": weight_map}).encode(), "index")
+    put(tmp_path, entry.autoencoder_file, b"vae", "vae")
+    put(tmp_path, shards[0], b"first", "first")
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors of .* is not in"):
+        resolve("var-d16", cache_dir=tmp_path)
+    put(tmp_path, shards[1], b"second", "second")
+    assert resolve("var-d16", cache_dir=tmp_path)[0] == found
 
 
 def test_unknown_name_lists_the_known_and_the_nearest() -> None:
@@ -169,3 +189,17 @@ def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         resolve("var-d24", download=True, cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
     assert "no route to host" in str(caught.value)
+
+
+def test_the_text_demo_reads_strings_and_has_its_own_pool() -> None:
+    entry = preset("demo-text")
+    pipe = load_model("demo-text")
+    assert pipe.var.arch == entry.transformer_arch and pipe.vae.arch == entry.autoencoder_arch
+    assert pipe.vae.image_size == (32, 32) and pipe.scales == entry.size
+    pool = pipe.pool()
+    assert tuple(pool.titles()) == entry.class_names and len(set(pool.titles())) == len(pool) == 200
+    assert pipe.prompts(["a dark photo of a blue car"]).titles() == ["a dark photo of a blue car"]
+    # An artifact of this model finds its encoder and pool by the name.
+    assert pool.sha256() == build_model("demo-text").pool().sha256()
+    size = sum(path.stat().st_size for path in resolve("demo-text"))
+    assert size < 15e6

@@ -55,6 +55,18 @@ def test_legacy_format(tmp_path: Path) -> None:
     assert_same(read_state(tmp_path / "old.pth", "vae"), state)
 
 
+@pytest.mark.parametrize("length", [128, 640])
+def test_a_header_whose_length_begins_as_a_pickle_does(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "model.safetensors"
+    for letters in range(length):
+        state = {"a" * letters: torch.ones(2)}
+        save_file(state, path)
+        if int.from_bytes(path.read_bytes()[:8], "little") == length:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert_same(read_state(path), state)
+
+
 def test_trainer_checkpoint_holds_both_parts(tmp_path: Path) -> None:
     var, vae = var_state(), vae_state()
     trainer = {"var_wo_ddp": var, "vae_local": vae, "var_opt": {"step": 3}}

@@ -32,7 +32,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def make_vae(sides: tuple[int, ...], arch: VQVAEArch = ARCH) -> VQVAE:
-    vae = VQVAE(arch, Scales.of(sides))
+    vae = VQVAE(arch, Scales(sides))
     vae.randomize(generator())
     return vae.eval().requires_grad_(False)
 
@@ -50,7 +50,7 @@ def random_ids(pyramid: TokenPyramid, batch: int, seed: int = 1) -> Tensor:
 def test_shapes(sides: tuple[int, ...]) -> None:
     vae = make_vae(sides)
     side = 2 * sides[-1]
-    assert vae.image_size == side
+    assert vae.image_size == (side, side)
     images = torch.rand(3, 3, side, side, generator=generator()) * 2 - 1
     ids = vae.encode(images)
     assert ids.shape == (3, vae.scales.num_tokens)
@@ -99,7 +99,7 @@ def test_encode_is_greedy_on_the_residual() -> None:
     ids = pyramid.encode(features)
     for scale, part in enumerate(pyramid.scales.slices()):
         before = pyramid.accumulate(ids[:, : part.start]) if scale else pyramid.zeros(2)
-        side = pyramid.scales.sides[scale]
+        side = pyramid.scales.sides[scale][0]
         block = 4 // side
         cells = (features - before).unfold(2, block, block).unfold(3, block, block)
         means_BlC = cells.mean(dim=(-1, -2)).flatten(2).transpose(1, 2)

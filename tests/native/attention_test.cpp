@@ -76,6 +76,7 @@ struct Shape {
   int64_t batch, heads, width;
   int32_t policy, bits;
   float theta;
+  bool rotary = false;
 };
 
 // Four scales in one call; `extreme` inputs have codes at the ends only.
@@ -88,6 +89,8 @@ std::vector<float> attention(const Shape& shape, bool extreme, int threads) {
     for (float& x : qkv) x = x > 0 ? 1.0f : -1.0f;
   const std::vector<float> bias = normal(random, static_cast<size_t>(width), extreme ? 0.0f : 1.0f);
   const std::vector<float> factor(static_cast<size_t>(shape.heads), 2.0f);
+  const size_t angles = static_cast<size_t>(46 * (shape.width / 2));
+  const std::vector<float> cosine = normal(random, angles), sine = normal(random, angles);
   const int64_t bytes = vq_attention_cache_bytes(shape.width, 46, 4);
   std::vector<uint8_t> cache(static_cast<size_t>(shape.batch * shape.heads * bytes));
   std::vector<float> out(static_cast<size_t>(shape.batch * 46 * width));
@@ -95,7 +98,7 @@ std::vector<float> attention(const Shape& shape, bool extreme, int threads) {
   a.batch = shape.batch;
   a.heads = shape.heads;
   a.width = shape.width;
-  a.tokens = a.capacity = 46;
+  a.queries = a.tokens = a.capacity = 46;
   a.ends = ends;
   a.segments = a.num_spans = 4;
   a.spans = spans;
@@ -105,25 +108,84 @@ std::vector<float> attention(const Shape& shape, bool extreme, int threads) {
   a.l2_norm = !extreme;
   a.max_order = 3;
   a.theta = shape.theta;
-  a.qkv = qkv.data();
+  a.query = qkv.data();
+  a.key = a.query + width;
+  a.value = a.key + width;
+  a.query_stride = a.key_stride = 3 * width;
   a.query_bias = a.value_bias = bias.data();
   a.query_factor = factor.data();
+  a.cosine = shape.rotary ? cosine.data() : nullptr;
+  a.sine = shape.rotary ? sine.data() : nullptr;
   a.cache = cache.data();
   a.out = out.data();
   a.threads = threads;
   expect(vq_attention(&a) == VQ_OK, "attention returns 0");
+  a.sine = nullptr;
+  expect((vq_attention(&a) == VQ_OK) != shape.rotary, "cosines without sines are refused");
+  return out;
+}
+
+// A text of `keys` tokens that enters in one call; five queries of two scales ask it in another.
+std::vector<float> over_text(const Shape& shape, int64_t keys, int threads) {
+  const int64_t ends[] = {keys}, spans[] = {0, 1, keys, 1, 5, keys};
+  const int64_t width = shape.heads * shape.width;
+  Random random(9);
+  const std::vector<float> kv = normal(random, static_cast<size_t>(shape.batch * keys * 2 * width));
+  const std::vector<float> q = normal(random, static_cast<size_t>(shape.batch * 5 * width), 3.0f);
+  const std::vector<float> bias = normal(random, static_cast<size_t>(width));
+  const std::vector<float> factor(static_cast<size_t>(shape.heads), 0.125f);
+  const int64_t bytes = vq_attention_cache_bytes(shape.width, keys, 1);
+  std::vector<uint8_t> cache(static_cast<size_t>(shape.batch * shape.heads * bytes));
+  std::vector<float> out(q.size());
+  vq_attention_args a = {};
+  a.batch = shape.batch;
+  a.heads = shape.heads;
+  a.width = shape.width;
+  a.tokens = a.capacity = keys;
+  a.ends = ends;
+  a.segments = 1;
+  a.policy = shape.policy;
+  a.query_bits = a.key_bits = a.value_bits = shape.bits;
+  a.probability_bits = 8;
+  a.max_order = 3;
+  a.theta = shape.theta;
+  a.key = kv.data();
+  a.value = a.key + width;
+  a.key_stride = 2 * width;
+  a.value_bias = bias.data();
+  a.cache = cache.data();
+  a.threads = threads;
+  expect(vq_attention(&a) == VQ_OK, "a text enters");
+  a.start = keys;
+  a.tokens = 0;
+  a.queries = 5;
+  a.spans = spans;
+  a.num_spans = 2;
+  a.query = q.data();
+  a.query_stride = width;
+  a.query_factor = factor.data();
+  a.out = out.data();
+  expect(vq_attention(&a) == VQ_OK, "a text answers");
   return out;
 }
 
 void attentions() {
   const Shape shapes[] = {{1, 1, 1, VQ_POLICY_TOKEN, 8, -1.0f},   {2, 3, 20, VQ_POLICY_TOKEN, 8, -1.0f},
                           {1, 2, 64, VQ_POLICY_TOKEN, 4, 0.01f},  {3, 1, 128, VQ_POLICY_TOKEN, 8, -1.0f},
-                          {2, 2, 37, VQ_POLICY_SEGMENT, 6, -1.0f}, {1, 2, 64, VQ_POLICY_SEGMENT, 4, 0.02f}};
+                          {2, 2, 37, VQ_POLICY_SEGMENT, 6, -1.0f}, {1, 2, 64, VQ_POLICY_SEGMENT, 4, 0.02f},
+                          {2, 2, 20, VQ_POLICY_TOKEN, 8, -1.0f, true}, {1, 1, 128, VQ_POLICY_SEGMENT, 4, 0.02f, true}};
   for (const Shape& shape : shapes)
     for (const bool extreme : {false, true})
       on_every_set("attention differs between instruction sets", [&] {
         const std::vector<float> one = attention(shape, extreme, 1);
         expect(one == attention(shape, extreme, 2), "attention depends on threads");
+        return one;
+      });
+  for (const Shape& shape : shapes)
+    for (const int64_t keys : {1, 7, 77})
+      on_every_set("cross-attention differs between instruction sets", [&] {
+        const std::vector<float> one = over_text(shape, keys, 1);
+        expect(one == over_text(shape, keys, 2), "cross-attention depends on threads");
         return one;
       });
 }

@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
+from varptq.models.rotary import Rotary
 from varptq.models.seams import Span
 from varptq.native import binding
 from varptq.quant.affine import affine_codes, affine_grid
 from varptq.quant.attention import QuantMix, QuantScores, segment_grid
 from varptq.quant.config import AttentionSpec, TensorSpec
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.quant.shift_sum import fixed_codes, orders
+from varptq.runtime.cpu import book
 
 pytestmark = [
     pytest.mark.native,
@@ -47,13 +50,19 @@ class Case:
     def __init__(self, seed: int = 0, rows: int = 2, **changes: Any) -> None:
         given = {"heads": 3, "head_width": 20, "ends": ENDS, "policy": "token", "l2_norm": False}
         given |= dict.fromkeys(("query_bits", "key_bits", "value_bits", "probability_bits"), 8)
-        self.theta = changes.pop("theta", None)
+        self.theta, rotary = changes.pop("theta", None), changes.pop("rotary", False)
+        self.type = "codebook" if changes.pop("codebook", False) else "affine"
+        if self.type == "codebook":
+            for what in ("query", "key", "value"):
+                changes[f"{what}_book"] = book("codebook", changes[f"{what}_bits"])
         self.scheme = attention.AttentionScheme(**{**given, **changes})
         heads, width = self.scheme.heads, self.scheme.head_width
         g = torch.Generator().manual_seed(seed)
         self.qkv = 2 * torch.randn(rows, ENDS[-1], 3 * heads * width, generator=g)
         self.biases = torch.randn(2, heads * width, generator=g)
         self.factor = torch.rand(heads, generator=g) + 0.5
+        angles = 50 * torch.randn(ENDS[-1], width // 2, generator=g)
+        self.tables = Rotary(angles.cos(), angles.sin()) if rotary else None
 
     def run(
         self, qkv: Tensor, cache: Any, spans: list[Span], trace: Any = None, layer: str = ""
@@ -66,6 +75,7 @@ class Case:
             query_bias_C=self.biases[0],
             value_bias_C=self.biases[1],
             query_factor_H=self.factor,
+            tables=self.tables,
             theta=self.theta,
             trace=trace,
             layer=layer,
@@ -88,18 +98,24 @@ class Case:
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
         if self.scheme.l2_norm:
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return q * self.factor[:, None, None], k, v
+        q = q * self.factor[:, None, None]
+        if self.tables is None:
+            return q, k, v
+        everywhere = slice(0, ENDS[-1])
+        return self.tables.turn(q, everywhere), self.tables.turn(k, everywhere), v
 
     def spec(self) -> AttentionSpec:
         """The same layer for the simulated modules."""
         s = self.scheme
         return AttentionSpec(
             policy=s.policy,
-            query=TensorSpec(num_bits=s.query_bits),
-            key=TensorSpec(num_bits=s.key_bits),
+            query=TensorSpec(num_bits=s.query_bits, type=self.type),
+            key=TensorSpec(num_bits=s.key_bits, type=self.type),
             probability=TensorSpec(num_bits=s.probability_bits, type="uniform"),
             value=TensorSpec(
-                num_bits=s.value_bits, strategy="token" if s.policy == "token" else "head"
+                num_bits=s.value_bits,
+                type=self.type,
+                strategy="token" if s.policy == "token" else "head",
             ),
             max_order=s.max_order,
         )
@@ -117,15 +133,15 @@ CASES = [
     {"policy": "segment", "value_bits": 4, "theta": 0.02, "head_width": 64},
     {"value_bits": 6, "max_order": 1, "theta": 0.0},
     {"l2_norm": True},
+    {"rotary": True},
+    {"rotary": True, "l2_norm": True, "policy": "segment", "head_width": 64, "value_bits": 4},
+    {"rotary": True, "head_width": 128, "rows": 1, "value_bits": 4, "theta": 0.02},
+    {"codebook": True, "query_bits": 4, "key_bits": 5, "value_bits": 6, "max_order": 0},
+    {
+        **{"codebook": True, "query_bits": 2, "key_bits": 6, "value_bits": 4, "head_width": 128},
+        **{"max_order": 0, "theta": 0.02, "l2_norm": True},
+    },
 ]
-
-
-@pytest.fixture(params=binding.features() if binding.core() else [])
-def isa(request: pytest.FixtureRequest) -> Any:
-    before = binding.isa()
-    assert binding.select_isa(request.param)
-    yield request.param
-    binding.select_isa(before)
 
 
 @pytest.mark.parametrize("changes", CASES)
@@ -138,7 +154,7 @@ def test_scores_and_outputs_are_the_integers_of_the_codes(
     k = t.key_codes.long() - t.key_zero[..., None]
     exact = (q @ k.transpose(-1, -2)).float()
     scores = exact * (t.query_scale[..., None] * t.key_scale[..., None, :])
-    for index, (queries, (*_, keys)) in enumerate(SPANS):
+    for index, (queries, (*_, keys), _) in enumerate(SPANS):
         seen = t.scores[:, :, queries, :keys]
         assert torch.equal(seen, scores[:, :, queries, :keys])
         p = t.probability_codes[:, :, queries, :keys].long()
@@ -176,10 +192,13 @@ def test_codes_are_those_of_the_quantizers(changes: dict[str, Any], isa: str) ->
     s = case.scheme
     q, k, v = case.operands()
     exact = not s.l2_norm
-    check_codes(q, s.query_bits, t.query_codes, t.query_scale, t.query_zero, exact)
-    check_codes(k, s.key_bits, t.key_codes, t.key_scale, t.key_zero, exact)
-    value = case.spec().value
+    spec = case.spec()
+    check_codes(q, spec.query, t.query_codes, t.query_scale, t.query_zero, exact)
+    check_codes(k, spec.key, t.key_codes, t.key_scale, t.key_zero, exact)
+    value = spec.value
     assert value is not None
+    if value.type == "codebook":
+        return check_codes(v, value, t.value_codes, t.value_scale, t.value_zero, exact=True)
     grid = segment_grid(v, value, ENDS) if s.policy == "segment" else affine_grid(v, s.value_bits)
     assert torch.equal(t.value_scale, grid.scale[..., 0])
     if case.theta is None:
@@ -193,17 +212,23 @@ def test_codes_are_those_of_the_quantizers(changes: dict[str, Any], isa: str) ->
 
 
 def check_codes(
-    x: Tensor, bits: int, codes: Tensor, scale: Tensor, zero: Tensor, exact: bool
+    x: Tensor, spec: TensorSpec | None, codes: Tensor, scale: Tensor, zero: Tensor, exact: bool
 ) -> None:
-    grid = affine_grid(x, bits)
-    want = affine_codes(x, grid, bits)
+    assert spec is not None
+    row = QUANTIZERS[spec.type]
+    grid = row.grid_of(x, spec)
+    want = row.integers(row.codes(x, grid, spec.num_bits), grid, spec.num_bits)
+    found = (codes - zero[..., None].int()).float()
     if exact:
         assert torch.equal(scale, grid.scale[..., 0])
-        assert torch.equal(zero, grid.zero_point[..., 0].int())
-        assert torch.equal(codes, want.to(torch.uint8))
+        assert torch.equal(found, want)
+        assert not row.even_steps or torch.equal(zero, grid.zero_point[..., 0].int())
         return
     torch.testing.assert_close(scale, grid.scale[..., 0], rtol=ROUNDING, atol=0)
-    off = codes.float() != want
+    off = found != want
+    if not row.even_steps:
+        assert float(off.float().mean()) < TIE_WIDTH
+        return
     position = (x / grid.scale)[off]
     assert ((position - position.floor() - 0.5).abs() < TIE_WIDTH).all()
 
@@ -214,7 +239,7 @@ def test_probabilities_and_orders_follow_the_scores(changes: dict[str, Any]) -> 
     _, t = case.traced()
     s = case.scheme
     moved = 0
-    for index, (queries, (*_, keys)) in enumerate(SPANS):
+    for index, (queries, (*_, keys), _) in enumerate(SPANS):
         p = t.scores[:, :, queries, :keys].softmax(-1)
         order = t.orders[index, ..., :keys]
         if case.theta is not None:
@@ -262,22 +287,22 @@ def test_the_simulated_modules_agree(changes: dict[str, Any]) -> None:
     threads=st.integers(1, 3),
     policy=st.sampled_from(["token", "segment"]),
     theta=st.sampled_from([None, 0.02]),
+    rotary=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=15, deadline=None)
 def test_bits_do_not_depend_on_batch_threads_or_steps(
-    rows: int, width: int, threads: int, policy: str, theta: float | None, seed: int
+    rows: int, width: int, threads: int, policy: str, theta: float | None, rotary: bool, seed: int
 ) -> None:
-    case = Case(
-        seed, rows, head_width=width, policy=policy, theta=theta, value_bits=4, l2_norm=True
-    )
+    changes = {"policy": policy, "theta": theta, "rotary": rotary, "value_bits": 4}
+    case = Case(seed, rows, head_width=width, l2_norm=True, **changes)
     want = torch.cat([case.forced(qkv=row) for row in case.qkv.split(1)])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         assert torch.equal(case.forced(), want)
         cache = attention.AttentionCache(case.scheme, rows)
-        for queries, ends in SPANS:
+        for queries, ends, _ in SPANS:
             step = case.qkv[:, queries]
             span = [Span(slice(0, step.shape[1]), ends)]
             assert torch.equal(case.run(step, cache, span), want[:, queries])
@@ -317,7 +342,7 @@ def test_extremes_of_codes_do_not_overflow(isa: str) -> None:
     out, t = case.traced()
     assert t.scores.abs().max() == 255 * 255 * 128 * t.query_scale[0, 0, 0] * t.key_scale[0, 0, 0]
     q, k, v = case.operands()
-    for queries, (*_, keys) in SPANS:
+    for queries, (*_, keys), _ in SPANS:
         p = (q[:, :, queries] @ k[:, :, :keys].transpose(-1, -2)).softmax(-1)
         want = (p @ v[:, :, :keys]).transpose(1, 2).flatten(2)
         torch.testing.assert_close(out[:, queries], want, rtol=1e-3, atol=0.02)

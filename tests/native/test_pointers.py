@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ def product(**changes: object) -> torch.Tensor:
     return linear(rows, weight)
 
 
-def attend(cache_rows: int = 2, **changes: torch.Tensor) -> torch.Tensor:
+def attend(cache_rows: int = 2, **changes: Any) -> torch.Tensor:
     scheme = attention.AttentionScheme(2, 16, (1, 5), "token", 4, 4, 4, 4, l2_norm=False)
-    operands = {
+    operands: dict[str, Any] = {
         "query_bias_C": torch.zeros(32),
         "value_bias_C": torch.zeros(32),
         "query_factor_H": torch.ones(2),
@@ -50,6 +51,14 @@ def attend(cache_rows: int = 2, **changes: torch.Tensor) -> torch.Tensor:
     cache = attention.AttentionCache(scheme, cache_rows)
     qkv = torch.zeros(2, 1, 96)
     return attention.attend(scheme, qkv, cache, [(slice(0, 1), (1,))], **operands)
+
+
+def over_text(kv: torch.Tensor | None = None, q: torch.Tensor | None = None) -> torch.Tensor:
+    scheme = attention.AttentionScheme(2, 16, (3,), "token", 4, 4, 4, 4, l2_norm=False)
+    cache = attention.AttentionCache(scheme, 2)
+    kv, q = torch.zeros(2, 3, 64) if kv is None else kv, torch.zeros(2, 1, 32) if q is None else q
+    attention.enter(scheme, kv, cache, value_bias_C=torch.zeros(32))
+    return attention.answer(scheme, q, cache, [(slice(0, 1), (3,))], query_factor_H=torch.ones(2))
 
 
 CALLS: dict[str, Callable[[], object]] = {
@@ -75,6 +84,12 @@ CALLS: dict[str, Callable[[], object]] = {
     "small cache": lambda: attend(cache_rows=1),
     "biases of other size": lambda: attend(value_bias_C=torch.zeros(31)),
     "factor on meta": lambda: attend(query_factor_H=torch.ones(2, device="meta")),
+    "tables of fewer tokens": lambda: attend(tables=(torch.ones(4, 8), torch.ones(4, 8))),
+    "tables of other heads": lambda: attend(tables=(torch.ones(5, 8), torch.ones(5, 9))),
+    "text of other width": lambda: over_text(kv=torch.zeros(2, 3, 63)),
+    "another text's rows": lambda: over_text(kv=torch.zeros(1, 3, 64)),
+    "queries of other width": lambda: over_text(q=torch.zeros(2, 1, 31)),
+    "queries of fewer rows": lambda: over_text(q=torch.zeros(1, 1, 32)),
     "phi of other size": lambda: add_phi(
         torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 2, 2), torch.zeros(4, 4, 3, 3), torch.zeros(4)
     ),
@@ -83,7 +98,7 @@ CALLS: dict[str, Callable[[], object]] = {
 
 def test_what_fits_is_computed() -> None:
     assert product().shape == (2, OUTPUTS)
-    assert attend().shape == (2, 1, 32)
+    assert attend().shape == over_text().shape == (2, 1, 32)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -4,8 +4,6 @@ bit, on every instruction set; prologues agree with torch to float32 rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +13,9 @@ from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
 from varptq.native import binding
-from varptq.native.quantize import Norm, quantize
+from varptq.native.quantize import Codebook, Norm, quantize
 from varptq.quant.affine import affine_codes, affine_grid, to_groups
+from varptq.quant.codebook import HALVES, codebook_codes, codebook_grid, entries, reach
 from varptq.quant.sign_split import sign_split_codes, sign_split_grid
 from varptq.quant.transforms import hadamard
 
@@ -28,14 +27,6 @@ pytestmark = [
 NAMES = ("portable", "avx2", "avx512vnni")
 # LayerNorm and GELU against float64: a few roundings, and an exponential good to 2e-7 per unit.
 PROLOGUE_ERROR = 3e-6
-
-
-@pytest.fixture(autouse=True)
-def _same_set_afterwards() -> Iterator[None]:
-    before = binding.isa() if binding.core() else ""
-    yield
-    if before:
-        binding.select_isa(before)
 
 
 def sets() -> list[str]:
@@ -87,6 +78,29 @@ def test_affine_codes_are_those_of_the_reference(
         assert torch.equal(rows.scale, grid.scale.squeeze(-1))
         assert torch.equal(rows.zero_point.float(), grid.zero_point.squeeze(-1))
         assert torch.equal(rows.sums.float(), codes.unflatten(1, (-1, group or k)).sum(-1))
+        assert rows.codes.sum() == rows.plain_codes.sum(), "padding is not zero"
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([1, 3, 9]), LAYOUTS, st.integers(2, 6), KINDS, st.integers(0, 999))
+def test_codebook_codes_are_those_of_the_reference(
+    m: int, layout: tuple[int | None, int], bits: int, kind: str, seed: int
+) -> None:
+    """Scales too, so the order of their sums; entries are codes about 128."""
+    group, k = layout
+    x = data(m, k, kind, seed)
+    x[0, : k // 2] *= 2.0**-30
+    cut = to_groups(x, group or k)
+    grid = codebook_grid(cut, bits)
+    found = entries(bits)[codebook_codes(cut, grid, bits).int()].int().flatten(1)
+    book = Codebook(HALVES[bits], reach(bits))
+    for name in sets():
+        binding.select_isa(name)
+        rows = quantize(x, num_bits=bits, row_group=group, codebook=book)
+        assert torch.equal(rows.scale, grid.scale.squeeze(-1)), name
+        assert torch.equal(rows.plain_codes.int() - 128, found), name
+        assert bool((rows.zero_point == 128).all()) and rows.num_bits == 8
+        assert torch.equal(rows.sums, (found + 128).unflatten(1, (-1, group or k)).sum(-1).int())
         assert rows.codes.sum() == rows.plain_codes.sum(), "padding is not zero"
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from varptq.quant import adaround
 from varptq.quant.affine import Grid, affine_codes, affine_grid, affine_values
+from varptq.quant.codebook import codebook_codes, codebook_grid, codebook_values, entries
+from varptq.quant.layers import LearnedRounding
 
 BITS = st.integers(2, 8)
 
@@ -132,3 +134,32 @@ def test_linear_beta() -> None:
     assert adaround.linear_beta(10, 10, 20.0, 2.0, warmup=1.0) == 20.0
     betas = [adaround.linear_beta(t, 100, 20.0, 2.0, 0.2) for t in range(101)]
     assert betas == sorted(betas, reverse=True)
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 6])
+def test_between_entries_of_a_table(num_bits: int) -> None:
+    """The soft weight starts as the float one where the table reaches, the hard one as the nearest
+    entry, and either choice is an entry beside the float weight."""
+    x = torch.randn(5, 1, 40, generator=torch.Generator().manual_seed(num_bits))
+    x[0] = 0.0
+    grid, table = codebook_grid(x, num_bits), entries(num_bits)
+    plain = Grid(grid.scale, grid.zero_point)
+    rounding = LearnedRounding(x, plain, num_bits, hard=False, table=table)
+    values = table.float() * grid.scale
+    inside = (x >= values.amin(-1, keepdim=True)) & (x <= values.amax(-1, keepdim=True))
+    soft = rounding.weight().view_as(x)
+    assert torch.allclose(soft[inside], x[inside], atol=1e-5)
+    nearest = codebook_values(codebook_codes(x, plain, num_bits), plain, num_bits)
+    rounding.hard = True
+    hard = rounding.weight().view_as(x)
+    assert torch.allclose((hard - x).abs(), (nearest - x).abs(), atol=1e-6)
+    codes = rounding.hard_codes()
+    assert torch.equal(codebook_values(codes, plain, num_bits), hard)
+    hard.sum().backward()
+    gap = rounding.alpha.grad
+    assert gap is not None and bool((gap[1:] >= 0).all()) and float(gap[1:].max()) > 0
+    with torch.no_grad():
+        rounding.alpha.neg_()
+    other = rounding.hard_codes()
+    moved = (codes - other).abs()
+    assert bool((moved[rounding.alpha.abs() > 0] == 1).all())

@@ -25,7 +25,7 @@ BITS = st.one_of(st.none(), st.integers(2, 8))
     BITS,
 )
 def test_products_count_every_query_with_every_key(sides, heads, width, left, right):
-    scales = Scales.of(sides)
+    scales = Scales(sides)
     scale_of = scales.scale_of_L().tolist()
     pairs = sum(q >= k for q in scale_of for k in scale_of)
     ours = account(

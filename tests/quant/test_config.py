@@ -88,21 +88,26 @@ def test_modifiers() -> None:
 
 @pytest.mark.parametrize("width", ["w4a4", "w4a6", "w4a8", "w6a6", "w8a8"])
 def test_a_bare_name_is_what_measures_best(width: str) -> None:
-    """The same parts at every width, in codes that never change once they are in the cache."""
+    """The same parts at every width, in codes that never change once they are in the cache;
+    codebooks, and rotations as wide as they go, where there would be groups."""
     bare, spelled = QuantConfig.preset(width), QuantConfig.preset(f"{width}+paper")
     for name in BEYOND_PAPER:
         spelled = MODIFIERS[name](spelled)
+    narrow = "4" in width
+    assert QuantConfig.preset(f"{width}+groups") == spelled.replace(name=f"{width}+groups")
+    spelled = MODIFIERS["codebook"](spelled) if narrow else spelled
     assert bare == spelled.replace(name=width)
     assert bare.attention is not None and bare.attention.policy == "token"
     assert bare.attention.probability == TensorSpec(num_bits=8, type="uniform")
-    transform = InputTransform(smooth=True, center=True, hadamard=128)
+    transform = InputTransform(smooth=True, center=True, hadamard=1024 if narrow else 128)
     assert {bare.linear_for(n).input_transform for n in (FC2, "head")} == {transform}
     word_embed, fc2 = bare.linear_for("word_embed"), bare.linear_for(FC2)
     assert word_embed.weight is not None and word_embed.weight.num_bits == 8
     head = bare.linear_for("head")
     assert head.weight == bare.linear.weight
     assert head.input is not None and head.input.num_bits == 8
-    assert fc2.input is not None and fc2.input.type == "affine"
+    assert fc2.input is not None and fc2.input.strategy == "token"
+    assert fc2.input.type == ("codebook" if fc2.input.num_bits < 6 or width == "w4a6" else "affine")
 
 
 def test_the_paper_assignment_stands_first() -> None:
@@ -119,7 +124,7 @@ def test_the_paper_assignment_stands_first() -> None:
     [
         ("paper", "w4a4+paper"),
         ("balanced", "w4a4"),
-        ("best", "w4a4+qk6+v6+g32"),
+        ("best", "w3a5+spread"),
         ("paper+litevar", "w4a4+paper+litevar"),
     ],
 )
@@ -127,15 +132,34 @@ def test_names_of_their_own(name: str, meant: str) -> None:
     assert QuantConfig.preset(name) == QuantConfig.preset(meant).replace(name=name)
 
 
-def test_best_has_small_groups_and_six_bits_in_attention() -> None:
-    best = QuantConfig.preset("best")
-    fc2, attention = best.linear_for(FC2), best.attention
-    assert fc2.input is not None and attention is not None
-    assert fc2.input.group_size == 32
-    assert fc2.weight is not None and fc2.weight.group_size == 128
-    assert QuantConfig.preset("w8a8+g32") == QuantConfig.preset("w8a8").replace(name="w8a8+g32")
+def test_spread_bits_are_those_of_their_kinds() -> None:
+    best, least = QuantConfig.preset("best"), QuantConfig.preset("bops1")
+    attention = best.attention
+    assert attention is not None
     bits = [getattr(attention, name).num_bits for name in ("query", "key", "value", "probability")]
     assert bits == [6, 6, 6, 8]
+
+    def widths(config: QuantConfig, layer: str) -> tuple[int, int]:
+        found = config.linear_for(layer)
+        assert found.weight and found.input
+        assert {found.weight.type, found.input.type} == {"codebook"}
+        return found.weight.num_bits, found.input.num_bits
+
+    assert widths(best, "blocks.3.attn.mat_qkv") == widths(least, "blocks.0.attn.mat_qkv") == (3, 6)
+    assert widths(best, "blocks.0.attn.proj") == (4, 6)
+    assert widths(best, FC2) == (3, 5) and widths(least, FC2) == (2, 5)
+    assert widths(least, "blocks.0.ada_lin.1") == widths(least, "head_nm.ada_lin.1") == (3, 6)
+    # A family's own layers of the same kinds have the same bits.
+    assert widths(best, "blocks.1.cross.mat_q") == (3, 6)
+    assert widths(best, "shared_ada_lin.1") == (3, 6)
+
+
+def test_groups_have_a_name_and_take_their_size() -> None:
+    grouped = QuantConfig.preset("w4a4+groups+g32")
+    fc2 = grouped.linear_for(FC2)
+    assert fc2.input is not None and fc2.weight is not None
+    assert (fc2.input.group_size, fc2.weight.group_size) == (32, 128)
+    assert QuantConfig.preset("w8a8+g32") == QuantConfig.preset("w8a8").replace(name="w8a8+g32")
 
 
 def test_smoothing_alone_leaves_the_quantizers() -> None:
@@ -218,7 +242,8 @@ def test_unknown_presets_name_the_known_ones(name: str, words: list[str]) -> Non
         ({"num_bits": 4, "tpye": "log2"}, "TensorSpec: unknown field 'tpye'"),
         (
             {"num_bits": 4, "type": "fp4"},
-            "TensorSpec: type is 'fp4': expected one of affine, sign_split, log2, uniform",
+            "TensorSpec: type is 'fp4': expected one of affine, codebook, sign_split, log2, "
+            "uniform",
         ),
         (
             {"num_bits": 4, "strategy": "group"},
@@ -263,7 +288,7 @@ def edited(path: list[str | int], value: Any) -> dict[str, Any]:
         (
             edited(["attention", "value", "type"], "log2"),
             "QuantConfig: attention.value: type 'log2' with strategy 'head', "
-            "expected type affine and strategy head or token",
+            "expected type affine or codebook and strategy head or token",
         ),
         (
             edited(["linear", "weight", "group_size"], None),

@@ -28,8 +28,7 @@ def bops_by_loops(var: VAR, config: QuantConfig) -> int:
         return out_features * in_features * tokens * bits(spec.weight) * bits(spec.input)
 
     seen = 0
-    for scale, side in enumerate(arch.scales.sides):
-        queries = side * side
+    for scale, queries in enumerate(arch.scales.lengths):
         seen += queries
         total += linear("head", queries) + linear("head_nm.ada_lin.1", 1)
         total += linear("word_embed", queries if scale > 0 else 0)

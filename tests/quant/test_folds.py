@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from varptq.models.scales import Scales
-from varptq.models.seams import NormFold, ValueFold
+from varptq.models.seams import GainFold, NormFold, ValueFold
 from varptq.models.var.checkpoint import VARArch
 from varptq.models.var.transformer import VAR
-from varptq.quant.folds import scale_input, scale_values, shift_input
+from varptq.quant.folds import scale, scale_input, scale_values, shift_input
 
 WIDTH = 24
 # Of a few thousand float64 roundings at magnitude 1.
@@ -98,13 +98,27 @@ def test_the_input_of_the_layer_changes_as_said(fold: str) -> None:
         torch.testing.assert_close(after, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_a_shared_adaln_layer_takes_nothing() -> None:
+def test_a_shared_adaln_layer_leaves_it_to_gains() -> None:
     var = model(shared=True)
     assert set(normed_inputs(var)) == {"head"}
-    assert list(var.folds()) == ["blocks.0.attn.proj", "blocks.1.attn.proj", "head"]
-    before = logits(var)
-    scale_all(var), scale_all_values(var)
-    torch.testing.assert_close(logits(var), before, rtol=TOLERANCE, atol=TOLERANCE)
+    gains = [name for name, fold in var.folds().items() if isinstance(fold, GainFold)]
+    assert gains == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.mat_qkv", "ffn.fc1")]
+    assert not any("gain" in name for name in var.state_dict())
+    before, heard = logits(var), {}
+    for name in gains:
+        var.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments, name=name: heard.setdefault(name, []).append(arguments[0])
+        )
+    logits(var)
+    for repetition in range(2):  # a gain that is there is multiplied
+        for seed, place in enumerate(var.folds().values()):
+            scale(place, factors(seed))
+        torch.testing.assert_close(logits(var), before, rtol=TOLERANCE, atol=TOLERANCE)
+        for name in gains:
+            factor = factors(list(var.folds()).index(name)) ** (repetition + 1)
+            expected = heard[name][0] * factor
+            torch.testing.assert_close(heard[name][-1], expected, rtol=1e-8, atol=1e-8)
+    assert {tuple(block.ada_gain.weight.shape) for block in var.blocks} == {(2, WIDTH)}
 
 
 def test_folds_are_named_after_their_linears() -> None:

@@ -40,6 +40,8 @@ def same(ours: Fake, plain: Fake, x: Tensor) -> None:
 @given(st.data(), st.sampled_from((-1, -2, (-2, -1))))
 def test_every_row(name: str, data: st.DataObject, dims: affine.Dims) -> None:
     row, spec, x = data.draw(cases(name))
+    # Sums of a codebook have an order along the last axis only.
+    dims = dims if row.table is None else -1
     same(lambda t: row.straight_through(t, spec, dims), lambda t: row.fake(t, spec, dims), x)
 
 

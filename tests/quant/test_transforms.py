@@ -71,6 +71,19 @@ def test_rotation_is_the_same_for_every_batch_and_in_bfloat16() -> None:
     assert torch.equal(hadamard(half, 64), hadamard(half.float(), 64).bfloat16())
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rotation_has_the_same_bits_with_a_gradient_and_in_any_layout(block: int) -> None:
+    x = noise(2 * block, 5).float().T
+    whole = hadamard(x, block)
+    assert torch.equal(hadamard(x.contiguous(), block), whole)
+    followed = x.clone().requires_grad_()
+    rotated = hadamard(followed, block)
+    assert torch.equal(rotated, whole)
+    rotated.square().sum().backward()
+    assert followed.grad is not None  # an orthogonal map keeps lengths
+    torch.testing.assert_close(followed.grad, 2 * x, rtol=1e-4, atol=1e-5)
+
+
 def float_layer(transform: InputTransform, seed: int = 0) -> tuple[nn.Linear, QuantLinear]:
     """A layer whose weight and input stay in float, so that only its transform is left."""
     linear = TokenLinear(192, 7, kind="fc1")
@@ -178,12 +191,14 @@ def test_codes_of_an_input_are_those_of_its_steps(
     assert float((values - rotated).abs().max()) <= float(step)
 
 
-def test_a_schedule_with_more_scales_takes_the_mean_and_says_so() -> None:
+def test_a_schedule_with_more_scales_takes_the_last_mean_and_says_so() -> None:
     linear, layer = float_layer(InputTransform(center=True, hadamard=64))
     layer.set_means(noise(SCALES.num_scales, 192, seed=5))
     longer = Scales((1, 2, 3, 4))
     x = noise(2, longer.num_tokens, 192, seed=6)
-    with pytest.warns(UserWarning, match="layer layer: means of 3 scales, found scale 4"):
+    with pytest.warns(
+        UserWarning, match="scale 4 was not calibrated: means of the finest of 3 scales"
+    ):
         found = layer(x, spans_of(longer))
     torch.testing.assert_close(found, linear(x), rtol=1e-5, atol=1e-5)
     mean, gained = layer._tables(spans_of(SCALES), x.device)

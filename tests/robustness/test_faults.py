@@ -25,6 +25,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
 from varptq.progress import silent
 from varptq.quant.config import QuantConfig
+from varptq.quant.pipeline import QuantizedPipeline
 from varptq.work import Piece, Work
 
 CALLS = ("mkdir", "replace", "fsync", "open")
@@ -66,9 +67,8 @@ def forbidden(
 
 
 def save_artifact(pipe: Pipeline, folder: Path) -> None:
-    artifact.save(
-        varptq.quantize(pipe, QuantConfig.preset("w8a8+paper"), method="rtn"), folder / "a"
-    )
+    assert isinstance(pipe, QuantizedPipeline)
+    artifact.save(pipe, folder / "a")
 
 
 def check_artifact(folder: Path) -> None:
@@ -130,13 +130,20 @@ WRITERS: dict[str, tuple[Callable[[Pipeline, Path], None], Callable[[Path], None
 }
 
 
+@pytest.fixture(scope="module")
+def written(tiny: Pipeline) -> dict[str, Pipeline]:
+    """What each of `WRITERS` is given, made once."""
+    quantized = varptq.quantize(tiny, QuantConfig.preset("w8a8+paper"), method="rtn")
+    return dict.fromkeys(WRITERS, tiny) | {"artifact": quantized}
+
+
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.name.startswith(".varptq-")]
 
 
 @pytest.mark.parametrize("what", WRITERS)
 def test_a_full_disk(
-    what: str, tiny: Pipeline, tmp_path: Path, counted: Callable[[], None]
+    what: str, written: dict[str, Pipeline], tmp_path: Path, counted: Callable[[], None]
 ) -> None:
     write, check, _ = WRITERS[what]
     failures = 0
@@ -146,13 +153,13 @@ def test_a_full_disk(
         folder.mkdir()
         try:
             with file_size_limit(size):
-                write(tiny, folder)
+                write(written[what], folder)
         except OutputError as error:
             failures += 1
             assert "\n" not in str(error)
             assert not leftovers(folder)
             # The same call again, with room: what the failure left behind does not disturb it.
-            write(tiny, folder)
+            write(written[what], folder)
         check(folder)
     assert failures >= 2
 
@@ -162,7 +169,7 @@ def test_a_full_disk(
 def test_a_forbidden_step(
     what: str,
     call: str,
-    tiny: Pipeline,
+    written: dict[str, Pipeline],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     counted: Callable[[], None],
@@ -176,14 +183,14 @@ def test_a_forbidden_step(
         error = None
         with forbidden(monkeypatch, call, place, folder) as calls:
             try:
-                write(tiny, folder)
+                write(written[what], folder)
             except OutputError as found:
                 error = found
         assert error is None or "\n" not in str(error)
         # A refused fsync behind the last rename leaves the new content, whole. Sample sets and
         # work folders are taken up where they stopped.
         if error is not None and (what in ("samples", "pieces") or not (folder / name).exists()):
-            write(tiny, folder)
+            write(written[what], folder)
         check(folder)
         assert not leftovers(folder)
         if calls[0] < place:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -117,14 +116,14 @@ HOSTILE: dict[str, tuple[str, str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its own size from /proc")
-def test_promises_are_not_believed(tmp_path: Path, counted: Callable[[], None]) -> None:
+def test_promises_are_not_believed(tmp_path: Path, warm: Path, counted: Callable[[], None]) -> None:
     words, paths = [], []
     for number, (kind, name, make) in enumerate(HOSTILE.values()):
         counted()
         paths.append(tmp_path / f"{number}{name}")
         make(paths[-1])
         words += [kind, str(paths[-1])]
-    command = [sys.executable, "-c", PROGRAM, str(MEBIBYTES), *words]
+    command = [str(warm / "python"), "-c", PROGRAM, str(MEBIBYTES), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-1500:]
     lines = done.stdout.splitlines()

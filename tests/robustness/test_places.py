@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from varptq import artifact
-from varptq.cli.evaluate import Export, Models, check_output
+from varptq.cli.compared import Models
+from varptq.cli.exported import Export, Exported
 from varptq.cli.generate import Files
 from varptq.cli.quantize import work_folder
 from varptq.errors import ArtifactError, OutputError
@@ -350,11 +351,11 @@ def test_what_evaluate_would_refuse_at_the_end(
     counted()
     (tmp_path / "report.html").mkdir()
     with pytest.raises(OutputError, match="not an ordinary file"):
-        check_output(Models(tiny), tmp_path, None)
+        Exported(None, tmp_path).check(Models(tiny))
     (tmp_path / "report.html").rmdir()
     (tmp_path / "float").mkdir()
     (tmp_path / "float" / "mine.txt").write_bytes(b"mine")
-    check_output(Models(tiny), tmp_path, None)
+    Exported(None, tmp_path).check(Models(tiny))
     with pytest.raises(OutputError, match=r"holds no 000000\.png"):
-        check_output(Models(tiny), tmp_path, Export.png)
+        Exported(Export.png, tmp_path).check(Models(tiny))
     assert content(tmp_path) == {"float/mine.txt": b"mine"}

@@ -79,10 +79,13 @@ def test_every_preset_by_every_method(one_block: Pipeline, counted: Callable[[],
 
 
 def test_the_orders_are_what_the_core_takes(counted: Callable[[], None]) -> None:
-    """Of every width the finest order that fits, and no more; the paper's under its own policy."""
+    """Of every width the finest order that fits, and no more; the paper's under its own policy, and
+    none of a codebook, which has no finer steps."""
     for bits, finest in zip(WIDTHS, (3, 3, 3, 2, 1, 0, 0), strict=True):
         counted()
-        spec = QuantConfig.preset(f"w4a{bits}").attention
+        book = QuantConfig.preset(f"w4a{bits}").attention
+        assert book is not None and book.max_order == 0
+        spec = QuantConfig.preset(f"w4a{bits}+groups").attention
         assert spec is not None and spec.max_order == finest
         assert finest == 0 or (2**bits - 1) << finest <= MAX_STORED
         assert (2**bits - 1) << (finest + 1) > MAX_STORED or finest == 3
@@ -187,8 +190,8 @@ def test_a_block_whose_values_have_no_finer_step(
     """8-bit values in one block of a 4-bit config, as `varptq analyze` may choose: that block has
     no copies, and they cost nothing in the account."""
     counted()
-    config = QuantConfig.preset("w4a4")
-    raised = QuantConfig.preset("w4a4+v8").attention
+    config = QuantConfig.preset("w4a4+groups")
+    raised = QuantConfig.preset("w4a4+groups+v8").attention
     mixed = config.with_rules(LayerRule(targets="blocks.0.attn", attention=raised))
     quantized = made(make_tiny(), QuantConfig.from_dict(mixed.to_dict()), "rtn+shift")
     first, second = quant_mixes(quantized.var)

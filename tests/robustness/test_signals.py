@@ -16,22 +16,23 @@ from varptq import artifact
 EXIT_TERMINATED = 143
 
 
-def started(*words: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "varptq", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-# Seconds after the start: importing, samples, theta, reconstruction, saving.
+# Seconds after the start: importing; samples, reconstruction, saving of one that has imported.
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [2.0, 3.0, 4.5])
+@pytest.mark.parametrize(
+    ("imported", "delay"), [(False, 1.0), (True, 0.7), (True, 2.5)], ids=["import", "soon", "later"]
+)
 def test_a_terminated_calibration_leaves_nothing_half_written(
-    delay: float, tmp_path: Path, counted: Callable[[], None]
+    imported: bool, delay: float, tmp_path: Path, warm: Path, counted: Callable[[], None]
 ) -> None:
     counted()
-    out = tmp_path / "model"
-    process = started(
-        "quantize", "demo", "--config", "w4a4", "--samples", 8, "--steps", 2, "--out", out
-    )  # fmt: skip
+    out, python = tmp_path / "model", str(warm / "python") if imported else sys.executable
+    words = ("--config", "w4a4", "--samples", "8", "--steps", "2", "--out", str(out))
+    process = subprocess.Popen(
+        [python, "-m", "varptq", "quantize", "demo", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)

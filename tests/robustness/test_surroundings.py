@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.cli_calls import succeed
+
 ARTIFACT = ("quantize", "demo", "--config", "w8a8+paper", "--method", "rtn")
 # What one process can have at once.
 SURROUNDINGS: dict[str, dict[str, str]] = {
@@ -23,17 +25,22 @@ SURROUNDINGS: dict[str, dict[str, str]] = {
 }
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 def quantized(out: Path, changes: dict[str, str]) -> dict[str, bytes]:
     command = [sys.executable, "-m", "varptq", *ARTIFACT, "--out", str(out)]
-    environment = {**os.environ, **changes}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+    return content(out)
 
 
 @pytest.mark.slow
 def test_the_same_bytes_everywhere(tmp_path: Path, counted: Callable[[], None]) -> None:
-    plain = quantized(tmp_path / "plain", {})
+    succeed(*ARTIFACT, "--out", tmp_path / "plain")
+    plain = content(tmp_path / "plain")
     for name, changes in SURROUNDINGS.items():
         counted()
         assert quantized(tmp_path / name, changes) == plain, name

@@ -175,6 +175,7 @@ def plain(
     return results(model, artifact, tmp_path_factory.mktemp("plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STATES)
 def test_every_verb_gives_the_same_bytes(
     name: str,
@@ -247,6 +248,7 @@ def test_precision_is_the_callers_again_when_the_last_call_ends(
         assert torch.get_float32_matmul_precision() == "medium"
 
 
+@pytest.mark.slow
 def test_weights_made_in_inference_mode_can_be_calibrated(
     model: Pipeline, plain: dict[str, object], tmp_path: Path, counted: Callable[[], None]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +30,14 @@ from varptq.runtime.kernels import Kernels
 from varptq.runtime.layers import IntLinear
 from varptq.runtime.reference import ReferenceKernels
 
-PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4", "best", "w4a4+segment")
+BOOKS = ("w4a4", "bops1", "w2a8", "w3a8", "w3a5+proj8")
+PRESETS = (
+    *("w8a8", "w6a6", "w4a8", "w4a4", "best", "bops1", "w2a8"),
+    *("w4a8+groups", "w4a4+groups", "w4a4+groups+qk6+v6+g32", "w4a4+groups+segment"),
+)
 # A sum of a few hundred float32 terms in another order.
 ROUNDING = 2e-5
+ALL_ROWS = slice(None)
 native = pytest.mark.skipif(binding.core() is None, reason=f"no native core: {binding.reason()}")
 KERNELS = [
     pytest.param(ReferenceKernels, id="reference"),
@@ -55,12 +62,9 @@ def inputs_of(pipe: Pipeline, width: int, tokens: bool) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("make", KERNELS)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_layer_by_layer(preset: str, make: Make, any_tiny: Pipeline) -> None:
+def compare_layers(pipe: QuantizedPipeline, kernels: Kernels, rows: slice = ALL_ROWS) -> None:
     """Equal inputs give equal codes and integers, so outputs differ by float rounding alone."""
-    pipe = quantized(any_tiny, preset)
-    integers = on_integers(pipe, make())
+    integers = on_integers(pipe, kernels)
     compared = 0
     for name, layer in quant_linears(pipe.var).items():
         other = integers.var.get_submodule(name)
@@ -69,7 +73,7 @@ def test_layer_by_layer(preset: str, make: Make, any_tiny: Pipeline) -> None:
             continue
         sees_tokens = len(layer.means) > 1 if layer.centred else True
         spans = spans_of(pipe.scales) if sees_tokens else None
-        x = inputs_of(pipe, layer.in_features, sees_tokens)
+        x = inputs_of(pipe, layer.in_features, sees_tokens)[rows]
         expected, found = layer(x, spans), other(x, spans)
         tolerance = ROUNDING * float(expected.abs().max())
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
@@ -77,34 +81,92 @@ def test_layer_by_layer(preset: str, make: Make, any_tiny: Pipeline) -> None:
     assert compared >= 8
 
 
-@native
-@pytest.mark.native
-@pytest.mark.parametrize("preset", PRESETS)
-def test_two_runtimes_one_function(preset: str, tiny: Pipeline) -> None:
-    """Teacher-forced logits of the native core and of the reference, and what a code that flips at
+def compare_logits(pipe: QuantizedPipeline, kernels: Kernels, labels: Tensor) -> None:
+    """Teacher-forced logits of these kernels and of the reference, and what a code that flips at
     a float's last bit may move."""
-    pipe = quantized(tiny, preset, "rtn+shift" if preset == "w4a4" else "rtn")
-    labels = torch.tensor([0, 4, 5])
-    ids = torch.randint(32, (3, 14), generator=torch.Generator().manual_seed(0))
-    inputs = tiny.vae.teacher_inputs(ids)
+    shape = (len(labels), pipe.scales.num_tokens)
+    ids = torch.randint(32, shape, generator=torch.Generator().manual_seed(0))
+    inputs = pipe.vae.teacher_inputs(ids)
     reference = on_integers(pipe, ReferenceKernels()).var(labels, inputs)
-    core = on_integers(pipe, NativeKernels()).var(labels, inputs)
-    spread = (core - reference).abs()
+    spread = (on_integers(pipe, kernels).var(labels, inputs) - reference).abs()
     assert spread.median() < 1e-4 * reference.abs().max()
     assert spread.max() < 0.15 * reference.abs().max()
 
 
 @pytest.mark.parametrize("make", KERNELS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_layer_by_layer(preset: str, make: Make, any_tiny: Pipeline) -> None:
+    compare_layers(quantized(any_tiny, preset), make())
+
+
+@pytest.mark.parametrize("preset", BOOKS)
+def test_codebooks_on_triton(preset: str, make_tiny: Callable[..., Pipeline]) -> None:
+    """Layer by layer and, with attention, as a whole; interpreted, so on few tokens."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from varptq.runtime.cuda.kernels import CudaKernels
+
+    pipe = quantized(make_tiny(scales=Scales((1, 2))), preset)
+    compare_layers(pipe, CudaKernels(), slice(2, 3))
+    compare_logits(pipe, CudaKernels(), torch.tensor([4]))
+
+
+@native
+@pytest.mark.native
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_runtimes_one_function(preset: str, tiny: Pipeline) -> None:
+    pipe = quantized(tiny, preset, "rtn+shift" if preset == "w4a4+groups" else "rtn")
+    compare_logits(pipe, NativeKernels(), torch.tensor([0, 4, 5]))
+
+
+class Demo:
+    """The demo model, images of it, and what it is quantized to: each preset once."""
+
+    def __init__(self) -> None:
+        self.pipe = varptq.load_model("demo")
+        self.labels = torch.arange(4)
+        self.ids = generate(self.pipe, self.labels, seed=5, decode=False).tokens
+        self._made: dict[str, tuple[QuantizedPipeline, float]] = {}
+
+    def kl(self, pipe: Pipeline) -> float:
+        return token_fidelity(self.pipe, pipe, self.labels, self.ids).kl
+
+    def simulated(self, preset: str) -> tuple[QuantizedPipeline, float]:
+        """The quantized model and its KL to the float one."""
+        if preset not in self._made:
+            plain = quantized(self.pipe, preset)
+            self._made[preset] = plain, self.kl(plain)
+        return self._made[preset]
+
+
+@pytest.mark.parametrize("make", KERNELS)
+def test_keys_may_have_a_bias(make: Make, tiny: Pipeline) -> None:
+    """VAR's have none, but a model whose inputs were moved has (`folds.shift_input`)."""
+    moved = dataclasses.replace(tiny, var=copy.deepcopy(tiny.var))
+    for block in moved.var.blocks:
+        block.attn.zero_k_bias.normal_(generator=torch.Generator().manual_seed(0)).mul_(3)
+    pipe = quantized(moved, "w8a8")
+    labels = torch.tensor([0, 3])
+    inputs = pipe.vae.teacher_inputs(generate(moved, labels, seed=1, decode=False).tokens)
+    found = on_integers(pipe, make()).var(labels, inputs)
+    expected, without = pipe.var(labels, inputs), quantized(tiny, "w8a8").var(labels, inputs)
+    error = (found - expected).abs().median()
+    assert error < 1e-3 * (without - expected).abs().median()
+
+
+@pytest.fixture(scope="module")
+def demo() -> Demo:
+    return Demo()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("demo")
+@pytest.mark.parametrize("make", KERNELS)
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4", "best"])
-def test_as_near_to_float_as_simulated(preset: str, make: Make) -> None:
+def test_as_near_to_float_as_simulated(preset: str, make: Make, demo: Demo) -> None:
     """The same KL to the float model as the simulated path, within what another order of its float
     sums changes."""
-    pipe = varptq.load_model("demo")
-    labels = torch.arange(4)
-    ids = generate(pipe, labels, seed=5, decode=False).tokens
-    plain = quantized(pipe, preset)
-    simulated = token_fidelity(pipe, plain, labels, ids).kl
-    found = token_fidelity(pipe, on_integers(plain, make()), labels, ids).kl
+    plain, simulated = demo.simulated(preset)
+    found = demo.kl(on_integers(plain, make()))
     assert abs(found - simulated) < 0.15 * simulated
 
 
@@ -112,17 +174,22 @@ def test_as_near_to_float_as_simulated(preset: str, make: Make) -> None:
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
 @pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(preset: str, make: Make, tiny: Pipeline) -> None:
-    """Tokens of image (seed, i) for every batch size, split and number of threads."""
+    """Tokens of image (seed, i) for every batch size, split and number of threads: all pairs of
+    them on the native core, which shares out rows by both, and on torch's operations each once."""
+    pairs = [(threads, batch) for threads in (1, 2, 3) for batch in (1, 2, 4, 5, 8)]
+    if make is ReferenceKernels:
+        pairs = [(1, 1), (1, 4), (2, 2), (2, 8), (3, 5)]
     pipe = on_integers(quantized(tiny, preset), make())
     labels = [0, 1, 2, 3, 4, 0, 1, 2, 3]
     expected = generate(pipe, labels, seed=3, batch_size=9, decode=False).tokens
     before = torch.get_num_threads()
     try:
+        for threads, batch in pairs:
+            torch.set_num_threads(threads)
+            found = generate(pipe, labels, seed=3, batch_size=batch, decode=False).tokens
+            assert torch.equal(found, expected), (threads, batch)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for batch in (1, 2, 4, 5, 8):
-                found = generate(pipe, labels, seed=3, batch_size=batch, decode=False).tokens
-                assert torch.equal(found, expected), (threads, batch)
             last = generate(pipe, labels[6:], seed=3, first_index=6, decode=False).tokens
             assert torch.equal(last, expected[6:])
     finally:
@@ -131,8 +198,9 @@ def test_an_image_does_not_depend_on_its_batch(preset: str, make: Make, tiny: Pi
 
 @native
 @pytest.mark.native
-def test_batches_of_the_demo_model() -> None:
-    pipe = on_integers(quantized(varptq.load_model("demo"), "w4a4"), NativeKernels())
+@pytest.mark.xdist_group("demo")
+def test_batches_of_the_demo_model(demo: Demo) -> None:
+    pipe = on_integers(demo.simulated("w4a4")[0], NativeKernels())
     labels = [3, 1, 4, 1, 5, 9, 2]
     expected = generate(pipe, labels, seed=1, batch_size=7, decode=False).tokens
     for batch in (1, 3):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from varptq.errors import InputError
 from varptq.web.catalogue import MAX_DEPTH, Catalogue, Entry, Kind
-from varptq.web.loaded import LoadedModels, about, class_choices
+from varptq.web.loaded import LoadedModels, class_choices, unloaded
 
 ALL = tuple(Kind)
 
@@ -50,9 +50,40 @@ def test_everything_under_a_folder_is_found_by_its_kind(root: Path) -> None:
     assert keys(catalogue, Kind.report) == ["root/report"]
     assert keys(catalogue, Kind.analysis) == ["root/analysis"]
     floats = catalogue.entries(Kind.float)
-    assert [e.key for e in floats] == ["demo", "root/pair/VAR3.safetensors", "root/pair/var_d2.pth"]
-    assert floats[2].files == (root / "pair" / "var_d2.pth", root / "pair" / "vae.pth")
+    assert [e.key for e in floats] == [
+        "demo",
+        "demo-text",
+        "root/pair/VAR3.safetensors",
+        "root/pair/var_d2.pth",
+    ]
+    assert floats[3].files == (root / "pair" / "var_d2.pth", root / "pair" / "vae.pth")
     assert catalogue.find("root/deep/w4a4", Kind.artifact).files == (root / "deep" / "w4a4",)
+
+
+def test_each_family_has_names_of_its_own_for_files(tmp_path: Path) -> None:
+    names = ("Infinity_2b_reg.pth", "infinity_vae_d32reg.pth", "infinity_notes.txt", "var_d16.pth")
+    for folder, present in {"all": names, "alone": names[::2], "vae": names[1:3]}.items():
+        (tmp_path / folder).mkdir()
+        for name in present:
+            (tmp_path / folder / name).write_text("x")
+    (tmp_path / "plain").mkdir()
+    for name in ("infinity_a.safetensors", "vae_a.safetensors"):
+        (tmp_path / "plain" / name).write_text("x")
+    found = [entry.files for entry in Catalogue([tmp_path]).entries(Kind.float) if entry.files]
+    # VAR's file has no autoencoder beside it, as the one there is Infinity's.
+    assert found == [
+        tuple(tmp_path / "all" / name for name in names[:2]),
+        tuple(
+            tmp_path / "plain" / name for name in ("infinity_a.safetensors", "vae_a.safetensors")
+        ),
+    ]
+
+
+def test_a_model_of_texts_from_files_is_known_by_its_tensors(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "golden" / "data_infinity" / "weights"
+    entries = {entry.key: entry for entry in Catalogue([folder]).entries(Kind.float)}
+    known = LoadedModels().about(entries["weights/infinity_a.safetensors"])
+    assert known.texts and dict(known.sizes)
 
 
 def test_what_is_made_later_is_found_and_what_is_gone_is_not(root: Path) -> None:
@@ -141,10 +172,19 @@ def test_models_are_loaded_once_and_the_longest_unused_goes(models: Path) -> Non
 
 
 def test_classes_are_known_before_a_model_is_loaded(models: Path) -> None:
-    catalogue = Catalogue([models])
+    catalogue, loaded = Catalogue([models]), LoadedModels()
     entries = catalogue.entries(Kind.float, Kind.artifact)
-    of = {entry.key: class_choices(about(entry)) for entry in entries}
+    of = {entry.key: class_choices(loaded.about(entry)) for entry in entries}
     assert of["demo"][3] == "cat" and len(of["demo"]) == 10
     assert of["models/w4a4"] == ["ant", "bee", "cat", "dog", "eel"]
-    assert of["models/small/var.safetensors"] == []
-    assert class_choices(about(Entry("var-d16", Kind.float)))[-1] == "999"
+    assert of["models/small/var.safetensors"] == ["0", "1", "2", "3", "4"]  # this one is loaded
+    assert class_choices(unloaded(Entry("var-d16", Kind.float)))[-1] == "toilet tissue"
+
+
+def test_what_a_model_is_asked_for_is_known_before_it_is_loaded() -> None:
+    of = {name: unloaded(Entry(name, Kind.float)) for name in ("demo", "infinity-2b")}
+    assert (of["demo"].texts, of["demo"].sizes) == (False, ())
+    text = of["infinity-2b"]
+    assert text.texts and text.size == (1024, 1024) and class_choices(text) == []
+    assert dict(text.sizes)["256 x 256"] == "0.06M" and len(text.sizes) == 60
+    assert (text.sampling.cfg, text.sampling.top_k) == (3, 0)

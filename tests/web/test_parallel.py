@@ -1,4 +1,4 @@
-"""Twenty people at once: everybody gets the pictures asked for, and one job runs at a time."""
+"""Several people at once: everybody gets the pictures asked for, and one job runs at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
 
 from PIL import Image
 
-from helpers.studio_calls import Caller, file_data
+from helpers.studio_calls import Caller, drawing, editing, file_data
+from helpers.studio_pages import STUDIO
 from varptq.editing import edit
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.pictures import to_pixels
 from varptq.runtime import load
 
-PEOPLE = 20
+pytestmark = STUDIO
+
+PEOPLE = 8
 PATIENCE = 60.0
 SMALL, MADE = "models/small/var.safetensors", "models/w4a4"
 SETTINGS = {"cfg": 4.0, "top_k": 10, "top_p": 0.9}
@@ -52,12 +55,14 @@ def drawn(address: str, person: int) -> tuple[list[np.ndarray], str | None]:
     """What the page of this person shows in the end; every other one draws with the artifact."""
     caller = Caller(address)
     model, label = (SMALL, MADE)[person % 2], str(person % 5)
-    answer = caller.call("generate", model, "nothing", label, 1, person, *SETTINGS.values())
+    wish = drawing(label, 1, person, *SETTINGS.values())
+    answer = caller.call("generate", model, "nothing", *wish)
     name = rf"[^/\"]+-seed{person}-0\.png"
     return last_pictures(caller, answer.outputs, name), answer.error
 
 
-def test_twenty_pages_draw_at_once_and_none_gets_the_picture_of_another(
+@pytest.mark.slow
+def test_pages_draw_at_once_and_none_gets_the_picture_of_another(
     served: Any, pipes: dict[str, Pipeline]
 ) -> None:
     with ThreadPoolExecutor(PEOPLE) as people:
@@ -78,7 +83,7 @@ def test_edits_at_once_are_not_mixed_up(served: Any, pipes: dict[str, Pipeline])
         buffer = io.BytesIO()
         Image.fromarray(noise[person]).save(buffer, "PNG")
         image = file_data(caller.upload("photo.png", buffer.getvalue()))
-        rest = ("In-paint", "", 1, person, 4.0, "crop", True, *BOX)
+        rest = editing("In-paint", "", 1, person, 4.0, "crop", True, *BOX)
         answer = caller.call("edit", MADE, image, None, *rest)
         assert answer.ok, answer.error
         return last_pictures(caller, answer.outputs, rf"edit-seed{person}-0\.png")
@@ -90,8 +95,9 @@ def test_edits_at_once_are_not_mixed_up(served: Any, pipes: dict[str, Pipeline])
         np.testing.assert_array_equal(pictures[0], np.asarray(expected.images[0]))
 
 
+@pytest.mark.slow
 def test_those_who_wait_see_how_many_are_ahead(served: Any) -> None:
-    settings = ("w4a4", "brecq", "default", 2, 40, 0)
+    settings = ("w4a4", "brecq", "default", 2, 15, 0)
     first, second = Caller(served.address), Caller(served.address)
     with ThreadPoolExecutor(2) as people:
         making = people.submit(first.call, "quantize", SMALL, *settings, "queued-1", False)
@@ -109,7 +115,7 @@ def test_a_page_that_is_closed_leaves_the_queue(served: Any) -> None:
     owner, guest, watcher = (Caller(served.address) for _ in range(3))
     long = owner.listen("quantize", *settings)
     until(lambda: "reconstruct" in json.dumps(next(long)))
-    waiting = guest.listen("generate", SMALL, "nothing", "0", 1, 0, *SETTINGS.values())
+    waiting = guest.listen("generate", SMALL, "nothing", *drawing("0", 1, 0, *SETTINGS.values()))
     until(lambda: "Waiting, 1 job ahead" in json.dumps(next(waiting)))
     until(lambda: "1 of 0, waiting" in queue(watcher))
     waiting.close()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+import varptq
+from helpers.infinity_states import features
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import METHODS, Method
 from varptq.calibrate.quantize import quantize
+from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
+from varptq.models.texts import TextPrompts
 from varptq.quant.config import QuantConfig
+from varptq.web.files import prompts
 from varptq.web.losses import Losses
 from varptq.web.quantize_tab import DEFAULT, Request, method_choices, rows_of, suggested_name
 
@@ -59,3 +65,27 @@ def test_methods_are_offered_as_the_table_has_them(monkeypatch: pytest.MonkeyPat
     offered = method_choices()
     assert list(offered) == [DEFAULT, *METHODS] and all(offered.values())
     assert offered["own"] == "one of my own"
+
+
+def test_prompts_are_typed_or_in_a_file(tmp_path: Path) -> None:
+    lines, held = tmp_path / "lines.txt", tmp_path / "held.safetensors"
+    lines.write_text("a hen\ntwo dogs\n")
+    varptq.save_features(held, TextPrompts.of(features(2, 1)))
+    assert prompts(None, "") is prompts(None, " \n ") is prompts("", None) is None
+    assert prompts(None, "a hen\r\n\n  two dogs \n") == ["a hen", "two dogs"]
+    assert prompts(str(lines), "") == ["a hen", "two dogs"]
+    read = prompts(str(held), None)
+    assert isinstance(read, TextPrompts) and len(read) == 2
+    settings = ("w8a8", "rtn", "fast", 0, 0, 0, "x", False)
+    assert Request.checked(*settings, str(lines), "").prompts == ["a hen", "two dogs"]
+    for path, typed, says in (
+        (lines, "a hen", r"^prompts: both typed and in lines\.txt; remove"),
+        (tmp_path / "empty.txt", "", r"^empty\.txt, line 2: empty"),
+        (tmp_path / "damaged.safetensors", "", r"^damaged\.safetensors"),
+        (tmp_path / "gone.txt", "", r"^gone\.txt: cannot be read"),
+    ):
+        (tmp_path / "empty.txt").write_text("a hen\n\n")
+        (tmp_path / "damaged.safetensors").write_text("x")
+        with pytest.raises(InputError, match=says) as refused:
+            prompts(str(path), typed)
+        assert str(tmp_path) not in str(refused.value)

@@ -19,10 +19,13 @@ pytest.importorskip("gradio", reason="the studio needs gradio: varptq[web]")
 
 from starlette.testclient import TestClient
 
-from helpers.studio_calls import Caller, file_data
+from helpers.studio_calls import Caller, drawing, editing, file_data
+from helpers.studio_pages import STUDIO
 from varptq.web.catalogue import Kind
 from varptq.web.generate_tab import example
 from varptq.web.server import Options, make_studio, web_app
+
+pytestmark = STUDIO
 
 SEED, COUNT = 7, 2
 
@@ -48,7 +51,7 @@ def test_a_seed_draws_the_same_in_both(
 ) -> None:
     caller = Caller(served.address)
     sampling = defaults(caller, "Guidance (cfg)", "Top-k, 0 for all", "Top-p, 1 for all")
-    answer = caller.call("generate", key, "nothing", word, COUNT, SEED, *sampling)
+    answer = caller.call("generate", key, "nothing", *drawing(word, COUNT, SEED, *sampling))
     assert answer.ok, answer.error
     # Every scale is shown under the same names; the last ones are the finished pictures.
     paths = re.findall(rf'"(/[^"]+/{word}-seed{SEED}-\d\.png)"', json.dumps(answer.outputs))
@@ -71,7 +74,7 @@ def test_an_edit_is_the_same_in_both(served: Any, tmp_path: Path) -> None:
     caller = Caller(served.address)
     (cfg,) = defaults(caller, "Guidance (cfg)")
     image = file_data(caller.upload("a.png", buffer.getvalue()))
-    rest = ("Change class", "ship", 1, SEED, cfg, "crop", True, 0.0, 0.0, 0.5, 1.0)
+    rest = editing("Change", "ship", 1, SEED, cfg, "crop", True, 0.0, 0.0, 0.5, 1.0)
     answer = caller.call("edit", "demo", image, None, *rest)
     assert answer.ok, answer.error
     (path,) = set(re.findall(rf'"(/[^"]+/ship-seed{SEED}-0\.png)"', json.dumps(answer.outputs)))

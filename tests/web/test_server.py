@@ -22,10 +22,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from helpers.picture_files import png_header
-from helpers.studio_calls import Caller, file_data
+from helpers.studio_calls import Caller, drawing, editing, file_data
+from helpers.studio_pages import STUDIO
 from varptq.web.files import MAX_BYTES
 from varptq.web.server import Options, is_local, make_studio, parse_auth, web_app
 from varptq.web.studio import TITLE
+
+pytestmark = STUDIO
 
 SMALL, MADE = "models/small/var.safetensors", "models/w4a4"
 SAMPLING = (4.0, 10, 0.9)
@@ -48,8 +51,8 @@ def png(width: int, height: int) -> bytes:
 
 def edit(caller: Caller, image: Any, *rest: Any) -> Any:
     """The event of the button Edit, with a box unless `rest` says otherwise."""
-    rest = rest or (None, "In-paint", "", 1, 0, 4.0, "crop", *BOX)
-    return caller.call("edit", MADE, image, *rest)
+    canvas, *rest = rest or (None, "In-paint", "", 1, 0, 4.0, "crop", *BOX)
+    return caller.call("edit", MADE, image, canvas, *editing(*rest))
 
 
 def test_the_policy_is_on_every_answer(served: Any, caller: Caller) -> None:
@@ -67,6 +70,25 @@ def test_the_page_itself_loads_nothing_from_elsewhere(served: Any, caller: Calle
     assert "fonts.googleapis" not in page
 
 
+ANY_ENCODING = {"Accept-Encoding": "gzip, br"}
+
+
+def program_of(page: str) -> str:
+    """The address of the page's program."""
+    (found,) = re.findall(r'src="\./(assets/[^"]+\.js)"', page)
+    return found
+
+
+def test_a_browser_here_keeps_the_program_and_gets_it_as_it_is(served: Any, caller: Caller) -> None:
+    page = caller.http.get(served.address, headers=ANY_ENCODING)
+    assert "immutable" not in page.headers.get("cache-control", "")
+    address = f"{served.address}/{program_of(page.text)}"
+    program = caller.http.get(address, headers=ANY_ENCODING)
+    assert "immutable" in program.headers["cache-control"]
+    assert "content-encoding" not in program.headers
+    assert "immutable" not in caller.http.get(address + "x").headers.get("cache-control", "")
+
+
 def test_nobody_reaches_it_under_another_name(served: Any) -> None:
     answer = httpx.get(served.address, headers={"Host": "studio.example"}, trust_env=False)
     assert answer.status_code == 400
@@ -77,7 +99,7 @@ def test_nobody_reaches_it_under_another_name(served: Any) -> None:
 def test_no_model_outside_the_list_is_opened(caller: Caller, key: Any, place: int) -> None:
     chosen: list[Any] = [SMALL, "nothing"]
     chosen[place] = key
-    answer = caller.call("generate", *chosen, "0", 1, 0, *SAMPLING)
+    answer = caller.call("generate", *chosen, *drawing("0", 1, 0, *SAMPLING))
     if place == 1 and not key:
         return  # nothing beside it
     assert not answer.ok and "choose one from the list" in str(answer.error)
@@ -164,8 +186,8 @@ def painted(caller: Caller, box: tuple[int, int, int, int], size: int = 30) -> d
         ((0, 0, 30, 30), "In-paint", "mask: full, so no token of the 3 x 3 grid is kept"),
         ((0, 0, 0, 0), "Out-paint", "mask: empty. Paint what is to be kept"),
         ((0, 0, 30, 30), "Out-paint", "mask: empty, so nothing would be regenerated"),
-        ((0, 0, 30, 30), "Change class", None),
-        ((0, 0, 15, 30), "Change class", None),
+        ((0, 0, 30, 30), "Change", None),
+        ((0, 0, 15, 30), "Change", None),
     ],
 )
 @pytest.mark.parametrize("size", [30, 300])
@@ -183,22 +205,23 @@ def test_masks_of_every_size_are_for_the_whole_image(
 
 def test_an_unknown_class_of_an_edit_is_answered_with_a_near_one(caller: Caller) -> None:
     image = file_data(caller.upload("a.png", png(30, 30)))
-    answer = edit(caller, image, None, "Change class", "kat", 1, 0, 4.0, "crop", *BOX)
+    answer = edit(caller, image, None, "Change", "kat", 1, 0, 4.0, "crop", *BOX)
     assert not answer.ok and "class 'kat': unknown; did you mean cat" in str(answer.error)
 
 
+@pytest.mark.slow
 def test_a_runtime_that_is_missing_is_one_line(without_cuda: Any) -> None:
     """Only an artifact needs it; a float model draws."""
     caller = Caller(without_cuda.address)
     says = "runtime 'cuda': computes on cuda, the device is cpu; use runtime simulated"
-    drawn = caller.call("generate", MADE, "nothing", "cat", 1, 0, *SAMPLING)
+    drawn = caller.call("generate", MADE, "nothing", *drawing("cat", 1, 0, *SAMPLING))
     assert not drawn.ok and str(drawn.error) == says
     image = file_data(caller.upload("a.png", png(30, 30)))
     edited = edit(caller, image)
     assert not edited.ok and str(edited.error) == says
     measured = caller.call("measure", MADE, "report", 1)
     assert not measured.ok and str(measured.error) == says
-    assert caller.call("generate", SMALL, "nothing", "0", 1, 0, *SAMPLING).ok
+    assert caller.call("generate", SMALL, "nothing", *drawing("0", 1, 0, *SAMPLING)).ok
 
 
 def test_a_painted_layer_has_the_same_limits(caller: Caller) -> None:
@@ -224,7 +247,7 @@ def test_a_painted_layer_has_the_same_limits(caller: Caller) -> None:
     ],
 )
 def test_bad_values_get_one_line(caller: Caller, values: tuple[Any, ...], says: str) -> None:
-    answer = caller.call("generate", MADE, "nothing", *values)
+    answer = caller.call("generate", MADE, "nothing", *drawing(*values))
     assert not answer.ok and says.lower() in str(answer.error).lower()
     assert "\n" not in str(answer.error)
 
@@ -287,6 +310,9 @@ def test_a_password_is_asked_for_everywhere(models: Path, tmp_path: Path) -> Non
         assert client.post("/login", data=wrong).status_code == 400
         assert client.post("/login", data={**wrong, "password": "correct horse"}).status_code == 200
         assert client.get("/config").status_code == 200
+        # What goes through a network is compressed.
+        program = client.get(f"/{program_of(client.get('/').text)}", headers=ANY_ENCODING)
+        assert program.headers["content-encoding"] in ("br", "gzip")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "studio.example", ""])

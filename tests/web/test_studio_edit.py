@@ -21,6 +21,7 @@ from helpers.studio_pages import (
     PHONE,
     choose,
     downloaded,
+    downloaded_anew,
     enter,
     fits,
     photo,
@@ -58,9 +59,7 @@ def test_paint_and_in_paint(open_page: Callable[..., Any], artifact: None) -> No
     # Whatever was clicked before, the one that is shown is downloaded.
     assert downloaded(page, "edit-download").suggested_filename == "edit-seed0-0.png"
     page.locator("#edit-candidates button").nth(2).click()
-    page.wait_for_timeout(800)
-    download = downloaded(page, "edit-download")
-    assert download.suggested_filename == "edit-seed0-2.png"
+    download = downloaded_anew(page, "edit-download", "edit-seed0-2.png")
     edited = np.asarray(Image.open(download.path()).convert("RGB")).astype(int)
     before = np.asarray(Image.open(io.BytesIO(photo()))).astype(int)
     assert edited.shape == before.shape
@@ -79,7 +78,7 @@ def test_the_first_candidate_is_downloaded_without_a_click_on_it(
     page = open_page("Edit")
     choose(page, "edit-model", MADE)
     use_box(page, 0.5)
-    page.get_by_label("Change class").check()
+    page.get_by_label("Change", exact=True).check()
     enter(page, "edit-class", "cat")
     for size in ((300, 240), (90, 120)):
         upload(page, photo(size))
@@ -121,7 +120,7 @@ def test_what_an_edit_cannot_use_is_said(open_page: Callable[..., Any]) -> None:
     use_box(page, 1)
     page.locator("#edit-start").click()
     said(page, "box: full, so no token of the 3 x 3 grid is kept")
-    page.get_by_label("Change class").check()
+    page.get_by_label("Change", exact=True).check()
     enter(page, "edit-class", "kat")
     page.locator("#edit-start").click()
     said(page, "class 'kat': unknown; did you mean cat")
@@ -136,7 +135,7 @@ def test_a_picture_of_one_pixel_is_edited(open_page: Callable[..., Any]) -> None
     choose(page, "edit-model", MADE)
     upload(page, photo((1, 1)), "dot.png")
     use_box(page, 1)
-    page.get_by_label("Change class").check()
+    page.get_by_label("Change", exact=True).check()
     enter(page, "edit-class", "cat")
     page.locator("#edit-start").click()
     page.locator("#edit-download").wait_for()

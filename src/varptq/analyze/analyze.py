@@ -15,16 +15,17 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from varptq.analyze.attention import attention_statistics
+from varptq.analyze.autoencoder import decoder_costs
 from varptq.analyze.bench import FLOAT, Bench, Divergence, sites, spec_of, with_specs
 from varptq.analyze.sensitivity import Sensitivity, put_back_groups, sensitivities
 from varptq.analyze.suggest import Budget, Prices, Suggestion, suggest
 from varptq.evaluate.attention import product_errors
 from varptq.models.bare import bare, check_layers
+from varptq.models.cross import Mixes
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts, spread
 from varptq.models.sampling import SamplingSettings
-from varptq.models.seams import Mix
 from varptq.progress import Progress, silent
 from varptq.quant.config import QuantConfig
 from varptq.quant.quantizers import MAX_BITS, MIN_BITS
@@ -33,6 +34,8 @@ from varptq.torch_state import plain_torch
 
 # The errors of the products are means over many tokens; more images would not change the figures.
 PRODUCT_IMAGES = 8
+# Every convolution of the decoder decodes them once, which takes seconds an image.
+DECODED_IMAGES = 2
 
 
 class AnalysisConfig(Settings):
@@ -69,29 +72,32 @@ def analyze(
     *,
     budget: Budget | None = None,
     settings: AnalysisConfig | None = None,
+    prompts: Any = None,
     progress: Progress = silent,
 ) -> Analysis:
     """Find where `config` loses quality on this float model, and a mixed config within `budget`.
 
     Weights are rounded to nearest and shift-and-sum is off. budget: 1.1 times the BOPs of `config`
-    by default. Raises `InputError` for a quantized pipeline or a budget below what `config` costs,
+    by default. prompts: to draw images for, as `Pipeline.prompts` takes them; None is the model's
+    own pool. Raises `InputError` for a quantized pipeline or a budget below what `config` costs,
     `ConfigError` for settings that contradict the model.
     """
-    pipe = bare(pipe)
+    pipe = bare(pipe).drawing_for(prompts)
     check_layers(pipe, hooks=True)
     settings, budget = settings or AnalysisConfig(), budget or Budget()
-    started = time.monotonic()
-    prices = Prices(pipe)
+    settings = settings.replace(sampling=pipe.filled(settings.sampling))
+    started, prices = time.monotonic(), Prices(pipe)
     budget.limit(prices.of(config, budget.unit))
-    prompts, tokens = images(pipe, settings, progress)
-    bench = Bench(pipe, prompts, tokens[: settings.images], cfg=settings.sampling.cfg)
+    asked, tokens = images(pipe, settings, progress)
+    bench = Bench(pipe, asked, tokens[: settings.images], sampling=settings.sampling)
     base = bench.kl(config)
     groups = put_back_groups(bench, config)
     measured = sensitivities(bench, config, settings.widths, progress)
     suggestion = suggest(bench, config, measured, budget, progress)
     products = errors_of_products(bench, config)
+    texts = of_texts(bench, config)
     bench.configure(FLOAT)  # its quantized weights go before the second bench makes its own
-    other = Bench(pipe, prompts, tokens[settings.images :], cfg=settings.sampling.cfg)
+    other = Bench(pipe, asked, tokens[settings.images :], sampling=settings.sampling)
     document = {
         "model": pipe.name,
         "sources": pipe.sources,
@@ -99,17 +105,15 @@ def analyze(
         "settings": settings.to_dict(),
         "torch": torch.__version__,
         "kinds": kinds(bench),
-        "base": {
-            **base.to_dict(),
-            "bytes": prices.bytes(config),
-            "bops": prices.bops(config),
-        },
+        "base": base.to_dict() | {"bytes": prices.bytes(config), "bops": prices.bops(config)},
         "groups": {name: found.to_dict() for name, found in groups.items()},
         "tensors": [row.to_dict() for row in ranked(measured, settings.widths)],
         "product_errors": products,
         "attention": attention_statistics(
             pipe, bench.samples.prompts, bench.samples.tokens
         ).to_dict(),
+        **texts,
+        "autoencoder": decoder_costs(pipe.vae, config, tokens[:DECODED_IMAGES]),
         "suggestion": {
             **suggestion.to_dict(),
             "bits": bits_of(bench, suggestion),
@@ -148,8 +152,21 @@ def ranked(measured: list[Sensitivity], widths: tuple[int, ...]) -> list[Sensiti
     return sorted(measured, key=lambda row: -row.alone[min(widths)].kl)
 
 
-def errors_of_products(bench: Bench, config: QuantConfig) -> dict[str, list[list[float]]]:
-    """(blocks, K) error energy of p v with both operands quantized as in `config`, and with one."""
+def of_texts(bench: Bench, config: QuantConfig) -> dict[str, Any]:
+    """What the document says of attention over texts, nothing where there is none."""
+    if not Mixes.of(bench.source.var).text:
+        return {}
+    prompts, tokens = bench.samples.prompts, bench.samples.tokens
+    statistics = attention_statistics(bench.source, prompts, tokens, text=True)
+    errors = errors_of_products(bench, config, text=True)
+    return {"text_product_errors": errors, "text_attention": statistics.to_dict()}
+
+
+def errors_of_products(
+    bench: Bench, config: QuantConfig, *, text: bool = False
+) -> dict[str, list[list[float]]]:
+    """(blocks, K) error energy of p v with both operands quantized as in `config`, and with one:
+    of attention over tokens, or with `text` over texts."""
     every = sites(bench.source.var)
     without = {
         "both": None,
@@ -160,9 +177,10 @@ def errors_of_products(bench: Bench, config: QuantConfig) -> dict[str, list[list
     for name, left_out in without.items():
         floats = dict.fromkeys(site for site in every if site.operand == left_out)
         var = bench.configure(with_specs(config, floats))
-        mixes = [module for module in var.modules() if isinstance(module, Mix)]
+        both = Mixes.of(var)
+        mixes = list((both.text if text else both.tokens).values())
         few = bench.samples.first(PRODUCT_IMAGES)
-        errors = product_errors(bench.source, mixes, few.prompts, few.tokens)
+        errors = product_errors(bench.source, mixes, few.prompts, few.tokens, text=text)
         found[name] = errors.tolist()
     return found
 
@@ -170,11 +188,7 @@ def errors_of_products(bench: Bench, config: QuantConfig) -> dict[str, list[list
 def bits_of(bench: Bench, suggestion: Suggestion) -> list[dict[str, Any]]:
     """Bits of every quantized tensor in the suggested config."""
     specs = [(site, spec_of(suggestion.config, site)) for site in sites(bench.source.var)]
-    return [
-        {**site._asdict(), "kind": site.kind, "block": site.block, "bits": spec.num_bits}
-        for site, spec in specs
-        if spec is not None
-    ]
+    return [{**site.to_dict(), "bits": spec.num_bits} for site, spec in specs if spec is not None]
 
 
 def verify(other: Bench, config: QuantConfig, suggestion: Suggestion) -> dict[str, Any]:

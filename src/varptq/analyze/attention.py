@@ -6,6 +6,8 @@
     effective    exp(entropy) of a row: the number of equally attended keys of the same entropy
     by key       attention mass that the queries of a scale give to the keys of each scale
 
+Attention over texts is counted by itself, where there is any; its keys have no scales, and their
+number is a mean.
 Measured in the float model's teacher-forced pass, over conditional and unconditional rows; means
 over rows, heads and queries. Nothing is quantized here.
 """
@@ -17,21 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varptq.models.cross import Mixes
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts
 from varptq.models.reading import listening, read
 from varptq.models.scales import Scales
-from varptq.models.seams import Mix, Span
+from varptq.models.seams import Span
 
 NUM_BINS = 24
 
 
 class AttentionStatistics:
-    """Sums over the attention maps of a model with K scales and `blocks` blocks."""
+    """Sums over the attention maps of a model with K scales and `blocks` blocks. text: the keys are
+    those of texts."""
 
-    def __init__(self, scales: Scales, blocks: int) -> None:
+    def __init__(self, scales: Scales, blocks: int, *, text: bool = False) -> None:
         count = scales.num_scales
-        self.scales = scales
+        self.scales, self.text = scales, text
+        self.keys_K = torch.zeros(count, dtype=torch.float64, device="cpu")
         self.rows_bK = torch.zeros(blocks, count, dtype=torch.float64, device="cpu")
         self.counts_bKn = torch.zeros(blocks, count, NUM_BINS, dtype=torch.float64, device="cpu")
         self.mass_bKn = torch.zeros_like(self.counts_bKn)
@@ -47,22 +52,24 @@ class AttentionStatistics:
         self.counts_bKn[block, scale] += bins.bincount(minlength=NUM_BINS).cpu()
         self.mass_bKn[block, scale] += bins.bincount(p_RL.flatten(), minlength=NUM_BINS).cpu()
         keys = p_RL.shape[-1]
+        self.keys_K[scale] += keys * len(p_RL)
         top = p_RL.topk(-(-keys // 10), dim=-1).values
         self.top_bK2[block, scale] += torch.stack((top[:, 0].sum(), top.sum())).cpu()
         entropy = -torch.special.xlogy(p_RL, p_RL).sum(-1)
         self.effective_bK[block, scale] += entropy.exp().sum().cpu()
-        for key_scale, part in enumerate(self.scales.slices()[: scale + 1]):
+        slices = () if self.text else self.scales.slices()[: scale + 1]
+        for key_scale, part in enumerate(slices):
             self.by_key_bKK[block, scale, key_scale] += p_RL[:, part].sum().cpu()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: everything per scale, the concentration per block and scale too."""
         rows_K = self.rows_bK.sum(0)
-        keys_K = torch.tensor(self.scales.ends, dtype=torch.float64, device="cpu")
+        keys_K = self.keys_K / rows_K
         counts_Kn = self.counts_bKn.sum(0)
         top_bK2 = self.top_bK2 / self.rows_bK.unsqueeze(-1)
         effective_bK = self.effective_bK / self.rows_bK
-        return {
-            "keys": list(self.scales.ends),
+        found = {
+            "keys": keys_K.tolist() if self.text else list(self.scales.ends),
             "histogram": (counts_Kn / counts_Kn.sum(-1, keepdim=True)).tolist(),
             "mass": (self.mass_bKn.sum(0) / rows_K.unsqueeze(-1)).tolist(),
             "top_key": top_bK2[..., 0].mean(0).tolist(),
@@ -73,15 +80,20 @@ class AttentionStatistics:
             "top_key_per_block": top_bK2[..., 0].tolist(),
             "effective_keys_per_block": effective_bK.tolist(),
         }
+        if self.text:
+            del found["by_key_scale"]
+        return found
 
 
 @torch.no_grad()
 def attention_statistics(
-    pipe: Pipeline, prompts: Prompts, tokens: Tensor, batch_size: int = 8
+    pipe: Pipeline, prompts: Prompts, tokens: Tensor, batch_size: int = 8, *, text: bool = False
 ) -> AttentionStatistics:
-    """Read prompts and their tokens through the float model and count."""
-    mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
-    statistics = AttentionStatistics(pipe.scales, len(mixes))
+    """Read prompts and their tokens through the float model and count: attention over tokens, or
+    with `text` over texts."""
+    every = Mixes.of(pipe.var)
+    mixes = list((every.text if text else every.tokens).values())
+    statistics = AttentionStatistics(pipe.scales, len(mixes), text=text)
 
     def add(block: int, p_BHlL: Tensor, _: Tensor, span: Span) -> None:
         statistics.add(block, span.scale, p_BHlL)

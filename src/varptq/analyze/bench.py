@@ -9,7 +9,6 @@ rounded to nearest, nothing is learned here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from varptq.calibrate.means import center_inputs
+from varptq.calibrate.run import give_rounded
 from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import InputError
 from varptq.evaluate.tokens import DEFAULT_BATCH
+from varptq.models.cross import Mixes
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
-from varptq.models.sampling_defaults import CFG
-from varptq.models.seams import Mix, SeamLinear
+from varptq.models.sampling import SamplingSettings
+from varptq.models.seams import Mix, SeamLinear, block_of
 from varptq.models.transformer import Transformer
+from varptq.quant.bops import CROSS
 from varptq.quant.config import (
     AttentionSpec,
     LayerRule,
@@ -34,7 +36,7 @@ from varptq.quant.config import (
     TensorSpec,
 )
 from varptq.quant.convert import REGISTRY, convert
-from varptq.quant.find import set_theta
+from varptq.quant.find import quant_linears, set_theta
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.quant.quantizers import ATTENTION_OPERANDS, LINEAR_OPERANDS
@@ -44,25 +46,35 @@ FLOAT = QuantConfig(name="float", linear=LinearSpec(weight=None, input=None), at
 
 
 class Site(NamedTuple):
-    """A tensor that can be quantized: an operand of a Linear or of an attention module."""
+    """A tensor that can be quantized: an operand of a Linear or of an attention module. text: it is
+    part of an attention over a text, or reads one."""
 
     layer: str
     operand: str
+    text: bool = False
 
     @property
     def kind(self) -> str:
         """The same name in every block, "fc2 input" or "key", and outside of them, "head
         weight"."""
+        kind = CROSS if self.text else ""
         if self.operand in ATTENTION_OPERANDS:
-            return self.operand
+            return f"{kind}{self.operand}"
         words = [word for word in self.layer.split(".") if not word.isdigit()]
-        return f"{words[-1] if self.block is not None else '.'.join(words)} {self.operand}"
+        if self.block is not None:
+            return f"{kind}{words[-1]} {self.operand}"
+        # Layers of what reads a text have numbers where others have names.
+        return f"{self.layer if self.text else '.'.join(words)} {self.operand}"
 
     @property
     def block(self) -> int | None:
         """Index of the transformer block, None outside of them."""
-        found = re.match(r"blocks\.(\d+)\.", self.layer)
-        return int(found[1]) if found else None
+        return block_of(self.layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        named = {"layer": self.layer, "operand": self.operand}
+        return {**named, "kind": self.kind, "block": self.block}
 
 
 class Divergence(NamedTuple):
@@ -79,11 +91,14 @@ class Divergence(NamedTuple):
 def sites(var: Transformer) -> list[Site]:
     """Every tensor a config can quantize, in model order."""
     found: list[Site] = []
+    texts = Mixes.of(var).text
     for name, module in var.named_modules():
+        parent = name.rpartition(".")[0]
         if isinstance(module, SeamLinear):
-            found += [Site(name, operand) for operand in LINEAR_OPERANDS]
+            text = parent in texts or module.reads == "text"
+            found += [Site(name, operand, text) for operand in LINEAR_OPERANDS]
         elif isinstance(module, Mix):
-            found += [Site(name.rpartition(".")[0], operand) for operand in ATTENTION_OPERANDS]
+            found += [Site(parent, operand, parent in texts) for operand in ATTENTION_OPERANDS]
     return found
 
 
@@ -143,13 +158,14 @@ class Bench:
         prompts: Any,
         tokens: Tensor,
         *,
-        cfg: float = CFG,
+        sampling: SamplingSettings | None = None,
         batch_size: int = DEFAULT_BATCH,
     ) -> None:
         if isinstance(pipe, QuantizedPipeline):
             raise InputError(f"model {pipe.name!r}: already quantized; give the float model")
         self.samples = CalibrationSet(pipe.prompts(prompts), tokens.to(pipe.device))
-        self.cfg, self.batch_size, self.source = cfg, batch_size, pipe
+        self.batch_size, self.source = batch_size, pipe
+        self.sampling = pipe.filled(sampling)
         self._pipe = replace(pipe, var=convert(pipe.var, FLOAT))
         self._seams = {n: m for n, m in self._pipe.var.named_modules() if type(m) in REGISTRY}
         self._config = FLOAT
@@ -179,9 +195,20 @@ class Bench:
         self._config = config
         return self.var
 
-    def kl(self, config: QuantConfig, theta: float | None = None) -> Divergence:
-        """Configure and measure."""
+    def kl(
+        self,
+        config: QuantConfig,
+        theta: float | None = None,
+        *,
+        rounded: Mapping[str, Tensor] | None = None,
+    ) -> Divergence:
+        """Configure and measure. rounded: codes and scales of weights in place of the nearest
+        (`calibrate.run.rounded_of`), for the layers of it whose weight `config` quantizes."""
         self.configure(config, theta)
+        if rounded is not None:
+            for name, layer in quant_linears(self.var).items():
+                if layer.weight_bits and f"{name}.codes" in rounded:
+                    give_rounded(layer, rounded)
         sums_K = torch.zeros(self._pipe.scales.num_scales, dtype=torch.float64, device="cpu")
         for floats, quantized in zip(self._float_logits, self._logits(), strict=True):
             for scale, (p_BlV, q_BlV) in enumerate(zip(floats, quantized, strict=True)):
@@ -195,8 +222,9 @@ class Bench:
     @torch.no_grad()
     def _logits(self) -> list[list[Tensor]]:
         """Guided logits (b, l, V) of the model as it is, per batch and scale."""
+        cfg, tau = self.sampling.cfg, self.sampling.tau
         return [
-            [logits for _, logits in guided_logits(self._pipe, prompts, tokens, self.cfg)]
+            [logits for _, logits in guided_logits(self._pipe, prompts, tokens, cfg, tau)]
             for prompts, tokens in self.samples.batches(self.batch_size)
         ]
 

@@ -3,7 +3,7 @@
 sensitivity.png   KL of every tensor quantized alone, by block and width
 costs.png         the costliest tensors, sorted
 scales.png        KL and error of p v per scale
-attention.png     how attention spreads over the keys
+attention.png     how attention spreads over the keys; text_attention.png, over those of texts
 suggestion.png    KL against the budget, and the bits of every tensor
 """
 
@@ -15,8 +15,14 @@ from typing import Any
 from PIL import Image
 
 from varptq.analyze.charts import Bar, Curves, HeatMap, Point, bars, log_share, number, stacked
+from varptq.quant.bops import CROSS
 from varptq.quant.quantizers import ATTENTION_OPERANDS, types_of
 
+# What a price is called, and its unit.
+PRICES = {
+    "bops": ("bit operations", "bit operations, over those of {}"),
+    "bytes": ("bytes of transformer", "MB of transformer"),
+}
 Document = dict[str, Any]
 
 TOP_ROWS = 25
@@ -29,11 +35,13 @@ WIDE_CELL, NARROW_CELL = (40, 22), (16, 20)
 
 def figures(document: Document) -> dict[str, Image.Image]:
     """File name -> picture."""
+    of_texts = document.get("text_attention")
     return {
         "sensitivity.png": sensitivity(document),
         "costs.png": costs(document),
         "scales.png": per_scale(document),
-        "attention.png": attention(document),
+        "attention.png": attention(document["attention"]),
+        **({} if of_texts is None else {"text_attention.png": attention(of_texts, "text token")}),
         "suggestion.png": suggestion(document),
     }
 
@@ -82,7 +90,8 @@ def sensitivity(document: Document) -> Image.Image:
 
 def with_rules(kind: str) -> list[str]:
     """Probabilities have a row for each of their types."""
-    return [f"{kind} ({name})" for name in types_of(kind)] if kind == "probability" else [kind]
+    operand = kind.removeprefix(CROSS)
+    return [f"{kind} ({n})" for n in types_of(operand)] if operand == "probability" else [kind]
 
 
 def over_blocks(
@@ -128,14 +137,16 @@ def per_scale(document: Document) -> Image.Image:
     kl = {name: document["base"]["kl_per_scale"]}
     for group, found in document["groups"].items():
         kl[f"{group} in float"] = found["kl_per_scale"]
-    errors = {
-        f"{what} quantized": [sum(column) / len(column) for column in zip(*blocks, strict=True)]
-        for what, blocks in document["product_errors"].items()
-    }
-    charts = [
-        scale_curves("KL per scale", kl, "nats per token"),
-        scale_curves("Error of p v per scale", errors, "error energy / energy, mean of blocks"),
-    ]
+    charts = [scale_curves("KL per scale", kl, "nats per token")]
+    for key, keys in (("product_errors", ""), ("text_product_errors", " over texts")):
+        if key not in document:
+            continue
+        errors = {
+            f"{what} quantized": [sum(column) / len(column) for column in zip(*blocks, strict=True)]
+            for what, blocks in document[key].items()
+        }
+        title = f"Error of p v{keys} per scale"
+        charts.append(scale_curves(title, errors, "error energy / energy, mean of blocks"))
     return stacked(charts, across=2)
 
 
@@ -152,11 +163,12 @@ def by_scale(values: list[float]) -> list[Point]:
     return [(float(k), value) for k, value in enumerate(values, 1)]
 
 
-def attention(document: Document) -> Image.Image:
-    """Histograms of probabilities and of mass, mass by key scale, and concentration."""
-    found = document["attention"]
+def attention(found: Document, key: str = "key") -> Image.Image:
+    """Histograms of probabilities and of mass, mass by key scale where keys have scales, and
+    concentration. key: what a key is called."""
     scales = [
-        f"scale {k} ({keys} key{'s' * (keys > 1)})" for k, keys in enumerate(found["keys"], 1)
+        f"scale {k} ({count:.4g} {key}{'s' * (count != 1)})"
+        for k, count in enumerate(found["keys"], 1)
     ]
     bins = len(found["histogram"][0])
     octaves = [f"-{j + 1}" if j % 2 else "" for j in range(bins)]
@@ -167,28 +179,24 @@ def attention(document: Document) -> Image.Image:
             ("mass", "Where the attention mass lies, % of mass", "log2 of p, lower end of a bin"),
         )
     ]
-    count = len(scales)
-    by_key = [
-        row[: k + 1] + [None] * (count - k - 1) for k, row in enumerate(found["by_key_scale"])
-    ]
-    columns = [str(k) for k in range(1, count + 1)]
-    keys = HeatMap(
-        "Mass by key scale, %",
-        by_key,
-        scales,
-        columns,
-        float,
-        percent,
-        (40, 22),
-        "scale of the key",
-    ).draw()
     concentration = {
         "mass in the top key": found["top_key"],
         "mass in the top tenth of the keys": found["top_tenth"],
         "effective keys / keys": found["effective_share"],
     }
-    curves = scale_curves("Concentration", concentration, "share", log=False)
-    return stacked([*(table.draw() for table in tables), stacked([keys, curves], across=2)])
+    below = [scale_curves("Concentration", concentration, "share", log=False)]
+    if (by_key := found.get("by_key_scale")) is not None:
+        below.insert(0, mass_by_key(by_key, scales))
+    return stacked([*(table.draw() for table in tables), stacked(below, across=2)])
+
+
+def mass_by_key(by_key: Sequence[Sequence[float]], scales: Sequence[str]) -> Image.Image:
+    """Scales of the queries by scales of the keys, which are none later."""
+    count = len(scales)
+    cells = [[*row[: k + 1], *[None] * (count - k - 1)] for k, row in enumerate(by_key)]
+    columns = [str(k) for k in range(1, count + 1)]
+    title, axis = "Mass by key scale, %", "scale of the key"
+    return HeatMap(title, cells, scales, columns, float, percent, (40, 22), axis).draw()
 
 
 def percent(share: float) -> str:
@@ -217,3 +225,32 @@ def bits_map(document: Document) -> Image.Image:
     bits = {(row["kind"], row["block"]): row["bits"] for row in found["bits"]}
     title, kinds = "Bits of the suggested config", document["kinds"]
     return over_blocks(title, kinds, bits, lambda b: (b - 2) / 9, lambda b: f"{b:.0f}")
+
+
+def frontier(document: Document) -> Image.Image:
+    """KL over each price that has a budget: predicted, and calibrated where budgets were given."""
+    charts = []
+    for key in document["units"]:
+        factor = 1.0 if key == "bops" else 1e-6
+        series = {
+            "predicted": envelope([(p[key] * factor, p["kl"]) for p in document["points"]]),
+            "calibrated": sorted(
+                (p[key] * factor, p["measured"]) for p in document["chosen"].values()
+            ),
+        }
+        places = [x for points in series.values() for x, _ in points]
+        low, high = min(places), max(places)
+        ticks = [(x, f"{x:.2f}") for x in (low + (high - low) * n / 4 for n in range(5))]
+        title, unit = PRICES[key]
+        unit = unit.format(document["unit"])
+        charts.append(Curves(f"KL over {title}", series, ticks, unit, "nats per token").draw())
+    return stacked(charts, across=2)
+
+
+def envelope(points: Sequence[Point]) -> list[Point]:
+    """Those with the least y up to their x, by rising x."""
+    found: list[Point] = []
+    for point in sorted(points):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return found

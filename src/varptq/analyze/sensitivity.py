@@ -16,7 +16,7 @@ from typing import Any
 from varptq.analyze.bench import Bench, Divergence, Site, sites, spec_of, stripped, with_specs
 from varptq.progress import Progress, silent
 from varptq.quant.config import POLICIES, QuantConfig, TensorSpec
-from varptq.quant.presets import from_bits
+from varptq.quant.presets import CODEBOOK, from_bits, group_free
 from varptq.quant.quantizers import ATTENTION_OPERANDS, MAX_BITS, QUANTIZERS, types_of
 
 STAGE = "sensitivity"
@@ -42,10 +42,7 @@ class Sensitivity:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "layer": self.site.layer,
-            "operand": self.site.operand,
-            "kind": self.site.kind,
-            "block": self.site.block,
+            **self.site.to_dict(),
             "type": self.type,
             "alone": {str(bits): found.to_dict() for bits, found in self.alone.items()},
             "put_back": self.put_back.to_dict() if self.put_back else None,
@@ -66,6 +63,8 @@ def spec_at(config: QuantConfig, site: Site, bits: int, type_: str | None = None
         return _allowed(usual, config, site).replace(type=kind)
     if own.num_bits == bits:
         return own.replace(type=kind)
+    if own.type == CODEBOOK:
+        return group_free(bits, site.operand)
     strategy = {"strategy": own.strategy} if site.operand in ATTENTION_OPERANDS else {}
     return usual.replace(type=kind, range_rule=own.range_rule, **strategy)
 

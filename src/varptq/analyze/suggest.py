@@ -120,9 +120,7 @@ class Pick:
         """Plain JSON values."""
         site, spec, gain = self.candidate
         return {
-            **site._asdict(),
-            "kind": site.kind,
-            "block": site.block,
+            **site.to_dict(),
             "spec": spec.to_dict(),
             "gain": gain,
             "price": self.price,

@@ -9,6 +9,11 @@ layout of compressed-tensors "pack-quantized" (quant/packing.py):
     <layer>.weight_shape        int64 (2,)                       out, in
 
 Under the range rule "min_max" a zero point need not be a code; then it is float32 (out, G).
+A quantized convolution of an autoencoder (quant/convolution.py) becomes
+
+    <layer>.weight              int8 (O, I, k, k)                codes; or bfloat16, without a scale
+    <layer>.weight_scale        float32 (O,)
+
 Everything else keeps the name it has in a checkpoint, and the dtype of the pipeline. Names begin
 with "transformer." or "autoencoder.". No file is touched here.
 """
@@ -23,7 +28,7 @@ from torch import Tensor
 from varptq.models.autoencoder import Autoencoder
 from varptq.models.transformer import Transformer
 from varptq.quant.config import TensorSpec
-from varptq.quant.find import quant_linears
+from varptq.quant.find import quant_convolutions, quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.packing import WORD_BITS, pack, packed_words, unpack
 
@@ -62,6 +67,12 @@ def slots(var: Transformer, vae: Autoencoder) -> dict[str, Slot]:
     for layer, linear in packed_linears(var).items():
         for name, slot in linear_slots(linear).items():
             expected[f"{TRANSFORMER}{layer}.{name}"] = slot
+    for layer, convolution in quant_convolutions(vae).items():
+        weight, scale = f"{AUTOENCODER}{layer}.weight", f"{AUTOENCODER}{layer}.{SCALE}"
+        stored = ("BF16",) if convolution.weight_scale is None else ("I8",)
+        expected[weight] = expected[weight]._replace(dtypes=stored)
+        if convolution.weight_scale is not None:
+            expected[scale] = expected[scale]._replace(dtypes=("F32",))
     return expected
 
 
@@ -108,7 +119,8 @@ def pack_linear(linear: QuantLinear) -> dict[str, Tensor]:
 
 
 def unpack_linear(linear: QuantLinear, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `pack_linear`: codes (out, in) uint8, scale and zero_point (out, G) float32.
+    """The inverse of `pack_linear`: codes (out, in) uint8, scale and zero_point (out, G) float32,
+    in memory of their own.
 
     stored: tensors that fit `linear_slots(linear)`. Raises ValueError for contents that
     `pack_linear` never writes.
@@ -117,10 +129,12 @@ def unpack_linear(linear: QuantLinear, stored: dict[str, Tensor]) -> dict[str, T
     sizes = [linear.out_features, linear.in_features]
     if stored[SHAPE].tolist() != sizes:
         raise ValueError(f"{SHAPE} is {stored[SHAPE].tolist()}, expected {sizes}")
-    scale = stored[SCALE]
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    scale = stored[SCALE].clone()
+    # A codebook gives rows of zeros a scale of 0.
+    fits = scale >= 0 if linear.quantizer.table else scale > 0
+    if not bool((torch.isfinite(scale) & fits).all()):
         raise ValueError(f"{SCALE} holds values that are not positive numbers")
-    zero = stored[ZERO_POINT]
+    zero = stored[ZERO_POINT].clone()
     if _zero_is_code(spec):
         zero = _unpack(zero.t().contiguous(), spec.num_bits, linear.out_features, ZERO_POINT)
         zero = zero.t().float().contiguous()

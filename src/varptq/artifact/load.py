@@ -13,17 +13,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from varptq.artifact.format import (
     AUTOENCODER,
     CONFIG_FILE,
     FORMAT_VERSION,
+    SCALE,
     SEAL,
     TRANSFORMER,
     UNPACKED,
@@ -46,16 +46,29 @@ from varptq.errors import ArtifactError, CheckpointError, ConfigError, is_out_of
 from varptq.files import is_whole, utf8_name
 from varptq.models.autoencoder import Autoencoder
 from varptq.models.families import family
+from varptq.models.meta import on_meta
 from varptq.models.placement import checked_device, checked_dtype
+from varptq.models.presets import encoder_of
+from varptq.models.seams import start_gains
 from varptq.models.state_file import file_sha256
 from varptq.models.transformer import Transformer
-from varptq.quant.convert import convert
-from varptq.quant.find import release_float_weights, set_theta
+from varptq.quant.convert import convert, convert_autoencoder
+from varptq.quant.find import quant_convolutions, release_float_weights, set_theta
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.torch_state import plain_torch
 
 DAMAGED = "damaged or altered, copy the artifact again"
 Adopt = Callable[[Transformer, str], None]
+
+
+class Blank(NamedTuple):
+    """An artifact without its weights: the validated config.json, its `digest`, and both networks
+    on the meta device, where tensors have shapes but no memory."""
+
+    document: SealedDocument
+    seal: str
+    var: Transformer
+    vae: Autoencoder
 
 
 @plain_torch()
@@ -65,22 +78,22 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
     adopt: Adopt | None = None,
+    blank: Blank | None = None,
 ) -> QuantizedPipeline:
     """The quantized pipeline stored in `folder`, with the codes and scales it was saved with.
 
     dtype: of the float parts and of the arithmetic; scales stay float32. It computes "simulated";
     `varptq.runtime.load` chooses another runtime. adopt: called with the transformer and the name
     of each quantized layer once the layer is complete, and may replace it by another module, so
-    that one layer is unpacked at a time; the image encoder then stays on the mapped file. Raises
+    that one layer is unpacked at a time; the image encoder then stays on the mapped file. blank: of
+    this folder, from `read_blank`, where the caller has it; its networks are used up. Raises
     `ConfigError` for a device that this machine lacks or a dtype in which no model computes,
     `ArtifactError` naming the file and what is wrong with it.
     """
     device, dtype = checked_device(device), checked_dtype(dtype)
-    folder = Path(folder)
-    document, seal = read_config(folder)
-    var, vae = empty_modules(folder, document)
-    path = folder / WEIGHTS_FILE
-    tensors = _open_tensors(path, document, seal, slots(var, vae))
+    document, seal, var, vae = blank or read_blank(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    tensors = _open_tensors(path, document, seal, lambda names: _slots(var, vae, names))
     _fill_plain(var, vae, tensors, path, stay=adopt is not None)
     _fill_linears(var, tensors, path, adopt)
     recipe = document.varptq
@@ -91,6 +104,7 @@ def load(
         document.class_names,
         dict(document.sources),
         family=document.architecture.family,
+        encoder=encoder_of(document.name),
         config=recipe.config,
         method=recipe.method,
         theta=recipe.theta,
@@ -99,6 +113,13 @@ def load(
         report=dict(recipe.report),
     )
     return pipeline.to(device=device, dtype=dtype)
+
+
+def read_blank(folder: str | Path) -> Blank:
+    """The config of an artifact and its networks without values; the weights are not read. Raises
+    `ArtifactError`."""
+    document, seal = read_config(folder)
+    return Blank(document, seal, *_empty_modules(Path(folder), document))
 
 
 def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
@@ -170,28 +191,14 @@ def _check_file(path: Path) -> None:
         raise ArtifactError(f"{path}: {found}; give the folder of an artifact, copied whole")
 
 
-class WithoutInit(TorchFunctionMode):
-    """Make modules without initial values: on the meta device there are none, but torch would load
-    its compiler to compute them."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[Transformer, Autoencoder]:
-    """Both networks on the meta device, where tensors have shapes but no memory. Raises
-    `ArtifactError`."""
-    path = Path(folder) / CONFIG_FILE
+def _empty_modules(folder: Path, document: SealedDocument) -> tuple[Transformer, Autoencoder]:
+    path = folder / CONFIG_FILE
     row, archs = family(document.architecture.family), document.architecture.document().archs()
     try:
-        with torch.device("meta"), WithoutInit():
-            float_var, vae = row.build(*archs)
-            var = convert(float_var, document.varptq.config)
+        with on_meta():
+            var, vae = row.build(*archs)
+            var = convert(var, document.varptq.config, in_place=True)
+            vae = convert_autoencoder(vae, document.varptq.config, in_place=True)
     except ConfigError as error:
         raise ArtifactError(f"{path}: {_line(error)}") from None
     release_float_weights(var)
@@ -202,7 +209,10 @@ def empty_modules(folder: str | Path, document: SealedDocument) -> tuple[Transfo
 
 
 def _open_tensors(
-    path: Path, document: SealedDocument, seal: str, expected: dict[str, Slot]
+    path: Path,
+    document: SealedDocument,
+    seal: str,
+    expected: Callable[[set[str]], dict[str, Slot]],
 ) -> MappedTensors:
     """The tensors of the file, after checking header, hash and seal."""
     _check_file(path)
@@ -215,7 +225,7 @@ def _open_tensors(
                 "truncated or of another artifact"
             )
         with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
-            _check_header(path, file, expected)
+            _check_header(path, file, expected(set(file.keys())))
             if file_sha256(path) != entry.sha256:
                 raise ArtifactError(f"{path}: SHA-256 is not that of {CONFIG_FILE}; {DAMAGED}")
             if (file.metadata() or {}).get(SEAL) != seal:
@@ -228,6 +238,14 @@ def _open_tensors(
         if is_out_of_memory(error):
             raise
         raise ArtifactError(f"{path}: cannot be read ({_line(error)}); {DAMAGED}") from None
+
+
+def _slots(var: Transformer, vae: Autoencoder, names: set[str]) -> dict[str, Slot]:
+    """What the file has to hold, after the norms of `var` have got the gains that are among its
+    `names`: whether inputs were smoothed depends on the method."""
+    own = {name.removeprefix(TRANSFORMER) for name in names}
+    start_gains(var, own, torch.empty(var.width, dtype=var.dtype, device=var.device))
+    return slots(var, vae)
 
 
 def _check_header(path: Path, file: Any, expected: dict[str, Slot]) -> None:
@@ -256,11 +274,14 @@ def _fill_plain(
     image needs stays on the mapping."""
     state: dict[str, Tensor] = {}
     encoding = tuple(f"{AUTOENCODER}{name}." for name in vae.ENCODING) if stay else ()
+    steps = {f"{AUTOENCODER}{layer}.{SCALE}" for layer in quant_convolutions(vae)}
     for name in plain_tensors(var, vae):
         stays = name.startswith(encoding)
         tensor = tensors.view(name) if stays else tensors.take(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
+        if name in steps and not bool((tensor > 0).all()):
+            raise ArtifactError(f"{path}: tensor {name!r} holds values that are not above 0")
         if stays:
             tensors.drop(name)
         state[name] = tensor
@@ -286,7 +307,7 @@ def _fill_linears(
         layer = next(iter(layers))
         linear = layers.pop(layer)
         names = linear_slots(linear)
-        stored = {name: tensors.take(f"{TRANSFORMER}{layer}.{name}") for name in names}
+        stored = {name: tensors.view(f"{TRANSFORMER}{layer}.{name}") for name in names}
         for name, tensor in stored.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ArtifactError(
@@ -296,6 +317,8 @@ def _fill_linears(
             linear.load_codes(**unpack_linear(linear, stored))
         except ValueError as error:
             raise ArtifactError(f"{path}: layer {layer}: {error}") from None
+        for name in names:
+            tensors.drop(f"{TRANSFORMER}{layer}.{name}")
         if adopt is not None:
             adopt(var, layer)
             return_free_memory()

@@ -28,6 +28,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I8": torch.int8,
 }
 LENGTH_BYTES = 8
 
@@ -57,11 +58,12 @@ class MappedTensors:
         return found.st_size, found.st_mtime_ns
 
     def check(self, module: nn.Module) -> None:
-        """Raise `ArtifactError` if parameters of `module` lie on the mapping and the file was
+        """Raise `ArtifactError` if tensors of `module` lie on the mapping and the file was
         written to since: they would have other values, or kill the process if the file got shorter.
         A file replaced by a rename is still the old one here."""
         end = self._start + len(self._map)
-        mapped = any(self._start <= p.data_ptr() < end for p in module.parameters())
+        tensors = (*module.parameters(), *module.buffers())
+        mapped = any(self._start <= t.data_ptr() < end for t in tensors)
         if mapped and self._now() != self._stamp:
             raise ArtifactError(f"{self._path}: changed while the model was in use; load it again")
 

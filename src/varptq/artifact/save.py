@@ -7,6 +7,7 @@ no time stamp and no machine name. The format is in format.py and schema.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,23 @@ def save(pipeline: Pipeline, folder: str | Path, *, force: bool = False) -> Path
         )
     pipeline = bare(pipeline)
     check_layers(pipeline)
+    return write(pipeline, lambda: packed_tensors(pipeline), folder, force=force)
+
+
+def write(
+    pipeline: QuantizedPipeline,
+    tensors: Callable[[], dict[str, Tensor]],
+    folder: str | Path,
+    *,
+    force: bool = False,
+) -> Path:
+    """`save` for a pipeline whose transformer may be shapes alone, with the tensors of the artifact
+    from elsewhere; they are asked for once the folder can be written."""
     document = describe(pipeline)
     with StagedFolder(folder, force=force, marker=CONFIG_FILE) as staging:
         weights = staging / WEIGHTS_FILE
         # A single entry: safetensors writes several in an order that changes from run to run.
-        save_file(packed_tensors(pipeline), weights, {SEAL: digest(document)})
+        save_file(tensors(), weights, {SEAL: digest(document)})
         entry = {"bytes": weights.stat().st_size, "sha256": file_sha256(weights)}
         text = _encoded({**document, "files": {WEIGHTS_FILE: entry}})
         config = staging / CONFIG_FILE

@@ -10,20 +10,26 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
+import torch
 from torch import Tensor
 
 from varptq.artifact.format import (
     AUTOENCODER,
     PACKED,
+    SCALE,
     TRANSFORMER,
     Slot,
     linear_slots,
     plain_tensors,
 )
+from varptq.models.families import family
+from varptq.models.meta import on_meta
 from varptq.models.pipeline import Pipeline
-from varptq.models.seams import SeamLinear
+from varptq.models.seams import SeamLinear, start_gains
 from varptq.models.transformer import float_layout
-from varptq.quant.convert import convert
+from varptq.quant.convert import convert, convert_autoencoder
+from varptq.quant.describe import float_modules
+from varptq.quant.find import quant_convolutions
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 
@@ -74,11 +80,11 @@ def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
 
     A Linear's weight counts under its kind, "float parts" is the rest of the
     transformer (biases, embeddings), "centring" are the means and bias rows that centred inputs
-    add, "vae" is the VQVAE. Kinds that are absent are left out.
+    add, "vae" is the autoencoder. Kinds that are absent are left out.
     """
     pipeline = as_stored(pipeline)
     found: dict[str, KindSize] = {}
-    layout = float_layout(pipeline.var).named_modules()
+    layout = float_modules(pipeline.var).items()
     kinds = {name: seam.kind for name, seam in layout if isinstance(seam, SeamLinear)}
     weights: dict[str, str] = {}
     for name, kind in kinds.items():
@@ -87,12 +93,15 @@ def sizes(pipeline: Pipeline) -> dict[str, KindSize]:
             found[kind] = found.get(kind, KindSize()) + _packed_size(module)
         else:
             weights[f"{TRANSFORMER}{name}.weight"] = kind
+    steps = {f"{AUTOENCODER}{layer}.{SCALE}" for layer in quant_convolutions(pipeline.vae)}
     for name, tensor in plain_tensors(pipeline.var, pipeline.vae).items():
         size = _plain_size(tensor)
         kind = VAE if name.startswith(AUTOENCODER) else weights.get(name, FLOAT_PARTS)
         if name.rpartition(".")[2] in CENTRING_TENSORS:
             # The float model has none of them, so they count as no elements.
             kind, size = CENTRING, replace(size, elements=0)
+        elif name in steps:
+            size = KindSize(0, size.bytes, size.bytes)
         found[kind] = found.get(kind, KindSize()) + size
     return {kind: found[kind] for kind in sorted(found, key=_position)}
 
@@ -103,7 +112,15 @@ def as_stored(pipeline: Pipeline) -> Pipeline:
     if not isinstance(pipeline, QuantizedPipeline) or pipeline.runtime == "simulated":
         return pipeline
     blank = float_layout(pipeline.var).to(pipeline.dtype)
-    return replace(pipeline, var=convert(blank, pipeline.config))
+    like = torch.empty(blank.width, dtype=blank.dtype, device=blank.device)
+    start_gains(blank, set(pipeline.var.state_dict()), like)
+    with on_meta():
+        vae = family(pipeline.family).autoencoder(pipeline.vae.arch, pipeline.var.arch)
+    return replace(
+        pipeline,
+        var=convert(blank, pipeline.config),
+        vae=convert_autoencoder(vae.to(pipeline.dtype), pipeline.config),
+    )
 
 
 def transformer_size(pipeline: Pipeline) -> KindSize:

@@ -9,8 +9,12 @@ from pydantic import Field
 
 from varptq.errors import ConfigError
 from varptq.models.sampling import SamplingSettings
+from varptq.quant.config import LinearSpec
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.settings import Settings
 
+# Where correcting targets was found to help: coarse weights that meet fine inputs.
+MOST_WEIGHT_BITS, LEAST_INPUT_BITS = 3, 6
 Rounding = Literal["nearest", "gptq", "adaround", "gptq+adaround"]
 
 
@@ -26,6 +30,9 @@ class CalibrationConfig(Settings):
     Adam, for alpha; None takes 0.3 up to 200 steps and 0.3 sqrt(200 / steps) beyond. forward:
     "hard" trains the codes that will be deployed, straight through; "soft" trains fractional ones,
     which `regularizer` (lambda, with beta falling from beta_start to beta_end) drives to 0 or 1.
+    correct_targets: whether a layer's weight is fitted to what the float model's layer gives on
+    the float model's inputs, and units follow the quantized model (gptq.py); None does so for
+    codebooks of at most 3 bits whose inputs have 6 or more.
     tune_steps: steps of end-to-end tuning of scales and biases afterwards (tune.py).
     budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the
     theta search. theta_samples: images on which attention is measured for theta. memory_gb:
@@ -43,6 +50,7 @@ class CalibrationConfig(Settings):
     regularizer: float = Field(default=0.0, ge=0)
     beta_start: float = Field(default=20.0, gt=0)
     beta_end: float = Field(default=2.0, gt=0)
+    correct_targets: bool | None = None
     tune_steps: int = Field(default=0, ge=0)
     budget: float = Field(default=0.01, ge=0)
     theta_grid: int = Field(default=10_000, ge=2)
@@ -55,6 +63,16 @@ class CalibrationConfig(Settings):
     def solves(self) -> bool:
         """Whether rounding begins in closed form."""
         return self.rounding.startswith("gptq")
+
+    def corrects(self, spec: LinearSpec) -> bool:
+        """Whether the targets of a layer of this spec are corrected."""
+        if spec.weight is None or not self.solves:
+            return False
+        if self.correct_targets is not None:
+            return self.correct_targets
+        table = QUANTIZERS[spec.weight.type].table is not None
+        exact = spec.input is None or spec.input.num_bits >= LEAST_INPUT_BITS
+        return table and spec.weight.num_bits <= MOST_WEIGHT_BITS and exact
 
     @property
     def learns(self) -> bool:

@@ -19,41 +19,43 @@ from varptq.calibrate.run import Run
 from varptq.calibrate.samples import CalibrationSet
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
-from varptq.models.seams import SeamLinear, Span
+from varptq.models.seams import Span, linears_of
 from varptq.models.transformer import Transformer
 from varptq.quant.find import quant_linears
 
 
 def center(run: Run) -> None:
     """Step: set the means of centred inputs, if the config asks for any."""
-    if any(layer.centred for layer in quant_linears(run.quantized).values()):
+    names = [name for name, layer in quant_linears(run.quantized).items() if layer.centred]
+    if names:
         samples = run.samples
         run.progress("means", 0, 1)
-        center_inputs(run.pipe, run.quantized, samples)
+        run.center_on(input_means(run.pipe, names, samples))
         run.progress("means", 1, 1)
 
 
-@torch.no_grad()
 def center_inputs(pipe: Pipeline, quantized: Transformer, samples: CalibrationSet) -> int:
     """Measure the means and set them in the layers of `quantized` that need them; returns how
     many."""
     layers = {name: m for name, m in quant_linears(quantized).items() if m.centred}
-    seams = linears(pipe.var)
-    tokens = [name for name in layers if seams[name].reads == "tokens"]
-    means = token_means(pipe, tokens, samples) if tokens else {}
-    vectors = pipe.var.condition_vectors().mean(0, keepdim=True)
-    for name, layer in layers.items():
-        layer.set_means(means.get(name, vectors))
+    for name, means_Ki in input_means(pipe, list(layers), samples).items():
+        layers[name].set_means(means_Ki)
     return len(layers)
 
 
-def linears(transformer: Transformer) -> dict[str, SeamLinear]:
-    """The Linear seams of a float model by name."""
-    return {n: m for n, m in transformer.named_modules() if isinstance(m, SeamLinear)}
+@torch.no_grad()
+def input_means(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> dict[str, Tensor]:
+    """(K, in) mean input of each named layer, one row for those that see no tokens."""
+    seams = linears_of(pipe.var)
+    tokens = [name for name in names if seams[name].reads != "condition"]
+    means = token_means(pipe, tokens, samples) if tokens else {}
+    vectors_1C = pipe.var.condition_vectors(pipe.pool()).mean(0, keepdim=True)
+    return {name: means.get(name, vectors_1C) for name in names}
 
 
 def token_means(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> dict[str, Tensor]:
-    """(K, in) float64 mean input of each named layer; zero at a scale that the layer never sees."""
+    """(K, in) float64 mean input of each named layer; zero at a scale that the layer never sees.
+    One row for a layer that reads texts, which have no scales."""
     return {name: found.means() for name, found in input_moments(pipe, names, samples).items()}
 
 
@@ -88,11 +90,17 @@ class Moments:
 
 def input_moments(pipe: Pipeline, names: list[str], samples: CalibrationSet) -> dict[str, Moments]:
     """Moments of the inputs of the named layers, from one pass of the float model."""
-    layers = {name: layer for name, layer in linears(pipe.var).items() if name in set(names)}
+    layers = {name: layer for name, layer in linears_of(pipe.var).items() if name in set(names)}
     count = pipe.scales.num_scales
-    found = {name: Moments.zeros(count, layers[name].in_features) for name in names}
+    found = {
+        name: Moments.zeros(count if layer.reads == "tokens" else 1, layer.in_features)
+        for name, layer in layers.items()
+    }
 
-    def add(name: str, x_BLi: Tensor, spans: Sequence[Span]) -> None:
+    def add(name: str, x_BLi: Tensor, spans: Sequence[Span] | None = None) -> None:
+        if spans is None:
+            found[name].add(0, x_BLi)
+            return
         for span in spans:
             found[name].add(span.scale, x_BLi[:, span.queries])
 

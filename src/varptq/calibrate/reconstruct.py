@@ -16,17 +16,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varptq.calibrate.config import CalibrationConfig
-from varptq.calibrate.gptq import gptq_codes
-from varptq.calibrate.record import ROWS_PER_BATCH, Recorder, Unit
-from varptq.calibrate.run import Run
+from varptq.calibrate.record import Recorder, Unit
+from varptq.calibrate.run import Run, rounded_of
+from varptq.calibrate.solve import solve
 from varptq.errors import NonFiniteError
 from varptq.quant import adaround
 from varptq.quant.find import quant_linears
@@ -65,30 +65,37 @@ class UnitReport:
 
 def reconstruct(run: Run) -> None:
     """Step: reconstruct the units dealt to this process, then take the codes of all units."""
-    recorder = Recorder(run.pipe, run.quantized, run.samples, run.calibration)
+    recorder = Recorder(run.pipe, run.unit, run.samples, run.calibration)
     costs, piece = recorder.costs(), run.piece("unit")
     pieces = {name: f"{piece}-{name}" for name in costs}
     missing = set(run.work.missing(list(pieces.values())))
     left = {name: cost for name, cost in costs.items() if pieces[name] in missing}
-    mine = run.work.ranks.share_by_cost(left)
-    with closing(recorder.units(mine)) as units:  # its files go at once, whatever happens
+    follow = run.quantized if left and corrects(run.quantized, run.calibration) else None
+    mine = run.work.ranks.share_by_cost(left) if follow is None else list(costs)
+    with closing(recorder.units(mine, follow=follow)) as units:  # its files go, whatever happens
         for index, unit in enumerate(units):
+            if pieces[unit.name] not in missing:
+                run.take_codes([pieces[unit.name]])
+                continue
             listen = _step_listener(run, unit.name, index, len(mine))
             listen(0, math.nan)
             report = reconstruct_unit(unit, run.calibration, run.seed, listen)
-            codes = {layer.layer: layer.codes for layer in unit_layers(unit)}
+            tensors = rounded_of(unit_layers(unit))
             facts = {"report": report.to_dict() if report else None}
-            run.work.write(pieces[unit.name], Piece(codes, facts))
+            # Where units follow each other every process has the same result.
+            if follow is None or run.work.ranks.first:
+                run.work.write(pieces[unit.name], Piece(tensors, facts))
             # A unit with nothing to learn is done too, or the stage might never end.
             listen(run.calibration.steps_per_unit, report.loss_hard if report else math.nan)
     run.work.ranks.barrier()
-    layers = quant_linears(run.quantized)
-    found = [run.work.read(name) for name in pieces.values()]
-    for name, codes in ((n, c) for piece in found for n, c in piece.tensors.items()):
-        layer = layers[name]
-        layer.load_codes(codes.to(layer.codes.device), layer.scale, layer.zero_point)
-    reports = [piece.facts["report"] for piece in found]
+    run.take_codes(list(pieces.values()))
+    reports = [run.work.read(name, ()).facts["report"] for name in pieces.values()]
     run.report["units"] = [report for report in reports if report is not None]
+
+
+def corrects(quantized: nn.Module, config: CalibrationConfig) -> bool:
+    """Whether a layer's rounding follows the quantized model before it."""
+    return any(config.corrects(layer.spec) for layer in quant_linears(quantized).values())
 
 
 def _step_listener(run: Run, name: str, index: int, num_units: int) -> Callable[[int, float], None]:
@@ -143,7 +150,7 @@ def reconstruct_unit(
         on_step(0, loss_nearest)
     loss_gptq = None
     if config.solves:
-        solve(unit, layers)
+        solve(unit, layers, config)
         loss_gptq = evaluate(unit, evaluated)
         candidates.append(Candidate.of("gptq", layers, loss_gptq))
     loss_soft, steps = candidates[-1].loss, 0
@@ -165,19 +172,19 @@ def reconstruct_unit(
 
 @dataclass(frozen=True)
 class Candidate:
-    """Codes of all layers of a unit, and their loss."""
+    """Codes and scales of all layers of a unit, and their loss."""
 
     kind: str
-    codes: list[Tensor]
+    rounded: list[tuple[Tensor, Tensor]]
     loss: float
 
     @classmethod
     def of(cls, kind: str, layers: list[QuantLinear], loss: float) -> Candidate:
-        return cls(kind, [layer.codes for layer in layers], loss)
+        return cls(kind, [(layer.codes, layer.scale) for layer in layers], loss)
 
     def restore(self, layers: list[QuantLinear]) -> None:
-        for layer, codes in zip(layers, self.codes, strict=True):
-            layer.load_codes(codes, layer.scale, layer.zero_point)
+        for layer, (codes, scale) in zip(layers, self.rounded, strict=True):
+            layer.load_codes(codes, scale, layer.zero_point)
 
 
 def start(layer: QuantLinear, config: CalibrationConfig) -> LearnedRounding:
@@ -200,47 +207,6 @@ def start(layer: QuantLinear, config: CalibrationConfig) -> LearnedRounding:
     return rounding
 
 
-@torch.no_grad()
-def solve(unit: Unit, layers: list[QuantLinear]) -> None:
-    """GPTQ of every layer in order; a layer's inputs come from the quantized layers before it."""
-    for layer in layers:
-        weight = layer.float_weight
-        assert weight is not None and layer.weight_bits is not None
-        rows = weight.float().unflatten(1, (layer.scale.shape[1], -1))
-        moments = input_moments(unit, layer)
-        codes = gptq_codes(rows, layer.grid, layer.weight_bits, moments, quantizer=layer.quantizer)
-        layer.load_codes(codes.flatten(1).to(torch.uint8), layer.scale, layer.zero_point)
-
-
-class _SeenError(Exception):
-    """Raised once the input of a layer is known, so that the rest of its unit does not run."""
-
-
-def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
-    """(in, in) float64 sum of w_t x_t x_t^T over all inputs of the layer's weight: every row of the
-    unit once, positions weighted as in the loss."""
-    width, device = layer.in_features, layer.codes.device
-    total = torch.zeros(width, width, dtype=torch.float64, device=device)
-
-    def add(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        x = layer.quantized_input(*arguments).float()
-        if unit.token_weights is not None:
-            x = x * unit.token_weights.sqrt().to(x.device).unsqueeze(-1)
-        x = x.flatten(0, -2)
-        total.add_(x.T @ x)
-        raise _SeenError
-
-    handle = layer.register_forward_pre_hook(add)
-    try:
-        numbers = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
-        for rows in numbers.split(ROWS_PER_BATCH):
-            with suppress(_SeenError):
-                unit.run(unit.inputs[rows])
-    finally:
-        handle.remove()
-    return total
-
-
 def train(
     unit: Unit,
     roundings: list[LearnedRounding],
@@ -253,7 +219,7 @@ def train(
     alphas = [rounding.alpha for rounding in roundings]
     # Fused: one pass over memory that the steps of a wide unit would otherwise read a dozen times.
     optimizer = torch.optim.Adam(alphas, lr=config.rate, fused=True)
-    batch = config.batch_size if unit.token_weights is not None else VECTOR_BATCH
+    batch = VECTOR_BATCH if unit.sees_vectors else config.batch_size
     batch = min(batch, len(unit.inputs))
     schedule = Schedule(config.steps, config.patience)
     while (phase := schedule.phase) < 1:
@@ -315,7 +281,7 @@ def train_step(
     beta: float,
 ) -> float:
     """One step; returns the reconstruction loss of its batch."""
-    loss = unit_loss(unit.run(unit.inputs[rows]), unit.target(rows), unit.token_weights)
+    loss = unit_loss(unit.run(unit.met[rows]), unit.target(rows), unit.token_weights)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NonFiniteError(
@@ -336,6 +302,6 @@ def evaluate(unit: Unit, rows: Tensor) -> float:
     """Mean loss over these rows, a few at a time."""
     total = 0.0
     for part in rows.split(8):
-        loss = unit_loss(unit.run(unit.inputs[part]), unit.target(part), unit.token_weights)
+        loss = unit_loss(unit.run(unit.met[part]), unit.target(part), unit.token_weights)
         total += float(loss) * len(part)
     return total / len(rows)

@@ -9,12 +9,11 @@ other (paper: base pipeline; docs/method.md section 5).
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.prefix import Prefix
 from varptq.calibrate.samples import CalibrationSet
+from varptq.calibrate.unit_inputs import Inputs, Texts, TokensAndMore
 from varptq.errors import NonFiniteError, OutputError
-from varptq.files import utf8_name
 from varptq.models.blocks import Attention
+from varptq.models.cross import CrossAttention, TextGroup
+from varptq.models.file_pages import mapped_empty
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening
-from varptq.models.seams import SeamLinear, Span, Stage, TokenLinear, spans_of
+from varptq.models.seams import (
+    USUAL_TEXT,
+    SeamLinear,
+    Span,
+    Stage,
+    TokenLinear,
+    linears_of,
+    spans_of,
+)
+from varptq.models.transformer import Transformer
 
 ROWS_PER_BATCH = 8
 FLOAT_BYTES, HALF_BYTES = 4, 2
@@ -40,25 +51,39 @@ class Unit:
 
     run maps a batch of inputs (rows, ...) through the quantized piece, `reference` through the
     float one; both move inputs to the model's device. If targets is None, `reference` computes
-    them at every step (word_embed, the AdaLN layers, and a head whose outputs are too large to
-    keep). token_weights (tokens,) weights the squared error of each position: 1 / l_k at scale k,
-    so that every scale counts equally; None for units that see one vector per class.
+    them at every step (word_embed, the AdaLN layers, units that read texts alone, and a head whose
+    outputs are too large to keep). token_weights (tokens,) weights the squared error of each
+    position: 1 / l_k at scale k, so that every scale counts equally; None for units that see one
+    vector per condition or a text, all of whose tokens count the same. float_module: the float
+    piece. behind: the same inputs in the quantized model, where the walk follows it.
     """
 
     name: str
     module: nn.Module
-    run: Callable[[Tensor], Tensor]
-    reference: Callable[[Tensor], Tensor]
-    inputs: Tensor
+    run: Callable[[Any], Tensor]
+    reference: Callable[[Any], Tensor]
+    inputs: Inputs
     targets: Tensor | None
     token_weights: Tensor | None
+    float_module: nn.Module | None = None
+    behind: Inputs | None = None
+
+    @property
+    def met(self) -> Inputs:
+        """What the quantized piece is run on: the quantized model's inputs where they are known."""
+        return self.inputs if self.behind is None else self.behind
+
+    @property
+    def sees_vectors(self) -> bool:
+        """Whether a row is one vector."""
+        return self.token_weights is None and isinstance(self.inputs, Tensor)
 
     def target(self, rows: Tensor) -> Tensor:
         """Float outputs of these rows, float32."""
         if self.targets is not None:
             return self.targets[rows].float()
         with torch.no_grad():
-            return self.reference(self.inputs[rows].float()).float()
+            return self.reference(self.inputs[rows]).float()
 
 
 @dataclass(frozen=True)
@@ -92,16 +117,11 @@ class Storage:
         dtype = dtype or self.dtype
         if self.folder is None:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        numel = int(torch.Size(shape).numel())
-        path = self.folder / f"{name}.bin"
-        _reserve(path, numel * dtype.itemsize)
-        with utf8_name(path) as file:
-            return torch.from_file(str(file), shared=True, size=numel, dtype=dtype).view(shape)
+        return mapped_empty(self.folder / f"{name}.bin", shape, dtype)
 
 
 def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
-    """A temporary folder with room for `size` bytes, checked beforehand: a mapped file on a full
-    disk kills the process without an exception."""
+    """A temporary folder with room for `size` bytes, checked before anything is computed."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="varptq-", dir=parent)
         path = Path(stack.enter_context(folder))
@@ -116,20 +136,6 @@ def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
     return path
 
 
-def _reserve(path: Path, size: int) -> None:
-    """A file with all its blocks allocated: the space `_spool` found may be gone, or over a
-    quota."""
-    try:
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))
-    except OSError as error:
-        raise OutputError(
-            f"spool_dir {path.parent.parent}: cannot take {size / 2**30:.1f} GiB "
-            f"({error.strerror}); give another folder or take fewer samples"
-        ) from None
-
-
 def scale_weights(spans: list[Span]) -> Tensor:
     """(tokens,) 1 / l_k for every token of scale k."""
     lengths = [span.length for span in spans]
@@ -141,13 +147,14 @@ def scale_weights(spans: list[Span]) -> Tensor:
 class Recorder:
     """Walks the stages of the float model once and yields its units in model order.
 
-    pipe: float pipeline; quantized: the converted transformer, whose modules are what units run.
+    pipe: float pipeline; quantized: gives the module of the converted transformer that a unit runs,
+    by name, when the unit is ready.
     """
 
     def __init__(
         self,
         pipe: Pipeline,
-        quantized: nn.Module,
+        quantized: Callable[[str], nn.Module],
         samples: CalibrationSet,
         config: CalibrationConfig,
     ) -> None:
@@ -157,49 +164,58 @@ class Recorder:
         self.samples, self.num_rows = samples, len(self.prompts)
         self.scales = pipe.scales
         # The units do not depend on the condition.
-        self.stages = self._stages(slice(0, 1))
+        self.stages = self.stages_of(self.var, slice(0, 1))
 
     @torch.no_grad()
-    def _stages(self, rows: slice) -> list[Stage]:
-        return self.var.stages(self.var.condition(self.prompts[rows]))
-
-    @property
-    def num_units(self) -> int:
-        """How many units `units` yields."""
-        return len(self.costs())
+    def stages_of(self, var: Transformer, rows: slice | Tensor) -> list[Stage]:
+        """The pass of `var`, the float transformer or the quantized one, for these rows."""
+        return var.stages(var.condition(self.prompts[rows]))
 
     def costs(self) -> dict[str, float]:
         """Names of all units in model order, with the multiply-adds of the Linears and products of
         one row, which is the cost of a step up to a factor."""
         tokens = self.scales.num_tokens
 
+        def positions(linear: SeamLinear) -> int:
+            if linear.reads == "text":
+                return linear.tokens_per_image(self.scales)
+            return 1 if linear.reads == "condition" else tokens
+
         def cost(name: str) -> float:
             modules = list(self.var.get_submodule(name).modules())
-            linears = [m for m in modules if isinstance(m, SeamLinear)]
-            positions = 1 if linears[0].reads == "condition" else tokens
-            products = sum(m.num_heads * m.head_width for m in modules if isinstance(m, Attention))
-            return sum(m.weight.numel() for m in linears) * positions + float(tokens**2 * products)
+            total = sum(
+                m.weight.numel() * positions(m) for m in modules if isinstance(m, SeamLinear)
+            )
+            for module in modules:
+                if isinstance(module, Attention | CrossAttention):
+                    keys = tokens if isinstance(module, Attention) else USUAL_TEXT
+                    total += tokens * keys * module.num_heads * module.head_width
+            return float(total)
 
         names = [*self.var.input_units()]
         for stage in self.stages:
             names += [*stage.condition_units, *stage.token_units]
         return {name: cost(name) for name in names}
 
-    def units(self, wanted: Collection[str] | None = None) -> Generator[Unit]:
+    def units(
+        self, wanted: Collection[str] | None = None, *, follow: Transformer | None = None
+    ) -> Generator[Unit]:
         """Units as they become ready, or only those named in `wanted`. A stage reuses the storage
         of the one before, so use each unit before asking for the next. The pass ends after the
-        last one."""
+        last one. follow: the quantized transformer; units over tokens have their inputs in it,
+        too, as it is when they are asked for (prefix.py)."""
         names = list(self.costs())
         left = names if wanted is None else [name for name in names if name in set(wanted)]
         last = names.index(left[-1]) if left else -1
-        for unit in self._walk(frozenset(left), frozenset(names[: last + 1])):
-            if unit.name in left:
-                yield unit
+        yield from self._walk(frozenset(left), frozenset(names[: last + 1]), follow)
 
-    def _walk(self, wanted: frozenset[str], reached: frozenset[str]) -> Iterator[Unit]:
-        """All units up to the last of `reached`; only those of `wanted` are recorded."""
+    def _walk(
+        self, wanted: frozenset[str], reached: frozenset[str], follow: Transformer | None
+    ) -> Iterator[Unit]:
+        """The units `wanted`, from a pass up to the last of `reached`."""
         with ExitStack() as stack:
-            yield from map(self._input_unit, self.var.input_units())
+            inputs = [name for name in self.var.input_units() if name in wanted]
+            yield from map(self._input_unit, inputs)
             ends = [
                 index
                 for index, stage in enumerate(self.stages)
@@ -209,29 +225,38 @@ class Recorder:
                 return
             most = max(len(s.token_units) for s in self.stages if s.token_units != (s.name,))
             tokens = self.num_rows * self.scales.num_tokens
-            storage = Storage.plan(tokens * self.var.width, most, self.config, stack)
-            residual = self._first_residual(storage)
+            numel = tokens * self.var.width
+            storage = Storage.plan(numel, most + (follow is not None), self.config, stack)
+            residual = self.first_residual(self.var, storage, "residual")
+            prefix = None if follow is None else Prefix(self, follow, storage)
             records = storage.empty("stage", (2 * most, *residual.shape))
             for index in range(ends[-1] + 1):
                 stage = self.stages[index]
-                yield from map(self._vector_unit, stage.condition_units)
+                vectors = [name for name in stage.condition_units if name in wanted]
+                yield from map(self._vector_unit, vectors)
                 recorded = [name for name in stage.token_units if name in wanted]
                 if stage.token_units == (stage.name,):
                     if recorded:
-                        yield self._last_unit(index, residual, records)
+                        unit = self._last_unit(index, residual, records)
+                        yield unit if prefix is None else replace(unit, behind=prefix.residual)
                     return
                 self._advance(index, residual, records, recorded)
                 for place, name in enumerate(recorded):
                     inputs, targets = records[2 * place], records[2 * place + 1]
-                    yield self._unit(name, inputs, targets, spans_of(self.scales))
+                    unit = self._token_unit(index, name, inputs, targets)
+                    yield unit if prefix is None else prefix.behind(unit, index)
+                if prefix is not None:
+                    prefix.advance(index)
 
-    def _batches(self) -> Iterator[slice]:
+    def batches(self) -> Iterator[slice]:
         for start in range(0, self.num_rows, ROWS_PER_BATCH):
             yield slice(start, min(start + ROWS_PER_BATCH, self.num_rows))
 
     @torch.no_grad()
     def _input_unit(self, name: str) -> Unit:
         seam = self.var.get_submodule(name)
+        if any(linear.reads == "text" for linear in linears_of(seam).values()):
+            return self._text_unit(name)
         if not isinstance(seam, TokenLinear):
             return self._vector_unit(name)
         inputs = self.pipe.vae.teacher_inputs(self.samples.tokens)
@@ -239,31 +264,77 @@ class Recorder:
 
     def _vector_unit(self, name: str) -> Unit:
         """An AdaLN layer: it sees one vector per condition, and is calibrated on all of them."""
-        return self._unit(name, self.var.condition_vectors(), None, None)
+        return self._unit(name, self.var.condition_vectors(self.pipe.pool()), None, None)
+
+    def _text_unit(self, name: str) -> Unit:
+        """What is made of a text once per image: its outputs, a text's one after another."""
+
+        @torch.no_grad()
+        def groups(rows_R: Tensor) -> tuple[TextGroup, ...]:
+            return self.var.texts(self.prompts[rows_R])
+
+        def caller(piece: nn.Module) -> Callable[[tuple[TextGroup, ...]], Tensor]:
+            return lambda texts: torch.cat([piece(text).flatten(0, -2) for _, text in texts])
+
+        return self._made(name, caller, Texts(self.num_rows, groups), None, None)
+
+    def _token_unit(self, index: int, name: str, inputs: Tensor, targets: Tensor) -> Unit:
+        """A unit of stage `index`, with what it reads besides tokens."""
+        stage, spans = self.stages[index], spans_of(self.scales)
+        arguments = stage.arguments.get(name, ())
+        if name not in stage.of_rows:
+            return self._unit(name, inputs, targets, spans, arguments)
+        device, dtype = self.pipe.device, self.pipe.dtype
+
+        def of_rows(rows_R: Tensor) -> tuple[Any, ...]:
+            return self.stages_of(self.var, rows_R)[index].arguments[name]
+
+        def caller(piece: nn.Module) -> Callable[[tuple[Any, ...]], Tensor]:
+            return lambda part: piece(part[0].to(device, dtype), spans, *part[1:])
+
+        both = TokensAndMore(inputs, of_rows)
+        return self._made(name, caller, both, targets, scale_weights(spans))
 
     def _unit(
-        self, name: str, inputs: Tensor, targets: Tensor | None, spans: list[Span] | None
+        self,
+        name: str,
+        inputs: Tensor,
+        targets: Tensor | None,
+        spans: list[Span] | None,
+        more: tuple[Any, ...] = (),
     ) -> Unit:
-        module, reference = self.quantized.get_submodule(name), self.var.get_submodule(name)
         device, dtype = self.pipe.device, self.pipe.dtype
 
         def caller(piece: nn.Module) -> Callable[[Tensor], Tensor]:
-            arguments = () if spans is None else (spans,)
+            arguments = () if spans is None else (spans, *more)
             return lambda x: piece(x.to(device, dtype), *arguments)
 
         weights = None if spans is None else scale_weights(spans)
-        return Unit(name, module, caller(module), caller(reference), inputs, targets, weights)
+        return self._made(name, caller, inputs, targets, weights)
+
+    def _made(
+        self,
+        name: str,
+        caller: Callable[[nn.Module], Callable[[Any], Tensor]],
+        inputs: Inputs,
+        targets: Tensor | None,
+        weights: Tensor | None,
+    ) -> Unit:
+        module, reference = self.quantized(name), self.var.get_submodule(name)
+        run, float_run = caller(module), caller(reference)
+        return Unit(name, module, run, float_run, inputs, targets, weights, reference)
 
     @torch.no_grad()
-    def _first_residual(self, storage: Storage) -> Tensor:
+    def first_residual(self, var: Transformer, storage: Storage, name: str) -> Tensor:
+        """What enters the first stage of `var`, the float transformer or the quantized one."""
         shape = (self.num_rows, self.scales.num_tokens, self.var.width)
-        residual = storage.empty("residual", shape, torch.float32)
-        for rows in self._batches():
+        residual = storage.empty(name, shape, torch.float32)
+        for rows in self.batches():
             numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device="cpu")
             samples = numbers % len(self.samples.tokens)
             inputs = self.pipe.vae.teacher_inputs(self.samples.tokens[samples])
-            condition = self.var.condition(self.prompts[rows])
-            residual[rows] = self.var.embed(condition, inputs).float()
+            condition = var.condition(self.prompts[rows])
+            residual[rows] = var.embed(condition, inputs).float()
         return residual
 
     @torch.no_grad()
@@ -274,8 +345,8 @@ class Recorder:
         `recorded`."""
         spans = spans_of(self.scales)
         modules = {place: self.var.get_submodule(name) for place, name in enumerate(recorded)}
-        for rows in self._batches():
-            stage = self._stages(rows)[index]
+        for rows in self.batches():
+            stage = self.stages_of(self.var, rows)[index]
 
             def keep(place: int, output: Tensor, x: Tensor, *_: Any, rows: slice = rows) -> None:
                 records[2 * place, rows] = x.to("cpu", records.dtype)
@@ -298,7 +369,7 @@ class Recorder:
         shape = (*residual.shape[:2], linear.out_features)
         if math.prod(shape) <= records.numel():
             targets = records.flatten()[: math.prod(shape)].view(shape)
-            for rows in self._batches():
+            for rows in self.batches():
                 x = residual[rows].to(self.pipe.device, self.pipe.dtype)
                 targets[rows] = linear(x, spans).to("cpu", targets.dtype)
         return self._unit(name, residual, targets, spans)

@@ -6,6 +6,10 @@ drawn more often than their target give up the excess: first the positions with 
 mass on the entries that are below theirs. Each of these positions draws a new entry from its own
 distribution, restricted to the entries still below their target (uniform if that mass is 0).
 
+A token of several draws is resampled draw by draw, each an alphabet of its own: bits are flipped
+until every bit of a scale is 1 as often as the model says. Bits of a token are moved independently,
+which does not keep what they have to do with each other.
+
 The probabilities are those under the tokens as first drawn; later scales are not generated
 again. Source: "Shift-and-Sum Quantization for VAR models" (ICLR 2026), docs/method.md section 4.
 """
@@ -13,7 +17,7 @@ again. Source: "Shift-and-Sum Quantization for VAR models" (ICLR 2026), docs/met
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +50,8 @@ class Move:
 
 @dataclass(frozen=True)
 class ScaleReport:
-    """What resampling did to one scale. Counts are (V,) int64; L1 is the sum of |count / n - p|."""
+    """What resampling did to one scale. Counts are (V,) int64; L1 is the sum of |count / n - p|. Of
+    several draws counts are summed, and L1 is a mean."""
 
     target_count: Tensor
     count_before: Tensor
@@ -69,6 +74,25 @@ class ScaleReport:
                 values[name] = getattr(self, name).tolist()
             values["moves"] = [asdict(move) for move in self.moves]
         return values
+
+
+def of_draws(reports: Sequence[ScaleReport]) -> ScaleReport:
+    """One report of the draws of a scale's tokens, in order. A move's position is that of a symbol
+    then, draws of a token one after another."""
+    if len(reports) == 1:
+        return reports[0]
+    target, before, after = (
+        torch.stack([getattr(report, name) for report in reports]).sum(0)
+        for name in ("target_count", "count_before", "count_after")
+    )
+    l1_before = sum(report.l1_before for report in reports) / len(reports)
+    l1_after = sum(report.l1_after for report in reports) / len(reports)
+    moves = (
+        replace(move, position=move.position * len(reports) + draw)
+        for draw, report in enumerate(reports)
+        for move in report.moves
+    )
+    return ScaleReport(target, before, after, l1_before, l1_after, tuple(moves))
 
 
 @dataclass(frozen=True)
@@ -168,10 +192,14 @@ def _draw(weight: Tensor, still_short: Tensor, u: float) -> tuple[int, bool]:
 
 
 def resample_tokens(
-    ids_NL: Tensor, probs_of_scale: Callable[[int], Tensor], lengths: Sequence[int], seed: int
+    ids_NL: Tensor,
+    probs_of_scale: Callable[[int], Tensor],
+    lengths: Sequence[int],
+    seed: int,
+    draws: int = 1,
 ) -> tuple[Tensor, ResampleReport]:
     """Resample all scales, coarse to fine: (N, L) int64 -> new (N, L) ids and the report.
-    `lengths` are those of the scales.
+    `lengths` are those of the scales, in symbols, of which `draws` neighbours make a token.
 
     `probs_of_scale(k)` gives the filtered probabilities (N, l_k, V) at scale k under the ids as
     first drawn; it is called once per scale, so the caller need not hold all of them. Draws depend
@@ -193,6 +221,11 @@ def resample_tokens(
                 f"probabilities of scale {k} have shape {tuple(probs_NlV.shape)}: "
                 f"expected ({len(ids_NL)}, {length}, V)"
             )
-        new_NL[:, part], report = resample_scale(ids_NL[:, part], probs_NlV, randoms)
-        reports.append(report)
+        found: list[ScaleReport] = []
+        for draw in range(draws):
+            own = slice(part.start + draw, part.stop, draws)
+            probs = probs_NlV[:, draw::draws]
+            new_NL[:, own], report = resample_scale(ids_NL[:, own], probs, randoms)
+            found.append(report)
+        reports.append(of_draws(found))
     return new_NL, ResampleReport(tuple(reports))

@@ -7,20 +7,30 @@ method has is written in methods.py.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import ConfigError
+from varptq.models.autoencoder import Autoencoder
 from varptq.models.pipeline import Pipeline
 from varptq.models.transformer import Transformer
 from varptq.progress import Progress, silent
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert
+from varptq.quant.convert import convert, convert_autoencoder
+from varptq.quant.find import quant_linears
+from varptq.quant.folds import Diagonals, scale_all
+from varptq.quant.layers import QuantLinear
 from varptq.work import Piece, Work
+
+ROUNDED = ("codes", "scale")
 
 
 @dataclass(eq=False)
@@ -29,7 +39,8 @@ class Run:
 
     pipe: the float pipeline; a step may put one in its place that computes the same (`go_on_with`).
     quantized: its transformer with quantizers, which the steps improve. It still shares biases and
-    what stays in float with `pipe`: give it new tensors, change none in place.
+    what stays in float with `pipe`: give it new tensors, change none in place. autoencoder: that of
+    `pipe`, quantized as the config says.
     report: plain JSON values by part, stored in the artifact. theta: threshold of shift-and-sum,
     None while it is off.
     """
@@ -41,6 +52,7 @@ class Run:
     progress: Progress = silent
     work: Work = field(default_factory=Work)
     quantized: Transformer = field(init=False)
+    autoencoder: Autoencoder = field(init=False)
     report: dict[str, Any] = field(default_factory=dict, init=False)
     theta: float | None = field(default=None, init=False)
     _resampled: bool = field(default=False, init=False)
@@ -48,7 +60,12 @@ class Run:
     _names: Counter[str] = field(default_factory=Counter[str], init=False)
 
     def __post_init__(self) -> None:
-        self.quantized = convert(self.pipe.var, self.config)
+        self.quantized = self.converted()
+        self.autoencoder = convert_autoencoder(self.pipe.vae, self.config)
+
+    def converted(self) -> Transformer:
+        """The transformer of `pipe` with quantizers, rounded to nearest."""
+        return convert(self.pipe.var, self.config)
 
     @property
     def samples(self) -> CalibrationSet:
@@ -79,7 +96,34 @@ class Run:
     def go_on_with(self, pipe: Pipeline) -> None:
         """Quantize `pipe` from here on, a float model that computes the same: samples and targets
         stay right. What steps did to `quantized` is lost, so this is for the first of them."""
-        self.pipe, self.quantized = pipe, convert(pipe.var, self.config)
+        self.pipe = pipe
+        self.quantized = self.converted()
+
+    def fold(self, diagonals: Diagonals) -> None:
+        """Go on with the float model that has these diagonals on the inputs of its layers."""
+        self.go_on_with(folded(self.pipe, diagonals))
+
+    def center_on(self, means: Mapping[str, Tensor]) -> None:
+        """Centre the inputs of the named layers on these means (K, in)."""
+        layers = quant_linears(self.quantized)
+        for name, means_Ki in means.items():
+            layers[name].set_means(means_Ki)
+
+    def float_weight(self, linear: nn.Linear) -> Tensor:
+        """Of a Linear of the float model."""
+        return linear.weight
+
+    def unit(self, name: str) -> nn.Module:
+        """A submodule of `quantized` whose rounding is chosen on its own."""
+        return self.quantized.get_submodule(name)
+
+    def take_codes(self, pieces: Sequence[str]) -> None:
+        """Give every layer what these pieces have of it (`rounded_of`)."""
+        layers = quant_linears(self.quantized)
+        for piece in pieces:
+            tensors = self.work.read(piece).tensors
+            for name in layers_in(tensors):
+                give_rounded(layers[name], tensors)
 
     def piece(self, name: str) -> str:
         """`name` for a piece of the work folder, with a number from the second time on: a step that
@@ -91,3 +135,26 @@ class Run:
     def once(self, name: str, make: Callable[[], Piece]) -> Piece:
         """What `make` gives, computed by one process, kept in the work folder, read by all."""
         return self.work.once(self.piece(name), make)
+
+
+def rounded_of(layers: Iterable[QuantLinear]) -> dict[str, Tensor]:
+    """What rounding chooses of layers, as tensors LAYER.codes and LAYER.scale; zero points stay."""
+    return {f"{x.layer}.{part}": getattr(x, part) for x in layers for part in ROUNDED}
+
+
+def layers_in(names: Iterable[str]) -> list[str]:
+    """The layers that such tensors belong to."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def give_rounded(layer: QuantLinear, tensors: Mapping[str, Tensor]) -> None:
+    codes, scale = (tensors[f"{layer.layer}.{part}"].to(layer.codes.device) for part in ROUNDED)
+    layer.load_codes(codes, scale, layer.zero_point)
+
+
+@torch.no_grad()
+def folded(pipe: Pipeline, diagonals: Diagonals) -> Pipeline:
+    """A copy of the float pipeline with these diagonals; it computes the same."""
+    var = copy.deepcopy(pipe.var)
+    scale_all(var.folds(), diagonals)
+    return replace(pipe, var=var)

@@ -169,5 +169,7 @@ def _joined(
         return FilteredProbabilities.unpack(alphabet.size, scale, stored).dense(scale)
 
     lengths = [alphabet.draws * length for length in pipe.scales.lengths]
-    symbols, report = resample_tokens(alphabet.symbols(tokens), dense, lengths, seed)
+    symbols, report = resample_tokens(
+        alphabet.symbols(tokens), dense, lengths, seed, alphabet.draws
+    )
     return alphabet.tokens(symbols), report

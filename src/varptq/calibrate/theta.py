@@ -9,7 +9,9 @@ costs at one scale
 E(theta) = #[abar > theta] + 2 #[abar > 2 theta] + 4 #[abar > 4 theta] for the paper's order 3, so
 one sort of abar serves every theta.
 
-abar is measured with the quantized model.
+Cross-attention costs the same with the T tokens of a row's text for l_k, so its copies and those of
+self-attention are bought from one budget, with one theta; the network's account is then that of a
+prompt of their mean length. abar is measured with the quantized model.
 Source: docs/method.md section 3.
 """
 
@@ -28,7 +30,7 @@ from varptq.calibrate.samples import CalibrationSet
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import listening, read
-from varptq.models.seams import Mix, Span
+from varptq.models.seams import USUAL_TEXT, Span, block_of, mixes_of
 from varptq.models.transformer import Transformer
 from varptq.quant.attention import QuantMix
 from varptq.quant.bops import FLOAT_BITS
@@ -49,7 +51,8 @@ class AttentionMass:
     """abar (B, H, l_k) of one block at one scale: the softmax averaged over its queries.
 
     H * l_k masses per row of the batch; `num_queries` is l_q, the bits are those of the product,
-    and `max_order` is the highest order of this block.
+    and `max_order` is the highest order of this block. text: the keys are those of a text; rows
+    with texts of this length are `share` of all.
     """
 
     block: int
@@ -60,6 +63,8 @@ class AttentionMass:
     probability_bits: int
     value_bits: int
     max_order: int = MAX_ORDER
+    text: bool = False
+    share: float = 1.0
 
     @property
     def fixed_bops(self) -> int:
@@ -77,9 +82,10 @@ class AttentionMass:
 
 @dataclass(frozen=True)
 class CopyStat:
-    """The effect of theta on one block and scale, averaged over rows and heads.
+    """The effect of theta on one attention at one scale, averaged over rows and heads.
 
     `duplicated` of `keys` cached tokens have more than one copy; a token has `mean_copies` copies.
+    keys of texts: the mean length, rounded.
     """
 
     block: int
@@ -95,7 +101,7 @@ class ThetaResult:
 
     status: "ok"; "over_budget" - even theta = 1 costs more than the budget; "budget_not_reached" -
     even the smallest theta of the grid stays within it; "off" - nothing to duplicate (max_order 0,
-    or no attention given).
+    or no attention given). copies: of self-attention, text_copies: of cross-attention.
     """
 
     theta: float
@@ -105,6 +111,7 @@ class ThetaResult:
     total: int
     alpha: float
     copies: tuple[CopyStat, ...]
+    text_copies: tuple[CopyStat, ...] = ()
 
     @property
     def fraction(self) -> float:
@@ -113,7 +120,10 @@ class ThetaResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "fraction": self.fraction}
+        found = {**asdict(self), "fraction": self.fraction}
+        if not self.text_copies:
+            del found["text_copies"]
+        return found
 
 
 def choose_theta(run: Run) -> None:
@@ -132,8 +142,19 @@ def choose_theta(run: Run) -> None:
 def _found(run: Run, samples: CalibrationSet) -> Piece:
     settings = run.calibration
     masses = measure_attention(run.pipe, run.quantized, samples, settings.theta_samples)
-    total = bops_account(run.pipe.var, run.config).total
-    return Piece(facts=search_theta(masses, total, settings.budget, settings.theta_grid).to_dict())
+    text = text_length(masses)
+    total = bops_account(run.pipe.var, run.config, text or USUAL_TEXT).total
+    found = search_theta(masses, total, settings.budget, settings.theta_grid).to_dict()
+    return Piece(facts=found if text is None else {**found, "text_tokens": text})
+
+
+def text_length(entries: Iterable[AttentionMass]) -> int | None:
+    """Mean length of the texts that were read, rounded; None where there are none."""
+    texts = [entry for entry in entries if entry.text]
+    if not texts:
+        return None
+    tokens = sum(entry.share * entry.abar_BHl.shape[-1] for entry in texts)
+    return round(tokens / sum(entry.share for entry in texts))
 
 
 def theta_grid(num_grid: int) -> Tensor:
@@ -153,7 +174,8 @@ def overhead_curve(entries: Iterable[AttentionMass], thetas_G: Tensor) -> Tensor
         # NaN and inf sort to the end.
         if not mass[-1].isfinite():
             raise NonFiniteError(
-                f"attention of block {entry.block} at scale {entry.scale}: NaN or infinity, "
+                f"attention of block {entry.block} {'over the text ' if entry.text else ''}"
+                f"at scale {entry.scale}: NaN or infinity, "
                 "expected finite probabilities; check the weights and quantization ranges"
             )
         extra = torch.zeros_like(curve)
@@ -162,7 +184,8 @@ def overhead_curve(entries: Iterable[AttentionMass], thetas_G: Tensor) -> Tensor
             threshold = (thetas_G.float() * 2**m).to(mass.device)
             above = mass.numel() - torch.searchsorted(mass, threshold, right=True)
             extra += above.cpu().double() * 2**m
-        curve += entry.fixed_bops + entry.bops_per_copy * extra / len(entry.abar_BHl)
+        cost = entry.fixed_bops + entry.bops_per_copy * extra / len(entry.abar_BHl)
+        curve += entry.share * cost
     return curve
 
 
@@ -195,8 +218,32 @@ def search_theta(
     elif num_over == num_grid:
         status, num_over = "over_budget", num_grid - 1
     theta = float(thetas[num_over])
-    copies = tuple(copy_stat(entry, theta) for entry in entries)
-    return ThetaResult(theta, status, float(curve[num_over]), budget, total_bops, alpha, copies)
+    copies = [copy_stats([e for e in entries if e.text == text], theta) for text in (False, True)]
+    return ThetaResult(theta, status, float(curve[num_over]), budget, total_bops, alpha, *copies)
+
+
+def copy_stats(entries: Sequence[AttentionMass], theta: float) -> tuple[CopyStat, ...]:
+    """Per block and scale, over all lengths of texts."""
+    places: dict[tuple[int, int], list[AttentionMass]] = {}
+    for entry in entries:
+        places.setdefault((entry.block, entry.scale), []).append(entry)
+    return tuple(
+        _mean([copy_stat(entry, theta) for entry in found], [entry.share for entry in found])
+        for found in places.values()
+    )
+
+
+def _mean(stats: Sequence[CopyStat], shares: Sequence[float]) -> CopyStat:
+    if len(stats) == 1:
+        return stats[0]
+
+    def mean(name: str) -> float:
+        values = (getattr(stat, name) for stat in stats)
+        pairs = zip(values, shares, strict=True)
+        return sum(value * share for value, share in pairs) / sum(shares)
+
+    keys, duplicated = round(mean("keys")), mean("duplicated")
+    return CopyStat(stats[0].block, stats[0].scale, keys, duplicated, mean("mean_copies"))
 
 
 def copy_stat(entry: AttentionMass, theta: float) -> CopyStat:
@@ -217,22 +264,23 @@ def measure_attention(
     samples.
 
     Both conditional and unconditional rows count; probabilities are taken before they are
-    quantized.
+    quantized. Cross-attention has one entry for each length of text.
     """
-    mixes = [m for m in quantized.modules() if isinstance(m, Mix)]
     wanted = {
-        block: mix
-        for block, mix in enumerate(mixes)
+        name: mix
+        for name, mix in mixes_of(quantized).items()
         if isinstance(mix, QuantMix) and mix.spec.value is not None
     }
     masses: list[AttentionMass] = []
+    part = samples.first(count)
+    rows = len(part.prompts.guided())
 
-    def keep(block: int, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> None:
-        spec = wanted[block].spec
+    def keep(name: str, p_BHlL: Tensor, v_BHLc: Tensor, span: Span) -> None:
+        spec = wanted[name].spec
         probability, value = spec.probability, spec.value
         masses.append(
             AttentionMass(
-                block=block,
+                block=block_of(name) or 0,
                 scale=span.scale,
                 num_queries=p_BHlL.shape[-2],
                 abar_BHl=token_scores(p_BHlL).cpu(),
@@ -240,10 +288,11 @@ def measure_attention(
                 probability_bits=probability.num_bits if probability else FLOAT_BITS,
                 value_bits=value.num_bits if value else FLOAT_BITS,
                 max_order=spec.max_order,
+                text=span.of_text,
+                share=len(p_BHlL) / rows,
             )
         )
 
-    part = samples.first(count)
     with listening(wanted, keep):
         read(replace(pipe, var=quantized), part.prompts, part.tokens)
     return masses

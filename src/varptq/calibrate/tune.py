@@ -30,6 +30,7 @@ from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
+from varptq.models.sampling import SamplingSettings
 from varptq.models.transformer import Transformer
 from varptq.quant.find import quant_linears
 from varptq.work import Piece
@@ -191,8 +192,8 @@ def _descend(
         order = order[BATCH:]
         part = train.part(rows)
         with torch.no_grad():
-            target = all_logits(pipe, part, config.sampling.cfg)
-        found = all_logits(student, part, config.sampling.cfg)
+            target = all_logits(pipe, part, config.sampling)
+        found = all_logits(student, part, config.sampling)
         # float32 as the model: gradients in float64 would cost more and say no more.
         loss = pipe.alphabet.per_token(kl_divergence(target, found, torch.float32)).mean()
         if not math.isfinite(value := float(loss.detach())):
@@ -215,13 +216,13 @@ def mean_kl(
     total = 0.0
     for start in range(0, len(images.prompts), BATCH):
         part = images.part(slice(start, start + BATCH))
-        p, q = (all_logits(which, part, config.sampling.cfg) for which in (pipe, student))
+        p, q = (all_logits(which, part, config.sampling) for which in (pipe, student))
         kl_BL = pipe.alphabet.per_token(kl_divergence(p, q, torch.float32))
         total += float(kl_BL.mean(dim=1).sum())
     return total / len(images.prompts)
 
 
-def all_logits(pipe: Pipeline, images: CalibrationSet, cfg: float) -> Tensor:
+def all_logits(pipe: Pipeline, images: CalibrationSet, sampling: SamplingSettings) -> Tensor:
     """(B, L draws, V) float32 guided logits of all scales, nothing filtered."""
-    parts = guided_logits(pipe, images.prompts, images.tokens, cfg)
+    parts = guided_logits(pipe, images.prompts, images.tokens, sampling.cfg, sampling.tau)
     return torch.cat([part.float() for _, part in parts], dim=1)

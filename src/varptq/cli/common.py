@@ -92,7 +92,7 @@ def sizes(pipe: Pipeline) -> dict[str, Any]:
 def size_rows(sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The totals of `sizes` for a table."""
     rows = []
-    for name, part in (("transformer size", "transformer"), ("VQVAE size", "vae")):
+    for name, part in (("transformer size", "transformer"), ("autoencoder size", "vae")):
         stored, full = sizes[part]["bytes"], sizes[part]["float32_bytes"]
         compared = f", {full / stored:.2f}x smaller than float32" if stored < full else ", float"
         rows.append((name, readable.megabytes(stored) + compared))
@@ -109,9 +109,10 @@ def runs_on(pipe: QuantizedPipeline) -> str:
 
 
 def theta_summary(pipe: QuantizedPipeline) -> dict[str, Any]:
-    """The threshold in use and what its search found, without the list of copies."""
+    """The threshold in use and what its search found, without the lists of copies."""
     found = pipe.report.get("theta") or {}
-    kept = {name: value for name, value in found.items() if name not in {"copies", "theta"}}
+    others = {"copies", "text_copies", "theta"}
+    kept = {name: value for name, value in found.items() if name not in others}
     return {"value": pipe.theta, **kept}
 
 

@@ -10,6 +10,7 @@ from varptq.cli.model_choice import ModelChoice
 from varptq.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
+    from varptq.cli.asked import Asked
     from varptq.models.pipeline import Pipeline
 
 
@@ -20,6 +21,16 @@ class Models:
     pipe: Pipeline
     float_pipe: Pipeline | None = None
     warning: str | None = None
+
+    def drawing(self, asked: Asked, size: str | None) -> Models:
+        """Both at a size and with the prompts that were asked for; the float model without a size
+        is at that of the other."""
+        pipe = asked.drawing(self.pipe, size)
+        other = self.float_pipe
+        if other is not None:
+            other = replace(other, encoder=pipe.encoder, chosen=pipe.chosen)
+            other = other if other.scales == pipe.scales else other.over(pipe.scales)
+        return replace(self, pipe=pipe, float_pipe=other)
 
 
 @dataclass(frozen=True)

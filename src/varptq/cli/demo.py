@@ -1,8 +1,9 @@
-"""`varptq demo`: the whole workflow on the bundled model, in a few minutes on two CPU cores.
+"""`varptq demo`: the whole workflow on a bundled model, in a few minutes on two CPU cores.
 
 Quantize with the full method, save, reload the artifact in a new process, sample the same classes
-from the same seeds with both models, compare. Written to --out: `comparison.png`, `summary.txt`
-and `artifact/`. These three are replaced if they exist; other files there do not change.
+or texts from the same seeds with both models, compare. Written to --out: `comparison.png`,
+`summary.txt` and `artifact/`. These three are replaced if they exist; other files there do not
+change.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ from varptq.cli import common, options
 from varptq.cli import generate as generate_verb
 from varptq.cli import quantize as quantize_verb
 from varptq.errors import VarptqError
+from varptq.models.sampling_defaults import TOP_P
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,15 +35,21 @@ if TYPE_CHECKING:
     from varptq.evaluate.tokens import TokenFidelity
     from varptq.models.generate import Output
     from varptq.models.pipeline import Pipeline
+    from varptq.models.prompts import Prompts
     from varptq.pictures import Pixels
+
+# As many as there are classes; of a longer list, this many that are spread over it.
+MAX_PROMPTS = 10
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of the demo. Calibration is as long as five minutes on two cores allow."""
+    """All settings of the demo. Calibration is as long as five minutes on two cores allow.
+
+    images_per_class: or per text. cfg, top_k, top_p: None is the model's own."""
 
     model: str = "demo"
-    config: str = "w4a4"
+    config: str = "w4a4+groups"
     method: str = "sas"
     samples: int = 100
     steps: int = 300
@@ -49,22 +57,43 @@ class Recipe:
     # Not the seed of calibration: the compared images are held out.
     sampling_seed: int = 1
     images_per_class: int = 5
-    cfg: float = 4.0
-    top_k: int = 100
-    top_p: float = options.TOP_P
+    cfg: float | None = 4.0
+    top_k: int | None = 100
+    top_p: float | None = TOP_P
+
+    def filled(self, pipe: Pipeline) -> Recipe:
+        """The same with the model's own value for each that is None."""
+        from varptq.models.sampling import SamplingSettings
+
+        own = pipe.filled(SamplingSettings(cfg=self.cfg, top_k=self.top_k, top_p=self.top_p))
+        assert isinstance(own.cfg, float)
+        return replace(self, cfg=own.cfg, top_k=own.top_k, top_p=own.top_p)
+
+
+OF_CLASSES = Recipe()
+OF_TEXTS = Recipe(model="demo-text", cfg=None, top_k=None, top_p=None)
 
 
 def command(
-    out: options.Results = Path("out/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; default: out/ and the name of the model."),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="The bundled text-to-image model instead.")
+    ] = False,
     samples: Annotated[int, typer.Option(help="Calibration images.")] = Recipe.samples,
     steps: Annotated[int, typer.Option(help="Reconstruction steps per unit.")] = Recipe.steps,
-    images: Annotated[int, typer.Option(min=1, help="Images per class to compare.")] = (
+    images: Annotated[int, typer.Option(min=1, help="Images per class or text.")] = (
         Recipe.images_per_class
     ),
     json: options.Json = False,
 ) -> None:
-    """Quantize the bundled model to 4 bits and compare its images with the original's."""
-    result = run(Recipe(samples=samples, steps=steps, images_per_class=images), out)
+    """Quantize a bundled model to 4 bits and compare its images with the original's."""
+    recipe = OF_TEXTS if text else OF_CLASSES
+    out = out or Path("out", recipe.model)
+    recipe = replace(recipe, samples=samples, steps=steps, images_per_class=images)
+    result = run(recipe, out)
     document = result.to_dict()
     write_results(result, document, out)
     if json:
@@ -89,10 +118,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Result:
-    """What `run` found. Images (B, H, W, 3) uint8, class by class, `images_per_class` of each."""
+    """What `run` found. Images (B, H, W, 3) uint8, title by title, `images_per_class` of each.
+    titles: classes or texts. own_cfg: the guidance that distributions are compared at."""
 
     recipe: Recipe
-    class_names: tuple[str, ...]
+    titles: tuple[str, ...]
     float_pixels: Pixels
     quant_pixels: Pixels
     sizes: dict[str, Any]
@@ -100,6 +130,7 @@ class Result:
     agreement: float
     psnr: float
     fidelity: TokenFidelity
+    own_cfg: float
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +143,7 @@ class Result:
             "token_agreement": self.agreement,
             "psnr": self.psnr if math.isfinite(self.psnr) else None,
             "fidelity": self.fidelity.to_dict(),
+            "fidelity_cfg": self.own_cfg,
             "seconds": self.seconds,
         }
 
@@ -121,27 +153,34 @@ def run(recipe: Recipe, out: Path) -> Result:
     from varptq.evaluate.paired import psnr, token_agreement
     from varptq.evaluate.tokens import token_fidelity
     from varptq.models.pipeline import load_model
+    from varptq.models.prompts import spread
     from varptq.pictures import to_pixels
     from varptq.runtime import load
 
     artifact, clock = out / "artifact", Clock()
     pipe = load_model(recipe.model)
+    recipe = recipe.filled(pipe)
     quantization = quantize(recipe, pipe, artifact, clock)
-    titles = pipe.pool().titles()
-    labels = [label for label in range(len(titles)) for _ in range(recipe.images_per_class)]
+    pool = pipe.pool()
+    rows = spread(len(pool), min(MAX_PROMPTS, len(pool)))
+    titles = tuple(pool[rows].titles())
+    asked = pool[rows.repeat_interleave(recipe.images_per_class)]
     with clock.stage("sample the float model"):
-        output = sample_float(recipe, pipe, labels)
+        output = sample_float(recipe, pipe, asked)
     assert output.images is not None
     with clock.stage("reload and sample in a new process"):
-        quant_tokens, quant_pixels = sample_in_new_process(recipe, len(titles), artifact)
+        words = asking(titles, pipe.var.READS_TEXTS)
+        quant_tokens, quant_pixels = sample_in_new_process(recipe, words, artifact)
     with clock.stage("compare next-token distributions"):
         # At the default guidance, as in the paper: the stronger one of the pictures amplifies
         # errors.
-        fidelity = token_fidelity(pipe, load(artifact), labels, output.tokens)
+        fidelity = token_fidelity(pipe, load(artifact), asked, output.tokens)
+    own_cfg = pipe.filled().cfg
+    assert isinstance(own_cfg, float)
     pixels = to_pixels(output.images)
     return Result(
         recipe,
-        tuple(titles),
+        titles,
         pixels,
         quant_pixels,
         quantization["sizes"],
@@ -149,6 +188,7 @@ def run(recipe: Recipe, out: Path) -> Result:
         token_agreement(output.tokens, quant_tokens),
         psnr(pixels, quant_pixels),
         fidelity,
+        own_cfg,
         clock.seconds,
     )
 
@@ -177,14 +217,14 @@ def quantize(recipe: Recipe, pipe: Pipeline, artifact: Path, clock: Clock) -> di
     return quantize_verb.summary(quantized, artifact, clock.seconds["calibrate and quantize"])
 
 
-def sample_float(recipe: Recipe, pipe: Pipeline, labels: list[int]) -> Output:
+def sample_float(recipe: Recipe, pipe: Pipeline, asked: Prompts) -> Output:
     from varptq.models.generate import generate
     from varptq.progress import RichProgress
 
     with RichProgress() as progress:
         return generate(
             pipe,
-            labels,
+            asked,
             seed=recipe.sampling_seed,
             cfg=recipe.cfg,
             top_k=recipe.top_k,
@@ -193,17 +233,24 @@ def sample_float(recipe: Recipe, pipe: Pipeline, labels: list[int]) -> Output:
         )
 
 
+def asking(titles: tuple[str, ...], texts: bool) -> list[str]:
+    """The options of `varptq generate` that ask for these texts or classes."""
+    if texts:
+        return [f"--prompt={title}" for title in titles]
+    return [f"--classes={','.join(titles)}"]
+
+
 def sample_in_new_process(
-    recipe: Recipe, num_classes: int, artifact: Path
+    recipe: Recipe, asked: list[str], artifact: Path
 ) -> tuple[Tensor, Pixels]:
-    """Tokens (B, L) and images of the artifact, from `varptq generate` as a user would run it."""
+    """Tokens (B, L) or (B, L, draws) and images of the artifact, from `varptq generate` as a user
+    would run it."""
     import numpy as np
     import torch
     from PIL import Image
 
     with tempfile.TemporaryDirectory(prefix="varptq-demo-") as folder:
         options = {
-            "classes": ",".join(map(str, range(num_classes))),
             "count": recipe.images_per_class,
             "seed": recipe.sampling_seed,
             "cfg": recipe.cfg,
@@ -211,7 +258,7 @@ def sample_in_new_process(
             "top-p": recipe.top_p,
             "out": folder,
         }
-        words = [f"--{name}={value}" for name, value in options.items()]
+        words = [*asked, *(f"--{name}={value}" for name, value in options.items())]
         call = [sys.executable, "-m", "varptq", "generate", os.fspath(artifact), *words]
         code = subprocess.run(call, stdout=subprocess.DEVNULL, check=False).returncode
         if code:
@@ -228,8 +275,8 @@ def write_results(result: Result, document: dict[str, Any], out: Path) -> None:
 
     recipe, count = result.recipe, result.recipe.images_per_class
     blocks = []
-    for label, name in enumerate(result.class_names):
-        part = slice(label * count, (label + 1) * count)
+    for place, name in enumerate(result.titles):
+        part = slice(place * count, (place + 1) * count)
         pairs = [(result.float_pixels, "float"), (result.quant_pixels, recipe.config.upper())]
         blocks.append(Block([Row(pixels[part], label) for pixels, label in pairs], title=name))
     heading = f"Float above {recipe.config.upper()} ({recipe.method}), same seeds"
@@ -261,7 +308,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("PSNR", "identical images" if psnr is None else f"{psnr:.2f} dB"),
         (
-            f"KL(float || quantized), cfg {options.CFG:g}",
+            f"KL(float || quantized), cfg {document['fidelity_cfg']:g}",
             f"{fidelity['kl']:.4f} nats per token, same context",
         ),
         ("  on filtered support", f"{fidelity['kl_filtered']:.4f} nats per token"),

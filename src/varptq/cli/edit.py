@@ -16,6 +16,7 @@ import typer
 
 from varptq import readable
 from varptq.cli import common, options
+from varptq.cli.asked import Asked, read_size
 from varptq.cli.generate import GRID_NAME, TOKENS_NAME
 from varptq.cli.model_choice import ModelChoice
 from varptq.errors import InputError
@@ -37,6 +38,11 @@ Model = Annotated[
         help="Folder of an artifact, or a model: demo, var-d16, ...",
     ),
 ]
+Task = Annotated[
+    str, typer.Option(help="inpaint, outpaint, class (of --label) or prompt (of --prompt).")
+]
+Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What to stay away from.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Write the model's own image, not pasted.")]
 
 
 def command(
@@ -46,7 +52,8 @@ def command(
     var: options.VarFile = None,
     vae: options.VaeFile = None,
     random: options.RandomModel = None,
-    task: Annotated[str, typer.Option(help="inpaint, outpaint or class.")] = "inpaint",
+    class_names: options.ClassNames = None,
+    task: Task = "inpaint",
     mask: Annotated[
         Path | None, typer.Option(help="Picture or .npy file; white is regenerated.")
     ] = None,
@@ -56,22 +63,23 @@ def command(
             help="x0,y0,x1,y1 from 0 to 1: what is regenerated; for outpaint, what is kept."
         ),
     ] = None,
-    label: Annotated[str | None, typer.Option(help="Class name or id, for task class.")] = None,
-    fit: Annotated[str, typer.Option(help="crop (the centred square) or pad.")] = "crop",
+    label: Annotated[str | None, typer.Option(help="Class name or id to draw.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="A text to draw.")] = None,
+    negative: Negative = None,
+    encoder: options.Encoder = None,
+    size: options.Size = None,
+    fit: Annotated[str, typer.Option(help="crop (to the model's proportions) or pad.")] = "crop",
     candidates: Annotated[int, typer.Option(min=1, help="Alternatives to choose from.")] = 1,
     seed: options.Seed = 0,
-    cfg: Annotated[
-        float | None, typer.Option(help=f"Guidance scale of task class; default: {options.CFG:g}.")
-    ] = None,
-    top_k: options.TopK = options.TOP_K,
-    top_p: options.TopP = options.TOP_P,
+    cfg: options.Guidance = None,
+    tau: options.Tau = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
     feather: Annotated[
         int | None,
         typer.Option(min=0, help="Pixels over which old and new mix; default: half a token."),
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Write the model's own image, not pasted.")
-    ] = False,
+    raw: Raw = False,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     runtime: options.Runtime = options.RUNTIME,
     download: options.Download = False,
@@ -80,15 +88,18 @@ def command(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Regenerate a part of an image: in-painting, out-painting, or another class."""
-    choice = ModelChoice(model, var, vae, random, download, device, dtype)
+    """Regenerate a part of an image: in-painting, out-painting, another class or text."""
+    words = None if prompt is None else [prompt]
+    asked = Asked.of(label, words, None, negative, encoder, download=download, option="label")
+    choice = ModelChoice(model, var, vae, random, download, device, dtype, class_names)
+    asked.check(choice)
     arguments = {
         **{"task": task, "mask": mask, "box": None if box is None else parse_box(box)},
-        **{"label": label, "fit": fit, "candidates": candidates, "seed": seed, "cfg": cfg},
-        **{"top_k": top_k, "top_p": top_p, "feather": feather, "raw": raw},
+        **{"size": read_size(size), "fit": fit, "candidates": candidates, "seed": seed},
+        **{"cfg": cfg, "tau": tau, "top_k": top_k, "top_p": top_p, "feather": feather, "raw": raw},
         "batch_size": batch_size,
     }
-    document = run(choice, runtime, image, out, force, arguments)
+    document = run(choice, asked, runtime, image, out, force, arguments)
     if json:
         common.print_json(document)
     else:
@@ -97,6 +108,7 @@ def command(
 
 def run(
     choice: ModelChoice,
+    asked: Asked,
     runtime: str,
     image: Path,
     out: Path,
@@ -109,19 +121,20 @@ def run(
     from varptq.progress import RichProgress
 
     with StagedFolder(out, force=force, marker=DOCUMENT_NAME) as folder:
-        pipe = choice.load(runtime)
+        pipe = asked.prepared(choice.load(runtime))
+        towards = {"to": asked.one(), "negative": asked.against()}
         started = time.monotonic()
         with RichProgress() as progress:
-            result = edit(pipe, image, progress=progress, **arguments)
-        label = arguments["label"]
+            result = edit(pipe, image, progress=progress, **towards, **arguments)
         document = {
             "model": pipe.name,
             "runtime": getattr(pipe, "runtime", "float"),
             "image": str(image),
             "task": arguments["task"],
-            "label": None if label is None else pipe.prompts([label]).titles()[0],
+            "to": result.asked,
+            "negative": asked.negative,
             "seed": result.seed,
-            "sampling": {"cfg": result.cfg, **{k: arguments[k] for k in ("top_k", "top_p")}},
+            "sampling": result.sampling.to_dict(),
             "seconds": time.monotonic() - started,
             **describe(result, out),
         }
@@ -184,7 +197,7 @@ def thumbnail(image: Image.Image) -> Any:
 def rows(document: dict[str, Any], out: Path) -> list[tuple[str, str]]:
     count, drawn = len(document["images"]), document["tokens_drawn"]
     total = document["tokens_in_all"]
-    target = f" to {document['label']}" if document["label"] else ""
+    target = f" to {document['to']}" if document["to"] else ""
     return [
         ("model", f"{document['model']}, {document['runtime']}"),
         ("image", f"{document['image']}, {document['width']} x {document['height']}"),

@@ -12,7 +12,6 @@ import json as jsonlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,10 @@ import typer
 
 from varptq import readable
 from varptq.cli import common, info, options
+from varptq.cli.asked import Asked
 from varptq.cli.compared import Choices, Models
+from varptq.cli.exported import METRICS_NAME, REPORT_NAME, Export, Exported
+from varptq.errors import InputError
 
 if TYPE_CHECKING:
     from varptq.distributed import Ranks
@@ -30,23 +32,19 @@ if TYPE_CHECKING:
     from varptq.models.sampling import SamplingSettings
     from varptq.progress import Progress
 
-METRICS_NAME, REPORT_NAME, SAMPLES_NAME = "metrics.json", "report.html", "samples"
+SAMPLES_NAME, NO_METRICS = "samples", "none"
 # Folder through which processes exchange results while they measure.
 WORK_NAME = "work"
-
-
-class Export(StrEnum):
-    """Another form of the samples."""
-
-    npz = "npz"
-    png = "png"
 
 
 Against = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The float model; default: the artifact's own.")
 ]
 Metrics = Annotated[
-    str | None, typer.Option(help="Names separated by commas; default: all that are possible.")
+    str | None,
+    typer.Option(
+        help="Names separated by commas, or none, to export alone; default: all that are possible."
+    ),
 ]
 Network = Annotated[
     str | None, typer.Option(help="Feature network, e.g. inception:FILE or resnet56:FILE.")
@@ -74,9 +72,13 @@ def command(
     out: options.Results = Path("out/evaluate"),
     count: Annotated[int, typer.Option(min=1, help="Images per model.")] = 100,
     seed: options.Seed = 0,
-    cfg: options.Guidance = options.CFG,
-    top_k: options.TopK = options.TOP_K,
-    top_p: options.TopP = options.TOP_P,
+    prompts: options.PromptFile = None,
+    encoder: options.Encoder = None,
+    size: options.Size = None,
+    cfg: options.Guidance = None,
+    tau: options.Tau = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
     metrics: Metrics = None,
     network: Network = None,
     reference: Reference = None,
@@ -93,38 +95,70 @@ def command(
 ) -> None:
     """Measure a model's images, and an artifact's beside those of its float model."""
     from varptq.distributed import Ranks, local_device
-    from varptq.evaluate.preflight import plan
     from varptq.models.sampling import SamplingSettings
-    from varptq.progress import RichProgress, silent
 
     started, ranks, device = time.monotonic(), Ranks.from_environment(), local_device(device)
-    settings = SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
+    settings = SamplingSettings(cfg=cfg, tau=tau, top_k=top_k, top_p=top_p)
+    asked = Asked.of(prompts=prompts, encoder=encoder, download=download, option=None)
     choices = Choices.of(
         source, against, (var, vae, random), download=download, device=device, dtype=dtype
     )
-    models = choices.load(runtime)
+    asked.check(choices.subject)
+    models = choices.load(runtime).drawing(asked, size)
     tools = load_instruments(network, reference, lpips, clip, models.pipe)
-    names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
-    # Called here only to refuse early; `evaluate` calls it again after sampling.
-    plan(models.pipe, models.float_pipe, tools, names, count)
-    check_output(models, out, export)
+    names = metric_names(metrics, export)
+    exported = Exported.of(export, out, models, asked, count)
+    check(models, tools, names, count, exported)
     said = warn_of_reference(tools, ranks)
-    with RichProgress() as progress:
-        drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size)
-        sampler = Sampler(*drawn, force, progress if ranks.first else silent, ranks)
-        subject = sampler.sample(models.pipe)
-        beside = sampler.sample(models.float_pipe) if models.float_pipe else None
-        files = file_checksums(network, reference, lpips)
-        document = measure(subject, beside, tools, names, files, sampler)
-    if not ranks.first:
+    files = file_checksums(network, reference, lpips)
+    sampling = (out / SAMPLES_NAME, count, seed, settings, batch_size, force)
+    document = run(models, tools, names, files, sampling, exported, ranks)
+    if document is None:
         return
-    document["warnings"][:0] = [models.warning] if models.warning else []
-    write(document, subject, beside, out, export)
+    if names == []:
+        typer.echo(f"written: {out}/{SAMPLES_NAME}/, {' and '.join(exported.places(models))}")
+        return
     tell([text for text in document["warnings"] if text != said])
     if json:
         common.print_json(document)
     else:
         common.print_rows("varptq evaluate", summary(document, out, time.monotonic() - started))
+
+
+def metric_names(text: str | None, export: Export | None) -> list[str] | None:
+    """None for all that are possible, [] for "none", which wants an export."""
+    if text is None:
+        return None
+    if text == NO_METRICS and export is None:
+        raise InputError("metrics none: nothing would be written; give --export too")
+    return [] if text == NO_METRICS else [name.strip() for name in text.split(",")]
+
+
+def run(
+    models: Models,
+    tools: Instruments,
+    names: list[str] | None,
+    files: Mapping[str, str],
+    sampling: tuple[Path, int, int, SamplingSettings, int, bool],
+    exported: Exported,
+    ranks: Ranks,
+) -> dict[str, Any] | None:
+    """Sample, measure and write; the document, for the first of several processes. With no metrics
+    at all the samples are only exported."""
+    from varptq.progress import RichProgress, silent
+
+    with RichProgress() as progress:
+        sampler = Sampler(*sampling, progress if ranks.first else silent, ranks)
+        subject = sampler.sample(models.pipe)
+        beside = sampler.sample(models.float_pipe) if models.float_pipe else None
+        if names == []:
+            return exported.write_all(subject, beside) if ranks.first else None
+        document = measure(subject, beside, tools, names, files, sampler)
+    if not ranks.first:
+        return None
+    document["warnings"][:0] = [models.warning] if models.warning else []
+    write(document, subject, beside, exported)
+    return document
 
 
 def tell(warnings: Iterable[str]) -> None:
@@ -252,40 +286,33 @@ def measure(
     return {**document, "model": describe(subject.pipe)}
 
 
-def check_output(models: Models, out: Path, export: Export | None) -> None:
-    """Raise `OutputError` now for what `write` would refuse after sampling."""
-    from varptq.evaluate.evaluate import kind
-    from varptq.evaluate.sampling import exported_folder
-    from varptq.files import check_file
+def check(
+    models: Models,
+    tools: Instruments,
+    names: list[str] | None,
+    count: int,
+    exported: Exported,
+) -> None:
+    """Refuse before sampling what would be refused after it."""
+    from varptq.evaluate.preflight import plan
 
-    files = [out / METRICS_NAME, out / REPORT_NAME]
-    for pipe in filter(None, (models.pipe, models.float_pipe)):
-        if export is Export.npz:
-            files.append((out / kind(pipe)).with_suffix(".npz"))
-        elif export is Export.png:
-            exported_folder(out / kind(pipe)).check()
-    for file in files:
-        check_file(file)
+    if names != []:
+        plan(models.pipe, models.float_pipe, tools, names, count)
+    exported.check(models)
 
 
 def write(
     document: Mapping[str, Any],
     subject: Subject,
     beside: Subject | None,
-    out: Path,
-    export: Export | None,
+    exported: Exported,
 ) -> None:
     """Write metrics.json, report.html, and the samples in another format if asked."""
-    from varptq.evaluate.evaluate import kind
     from varptq.evaluate.report import choose_pairs, write_report
     from varptq.files import write_atomic
 
-    for one in (subject, *([beside] if beside else [])):
-        place = out / kind(one.pipe)
-        if export is Export.npz:
-            one.samples.export_npz(place.with_suffix(".npz"))
-        elif export is Export.png:
-            one.samples.export_png(place)
+    out = exported.out
+    exported.write_all(subject, beside)
     text = jsonlib.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     # Bytes of a path that are not UTF-8 become JSON escapes.
     write_atomic(out / METRICS_NAME, text.encode(errors="backslashreplace") + b"\n")
@@ -300,7 +327,8 @@ def describe(pipe: Pipeline) -> dict[str, Any]:
 
     document = info.describe(pipe)
     if isinstance(pipe, QuantizedPipeline):
-        document["copies"] = list((pipe.report.get("theta") or {}).get("copies", ()))
+        theta = pipe.report.get("theta") or {}
+        document |= {key: list(theta.get(key, ())) for key in ("copies", "text_copies")}
         document["resampling"] = pipe.report.get("resampling")
     return document
 

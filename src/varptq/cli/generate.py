@@ -1,8 +1,10 @@
-"""`varptq generate`: images of given classes from a float model or an artifact, as PNG files.
+"""`varptq generate`: images of given classes or texts from a float model or an artifact, as PNG
+files.
 
-A folder gets one PNG per image, a grid of them all and `tokens.npz` (tokens (B, L) int64, labels
-(B,) int64); a name that ends in .png gets the grid alone. Image i draws from (seed, i), so the
-images of two models with the same classes and seed are comparable.
+A folder gets one PNG per image, a grid of them all and `tokens.npz` (tokens (B, L) or (B, L, draws)
+int64, and labels (B,) int64, or texts and lengths); a name that ends in .png gets the grid alone.
+Image i draws from (seed, i), so the images of two models with the same prompts and seed are
+comparable.
 """
 
 from __future__ import annotations
@@ -20,27 +22,45 @@ import typer
 
 from varptq import readable
 from varptq.cli import common, options
+from varptq.cli.asked import Asked, read_size
 from varptq.cli.model_choice import ModelChoice
 from varptq.errors import OutputError
 
 if TYPE_CHECKING:
     from varptq.models.generate import Output
+    from varptq.models.pipeline import Pipeline
+    from varptq.models.prompts import Prompts
+    from varptq.models.sampling import SamplingSettings
 
 GRID_NAME, TOKENS_NAME = "grid.png", "tokens.npz"
 
 
 def command(
-    classes: Annotated[str, typer.Option(help="Class names or ids, e.g. cat,3,ship.")],
     out: Annotated[Path, typer.Option(help="Folder for all files, or NAME.png for the grid.")],
     source: options.Source = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names or ids, e.g. cat,3,ship.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A text to draw; may be repeated.")
+    ] = None,
+    prompts: options.PromptFile = None,
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to stay away from, for all prompts.")
+    ] = None,
+    encoder: options.Encoder = None,
     var: options.VarFile = None,
     vae: options.VaeFile = None,
     random: options.RandomModel = None,
-    count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
+    class_names: options.ClassNames = None,
+    count: Annotated[int, typer.Option(min=1, help="Images per class or text.")] = 1,
     seed: options.Seed = 0,
-    cfg: options.Guidance = options.CFG,
-    top_k: options.TopK = options.TOP_K,
-    top_p: options.TopP = options.TOP_P,
+    cfg: options.Guidance = None,
+    tau: options.Tau = None,
+    guide_at: options.GuideAt = "0",
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    size: options.Size = None,
     temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
     more_smooth: Annotated[
         bool, typer.Option("--more-smooth", help="Feed mixtures of embeddings; smoother images.")
@@ -53,41 +73,66 @@ def command(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Draw images of the given classes from a float model or an artifact."""
-    from varptq.models.generate import generate
+    """Draw images of the given classes or texts from a float model or an artifact."""
     from varptq.models.sampling import SamplingSettings
-    from varptq.progress import RichProgress
 
     settings = SamplingSettings(
-        cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
+        cfg=cfg, tau=tau, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
     )
-    names = common.parse_classes(classes)
-    choice = ModelChoice(source, var, vae, random, download, device, dtype)
-    pipe = choice.load(runtime)
-    asked = pipe.prompts([name for name in names for _ in range(count)])
-    labels, titles = asked.facts(), asked.titles()
-    files = Files.plan(out, titles)
-    with files.claimed(force):
-        started = time.monotonic()
-        with RichProgress() as progress:
-            sampling = settings.to_dict()
-            output = generate(
-                pipe, asked, seed=seed, batch_size=batch_size, progress=progress, **sampling
-            )
-        duration = time.monotonic() - started
-        files.write(output, labels, titles)
-    document = {
-        "model": pipe.name,
-        "runtime": getattr(pipe, "runtime", "float"),
-        "seed": seed,
-        "sampling": sampling,
-        "seconds": duration,
-        **files.describe(labels, titles),
-    }
+    asked = Asked.of(classes, prompt, prompts, negative, encoder, download=download)
+    asked.check_any()
+    choice = ModelChoice(source, var, vae, random, download, device, dtype, class_names)
+    asked.check(choice)
+    pipe = asked.prepared(choice.load(runtime)).sized(read_size(size))
+    pipe.plan(settings, guide_at)  # refused before texts are encoded
+    document = draw(
+        pipe, asked.prompts(pipe, count), settings, guide_at, seed, batch_size, out, force
+    )
     if json:
         common.print_json(document)
     else:
         common.print_rows("varptq generate", rows(document, out))
+
+
+def draw(
+    pipe: Pipeline,
+    asked: Prompts,
+    settings: SamplingSettings,
+    guide_at: tuple[int, ...],
+    seed: int,
+    batch_size: int,
+    out: Path,
+    force: bool,
+) -> dict[str, Any]:
+    """Draw, write the files, and say what was done as plain JSON values."""
+    from varptq.models.generate import generate
+    from varptq.progress import RichProgress
+
+    files = Files.plan(out, asked.titles())
+    with files.claimed(force):
+        started = time.monotonic()
+        with RichProgress() as progress:
+            sampling = pipe.filled(settings).to_dict()
+            output = generate(
+                pipe,
+                asked,
+                seed=seed,
+                guide_at=guide_at,
+                batch_size=batch_size,
+                progress=progress,
+                **sampling,
+            )
+        duration = time.monotonic() - started
+        files.write(output, asked)
+    return {
+        "model": pipe.name,
+        "runtime": getattr(pipe, "runtime", "float"),
+        "seed": seed,
+        "size": list(pipe.vae.image_size),
+        "sampling": {**sampling, "guide_at": list(guide_at)},
+        "seconds": duration,
+        **files.describe(asked),
+    }
 
 
 @dataclass(frozen=True)
@@ -131,7 +176,7 @@ class Files:
                 "place"
             ) from None
 
-    def write(self, output: Output, labels: Sequence[int], titles: Sequence[str]) -> None:
+    def write(self, output: Output, asked: Prompts) -> None:
         import numpy as np
 
         from varptq.files import write_atomic
@@ -142,20 +187,21 @@ class Files:
         for path, image in zip(self.images, pixels, strict=False):
             write_png(path, image)
         if self.tokens is not None:
-            tokens = output.tokens.cpu().numpy()
-            write_atomic(
-                self.tokens, lambda file: np.savez(file, tokens=tokens, labels=np.array(labels))
-            )
-        write_png(self.grid, gallery(pixels, titles))
+            arrays: dict[str, Any] = {"tokens": output.tokens.cpu().numpy(), **asked.arrays()}
+            write_atomic(self.tokens, lambda file: np.savez(file, **arrays))
+        write_png(self.grid, gallery(pixels, asked.titles()))
 
-    def describe(self, labels: Sequence[int], titles: Sequence[str]) -> dict[str, Any]:
+    def describe(self, asked: Prompts) -> dict[str, Any]:
+        facts = (
+            fact if isinstance(fact, dict) else {"label": fact, "class": title}
+            for fact, title in zip(asked.facts(), asked.titles(), strict=True)
+        )
         images = [
-            {"file": str(path), "label": label, "class": title}
-            for path, label, title in zip(self.images, labels, titles, strict=False)
+            {"file": str(path), **fact} for path, fact in zip(self.images, facts, strict=False)
         ]
         tokens = str(self.tokens) if self.tokens else None
         return {
-            "num_images": len(labels),
+            "num_images": len(asked),
             "grid": str(self.grid),
             "tokens": tokens,
             "images": images,

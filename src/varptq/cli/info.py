@@ -48,22 +48,25 @@ def command(
     if "config" in document:
         common.print_table(bits_table(document))
     common.print_table(bops_table(document))
-    if document.get("duplicated"):
-        common.print_table(copies_table(document))
+    for key, title, keys in (
+        ("duplicated", "Tokens duplicated by shift-and-sum", "cached tokens"),
+        ("text_duplicated", "Tokens of the text duplicated by shift-and-sum", "text tokens"),
+    ):
+        if document.get(key):
+            common.print_table(copies_table(document[key], title, keys))
 
 
 def _open(choice: ModelChoice) -> Pipeline:
     name = choice.random or choice.source
     if name is None or choice.folder is not None:
         return choice.load("auto" if choice.folder is None else "simulated")
-    import torch
-
     from varptq.models import presets
     from varptq.models.families import family
+    from varptq.models.meta import on_meta
     from varptq.models.pipeline import Pipeline
 
     preset = presets.preset(name)
-    with torch.device("meta"):
+    with on_meta():
         row = family(preset.family)
         networks = row.build(preset.transformer_arch, preset.autoencoder_arch)
         return Pipeline(*networks, name, family=row.name)
@@ -91,11 +94,11 @@ def runtimes(folder: Path | None) -> dict[str, Any]:
 
     import torch
 
-    from varptq.artifact.load import empty_modules, read_config
+    from varptq.artifact.load import read_blank
     from varptq.native import binding
     from varptq.runtime.resolve import resolve, survey
 
-    var = None if folder is None else empty_modules(folder, read_config(folder)[0])[0]
+    var = None if folder is None else read_blank(folder).var
     with warnings.catch_warnings():
         # The result says whether the core is missing.
         warnings.simplefilter("ignore")
@@ -154,7 +157,7 @@ def architecture(pipe: Pipeline) -> dict[str, Any]:
 
 def quantization(pipe: QuantizedPipeline) -> dict[str, Any]:
     """How an artifact was made, and the effect of theta."""
-    copies = (pipe.report.get("theta") or {}).get("copies", ())
+    found = pipe.report.get("theta") or {}
     return {
         "config": pipe.config.to_dict(),
         "runs_on": common.runs_on(pipe),
@@ -162,12 +165,13 @@ def quantization(pipe: QuantizedPipeline) -> dict[str, Any]:
         "seed": pipe.seed,
         "calibration": pipe.calibration,
         "theta": common.theta_summary(pipe),
-        "duplicated": duplicated_per_scale(copies),
+        "duplicated": duplicated_per_scale(found.get("copies", ())),
+        "text_duplicated": duplicated_per_scale(found.get("text_copies", ())),
     }
 
 
 def duplicated_per_scale(copies: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Means over the blocks: at every scale `duplicated` of `keys` cached tokens have copies."""
+    """Means over the blocks: at every scale `duplicated` of `keys` tokens have copies."""
     rows = []
     for scale in sorted({copy["scale"] for copy in copies}):
         blocks = [copy for copy in copies if copy["scale"] == scale]
@@ -243,7 +247,7 @@ def overview(document: dict[str, Any]) -> list[tuple[str, str]]:
     arch = document["architecture"]
     rows = [
         *document["facts"].items(),
-        ("image", f"{arch['image_size']} x {arch['image_size']}"),
+        ("image", "{} x {}".format(*arch["image_size"])),
         *common.size_rows(document["sizes"]),
         bops_row(document["bops"]),
     ]
@@ -278,19 +282,12 @@ def bops_table(document: dict[str, Any]) -> Table:
     return table
 
 
-def copies_table(document: dict[str, Any]) -> Table:
-    table = Table(
-        "scale",
-        "cached tokens",
-        "with copies",
-        "mean copies",
-        title="Tokens duplicated by shift-and-sum",
-        title_justify="left",
-    )
-    for row in document["duplicated"]:
+def copies_table(found: Sequence[dict[str, float]], title: str, keys: str) -> Table:
+    table = Table("scale", keys, "with copies", "mean copies", title=title, title_justify="left")
+    for row in found:
         share = row["duplicated"] / row["keys"]
         table.add_row(
-            str(row["scale"] + 1),
+            f"{row['scale'] + 1:.0f}",
             f"{row['keys']:.0f}",
             f"{row['duplicated']:.1f} ({share:.0%})",
             f"{row['mean_copies']:.2f}",

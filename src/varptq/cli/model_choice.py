@@ -3,6 +3,7 @@ architecture, or the folder of an artifact."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ class ModelChoice:
     download: bool = False
     device: str = DEVICE
     dtype: str = DTYPE
+    class_names: Path | None = None
 
     def __post_init__(self) -> None:
         files = self.var is not None or self.vae is not None
@@ -57,17 +59,36 @@ class ModelChoice:
             )
         return folder
 
+    def about(self) -> tuple[str, bool]:
+        """The model's name, and whether it reads texts; no weights are read. Raises as `load`
+        does."""
+        from varptq.artifact.load import read_config
+        from varptq.models.families import family, family_of
+        from varptq.models.presets import preset
+
+        if (folder := self.folder) is not None:
+            document, _ = read_config(folder)
+            return document.name, family(document.architecture.family).reads_texts
+        if (name := self.source or self.random) is not None:
+            return name, family(preset(name).family).reads_texts
+        if self.var is None:
+            raise InputError("model: --vae is one of two files; give the transformer as --var, too")
+        return self.var.stem, family(family_of(self.var)).reads_texts
+
     def load(self, runtime: str = RUNTIME) -> Pipeline:
         """The float model, or the quantized one on `runtime`."""
+        return self._named(lambda: self._load(runtime))
+
+    def _load(self, runtime: str) -> Pipeline:
         if (folder := self.folder) is None:
             if runtime != RUNTIME:
                 raise InputError(
                     f"runtime {runtime!r}: only for artifacts, and this model is float"
                 )
-            return self.load_float()
+            return self._load_float()
         from varptq.runtime import load
 
-        return load(folder, runtime=runtime, **self._placement())
+        return load(folder, runtime=runtime, **self.placement())
 
     def check_float(self) -> None:
         """Raise `InputError` for an artifact."""
@@ -76,17 +97,41 @@ class ModelChoice:
                 f"model {str(self.folder)!r}: an artifact folder, expected a float model"
             )
 
-    def load_float(self) -> Pipeline:
+    def load_float(self, *, mapped: bool = False) -> Pipeline:
         """The float model; raises as `load_model` and `build_model` do."""
+        return self._named(lambda: self._load_float(mapped))
+
+    def _load_float(self, mapped: bool = False) -> Pipeline:
         from varptq.models.pipeline import build_model, load_model
 
         if self.random is not None:
-            return build_model(self.random, **self._placement())
-        return load_model(
-            self.source, var=self.var, vae=self.vae, download=self.download, **self._placement()
-        )
+            return build_model(self.random, **self.placement())
+        files = {"var": self.var, "vae": self.vae, "download": self.download}
+        return load_model(self.source, **files, **self.placement(), mapped=mapped)
 
-    def _placement(self) -> dict[str, Any]:
+    def _named(self, load: Callable[[], Pipeline]) -> Pipeline:
+        """What `load` gives, with the names that were given: a bad file is refused before it."""
+        if self.class_names is None:
+            return load()
+        from varptq.models.class_names import read_class_names
+
+        names = read_class_names(self.class_names)
+        return load().named(names)
+
+    def file_bytes(self) -> int:
+        """Of the transformer's files, 0 for random weights. Raises `CheckpointError` where they
+        cannot be found."""
+        from varptq.models.presets import resolve
+        from varptq.models.shards import files_of
+
+        path = self.var
+        if self.source is not None:
+            path, _ = resolve(self.source, download=self.download)
+        if path is None:
+            return 0
+        return sum(file.stat().st_size for file in files_of(path) if file.is_file())
+
+    def placement(self) -> dict[str, Any]:
         from varptq.models.placement import checked_device, checked_dtype
 
         return {"device": checked_device(self.device), "dtype": checked_dtype(self.dtype)}

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +23,9 @@ from typer.core import TyperCommand, TyperOption
 
 from varptq import readable
 from varptq.cli import common, options
+from varptq.cli.asked import Asked
 from varptq.cli.model_choice import ModelChoice
-from varptq.cli.settings import read_calibration, read_config
+from varptq.cli.settings import parse_size, read_calibration, read_config
 from varptq.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from varptq.quant.pipeline import QuantizedPipeline
     from varptq.work import Work
 
+# `save(out, force=force)` of one artifact.
+Save = Callable[..., Path]
 # Name of the piece in a work folder that marks that the artifact may have been written.
 PUBLISHED = "published"
 # Name of a work folder inside the artifact's; our hidden names do not count as its content.
@@ -62,7 +67,12 @@ MethodName = Annotated[
 ]
 Budget = Annotated[float | None, typer.Option(help="Share of BOPs that shift-and-sum may add.")]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Memory for recorded activations, e.g. 8GB.")
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for recorded activations, e.g. 8GB; a model that does not fit into it goes "
+        "block by block with rtn and gptq.",
+    ),
 ]
 WorkFolder = Annotated[
     Path | None, typer.Option(help="Folder for finished pieces; default: OUT.work.")
@@ -89,7 +99,11 @@ def command(
     var: options.VarFile = None,
     vae: options.VaeFile = None,
     random: options.RandomModel = None,
+    class_names: options.ClassNames = None,
     config: options.Config = "w4a4",
+    prompts: options.PromptFile = None,
+    encoder: options.Encoder = None,
+    size: options.Size = None,
     group_size: GroupSize = None,
     method: MethodName = None,
     calibration: CalibrationName = None,
@@ -115,19 +129,21 @@ def command(
         calibration, effort, samples=samples, steps=steps, tune=tune, budget=budget, memory=memory
     )
     job = Job.checked(read_config(config, group_size), method, settings, seed)
-    if source is not None and model is not None:
-        raise InputError(f"model: both {source!r} and --model {model!r} given; give one")
-    device = local_device(device)
-    choice = ModelChoice(source or model, var, vae, random, download, device, dtype)
+    named, device = one_name(source, model), local_device(device)
+    choice = ModelChoice(named, var, vae, random, download, device, dtype, class_names)
     choice.check_float()
+    asked = Asked.of(prompts=prompts, encoder=encoder, download=download, option=None)
+    asked.check(choice)
     folder = work or work_folder(out)
     if not published(folder):
         check_output(out, force)
     started = time.monotonic()
+    limit = None if memory is None else parse_size(memory)
     with Work(folder, Ranks.from_environment()) as place:
-        quantized = job.run(choice.load_float(), place)
+        pipe, streamed = loaded(choice, job, limit)
+        quantized, save = job.run(asked.drawing(pipe, size), place, streamed)
         if place.ranks.first:
-            publish(quantized, out, force, place)
+            publish(save, out, force, place)
         place.remove()
     if not place.ranks.first:
         return
@@ -136,6 +152,12 @@ def command(
         common.print_json(document)
     else:
         common.print_rows("varptq quantize", rows(document))
+
+
+def one_name(source: str | None, model: str | None) -> str | None:
+    if source is not None and model is not None:
+        raise InputError(f"model: both {source!r} and --model {model!r} given; give one")
+    return source or model
 
 
 @dataclass(frozen=True)
@@ -159,42 +181,72 @@ class Job:
         Method.parse(method)
         return cls(config, method, calibration, seed)
 
-    def announce(self, pipe: Pipeline) -> None:
+    def announce(self, pipe: Pipeline, streamed: bool) -> None:
         """Say which method and runtime will be used, before the work starts."""
         from varptq.calibrate.methods import Method
         from varptq.runtime.resolve import foreseen
 
         choice = foreseen(pipe.var, self.config, shift=Method.parse(self.method).shift)
-        typer.echo(f"method {self.method}, runs on: {choice.runs_on}", err=True)
+        how = ", block by block" if streamed else ""
+        typer.echo(f"method {self.method}{how}, runs on: {choice.runs_on}", err=True)
 
-    def run(self, pipe: Pipeline, work: Work) -> QuantizedPipeline:
+    def run(
+        self, pipe: Pipeline, work: Work, streamed: dict[str, Any] | None
+    ) -> tuple[QuantizedPipeline, Save]:
+        """What is made, and how it is saved. streamed: device and dtype of a model that is not in
+        memory."""
+        from varptq.artifact import save
         from varptq.calibrate.quantize import quantize
         from varptq.progress import RichProgress, silent
+        from varptq.streamed import stream
 
         if work.ranks.first:
-            self.announce(pipe)
+            self.announce(pipe, streamed is not None)
         with RichProgress() as bars:
-            return quantize(
-                pipe,
-                self.config,
-                method=self.method,
-                calibration=self.calibration,
-                seed=self.seed,
-                progress=bars if work.ranks.first else silent,
-                work=work,
-            )
+            settings: dict[str, Any] = {
+                "method": self.method,
+                "calibration": self.calibration,
+                "seed": self.seed,
+                "progress": bars if work.ranks.first else silent,
+                "work": work,
+            }
+            if streamed is not None:
+                made = stream(pipe, self.config, **settings, **streamed)
+                return made.quantized, made.save
+            quantized = quantize(pipe, self.config, **settings)
+            return quantized, partial(save, quantized)
 
 
-def publish(quantized: QuantizedPipeline, out: Path, force: bool, work: Work) -> None:
+def loaded(
+    choice: ModelChoice, job: Job, limit: int | None
+) -> tuple[Pipeline, dict[str, Any] | None]:
+    """The float model; it is left on its files where it would not fit into memory while it is
+    quantized, and where it is to compute, device and dtype, is given with it. Raises `ConfigError`
+    for a method that needs it in memory."""
+    from varptq.models.memory import free_bytes
+    from varptq.streamed import IN_MEMORY, larger_than_memory
+
+    placement = choice.placement()
+    # At most this, as files have two bytes a weight or more; most models are found to fit by it.
+    most = IN_MEMORY * choice.file_bytes() * placement["dtype"].itemsize // 2
+    rooms = [room for room in (limit, free_bytes(placement["device"])) if room is not None]
+    if all(most <= room for room in rooms):
+        return choice.load_float(), None
+    pipe = choice.load_float(mapped=True)
+    if larger_than_memory(pipe, job.method, job.calibration, **placement, limit=limit):
+        return pipe, placement
+    return choice.load_float(), None
+
+
+def publish(save: Save, out: Path, force: bool, work: Work) -> None:
     """Save the artifact. A run that is killed after this and before its work folder is removed
     finds its own artifact when it is repeated, and may replace it by the same one."""
-    from varptq.artifact import save
     from varptq.work import Piece
 
     force = force or work.has(PUBLISHED)
     check_output(out, force)
     work.write(PUBLISHED, Piece())
-    save(quantized, out, force=force)
+    save(out, force=force)
 
 
 def published(folder: Path) -> bool:

@@ -34,6 +34,7 @@ def command(
         str | None,
         typer.Option(metavar="USER:PASSWORD", envvar="VARPTQ_AUTH", help="Require this login."),
     ] = None,
+    encoder: options.Encoder = None,
     runtime: options.Runtime = options.RUNTIME,
     device: options.Device = options.DEVICE,
     dtype: options.Dtype = options.DTYPE,
@@ -49,6 +50,11 @@ def command(
 
     served = Options(host, port, parse_auth(auth) if auth else None)
     served.check()
-    models = LoadedModels(device=device, dtype=dtype, runtime=runtime)
+    reader = None
+    if encoder is not None:
+        from varptq.models.text_encoder import T5Encoder
+
+        reader = T5Encoder(encoder, device=device)
+    models = LoadedModels(device=device, dtype=dtype, runtime=runtime, encoder=reader)
     studio = make_studio(folders or [], out, models)
     serve(studio, served, lambda address: typer.echo(f"varptq studio: {address}", err=True))

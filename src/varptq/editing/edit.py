@@ -1,17 +1,17 @@
 """`edit`: regenerate a part of an image and keep the rest, with any pipeline on any runtime.
 
 The image is encoded to tokens; at every scale the tokens of the kept part are given to the model
-and the others are drawn, so that h = m * h_given + (1 - m) * h_drawn for every token embedding. In-
-and out-painting run under the label "unconditional", where guidance changes nothing and the batch
-is not doubled. There is no training and there are no extra weights. Source: Tian et al. (VAR),
-zero-shot editing.
+and the others are drawn, so that h = m * h_given + (1 - m) * h_drawn for every token embedding. A
+token of many draws is given or drawn as a whole. What is asked for is a prompt of the model's kind,
+a class or a text, or nothing: then guidance changes nothing and the batch is not doubled. There is
+no training and there are no extra weights. Source: Tian et al. (VAR), zero-shot editing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -32,18 +32,21 @@ from varptq.editing.masks import (
 from varptq.editing.reading import MaskLike
 from varptq.errors import InputError
 from varptq.models.bare import bare
-from varptq.models.generate import DEFAULT_BATCH, generate
+from varptq.models.generate import DEFAULT_BATCH, Output, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts
-from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
+from varptq.models.sampling import PerScale, SamplingSettings, listed
+from varptq.models.scales import Size
 from varptq.pictures import to_pixels
 from varptq.progress import Progress, silent
 from varptq.reading import ImageLike, flattened, read_image
 from varptq.torch_state import plain_torch
 
-Task = Literal["inpaint", "outpaint", "class"]
-TASKS: tuple[Task, ...] = ("inpaint", "outpaint", "class")
-CLASS_TASK: Task = "class"
+Task = Literal["inpaint", "outpaint", "class", "prompt"]
+PAINTING = ("inpaint", "outpaint")
+# Candidates, what they are compared with, and where they differ.
+Pictures = tuple[list[Image.Image], Image.Image, Image.Image]
+TASKS: tuple[Task, ...] = ("inpaint", "outpaint", "class", "prompt")
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,25 @@ class EditResult:
     """images: the candidates, in the size and mode of `before` (raw: the model's, RGB). tokens:
     (n, L) int64. before: the upright input (raw: as the model sees it). mask_used: "L" of the same
     size, the weight of the new image at every pixel; 0 left the pixel unchanged. keep_L: (L,)
-    bool, which tokens were given. cfg: the guidance that was used. Candidate i drew from
-    (seed, first_index + i)."""
+    bool, which tokens were given. asked: what was drawn towards, in words, None for
+    nothing. sampling: all settings that were used. Candidate i drew from (seed, first_index +
+    i)."""
 
     images: list[Image.Image]
     tokens: Tensor
     before: Image.Image
     mask_used: Image.Image
     keep_L: Tensor
-    cfg: float
+    asked: str | None
+    sampling: SamplingSettings
     seed: int
     first_index: int = 0
+
+    @property
+    def cfg(self) -> PerScale:
+        """The guidance that was used."""
+        assert self.sampling.cfg is not None
+        return self.sampling.cfg
 
 
 @plain_torch()
@@ -72,14 +83,17 @@ def edit(
     task: str = "inpaint",
     mask: MaskLike | None = None,
     box: Sequence[float] | None = None,
-    label: int | str | None = None,
+    to: Any = None,
+    negative: Any = None,
+    size: Any = None,
     fit: str = "crop",
     candidates: int = 1,
     seed: int = 0,
     first_index: int = 0,
-    cfg: float | None = None,
-    top_k: int = TOP_K,
-    top_p: float = TOP_P,
+    cfg: float | Sequence[float] | None = None,
+    tau: float | Sequence[float] | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     feather: int | None = None,
     raw: bool = False,
     batch_size: int = DEFAULT_BATCH,
@@ -87,103 +101,168 @@ def edit(
 ) -> EditResult:
     """Regenerate a part of `image`; returns `candidates` alternatives.
 
-    image: path, bytes of a file or Pillow image, of any size and mode. task: "inpaint", "outpaint"
-    (neither takes a label) or "class" (regenerates towards `label`, an id or name, with guidance
-    `cfg`, the usual one if None). mask: picture or array (H, W) of the image's size, white or True
-    is regenerated. box: instead of a mask, (x0, y0, x1, y1) relative to the image; its inside is
-    regenerated, with "outpaint" what lies around it. With neither, transparent pixels are. fit:
-    "crop" shows the model the centred square, "pad" the whole image. feather: pixels around the
-    mask over which old and new are mixed, None is half a token. raw: the model's own image,
-    not pasted. Candidate i draws from (seed, first_index + i) alone. Raises `InputError` for
-    arguments and `ConfigError` for settings that cannot be used.
+    image: path, bytes of a file or Pillow image, of any size. task: "inpaint", "outpaint", or the
+    one that needs `to` and may regenerate all of the image: "class" for a model of classes,
+    "prompt" for one that reads texts. to, negative: a prompt as `Pipeline.prompts` takes it, class
+    or text; None is nothing. mask: picture or array (H, W) of the image's size, white or True is
+    regenerated. box: instead of a mask, (x0, y0, x1, y1) relative to the image; its inside is
+    regenerated, with "outpaint" what lies around it. With neither, transparent pixels are. size: as
+    `Pipeline.sized` takes it; None is the model's own in the image's proportions. fit: "crop" shows
+    the model the centre, "pad" the whole image. feather: pixels around the mask over which old and
+    new are mixed, None is half a token. raw: the model's own image, not pasted. Candidate i draws
+    from (seed, first_index + i) alone. Raises `InputError` and `ConfigError`.
     """
-    pipe, cfg = bare(pipe), _guidance(task, label, cfg)
-    _check_counts(candidates, feather)
-    prompts = _prompts(pipe, label, candidates)  # an unknown class is named before any work
-    before, side = read_image(image), pipe.scales.last_side
-    frame = Frame.of(before.size, pipe.vae.image_size, fit)
-    chosen = _mask(before, frame, side, task, mask, box)
-    seen = frame.to_model(flattened(before))
-    keep_L = keep_mask(chosen.cells_PP, pipe.scales)
+    pipe = bare(pipe)
+    wanted = SamplingSettings(cfg=listed(cfg), tau=listed(tau), top_k=top_k, top_p=top_p)
+    _check(pipe, task, to, candidates, feather)
+    before = read_image(image)
+    pipe = _sized(pipe, size, before)
+    sampling = _sampling(pipe, task, wanted, asks=to is not None or negative is not None)
+    view = _View.of(before, pipe, task, mask, box, fit)
+    keep_L = keep_mask(view.mask.cells_PQ, pipe.scales)
+    prompt = pipe.prompts(_one(pipe, to), negative)
     output = generate(
         pipe,
-        prompts,
+        prompt[torch.zeros(candidates, dtype=torch.int64, device="cpu")],
         seed=seed,
-        cfg=cfg,
-        top_k=top_k,
-        top_p=top_p,
-        forced=forced_ids(encode(pipe, [seen]), keep_L).repeat_interleave(candidates, 0),
+        **sampling.to_dict(),
+        forced=forced_ids(encode(pipe, [view.seen]), keep_L).repeat_interleave(candidates, 0),
         first_index=first_index,
         batch_size=batch_size,
         progress=progress,
     )
+    pictures = view.raw(output) if raw else view.pasted(output, feather)
+    asked = None if to is None else prompt.titles()[0]
+    return EditResult(
+        pictures[0], output.tokens, *pictures[1:], keep_L, asked, sampling, seed, first_index
+    )
+
+
+@dataclass(frozen=True)
+class _View:
+    """An image, what the model sees of it, and what of it is regenerated; `last`, the last map."""
+
+    image: Image.Image
+    frame: Frame
+    last: Size
+    mask: Mask
+
+    @classmethod
+    def of(
+        cls,
+        image: Image.Image,
+        pipe: Pipeline,
+        task: str,
+        mask: MaskLike | None,
+        box: Sequence[float] | None,
+        fit: str,
+    ) -> Self:
+        frame, last = Frame.of(image.size, pipe.vae.image_size, fit), pipe.scales.last
+        return cls(image, frame, last, _mask(image, frame, last, task, mask, box))
+
+    @property
+    def seen(self) -> Image.Image:
+        return self.frame.to_model(flattened(self.image))
+
+    def raw(self, output: Output) -> Pictures:
+        """The model's own images, its input, and the mask as it sees it."""
+        mask = self.frame.mask_to_model(self.mask.pixels)
+        return _images(output), self.seen, Image.fromarray(mask).convert("L")
+
+    def pasted(self, output: Output, feather: int | None) -> Pictures:
+        """The image with what was drawn laid over it, the image, and the weight of that."""
+        width = feather_width(feather, self.frame, self.last)
+        weight = feathered(self.mask.pixels, width, self.frame)
+        found = [self.frame.paste(self.image, drawn, weight) for drawn in _images(output)]
+        return found, self.image, weight
+
+
+def _images(output: Output) -> list[Image.Image]:
     assert output.images is not None
-    images = [Image.fromarray(pixels) for pixels in to_pixels(output.images)]
-    if raw:
-        before, weight = seen, Image.fromarray(frame.mask_to_model(chosen.pixels)).convert("L")
-    else:
-        weight = feathered(chosen.pixels, feather_width(feather, frame, side), frame)
-        images = [frame.paste(before, generated, weight) for generated in images]
-    return EditResult(images, output.tokens, before, weight, keep_L, cfg, seed, first_index)
+    return [Image.fromarray(pixels) for pixels in to_pixels(output.images)]
 
 
 def encode(pipe: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-    """RGB images of the model's size -> ids (B, L) int64 on the model's device."""
+    """RGB images of the model's size -> tokens int64 on the model's device, (B, L) or (B, L,
+    draws)."""
     pixels = np.stack([np.asarray(image) for image in images])
     x_B3SS = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return pipe.vae.encode(x_B3SS.to(pipe.device))
 
 
-def _check_counts(candidates: int, feather: int | None) -> None:
+def _check(pipe: Pipeline, task: str, to: Any, candidates: int, feather: int | None) -> None:
+    """Raise `InputError` for counts, and for a task that is unknown, of another kind of model, or
+    lacks what it is towards."""
     if candidates < 1:
         raise InputError(f"candidates {candidates}: must be at least 1")
     if feather is not None and feather < 0:
         raise InputError(f"feather {feather}: must be 0 pixels or more")
-
-
-def _guidance(task: str, label: int | str | None, cfg: float | None) -> float:
-    """Guidance of a task. Raises `InputError` for it and a label that the task does not take."""
     if task not in TASKS:
         raise InputError(f"task {task!r}: unknown, expected one of {', '.join(TASKS)}")
-    if task == CLASS_TASK:
-        if label is None:
+    own, does = ("prompt", "reads texts") if pipe.var.READS_TEXTS else ("class", "knows classes")
+    if task in PAINTING:
+        return
+    if task != own:
+        raise InputError(f"task {task}: model {pipe.name!r} {does}; use task {own}")
+    if to is None:
+        hint = "give the name or id of the class to change to"
+        if own == "prompt":
+            hint = "give a text that says what to change to"
+        raise InputError(f"task {task}: no {own} given; {hint}")
+
+
+def _sized(pipe: Pipeline, size: Any, image: Image.Image) -> Pipeline:
+    """The model at `size`, or at its own in the proportions of the image."""
+    if size is not None:
+        return pipe.sized(size)
+    width, height = image.size
+    return pipe.over(pipe.var.shaped(height, width))
+
+
+def _sampling(
+    pipe: Pipeline, task: str, wanted: SamplingSettings, *, asks: bool
+) -> SamplingSettings:
+    """The settings with every value given. Raises `InputError` for guidance towards nothing."""
+    if not asks:
+        if wanted.cfg is not None and any(pipe.var.strengths(wanted.cfg)):
             raise InputError(
-                "task class: no label given; give the name or id of the class to change to"
+                f"cfg {wanted.cfg}: {task} towards nothing has nothing to be guided to; leave it "
+                "out, or say what is to be drawn"
             )
-        return CFG if cfg is None else cfg
-    if label is not None:
-        raise InputError(f"label {label!r}: {task} takes none; leave it out or use task class")
-    if cfg:
-        raise InputError(
-            f"cfg {cfg:g}: {task} has no class to be guided to; leave it out or use task class"
-        )
-    return 0.0
+        wanted = wanted.replace(cfg=pipe.var.UNGUIDED)
+    return pipe.filled(wanted)
 
 
-def _prompts(pipe: Pipeline, label: int | str | None, count: int) -> Prompts:
-    """The label, or nothing, for every candidate. Raises `InputError` for an unknown one."""
-    one = pipe.pool()[slice(0, 1)].nothing() if label is None else pipe.prompts([label])
-    return one[torch.zeros(count, dtype=torch.int64, device="cpu")]
+def _one(pipe: Pipeline, to: Any) -> Any:
+    """A prompt alone, or nothing, as `Pipeline.prompts` takes several. Raises `InputError` for
+    several."""
+    if to is None:
+        return pipe.var.unasked()
+    if not isinstance(to, Prompts):
+        return [to]
+    if len(to) != 1:
+        raise InputError(f"to: {len(to)} prompts, expected one; give them one after the other")
+    return to
 
 
 def _mask(
     image: Image.Image,
     frame: Frame,
-    side: int,
+    last: Size,
     task: str,
     mask: MaskLike | None,
     box: Sequence[float] | None,
 ) -> Mask:
-    """The chosen mask. Raises `InputError` if it leaves nothing to regenerate or, unless the task
-    is "class", nothing to keep."""
+    """The chosen mask. Raises `InputError` if it leaves nothing to regenerate or, for painting,
+    nothing to keep."""
     if mask is not None and box is not None:
         raise InputError("mask and box: both given, expected one of them")
     if box is not None:
-        what, chosen = "box", box_mask(box, frame, side, inside=task != "outpaint")
+        what, chosen = "box", box_mask(box, frame, last, inside=task != "outpaint")
     elif mask is not None:
-        what, chosen = "mask", picture_mask(mask, frame, side)
+        what, chosen = "mask", picture_mask(mask, frame, last)
     elif image.mode == "RGBA":
-        what, chosen = "alpha channel", alpha_mask(image, frame, side)
+        what, chosen = "alpha channel", alpha_mask(image, frame, last)
     else:
         raise InputError(
             "mask: none given; give a mask, a box, or an image with transparent pixels"
@@ -192,14 +271,14 @@ def _mask(
         raise InputError(
             f"{what}: empty, so nothing would be regenerated; cover a part of the image"
         )
-    if not chosen.cells_PP.any():
+    if not chosen.cells_PQ.any():
         raise InputError(
-            f"{what}: covers no token of the {side} x {side} grid over what the model sees; "
+            f"{what}: covers no token of the {last[0]} x {last[1]} grid over what the model sees; "
             "make it larger, or use fit pad to show the model the whole image"
         )
-    if chosen.cells_PP.all() and task != CLASS_TASK:
+    if chosen.cells_PQ.all() and task in PAINTING:
         raise InputError(
-            f"{what}: full, so no token of the {side} x {side} grid is kept; leave a part of "
-            "the image, or use task class or generate"
+            f"{what}: full, so no token of the {last[0]} x {last[1]} grid is kept; leave a part of "
+            "the image, or use task class, task prompt or generate"
         )
     return chosen

@@ -2,7 +2,7 @@
 
 White is regenerated, black is kept. On the last token grid a cell is regenerated if any of its
 pixels is white; a box instead takes round(position * side), half to even, as in the VAR code.
-    keep at scale k = bilinear(keep at the last scale, side k) > 0.5; all of a scale of <= 3 tokens
+    keep at scale k = bilinear(keep at the last scale) > 0.5; all of a scale of <= 3 tokens
 The weight for pasting is 1 on the mask and falls to 0 within the feather around it. Source: Tian et
 al. (VAR), zero-shot editing; docs/editing.md.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from varptq.editing.frame import Frame, extent
 from varptq.editing.reading import MaskLike, read_mask
 from varptq.errors import InputError
-from varptq.models.scales import Scales
+from varptq.models.scales import Scales, Size
 from varptq.reading import is_opaque
 
 # Scales of so few tokens are always given, as they describe the whole image.
@@ -34,17 +34,17 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Mask:
-    """pixels: "L" of the image's size, 255 where the image is regenerated. cells_PP: (P, P) bool,
+    """pixels: "L" of the image's size, 255 where the image is regenerated. cells_PQ: (P, Q) bool,
     True for the tokens of the last scale that are."""
 
     pixels: Image.Image
-    cells_PP: NDArray[np.bool_]
+    cells_PQ: NDArray[np.bool_]
 
 
-def picture_mask(source: MaskLike, frame: Frame, side: int) -> Mask:
+def picture_mask(source: MaskLike, frame: Frame, last: Size) -> Mask:
     """From a picture of the image's size: white, or at least light grey, is regenerated.
 
-    side: P. Raises `InputError` for another size, or as `read_mask` does.
+    last: (P, Q), the last map. Raises `InputError` for another size, or as `read_mask` does.
     """
     picture = read_mask(source)
     if picture.size != frame.size:
@@ -52,18 +52,19 @@ def picture_mask(source: MaskLike, frame: Frame, side: int) -> Mask:
         raise InputError(
             f"mask: {found} pixels, the image has {expected} (upright); make them equal"
         )
-    return _from_pixels(picture, frame, side)
+    return _from_pixels(picture, frame, last)
 
 
-def alpha_mask(image: Image.Image, frame: Frame, side: int) -> Mask:
-    """From an RGBA image: pixels with alpha below one half are regenerated. side: P."""
-    return _from_pixels(ImageChops.invert(is_opaque(image)), frame, side)
+def alpha_mask(image: Image.Image, frame: Frame, last: Size) -> Mask:
+    """From an RGBA image: pixels with alpha below one half are regenerated. last: (P, Q)."""
+    return _from_pixels(ImageChops.invert(is_opaque(image)), frame, last)
 
 
-def box_mask(box: Sequence[float], frame: Frame, side: int, *, inside: bool) -> Mask:
+def box_mask(box: Sequence[float], frame: Frame, last: Size, *, inside: bool) -> Mask:
     """From a rectangle: its inside is regenerated, or everything around it.
 
-    box: (x0, y0, x1, y1) relative to the whole image, 0 left and top, 1 right and bottom. side: P.
+    box: (x0, y0, x1, y1) relative to the whole image, 0 left and top, 1 right and bottom. last:
+    (P, Q).
     Raises `InputError` for coordinates that are not a rectangle.
     """
     x0, y0, x1, y1 = _checked(box)
@@ -72,21 +73,21 @@ def box_mask(box: Sequence[float], frame: Frame, side: int, *, inside: bool) -> 
     back, front = (0, 255) if inside else (255, 0)
     pixels = Image.new("L", frame.size, back)
     pixels.paste(front, area)
-    cells = np.full((side, side), not inside)
+    cells = np.full(last, not inside)
     rows, columns = (
-        slice(*(_cell(value, axis, frame, side) for value in pair))
+        slice(*(_cell(value, axis, frame, last) for value in pair))
         for axis, pair in ((1, (y0, y1)), (0, (x0, x1)))
     )
     cells[rows, columns] = inside
     return Mask(pixels, cells)
 
 
-def keep_mask(cells_PP: NDArray[np.bool_], scales: Scales) -> Tensor:
-    """(L,) bool: which tokens are given, for `cells_PP` regenerated at the last scale."""
-    keep_11PP = torch.from_numpy(~cells_PP).float()[None, None]
+def keep_mask(cells_PQ: NDArray[np.bool_], scales: Scales) -> Tensor:
+    """(L,) bool: which tokens are given, for `cells_PQ` regenerated at the last scale."""
+    keep_11PQ = torch.from_numpy(~cells_PQ).float()[None, None]
     parts = []
-    for side, length in zip(scales.sides, scales.lengths, strict=True):
-        resized = F.interpolate(keep_11PP, size=(side, side), mode="bilinear", align_corners=False)
+    for size, length in zip(scales.sides, scales.lengths, strict=True):
+        resized = F.interpolate(keep_11PQ, size=size, mode="bilinear", align_corners=False)
         given_l = resized.flatten() > 0.5
         parts.append(given_l | (length <= ALWAYS_GIVEN))
     return torch.cat(parts)
@@ -114,17 +115,18 @@ def feathered(pixels: Image.Image, width: int, frame: Frame) -> Image.Image:
     return weight
 
 
-def feather_width(wanted: int | None, frame: Frame, side: int) -> int:
-    """Width in pixels of the image: the given one, or half a token of the last scale. side: P."""
+def feather_width(wanted: int | None, frame: Frame, last: Size) -> int:
+    """Width in pixels of the image: the given one, or half a token of the last map, (P, Q)."""
     if wanted is not None:
         return wanted
-    return round(max(extent(frame.seen)) / max(extent(frame.inner)) * frame.side / side / 2)
+    return round(max(extent(frame.seen)) / max(extent(frame.inner)) * frame.model[0] / last[0] / 2)
 
 
-def _from_pixels(pixels: Image.Image, frame: Frame, side: int) -> Mask:
-    block = frame.side // side
-    square = frame.mask_to_model(pixels).reshape(side, block, side, block)
-    return Mask(pixels, np.asarray(square.any(axis=(1, 3))))
+def _from_pixels(pixels: Image.Image, frame: Frame, last: Size) -> Mask:
+    rows, columns = last
+    pixels_HW = frame.mask_to_model(pixels)
+    cells = pixels_HW.reshape(rows, frame.model[0] // rows, columns, frame.model[1] // columns)
+    return Mask(pixels, np.asarray(cells.any(axis=(1, 3))))
 
 
 def _checked(box: Sequence[float]) -> Box:
@@ -139,14 +141,16 @@ def _checked(box: Sequence[float]) -> Box:
     )
 
 
-def _cell(value: float, axis: int, frame: Frame, side: int) -> int:
+def _cell(value: float, axis: int, frame: Frame, last: Size) -> int:
     """The border of the token grid nearest to `value` (of the whole image) along an axis."""
-    length, first, last = frame.size[axis], frame.seen[axis], frame.seen[axis + 2]
+    length, before, behind = frame.size[axis], frame.seen[axis], frame.seen[axis + 2]
     start, end = frame.inner[axis], frame.inner[axis + 2]
     # For a square image every factor is 1 and every offset 0, so that halves stay exact.
-    within = (value - first / length) * (length / (last - first))
-    placed = within * ((end - start) / frame.side) + start / frame.side
-    return min(max(round(placed * side), 0), side)
+    within = (value - before / length) * (length / (behind - before))
+    # An axis is 0 across and 1 down, in a size it is the other way round.
+    pixels, cells = frame.model[1 - axis], last[1 - axis]
+    placed = within * ((end - start) / pixels) + start / pixels
+    return min(max(round(placed * cells), 0), cells)
 
 
 def _grown(mask_HW: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:

@@ -13,24 +13,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from varptq.models.cross import Mixes
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts
 from varptq.models.reading import listening, read
-from varptq.models.seams import Mix, Span
+from varptq.models.seams import Span
 
 Product = Callable[[Tensor, Tensor, Span], Tensor]
 
 
 @torch.no_grad()
 def product_errors(
-    pipe: Pipeline, products: list[Product], prompts: Prompts, tokens: Tensor
+    pipe: Pipeline,
+    products: list[Product],
+    prompts: Prompts,
+    tokens: Tensor,
+    *,
+    text: bool = False,
 ) -> Tensor:
-    """(blocks, K) float64 relative error energy of p v, one product per block (e.g. `QuantMix`).
+    """(blocks, K) float64 relative error energy of p v, one product per block (e.g. `QuantMix`):
+    of the attention over tokens, or with `text` of that over texts.
 
     Prompts and their tokens are read teacher-forced by the float pipeline; rows are the
     conditional and the unconditional ones.
     """
-    mixes = [module for module in pipe.var.modules() if isinstance(module, Mix)]
+    every = Mixes.of(pipe.var)
+    mixes = list((every.text if text else every.tokens).values())
     count = pipe.scales.num_scales
     sums = torch.zeros(len(products), count, 2, dtype=torch.float64, device="cpu")
 

@@ -54,7 +54,7 @@ NEEDS = {
     "side31": "images of at least 31 x 31 pixels",
     "two": "at least 2 images in each set",
     "four": "at least 4 images in each set: k = 3 neighbours beside the image itself",
-    "clip": "transformers with a CLIP model (--clip) and a model with class names",
+    "clip": "transformers with a CLIP model (--clip), and texts, or classes with names",
 }
 
 METRICS: dict[str, Metric] = {
@@ -156,7 +156,7 @@ METRICS: dict[str, Metric] = {
     ),
     "clip": Metric(
         "CLIP score",
-        "How well an image fits the text 'a photo of a <class>', by CLIP.",
+        "How well an image fits its text, by CLIP: its prompt, or 'a photo of a <class>'.",
         "higher",
         "distance",
         ("clip",),

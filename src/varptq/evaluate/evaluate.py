@@ -23,11 +23,10 @@ from varptq.evaluate.catalogue import METRICS
 from varptq.evaluate.distributions import FeatureSums, collect, cut, measure
 from varptq.evaluate.frechet import Gaussian, bias_of_means, frechet_distance
 from varptq.evaluate.image_files import ImageFiles
-from varptq.evaluate.networks.clip import class_prompts
 from varptq.evaluate.pairs import PairSums, Tally, codebook_use
 from varptq.evaluate.preflight import Instruments, plan
 from varptq.evaluate.references import AGAINST_REAL, about_reference, of_statistics, sources_of
-from varptq.evaluate.sampling import SampleSet, title
+from varptq.evaluate.sampling import PROMPTS, SampleSet, title
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.bare import bare
 from varptq.models.pipeline import Pipeline
@@ -51,8 +50,17 @@ class Subject:
     pipe: Pipeline
     samples: SampleSet
 
-    def bare(self) -> Subject:
-        return replace(self, pipe=bare(self.pipe))
+    def drawing_for(self, prompts: Any) -> Subject:
+        """With the networks themselves, and these prompts where they are not None. Raises
+        `InputError` where the samples were drawn for others."""
+        pipe = bare(self.pipe).drawing_for(prompts)
+        found, expected = self.samples.identity.get(PROMPTS), pipe.chosen and pipe.chosen.sha256()
+        if found != expected:
+            raise InputError(
+                f"prompts: the samples in {self.samples.folder} are not of the {len(pipe.pool())} "
+                "prompts given; give those that they were drawn for"
+            )
+        return replace(self, pipe=pipe)
 
 
 @plain_torch()
@@ -62,6 +70,7 @@ def evaluate(
     *,
     instruments: Instruments | None = None,
     metrics: Collection[str] | None = None,
+    prompts: Any = None,
     token_images: int = DEFAULT_TOKEN_IMAGES,
     progress: Progress = silent,
     work: Work | None = None,
@@ -69,15 +78,18 @@ def evaluate(
     """Measure `subject`, and compare it with the float model `against` if given.
 
     metrics: names of `catalogue.METRICS`; None computes all that are possible, and the document
-    says what is missing for the others. token_images: how many images the token-level metrics read.
-    work: begun by the caller; it shares the passes over images between processes, which all return
-    the same document, and keeps finished parts. The document holds JSON values only; an infinite
-    PSNR is None. Raises `InputError` for sets that do not match and for metrics
-    that cannot be computed.
+    says what is missing for the others. prompts: those that `sample_set` was given, where the
+    pipelines do not have them as their pool. token_images: how many images the token-level metrics
+    read. work: begun by the caller; it shares the passes over images between processes, which all
+    return the same document, and keeps finished parts. The document holds JSON values only; an
+    infinite PSNR is None. Raises `InputError` for sets that do not match and for metrics that
+    cannot be computed.
     """
     if token_images < 1:
         raise InputError(f"token_images {token_images}: must be at least 1")
-    subject, against = subject.bare(), against.bare() if against else None
+    subject = subject.drawing_for(prompts)
+    theirs = None if prompts is None else subject.pipe.chosen
+    against = against.drawing_for(theirs) if against else None
     if against is not None:
         _check_pair(subject, against)
     tools = instruments or Instruments()
@@ -131,7 +143,7 @@ class _Run:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.per_scale["sides"] = list(self.subject.pipe.scales.sides)
+        self.per_scale["sides"] = self.subject.pipe.scales.plain()
 
     def compare_tokens(self, num_images: int) -> None:
         """Next-token distributions on tokens the float model drew, a few images at a time."""
@@ -158,6 +170,7 @@ class _Run:
                 settings.top_k,
                 settings.top_p,
                 TOKEN_CHUNK,
+                tau=settings.tau,
             )
             weight = chunk.num_images / len(labels)
             rows = [(getattr(chunk, n), *getattr(chunk, f"{n}_per_scale")) for n in names]
@@ -199,12 +212,12 @@ class _Run:
     def _compare_part(self, part: range) -> Piece:
         """Sums over the shards of `part`."""
         encoder = self.tools.clip if "clip" in self.chosen else None
-        prompts = class_prompts(self.subject.pipe.class_names) if encoder else ()
+        captions = self.subject.pipe.pool().captions() if encoder else ()
         pairs, tallies = self._image_sums()
         subjects = [self.subject, *([self.against] if self.against else [])]
         for shards in zip(*(one.samples.shards(part) for one in subjects), strict=True):
             for tally, shard in zip(tallies, shards, strict=True):
-                tally.add(shard, prompts, encoder)
+                tally.add(shard, captions, encoder)
             if self.against is not None:
                 pairs.add(*shards)
             done = shards[0].first + len(shards[0].images)
@@ -318,7 +331,8 @@ def _check_pair(subject: Subject, against: Subject) -> None:
         "seed": (subject.samples.identity["seed"], against.samples.identity["seed"]),
         "sampling": (subject.samples.sampling, against.samples.sampling),
         "number of prompts": tuple(len(one.pipe.pool()) for one in (subject, against)),
-        "scales": (subject.pipe.scales.sides, against.pipe.scales.sides),
+        "prompts_sha256": tuple(one.samples.identity.get(PROMPTS) for one in (subject, against)),
+        "scales": (str(subject.pipe.scales), str(against.pipe.scales)),
         "alphabet": tuple(tuple(one.pipe.alphabet) for one in (subject, against)),
         "image size": tuple(one.pipe.vae.image_size for one in (subject, against)),
     }

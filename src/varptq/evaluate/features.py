@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, InputError, is_out_of_memory
 from varptq.evaluate.networks import inception, resnet, weights
+from varptq.models.meta import on_meta
 from varptq.models.placement import checked_device
 
 DOWNLOAD = "download"
@@ -207,7 +208,7 @@ def _load_inception(
             "2015-12-05; see docs/metrics.md"
         )
     state.pop("fc.bias", None)
-    with torch.device("meta"):
+    with on_meta():
         network = inception.Inception(with_fc="fc.weight" in state)
     weights.fill(network, state, file)
     network.fold()
@@ -216,7 +217,7 @@ def _load_inception(
 
 def _load_resnet56(path: str, device: torch.device | str) -> FeatureNetwork:
     state = weights.read_tensors(path)
-    with torch.device("meta"):
+    with on_meta():
         network = resnet.ResNet56(len(state["linear.bias"]) if "linear.bias" in state else 10)
     weights.fill(network, state, path)
     return ResNet56Features(network, device)

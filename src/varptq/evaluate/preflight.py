@@ -26,6 +26,7 @@ from varptq.evaluate.references import (
     of_statistics,
 )
 from varptq.models.pipeline import Pipeline
+from varptq.models.scales import Size
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,27 @@ def plan(
     if a metric in `metrics` is not possible, for statistics that are invalid or of another network,
     and for real images of another size than the samples: resizing either changes every distance.
     """
-    reference, side = instruments.reference, pipe.vae.image_size
-    widths = _widths(instruments.network, side)
+    reference, drawn = instruments.reference, pipe.vae.image_size
+    widths = _widths(instruments.network, drawn)
     if reference and instruments.network:
         asked = METRICS if metrics is None else metrics
         check_statistics(reference, instruments.network.name, asked, widths)
     chosen, left_out = choose(metrics, _have(pipe, float_pipe, instruments, count, widths))
     size = reference.size if reference else None
-    if reference and size and size != (side, side) and set(AGAINST_REAL) & set(chosen):
-        height, width = size
+    if reference and size and size != drawn and set(AGAINST_REAL) & set(chosen):
+        (height, width), (rows, columns) = size, drawn
         raise InputError(
-            f"images {reference.path}: {height} x {width}, expected {side} x {side} like the "
+            f"images {reference.path}: {height} x {width}, expected {rows} x {columns} like the "
             f"samples of {pipe.name!r}; resize them first"
         )
     return chosen, left_out
 
 
-def _widths(network: FeatureNetwork | None, side: int) -> Widths:
+def _widths(network: FeatureNetwork | None, size: Size) -> Widths:
     """How many features of each part the network gives, found by running it on one image."""
     if network is None:
         return {}
-    features = network(torch.zeros(1, side, side, 3, dtype=torch.uint8, device="cpu"))
+    features = network(torch.zeros(1, *size, 3, dtype=torch.uint8, device="cpu"))
     parts = features._asdict().items()
     return {part: values.shape[1] for part, values in parts if values is not None}
 
@@ -80,7 +81,7 @@ def _have(
     pipe: Pipeline, float_pipe: Pipeline | None, tools: Instruments, count: int, widths: Widths
 ) -> set[str]:
     """Keys of `catalogue.NEEDS` that are available."""
-    side, reference = pipe.vae.image_size, tools.reference
+    side, reference = min(pipe.vae.image_size), tools.reference
     real = reference.count if reference else 0
     published = of_statistics(reference, METRICS, widths)
     fewest = min(count, real) if real and "fid" not in published else count
@@ -90,7 +91,7 @@ def _have(
         "moments": real > 0 or "fid" in published,
         "spatial moments": real > 0 or "sfid" in published,
         "lpips": tools.lpips is not None,
-        "clip": tools.clip is not None and bool(pipe.class_names),
+        "clip": tools.clip is not None and len(pipe.pool().captions()) == len(pipe.pool()),
         "side11": side >= SSIM_WINDOW,
         "side31": side >= MIN_SIDE,
         "network": tools.network is not None,

@@ -49,11 +49,13 @@ LEFTOVERS = ".varptq-*.tmp"
 # A killed process loses at most this many images.
 DEFAULT_SHARD = 64
 EXPORT_SEED = 0
+# Where the manifest says which prompts images were drawn for, if not for the model's own.
+PROMPTS = "prompts_sha256"
 
 
 class Shard(NamedTuple):
-    """Images first, first + 1, ...: images (n, H, W, 3) uint8, labels (n,) and tokens (n, L)
-    int64."""
+    """Images first, first + 1, ...: images (n, H, W, 3) uint8; labels (n,), places of their prompts
+    in the pool, and tokens (n, L) or (n, L, draws), int64."""
 
     first: int
     images: Pixels
@@ -157,6 +159,7 @@ def sample_set(
     count: int,
     seed: int = 0,
     settings: SamplingSettings | None = None,
+    prompts: Any = None,
     batch: int = DEFAULT_BATCH,
     shard_size: int = DEFAULT_SHARD,
     force: bool = False,
@@ -165,6 +168,7 @@ def sample_set(
 ) -> SampleSet:
     """Sample `count` images into `folder`, keeping the shards that exist already.
 
+    prompts: to draw for, as `Pipeline.prompts` takes them; None is the model's own pool.
     ranks: processes on the same call with the same folder; missing shards are dealt to them, and
     the call returns when all are there.
     force: remove samples of another model or other settings that are in the way, which are an
@@ -173,8 +177,8 @@ def sample_set(
     the same bytes, continue a run with the same one. Raises `InputError` for numbers out of range,
     `OutputError` if the folder holds something else or cannot be written.
     """
-    pipe = bare(pipe)
-    settings = settings or SamplingSettings()
+    pipe = bare(pipe).drawing_for(prompts)
+    settings = pipe.filled(settings)
     for name, value in (("count", count), ("batch", batch), ("shard_size", shard_size)):
         if value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
@@ -227,7 +231,12 @@ def describe(
     pipe: Pipeline, settings: SamplingSettings, seed: int, shard_size: int
 ) -> dict[str, Any]:
     """Everything that determines the images of a set and their files, as plain JSON values."""
+    prompts = {} if pipe.chosen is None else {PROMPTS: pipe.chosen.sha256()}
+    # The last scale says the size, where there are several.
+    size = {} if pipe.var.num_prompts else {"scales": pipe.scales.plain()}
     return {
+        **prompts,
+        **size,
         "format_version": FORMAT_VERSION,
         "model": title(pipe),
         "model_sha256": model_sha256(pipe),

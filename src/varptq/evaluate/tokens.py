@@ -24,8 +24,7 @@ from varptq.models.bare import bare
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts
 from varptq.models.reading import guided_logits, kl_divergence
-from varptq.models.sampling import SamplingSettings, filter_logits
-from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
+from varptq.models.sampling import PerScale, SamplingSettings, filter_logits
 from varptq.models.scales import Scales
 from varptq.torch_state import plain_torch
 
@@ -61,10 +60,12 @@ def token_fidelity(
     quant_pipe: Pipeline,
     prompts: Prompts | Sequence[Any] | Tensor,
     tokens: Tensor,
-    cfg: float = CFG,
-    top_k: int = TOP_K,
-    top_p: float = TOP_P,
+    cfg: PerScale | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     batch_size: int = DEFAULT_BATCH,
+    *,
+    tau: PerScale | None = None,
 ) -> TokenFidelity:
     """Compare two pipelines on given tokens.
 
@@ -74,14 +75,14 @@ def token_fidelity(
     models that do not speak the same tokens, and for tokens, prompts or settings out of range.
     """
     float_pipe, quant_pipe = bare(float_pipe), bare(quant_pipe)
-    SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p)
+    plan = float_pipe.plan(SamplingSettings(cfg=cfg, tau=tau, top_k=top_k, top_p=top_p))
     asked, alphabet = float_pipe.prompts(prompts), float_pipe.alphabet
     _check(float_pipe, quant_pipe, len(asked), tokens, batch_size)
     sums_K3 = torch.zeros(float_pipe.scales.num_scales, 3, dtype=torch.float64, device="cpu")
     for part, ids in zip(asked.split(batch_size), tokens.split(batch_size), strict=True):
-        streams = [guided_logits(pipe, part, ids, cfg) for pipe in (float_pipe, quant_pipe)]
+        streams = [guided_logits(pipe, part, ids, cfg, tau) for pipe in (float_pipe, quant_pipe)]
         for (scale, p_blV), (_, q_blV) in zip(*streams, strict=True):
-            sums_K3[scale] += _sums(p_blV, q_blV.to(p_blV.device), top_k, top_p).cpu()
+            sums_K3[scale] += _sums(p_blV, q_blV.to(p_blV.device), plan.top_k, plan.top_p).cpu()
     # Agreement is a share of the draws, a divergence the sum over those of a token.
     sums_K3[:, 2] /= alphabet.draws
     return _means(sums_K3, len(asked), float_pipe.scales)
@@ -122,7 +123,7 @@ def _check(
     for what, found in {
         "families": [pipe.family for pipe in pair],
         "scales": [pipe.scales for pipe in pair],
-        "numbers of prompts": [len(pipe.pool()) for pipe in pair],
+        "numbers of prompts": [pipe.var.num_prompts for pipe in pair],
         "alphabets": [tuple(pipe.alphabet) for pipe in pair],
     }.items():
         if found[0] != found[1]:

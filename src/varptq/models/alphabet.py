@@ -1,7 +1,9 @@
-"""What a token is: `draws` draws of `size` symbols each, 1 of 4096 or 32 of 2.
+"""The alphabet of tokens: a token is `draws` draws of one of `size` symbols, such as 1 draw of 4096
+or 32 draws of 2.
 
-Logits (B, l, draws size) are drawn from as (B, l draws, size), so samplers, filters and divergences
-know one alphabet only. Tokens are (B, L) where a token is one draw, else (B, L, draws).
+Logits (B, l, draws size) are sampled as (B, l draws, size), so that samplers, filters and
+divergences need not know about draws. Tokens are (B, L) where a token is one draw, else (B, L,
+draws).
 """
 
 from __future__ import annotations
@@ -36,5 +38,5 @@ class Alphabet(NamedTuple):
         return values_BL if self.draws == 1 else self.tokens(values_BL).sum(-1)
 
     def shape(self, count: int, length: int) -> tuple[int, ...]:
-        """Of the tokens of `count` images of `length` tokens."""
+        """Shape of the tokens of `count` images with `length` tokens each."""
         return (count, length) if self.draws == 1 else (count, length, self.draws)

@@ -1,23 +1,24 @@
-"""What a family's autoencoder answers: the contract that everything above `models` relies on.
+"""The contract of an autoencoder: what everything above `models` may ask of it.
 
     f_hat_0 = zeros;   f_hat_{k+1} = add_scale(f_hat_k, embed(tokens_k), k);
     image = decode_features(f_hat_K)
 
-Shapes: B images, S image side, L tokens, l tokens of one scale, C code width.
+Shapes: B images, H and W their height and width, L tokens, l tokens of one scale, C code width.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from varptq.errors import InputError
 from varptq.models.alphabet import Alphabet
-from varptq.models.scales import Scales
+from varptq.models.convolutions import IMAGE_CHANNELS
+from varptq.models.scales import Scales, Size
 
 
 class Pyramid:
@@ -79,7 +80,7 @@ class Pyramid:
         if tuple(tokens.shape) != alphabet.shape(len(tokens), length) or length not in ends:
             raise InputError(
                 f"token ids have shape {tuple(tokens.shape)}: expected (images, tokens), tokens "
-                f"one of {ends}, whole scales of sides {self.scales.sides}"
+                f"one of {ends}, whole scales of sides {self.scales}"
             )
         if tokens.dtype not in (torch.int64, torch.int32):
             raise InputError(f"token ids are {tokens.dtype}: expected torch.int64")
@@ -95,17 +96,29 @@ class Pyramid:
 class Autoencoder(nn.Module, Pyramid):
     """Images to tokens and back, over a schedule of scales. Only it knows what f_hat looks like.
 
-    ENCODING, DECODING: names of the submodules that only reading, and only making, an image needs.
+    ENCODING, DECODING: names of the submodules that are needed only to encode, and only to decode,
+    an image.
     """
 
     ENCODING: ClassVar[tuple[str, ...]] = ()
     DECODING: ClassVar[tuple[str, ...]] = ()
     arch: Any
 
+    def over(self, scales: Scales) -> Self:
+        """This network over another schedule: a second object around the same modules and tensors.
+
+        Raises `InputError` where it knows its own only."""
+        if scales != self.scales:
+            raise InputError(
+                f"sides {scales}: this autoencoder knows its own only, {self.scales}; leave the "
+                "size out"
+            )
+        return self
+
     @property
     @abstractmethod
-    def image_size(self) -> int:
-        """Side of the images in pixels."""
+    def image_size(self) -> Size:
+        """Height and width of the images in pixels."""
 
     @property
     @abstractmethod
@@ -113,25 +126,38 @@ class Autoencoder(nn.Module, Pyramid):
 
     @abstractmethod
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """f_hat -> images (B, 3, S, S), clamped to [-1, 1]."""
+        """f_hat -> images (B, 3, H, W), clamped to [-1, 1]."""
 
     @abstractmethod
-    def encode(self, images_B3SS: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [-1, 1] -> tokens. Raises `InputError` for another shape."""
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> tokens. Raises `InputError` for another shape."""
 
     def codebook(self) -> Tensor | None:
         """(V, C) embeddings of the symbols where a token is one of them, for `more_smooth`."""
         return None
 
     def upsamplings(self) -> Sequence[nn.Module]:
-        """Modules of the decoder before which maps grow."""
+        """The modules of the decoder that enlarge maps."""
         return ()
 
     def decoder_bytes(self) -> int:
-        """Memory of the largest map while one image is decoded, about; 0 where nobody has said."""
+        """Approximate bytes of the feature maps that are alive while one image is decoded; 0 if
+        unknown."""
         return 0
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens -> images (B, 3, S, S), clamped to [-1, 1]. Tokens of the first whole scales give
+        """Tokens -> images (B, 3, H, W), clamped to [-1, 1]. Tokens of the first whole scales give
         the image so far. Raises `InputError` for tokens that cannot be used."""
         return self.decode_features(self.accumulate(tokens))
+
+
+def checked_images(images_B3HW: Tensor, size: Size) -> Tensor:
+    """The images themselves. Raises `InputError` for another shape or an integer dtype."""
+    shape, expected = tuple(images_B3HW.shape), (IMAGE_CHANNELS, *size)
+    if len(shape) != 4 or shape[1:] != expected:
+        raise InputError(
+            f"images have shape {shape}: expected (images, {', '.join(map(str, expected))})"
+        )
+    if not images_B3HW.is_floating_point():
+        raise InputError(f"images are {images_B3HW.dtype}: expected floating point in [-1, 1]")
+    return images_B3HW

@@ -1,4 +1,5 @@
-"""What other programs wrap around the networks of a pipeline, taken off or refused by name.
+"""Networks that other programs have wrapped or changed: the wrapper is taken off, or refused by
+name.
 
 `torch.compile(net)`, `DataParallel(net)` and averaged models hold the network itself, and the verbs
 call its parts, not its `forward`: they work on what is inside. What is put between the layers

@@ -3,6 +3,8 @@
     block:  x += attn(LN(x) (1 + scale1) + shift1) gamma1;   x += ffn(LN(x) (1 + scale2) + shift2)
     gamma2
 
+A model that reads a text has cross-attention between the two; it is in `cross.py`.
+
 They take numbers, never an architecture: a family calls them with its own. Nothing here knows of
 quantization; the seams are in `seams.py`. Source: VAR (Tian et al., NeurIPS 2024),
 docs/method.md section 1. Shapes as in `seams.py`.
@@ -18,10 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varptq.models.room import MEMORY, Room
+from varptq.models.rotary import Rotary
 from varptq.models.scales import Scales
 from varptq.models.seams import (
     ConditionLinear,
     Fold,
+    Gain,
+    GainFold,
     LayerCache,
     Mix,
     ModulatedNorm,
@@ -38,15 +44,21 @@ INIT_LOG_SCALE = math.log(4.0)
 Q_SCALE = 0.25
 # Vectors of a block's condition, in this order.
 GAMMA1, GAMMA2, SCALE1, SCALE2, SHIFT1, SHIFT2 = range(6)
+# Modulated norms of a block: before attention, and before feed-forward.
+NORMS = 2
 
 
 class Attention(nn.Module):
     """Self-attention. With `l2_norm` q and k are unit vectors and q carries exp(min(scale_mul, log
-    100)); without it q is scaled by 0.25 / sqrt(c)."""
+    100)); without it q is scaled by 0.25 / sqrt(c). With `rotary` both are then turned by the
+    tables that a call hands in; a cache holds the turned keys. room: where caches are."""
 
-    def __init__(self, width: int, num_heads: int, *, l2_norm: bool) -> None:
+    room: Room = MEMORY
+
+    def __init__(self, width: int, num_heads: int, *, l2_norm: bool, rotary: bool = False) -> None:
         super().__init__()
-        self.num_heads, self.head_width, self.l2_norm = num_heads, width // num_heads, l2_norm
+        self.num_heads, self.head_width = num_heads, width // num_heads
+        self.l2_norm, self.rotary = l2_norm, rotary
         self.mat_qkv = TokenLinear(width, 3 * width, bias=False, kind="mat_qkv")
         self.q_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
         self.v_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
@@ -61,24 +73,37 @@ class Attention(nn.Module):
     def new_cache(self, rows: int, scales: Scales) -> LayerCache:
         """Preallocated keys and values of this block for `rows` rows of all tokens of `scales`."""
         shape = (rows, self.num_heads, scales.num_tokens, self.head_width)
-        return LayerCache(self.q_bias.new_empty(shape), self.q_bias.new_empty(shape))
+        keys_BHLc, values_BHLc = (self.room.empty(shape, self.q_bias) for _ in range(2))
+        return LayerCache(keys_BHLc, values_BHLc, self.room)
 
     def query_factor(self) -> Tensor:
         """(H,) float32: what q is multiplied with."""
         if not self.l2_norm:
             scale, device = Q_SCALE / math.sqrt(self.head_width), self.q_bias.device
             return torch.full((self.num_heads,), scale, dtype=torch.float32, device=device)
-        return self.scale_mul_1H11.detach().float().clamp_max(MAX_LOG_SCALE).exp().flatten()
+        scale_H = self.scale_mul_1H11.detach().float().flatten()
+        # Of shapes alone torch would load its compiler, which takes seconds, to follow the rest.
+        return scale_H if scale_H.is_meta else scale_H.clamp_max(MAX_LOG_SCALE).exp()
 
     def fold_of_values(self) -> ValueFold:
-        """Where a diagonal on the input of `proj` goes."""
+        """Where a diagonal on the input of `proj` is folded into."""
         width = self.proj.in_features
         return ValueFold(self.proj, self.mat_qkv, slice(2 * width, 3 * width), self.v_bias)
 
-    def forward(self, x_BLC: Tensor, spans: list[Span], cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BLC: Tensor,
+        spans: list[Span],
+        cache: LayerCache | None = None,
+        tables: Rotary | None = None,
+    ) -> Tensor:
         """(B, L, C) -> (B, L, C); `spans` index the queries of `x_BLC` and count keys in cache +
-        input."""
+        input. `tables` cover the whole schedule."""
+        assert self.rotary == (tables is not None), "rotary attention wants its tables"
         q_BHLc, k_BHLc, v_BHLc = self._qkv(x_BLC, spans)
+        if tables is not None:
+            places = slice(spans[0].keys - spans[0].length, spans[-1].keys)
+            q_BHLc, k_BHLc = tables.turn(q_BHLc, places), tables.turn(k_BHLc, places)
         if cache is not None:
             k_BHLc, v_BHLc = cache.append(k_BHLc, v_BHLc)
         mixed = [
@@ -105,21 +130,49 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """fc2(GELU_tanh(fc1(x)))."""
+    """fc2(GELU_tanh(fc1(x))), four times as wide within unless `hidden` says otherwise."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
-        self.fc1 = TokenLinear(width, MLP_RATIO * width, kind="fc1")
+        hidden = MLP_RATIO * width if hidden is None else hidden
+        self.fc1 = TokenLinear(width, hidden, kind="fc1")
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = TokenLinear(MLP_RATIO * width, width, kind="fc2")
+        self.fc2 = TokenLinear(hidden, width, kind="fc2")
 
     def forward(self, x_BLC: Tensor, spans: Sequence[Span]) -> Tensor:
         return self.fc2(self.act(self.fc1(x_BLC, spans)), spans)
 
 
-def ada_lin(width: int, vectors: int, kind: str = "ada_lin") -> nn.Sequential:
+def ada_lin(
+    width: int, vectors: int, kind: str = "ada_lin", *, once: bool = False
+) -> nn.Sequential:
     """AdaLN: `vectors` vectors of the width from an embedding of the condition."""
-    return nn.Sequential(nn.SiLU(), ConditionLinear(width, vectors * width, kind=kind))
+    return nn.Sequential(nn.SiLU(), ConditionLinear(width, vectors * width, kind=kind, once=once))
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm before the head, modulated by its own AdaLN layer (scale, shift)."""
+
+    def __init__(self, width: int, *, once: bool = False) -> None:
+        super().__init__()
+        self.norm = ModulatedNorm()
+        self.ada_lin = ada_lin(width, 2, once=once)
+
+    def modulation(self, condition_BC: Tensor) -> Tensor:
+        """(B, C) -> (B, 1, 2, C)."""
+        return self.ada_lin(condition_BC).unflatten(-1, (1, 2, -1))
+
+    def forward(self, x_BLC: Tensor, ada_B12C: Tensor) -> Tensor:
+        scale, shift = ada_B12C.unbind(2)
+        return self.norm(x_BLC, scale, shift)
+
+
+def gain_folds(gain: Gain, ada_gss: Tensor, mat_qkv: nn.Linear, fc1: nn.Linear) -> dict[str, Fold]:
+    """Of a block whose AdaLN layer is shared, which has no rows of its own to scale."""
+    return {
+        "attn.mat_qkv": GainFold(mat_qkv, gain, 0, ada_gss),
+        "ffn.fc1": GainFold(fc1, gain, 1, ada_gss),
+    }
 
 
 class Block(nn.Module):
@@ -137,6 +190,7 @@ class Block(nn.Module):
         self.shared_adaln = shared_adaln
         if shared_adaln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, width, dtype=torch.float32))
+            self.ada_gain = Gain(NORMS)
         else:
             self.ada_lin = ada_lin(width, 6)
 
@@ -144,15 +198,16 @@ class Block(nn.Module):
         """(B, C) embedding of the condition, or (B, 1, 6, C) from the shared layer -> (B, 1, 6,
         C)."""
         if condition.dim() == 4:
-            return self.ada_gss + condition
+            return self.ada_gain(self.ada_gss + condition)
         return self.ada_lin(condition).unflatten(-1, (1, 6, -1))
 
     def folds(self) -> dict[str, Fold]:
-        """Linears of this block, by name, whose input a diagonal can be folded into what makes it.
-        An AdaLN layer shared between blocks has no rows of its own to scale."""
-        if self.shared_adaln:
-            return {"attn.proj": self.attn.fold_of_values()}
+        """Linears of this block, by name, whose input a diagonal can be folded into what makes
+        it."""
         attention, fc1 = self.attn, self.ffn.fc1
+        if self.shared_adaln:
+            found = gain_folds(self.ada_gain, self.ada_gss, attention.mat_qkv, fc1)
+            return {**found, "attn.proj": attention.fold_of_values()}
         biases = (attention.q_bias, cast(Tensor, attention.zero_k_bias), attention.v_bias)
         ada = cast(ConditionLinear, self.ada_lin[1])
         return {

@@ -1,8 +1,8 @@
-"""One checkpoint file: bytes on disk to what is in them, whatever the file is called.
+"""Reads one checkpoint file by its content, whatever the file is called.
 
 The first bytes say what it is. A file of another kind is refused by that kind and what to do: a
-git-lfs pointer, a web page, an archive around the checkpoint. Pickled code is never run. What the
-content means is state_file.py's question.
+git-lfs pointer, a web page, an archive around the checkpoint. Pickled code is never
+run. state_file.py says what the content means.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Eight bytes of length, then JSON."""
-    return head[8:9] == b"{" and not head.startswith((*ZIP, PICKLE))
+    """Eight bytes of length, then JSON. A length may begin as a pickle does, say that of 128 or 640
+    bytes; its upper half is zero, and no pickle goes on like that."""
+    return head[8:9] == b"{" and head[4:8] == bytes(4) and not head.startswith(ZIP)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 randomness.
 
 Each image has a generator of its own made from (seed, image index): batch size and order change
-nothing but float summation. What depends on the prompt alone is computed once per image, keys and
-values live in a preallocated cache. Shapes as in models/seams.py.
+nothing but float summation. What depends on the prompt alone is computed once per image; keys and
+values are written to a preallocated cache. Shapes as in models/seams.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from varptq.models.memory import batch_too_large
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts
 from varptq.models.sampling import (
+    LOGITS,
+    DrawPlan,
     ImageRandom,
     SamplingSettings,
-    guidance_strength,
+    at_tau,
     image_randoms,
+    listed,
 )
-from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.models.seams import run_stages, spans_of
 from varptq.progress import Progress, silent
 from varptq.torch_state import plain_torch
@@ -61,11 +63,15 @@ def generate(
     prompts: Prompts | Sequence[Any] | Tensor,
     *,
     seed: int = 0,
-    cfg: float = CFG,
-    top_k: int = TOP_K,
-    top_p: float = TOP_P,
+    negative: Any = None,
+    size: Any = None,
+    cfg: float | Sequence[float] | None = None,
+    tau: float | Sequence[float] | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     temperature: float = 1.0,
     more_smooth: bool = False,
+    guide_at: Sequence[int] = (LOGITS,),
     forced: Tensor | None = None,
     first_index: int = 0,
     batch_size: int = DEFAULT_BATCH,
@@ -75,18 +81,20 @@ def generate(
 ) -> Output:
     """Generate one image per prompt, with a float or a quantized pipeline.
 
-    prompts: B class ids or names, or what else the family takes. forced: int64 tokens to use
-    instead of sampling, shaped as those of the output, -1 where free. Image i of the call draws
-    from (seed, first_index + i) only. top_k 0 and top_p 0 or 1 switch a filter off. Source: VAR
-    paper (sampling), docs/method.md section 1. Raises `InputError` for prompts, forced tokens or
-    batch_size that cannot be used, `ConfigError` for settings, `OutOfMemoryError` for a batch that
-    does not fit, with how many images would.
+    prompts, negative: B class ids or names, or texts, as `Pipeline.prompts` takes them. size: as
+    `Pipeline.sized` takes it; None is the model's own. forced: int64 tokens to use instead of
+    sampling, shaped as those of the output, -1 where free. Image i draws from (seed, first_index +
+    i) only. cfg .. more_smooth: fields of `SamplingSettings`. guide_at: where guidance mixes its
+    two rows: 0 the logits; -m, for Infinity, hidden states after the m-th last block; without 0 the
+    asked row alone gives the logits. Source: VAR paper (sampling), docs/method.md section 1. Raises
+    `InputError` for prompts, a size, forced tokens or batch_size that cannot be used, `ConfigError`
+    for settings, `OutOfMemoryError` for a batch that does not fit, with how many images would.
     """
-    settings = SamplingSettings(
-        cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
-    )
-    pipe = bare(pipe)
-    asked = pipe.prompts(prompts)
+    shared: dict[str, Any] = {"cfg": listed(cfg), "tau": listed(tau), "top_k": top_k}
+    rest: dict[str, Any] = {"temperature": temperature, "more_smooth": more_smooth}
+    settings = SamplingSettings(top_p=top_p, **shared, **rest)
+    pipe = bare(pipe).sized(size)
+    asked, plan = pipe.prompts(prompts, negative), pipe.plan(settings, guide_at)
     forced = _check_forced(pipe, forced, len(asked))
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: must be at least 1")
@@ -97,13 +105,13 @@ def generate(
         randoms = image_randoms(seed, range(first_index + rows.start, first_index + rows.stop))
         part = None if forced is None else forced[rows]
         try:
-            ids, f_hat = _generate_batch(pipe, asked[rows], settings, randoms, part, rows, on_scale)
+            ids, f_hat = _generate_batch(pipe, asked[rows], plan, randoms, part, rows, on_scale)
             if decode:
                 images.append(_decode(pipe, f_hat))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise batch_too_large(pipe, len(randoms), cfg, error) from error
+            raise batch_too_large(pipe, len(randoms), plan.is_guided, error) from error
         tokens.append(ids)
         progress("generate", rows.stop, len(asked))
     return Output(torch.cat(images) if decode else None, torch.cat(tokens))
@@ -128,14 +136,17 @@ def _check_forced(pipe: Pipeline, forced: Tensor | None, count: int) -> Tensor |
 
 @torch.inference_mode()
 def _decode(pipe: Pipeline, f_hat: Tensor) -> Tensor:
-    return pipe.vae.decode_features(f_hat).float().add(1).mul(0.5)
+    parts = f_hat.split(1) if pipe.image_by_image else (f_hat,)
+    # The layout of a slice may depend on what it was cut from.
+    images = [pipe.vae.decode_features(part.contiguous()) for part in parts]
+    return torch.cat(images).float().add(1).mul(0.5)
 
 
 @torch.inference_mode()
 def _generate_batch(
     pipe: Pipeline,
     prompts: Prompts,
-    settings: SamplingSettings,
+    plan: DrawPlan,
     randoms: Sequence[ImageRandom],
     forced: Tensor | None,
     rows: slice,
@@ -143,14 +154,14 @@ def _generate_batch(
 ) -> tuple[Tensor, Tensor]:
     """One batch: its tokens and the final f_hat."""
     vae, alphabet, sampler = pipe.vae, pipe.alphabet, pipe.sampler
-    f_hat, stepper = vae.zeros(len(prompts)), _Stepper(pipe, prompts, settings.cfg)
+    f_hat, stepper = vae.zeros(len(prompts)), _Stepper(pipe, prompts, plan)
     tokens: list[Tensor] = []
-    wanted = settings.more_smooth or on_scale is not None
+    wanted = plan.more_smooth or on_scale is not None
     for scale, part in enumerate(pipe.scales.slices()):
         logits, guidance = alphabet.by_draw(stepper.logits(scale, f_hat)), stepper.guidance(scale)
-        symbols, filtered = sampler.draw(logits, guidance, settings, randoms, filtered=wanted)
+        symbols, filtered = sampler.draw(logits, guidance, plan, randoms, filtered=wanted)
         mixture = None
-        if settings.more_smooth:
+        if plan.more_smooth:
             assert filtered is not None
             mixture = sampler.smooth(filtered, randoms, _codebook(pipe), pipe.scales.ratio(scale))
         if forced is not None:
@@ -180,24 +191,28 @@ def _codebook(pipe: Pipeline) -> Tensor:
 class _Stepper:
     """Logits scale by scale; rows are [asked; nothing], the latter only when guidance needs it."""
 
-    def __init__(self, pipe: Pipeline, prompts: Prompts, cfg: float) -> None:
-        self.pipe, self.cfg = pipe, cfg
-        rows = prompts.guided() if cfg > 0 else prompts
+    def __init__(self, pipe: Pipeline, prompts: Prompts, plan: DrawPlan) -> None:
+        self.pipe, self.plan = pipe, plan
+        rows = prompts.guided() if plan.is_guided else prompts
         self.condition = pipe.var.condition(rows)
         self.stages = pipe.var.stages(self.condition)
+        if plan.is_guided:
+            self.stages = pipe.var.mixed(self.stages, plan.strengths, plan.guide_at)
         self.cache = pipe.var.new_cache(len(rows))
 
     def logits(self, scale: int, f_hat: Tensor) -> Tensor:
-        """(rows, l, V) float32 logits of `scale`, given f_hat of the scales before it."""
+        """(rows, l, V) float32 logits of `scale` divided by tau, given f_hat of the scales before
+        it; of the asked rows alone where the logits are not to be mixed."""
         var, spans = self.pipe.var, spans_of(self.pipe.scales, scale, scale + 1)
         if scale == 0:
             x_BlC = var.embed_first(self.condition)
         else:
             x_BlC = var.embed_inputs(self.pipe.vae.next_input(f_hat, scale - 1), spans)
-            if self.cfg > 0:
+            if self.plan.is_guided:
                 x_BlC = x_BlC.repeat(2, 1, 1)
-        return run_stages(self.stages, x_BlC, spans, self.cache)
+        logits = at_tau(run_stages(self.stages, x_BlC, spans, self.cache), self.plan.taus[scale])
+        return logits if self.plan.mixes_logits else logits[: len(f_hat)]
 
     def guidance(self, scale: int) -> float | None:
         """Strength at `scale`, None where all rows are images."""
-        return guidance_strength(self.cfg, scale, self.pipe.scales) if self.cfg > 0 else None
+        return self.plan.strengths[scale] if self.plan.mixes_logits else None

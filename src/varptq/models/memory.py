@@ -1,7 +1,7 @@
-"""How many images of one batch fit into the memory that is free: for the message when they did not.
+"""Estimates how many images fit into memory, for the message after a batch did not.
 
-The need of an image is an estimate from above, within a factor of two of what is measured. Nothing
-is limited here; a batch that is too large is found out by trying.
+The estimate for one image is an upper bound within a factor of two of what is measured. Nothing is
+limited here: a batch is tried, and the estimate is made if it fails.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from varptq.errors import OutOfMemoryError
+from varptq.models.blocks import Attention
 from varptq.models.pipeline import Pipeline
-from varptq.models.seams import Mix
 from varptq.models.transformer import float_layout
+from varptq.readable import megabytes
 
 # Copies of a tensor that are alive together: of the logits in the filters, of a layer's widest
 # activations, of attention's scores.
@@ -25,13 +26,13 @@ LOGITS, ACTIVATIONS, SCORES = 4, 8, 2
 USABLE = 0.7
 
 
-def image_bytes(pipe: Pipeline, cfg: float) -> int:
-    """Of one image in a batch of `generate`: the cache of keys and values with the last scale, or
-    the decoder, whichever is more."""
+def image_bytes(pipe: Pipeline, is_guided: bool) -> int:
+    """Bytes that one image of a batch of `generate` needs: the cache of keys and values with the
+    last scale, or the decoder, whichever is more."""
     var, scales, size = pipe.var, pipe.scales, pipe.dtype.itemsize
-    rows, last = 2 if cfg > 0 else 1, scales.lengths[-1]
-    mixes = sum(isinstance(module, Mix) for module in float_layout(var).modules())
-    cache = mixes * 2 * scales.num_tokens * var.width * size
+    rows, last = 2 if is_guided else 1, scales.lengths[-1]
+    attentions = sum(isinstance(module, Attention) for module in float_layout(var).modules())
+    cache = attentions * 2 * scales.num_tokens * var.width * size
     symbols = var.alphabet.draws * var.alphabet.size
     logits = LOGITS * last * symbols * torch.float32.itemsize
     activations = ACTIVATIONS * last * var.width * size
@@ -63,17 +64,18 @@ def _field(path: Path, name: str) -> int:
 
 
 def batch_too_large(
-    pipe: Pipeline, count: int, cfg: float, error: BaseException
+    pipe: Pipeline, count: int, is_guided: bool, error: BaseException
 ) -> OutOfMemoryError:
-    """What to raise after `error`, which a batch of `count` images met: it says how many fit."""
+    """The error to raise after a batch of `count` images failed with `error`: it says how many
+    fit."""
     # The failed call's tensors live in its frames.
     traceback.clear_frames(error.__traceback__)
-    free, need = free_bytes(pipe.device), image_bytes(pipe, cfg)
+    free, need = free_bytes(pipe.device), image_bytes(pipe, is_guided)
     fits = count // 2 if free is None else min(int(USABLE * free / need), count // 2)
     reason = f"memory: a batch of {count} images does not fit"
     if fits < 1:
         return OutOfMemoryError(
-            f"{reason}, an image takes about {need / 1e6:.0f} MB; free some memory or choose a "
+            f"{reason}, an image takes about {megabytes(need)}; free some memory or choose a "
             "smaller model"
         )
     return OutOfMemoryError(f"{reason}, about {fits} do; lower batch_size (--batch-size) to {fits}")

@@ -1,9 +1,10 @@
-"""A float model ready to use: transformer, autoencoder and where they came from; loading and
-building them."""
+"""`Pipeline`, a float model ready to use, and how it is loaded or built."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,13 +14,15 @@ from varptq.errors import InputError, NonFiniteError
 from varptq.models import presets
 from varptq.models.alphabet import Alphabet
 from varptq.models.autoencoder import Autoencoder
-from varptq.models.families import family
+from varptq.models.class_names import checked_names
+from varptq.models.families import family, family_of
 from varptq.models.placement import checked_device, checked_dtype
-from varptq.models.prompts import Prompts
-from varptq.models.sampling import Sampler
+from varptq.models.prompts import Prompts, listed
+from varptq.models.sampling import LOGITS, DrawPlan, Sampler, SamplingSettings, per_scale
 from varptq.models.scales import Scales
 from varptq.models.shards import INDEX_SUFFIX
 from varptq.models.state_file import source_sha256
+from varptq.models.texts import TextEncoder
 from varptq.models.transformer import Transformer
 from varptq.torch_state import plain_torch
 
@@ -29,9 +32,11 @@ class Pipeline:
     """`var(prompts, inputs_BLc) -> logits_BLV` and `vae.encode / decode / teacher_inputs`, on one
     device.
 
-    class_names: names of the prompts in the pool, where they have any. sources: sha256 of the files
+    class_names: names of the prompts in the pool, where they have any: of classes, or the texts
+    that a model which reads texts comes with. sources: sha256 of the files
     the weights came from, or the seed of random ones. sampler: what draws symbols. family: a name
-    of `families.FAMILIES`.
+    of `families.FAMILIES`. encoder: what makes features of strings, for a model that reads texts.
+    chosen: the prompts there are to draw images for, where somebody has said which.
     """
 
     var: Transformer
@@ -41,6 +46,8 @@ class Pipeline:
     sources: dict[str, str] = field(default_factory=dict)
     sampler: Sampler = field(default_factory=Sampler)
     family: str = "var"
+    encoder: TextEncoder | None = None
+    chosen: Prompts | None = None
 
     @property
     def scales(self) -> Scales:
@@ -57,6 +64,11 @@ class Pipeline:
     @property
     def dtype(self) -> torch.dtype:
         return self.var.dtype
+
+    @property
+    def image_by_image(self) -> bool:
+        """Whether images are decoded one after another, so that none depends on its batch."""
+        return False
 
     @plain_torch()
     def to(
@@ -89,20 +101,97 @@ class Pipeline:
                         f"the largest of {dtype}: use bfloat16 or float32"
                     )
 
-    def prompts(self, values: Any) -> Prompts:
-        """What a caller asks for as prompts: for a class-conditional model class ids and names,
-        "unconditional" being one of every model. Raises `InputError` naming the first that cannot
-        be used."""
-        if isinstance(values, Prompts):
-            return values
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What is refused is refused by this model."""
         try:
-            return self.var.prompts(values, self.class_names)
+            yield
         except InputError as error:
             raise InputError(f"model {self.name!r}: {error}") from None
 
+    def prompts(self, values: Any, negative: Any = None) -> Prompts:
+        """Prompts from what a caller writes. For a class-conditional model these are class ids and
+        names; "unconditional" is a name in every model. For one that reads texts they are strings,
+        features, or what `read_prompts` gives. negative: what takes the place of nothing in
+        guidance, one for all or one each. Raises `InputError` naming the first that cannot be
+        used."""
+        with self._named():
+            asked = self.var.prompts(values, self.class_names, self.encoder)
+            if negative is None:
+                return asked
+            if not asked.NEGATIVE:
+                raise InputError("negative: this model takes no negative prompts; leave it out")
+            several = self.var.prompts(listed(negative), self.class_names, self.encoder)
+            return asked.instead_of(several)
+
+    def filled(self, settings: SamplingSettings | None = None) -> SamplingSettings:
+        """These settings, with the model's own value for each that is None."""
+        return (settings or SamplingSettings()).filled(self.var.sampling)
+
+    def plan(self, settings: SamplingSettings, guide_at: Sequence[int] = (LOGITS,)) -> DrawPlan:
+        """These settings as numbers per scale for this model. Raises `InputError` for another
+        number of values than of scales, `ConfigError` for a place that it cannot be guided at."""
+        filled = self.filled(settings)
+        assert filled.cfg is not None and filled.tau is not None
+        assert filled.top_k is not None and filled.top_p is not None
+        places = tuple(guide_at)
+        with self._named():
+            self.var.check_guidance(places)
+        return DrawPlan(
+            self.var.strengths(filled.cfg),
+            per_scale("tau", filled.tau, self.scales),
+            filled.top_k,
+            filled.top_p,
+            filled.temperature,
+            filled.more_smooth,
+            places,
+        )
+
+    def over(self, scales: Scales) -> Self:
+        """The same model over another schedule; its networks are shared. Raises `InputError` where
+        it draws at its own only."""
+        with self._named():
+            var = self.var.over(scales)
+            return replace(self, var=var, vae=self.vae.over(scales))
+
+    def sized(self, size: Any) -> Self:
+        """The same model for images of `size`: a `Scales`, or what its family calls a size; None
+        is its own. Raises `InputError` for a size it does not know."""
+        if size is None:
+            return self
+        with self._named():
+            scales = self.var.schedule(size)
+        return self.over(scales)
+
     def pool(self) -> Prompts:
-        """The prompts there are to draw images for: every class once."""
-        return self.var.pool(self.class_names)
+        """The prompts there are to draw images for: those of `drawing_for`, else every class once,
+        or the texts that come with the package. Raises `InputError` where there are none."""
+        if self.chosen is not None:
+            return self.chosen
+        with self._named():
+            return self.var.pool(self.class_names, self.encoder)
+
+    def drawing_for(self, prompts: Any) -> Self:
+        """The same model with these prompts as its pool; None is the pool it has, texts of which
+        are encoded now and not again. Raises `InputError` as `prompts` and `pool` do."""
+        if prompts is not None:
+            return replace(self, chosen=self.prompts(prompts))
+        return self if self.var.num_prompts else replace(self, chosen=self.pool())
+
+    def named(self, class_names: Sequence[str]) -> Self:
+        """The same model with names for its classes, in the order of their ids: each an entry of a
+        name and then its synonyms, after commas (class_names.py). An artifact keeps them. Raises
+        `InputError` for a model that has no classes, for another number of names, and for names
+        that cannot be told apart."""
+        checked = checked_names(class_names, "class_names: entry")
+        if not self.var.num_prompts:
+            raise InputError("class_names: this model reads texts and has no classes")
+        if len(checked) != self.var.num_prompts:
+            raise InputError(
+                f"class_names: {len(checked)} names, expected one for each of "
+                f"{self.var.num_prompts} classes"
+            )
+        return replace(self, class_names=checked)
 
 
 @plain_torch()
@@ -115,13 +204,17 @@ def load_model(
     dtype: str | torch.dtype = torch.float32,
     download: bool = False,
     cache_dir: str | Path | None = None,
+    mapped: bool = False,
 ) -> Pipeline:
-    """A float model by preset name ("demo", "var-d16" .. "var-d36") or from two checkpoint files.
+    """A float model by preset name ("demo", "demo-text", "var-d16" .. "infinity-2b" ..) or from two
+    checkpoint files.
 
-    The architecture is read off the tensors. Files are `.pth` (weights only) or `.safetensors`, or
-    the index of one in shards, or the folder of one; `checkpoint.read_state` says what else is
-    taken out of them.
-    Presets other than "demo" come from the local hub cache, or from the hub with `download=True`.
+    Family and architecture are read off the tensors. Files are `.pth` (weights only) or
+    `.safetensors`, or the index of one in shards, or the folder of one; `checkpoint.read_state`
+    says what else is taken out of them.
+    mapped: leave both networks on their mapped files, in the dtypes that they have, so that a model
+    larger than memory can be read block by block (streamed.py, which is told device and dtype).
+    All presets but the demos come from the local hub cache, or from the hub with `download=True`.
     Raises `InputError` for contradicting arguments, `ConfigError` for a device that is not here or
     a dtype no model computes in, `CheckpointError` for files that cannot be used.
     """
@@ -135,12 +228,19 @@ def load_model(
     else:
         if var is None or vae is None:
             raise InputError("model: give a preset name, or both files var= and vae=")
-        var_path, vae_path, class_names, chosen = Path(var), Path(vae), (), "var"
+        preset, var_path, vae_path, class_names = None, Path(var), Path(vae), ()
+        chosen = family_of(var_path)
         name = Path(var_path.name.removesuffix(INDEX_SUFFIX)).stem
-    transformer, autoencoder = family(chosen).read(var_path, vae_path)
+    # bfloat16 has the range of float32, and a large model need not be there in both. What another
+    # dtype cannot hold is found out when the model is cast.
+    reading = dtype if dtype == torch.bfloat16 else torch.float32
+    transformer, autoencoder = family(chosen).read(var_path, vae_path, None if mapped else reading)
     sources = {"var": source_sha256(var_path), "vae": source_sha256(vae_path)}
     pipeline = Pipeline(transformer, autoencoder, name, class_names, sources, family=chosen)
-    return _frozen(pipeline.to(device=device, dtype=dtype))
+    if preset is not None:
+        pipeline = pipeline.sized(preset.size)
+        pipeline.encoder = presets.encoder_of(name, download)
+    return _frozen(pipeline if mapped else pipeline.to(device=device, dtype=dtype))
 
 
 @plain_torch()
@@ -160,10 +260,14 @@ def build_model(
     # torch's constructors draw from the global state, which is the caller's.
     with torch.random.fork_rng(devices=[]):
         transformer, autoencoder = row.build(preset.transformer_arch, preset.autoencoder_arch)
+    # In their dtype before there are values, so that a large model is not there in two.
+    transformer.to(dtype=dtype)
+    autoencoder.to(dtype=dtype)
     row.randomize(transformer, autoencoder, generator)
     sources = {"var": f"random, seed {seed}", "vae": f"random, seed {seed}"}
     names = tuple(preset.class_names or ())
     pipeline = Pipeline(transformer, autoencoder, name, names, sources, family=row.name)
+    pipeline.encoder = presets.encoder_of(name)
     return _frozen(pipeline.to(device=device, dtype=dtype))
 
 

@@ -1,5 +1,4 @@
-"""Where a model computes and in which numbers: a device and a dtype as callers name them, checked
-before anything is read."""
+"""Checks the device and the dtype that a caller names, before anything is read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Published models by name: what they are and where their files lie.
 
-`resolve` turns a name into two files: the demo model comes with the package, the others from the
+`resolve` turns a name into two files: the demo models come with the package, the others from the
 Hugging Face cache and, only when asked to, over the network into that cache. No tensor is read
 here; `checkpoint.py` does that and checks what it finds.
 """
@@ -15,7 +15,9 @@ from pathlib import Path
 from varptq.errors import CheckpointError, InputError
 from varptq.models.families import FAMILIES
 from varptq.models.family import ModelPreset
+from varptq.models.shards import INDEX_SUFFIX, files_of
 from varptq.models.state_file import file_sha256
+from varptq.models.texts import TextEncoder
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -33,6 +35,13 @@ def preset(name: str) -> ModelPreset:
     return PRESETS[name]
 
 
+def encoder_of(name: str, download: bool = False) -> TextEncoder | None:
+    """The text encoder of the model of that name, where there is such a model and it has one;
+    nothing is read of it yet."""
+    chosen = PRESETS.get(name)
+    return chosen.encoder(download) if chosen is not None and chosen.encoder else None
+
+
 def resolve(
     name: str, download: bool = False, cache_dir: str | Path | None = None
 ) -> tuple[Path, Path]:
@@ -44,9 +53,21 @@ def resolve(
     """
     chosen = preset(name)
     return (
-        _locate(chosen, chosen.transformer_file, download, cache_dir),
-        _locate(chosen, chosen.autoencoder_file, download, cache_dir),
+        _locate_all(chosen, chosen.transformer_file, download, cache_dir),
+        _locate_all(chosen, chosen.autoencoder_file, download, cache_dir),
     )
+
+
+def _locate_all(
+    chosen: ModelPreset, file: str, download: bool, cache_dir: str | Path | None
+) -> Path:
+    """A file, or an index with its shards beside it."""
+    path = _locate(chosen, file, download, cache_dir)
+    if file.endswith(INDEX_SUFFIX):
+        folder = file.rpartition("/")[0]
+        for shard in files_of(path)[1:]:
+            _locate(chosen, f"{folder}/{shard.name}".lstrip("/"), download, cache_dir)
+    return path
 
 
 def _locate(chosen: ModelPreset, file: str, download: bool, cache_dir: str | Path | None) -> Path:

@@ -1,30 +1,37 @@
-"""What a model is asked for: one prompt per image, whatever a family's prompts are.
+"""Prompts: what a model is asked to draw, one per image.
 
-A `Prompts` is a batch of them. A transformer makes one of what a caller writes (`prompts`) and says
-which ones there are to draw from (`pool`); only its own `condition` looks inside. The rules by
-which images are dealt to the pool are here, functions of its size and a seed.
+A `Prompts` is a batch of them. A transformer makes one from what a caller writes (`prompts`) and
+lists those that calibration and evaluation may draw (`pool`); only its own `condition` looks
+inside. The rules that pick prompts from the pool are here, as functions of its size and a seed.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from numbers import Integral
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from varptq.errors import InputError
+from varptq.models.class_names import UNCONDITIONAL, place_of, title_of
 
-# The name of the class that stands for none.
-UNCONDITIONAL = "unconditional"
+# What a picture of a class should fit.
+CAPTION = "a photo of a {}"
 
 
 class Prompts(ABC):
-    """A batch of prompts. Rows are chosen as those of a tensor are, by a slice or by indices."""
+    """A batch of prompts. Rows are chosen as those of a tensor are, by a slice or by indices.
+
+    NEGATIVE: whether others can take the place of nothing.
+    """
+
+    NEGATIVE: ClassVar[bool] = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -46,7 +53,24 @@ class Prompts(ABC):
 
     @abstractmethod
     def facts(self) -> list[Any]:
-        """A plain value for each, to be stored beside what was made of it."""
+        """A plain value for each, to be stored beside its image."""
+
+    def captions(self) -> list[str]:
+        """A text for each that its picture should fit; empty where there are none."""
+        return []
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Plain arrays, to be stored beside what was made of these."""
+        return {"labels": np.array(self.facts())}
+
+    def sha256(self) -> str:
+        """Of what they ask for, in order."""
+        return hashlib.sha256(repr(self.facts()).encode()).hexdigest()
+
+    def instead_of(self, negative: Any) -> Self:
+        """The same with others that take the place of nothing: one for all, or one each. Only where
+        `NEGATIVE` says so. Raises `InputError` for another number of them."""
+        raise NotImplementedError
 
     def guided(self) -> Self:
         """The rows that guidance needs, in the order `sampling.guided` takes them: all that is
@@ -60,8 +84,8 @@ class Prompts(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ClassPrompts(Prompts):
-    """Class ids (B,) int64 on the CPU, `num_classes` meaning none, of classes with these names or
-    without names."""
+    """Class ids (B,) int64 on the CPU, `num_classes` meaning none, of classes with these names (as
+    class_names.py has them) or without names."""
 
     labels_B: Tensor
     num_classes: int
@@ -86,10 +110,16 @@ class ClassPrompts(Prompts):
         """Class ids."""
         return self.labels_B.tolist()
 
+    def captions(self) -> list[str]:
+        """Of the class names, as CLIP is asked for them."""
+        if not self.names:
+            return []
+        return [CAPTION.format(title.replace("_", " ")) for title in self.titles()]
+
     def _title(self, label: int) -> str:
         if label == self.num_classes:
             return UNCONDITIONAL
-        return self.names[label] if self.names else f"class {label}"
+        return title_of(self.names[label]) if self.names else f"class {label}"
 
     def _of(self, labels_B: Tensor) -> Self:
         return type(self)(labels_B, self.num_classes, self.names)
@@ -101,9 +131,23 @@ class ClassPrompts(Prompts):
         return cls(labels_B, num_classes, tuple(names))
 
     @classmethod
+    def _own(cls, prompts: Prompts, num_classes: int) -> Self:
+        if not isinstance(prompts, cls):
+            raise InputError("prompts: these are texts, but this model is asked for classes")
+        if prompts.num_classes != num_classes:
+            raise InputError(
+                f"prompts: of {prompts.num_classes} classes, expected {num_classes}; make them "
+                "with this model"
+            )
+        return prompts
+
+    @classmethod
     def parse(cls, values: Any, num_classes: int, names: Sequence[str]) -> Self:
-        """Class ids and names as a caller writes them, "unconditional" being one of every model.
-        Raises `InputError` naming the first that does not exist."""
+        """Class ids and names as a caller writes them, "unconditional" being one of every model, or
+        prompts of a model with as many classes. Raises `InputError` naming the first that does not
+        exist."""
+        if isinstance(values, Prompts):
+            return cls._own(values, num_classes)
         values = values.tolist() if isinstance(values, Tensor) else values
         # A lone name would pass as a sequence of letters.
         if isinstance(values, str) or not isinstance(values, Iterable):
@@ -130,12 +174,13 @@ def _label_of_name(name: str, num_classes: int, names: Sequence[str]) -> int:
         return num_classes
     if not names:
         raise InputError(f"class {name!r}: there are no class names; give an id")
-    if name in names:
-        return list(names).index(name)
-    # Compared in lower case: "DOG" has not one letter of "dog".
-    known = {known.lower(): known for known in names}
-    near = [known[match] for match in get_close_matches(name.lower(), known)]
-    raise InputError(f"class {name!r}: unknown; did you mean {', '.join(near or names[:5])}?")
+    return place_of(name, names)
+
+
+def listed(value: Any) -> Any:
+    """A single prompt, a string or an array (tokens, channels), as a list of one."""
+    single = isinstance(value, str) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 2)
+    return [value] if single else value
 
 
 def dealt(size: int, count: int, seed: int) -> Tensor:

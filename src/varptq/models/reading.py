@@ -1,4 +1,4 @@
-"""Reading given tokens: the one teacher-forced pass, its guided distributions, and listeners.
+"""Teacher-forced reading of given tokens: the pass itself, its guided distributions, and listeners.
 
 Every measure that does not draw images stands on it: calibration, theta, tuning, token fidelity,
 sensitivities. Rows are [asked; nothing], the two that guidance needs. Shapes as in `seams.py`.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from varptq.models.pipeline import Pipeline
-from varptq.models.sampling import guidance_strength, guided
+from varptq.models.sampling import PerScale, SamplingSettings, at_tau, guided
 
 Key = TypeVar("Key")
 
@@ -26,14 +26,19 @@ def read(pipe: Pipeline, prompts: Any, tokens: Tensor) -> Tensor:
 
 
 def guided_logits(
-    pipe: Pipeline, prompts: Any, tokens: Tensor, cfg: float
+    pipe: Pipeline,
+    prompts: Any,
+    tokens: Tensor,
+    cfg: PerScale | None = None,
+    tau: PerScale | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Guided float32 logits per scale and draw, (B, l draws, V), coarse to fine, nothing
-    filtered."""
+    """Float32 logits after tau and guidance per scale and draw, (B, l draws, V), coarse to fine,
+    nothing filtered. cfg, tau: as in `SamplingSettings`."""
+    plan = pipe.plan(SamplingSettings(cfg=cfg, tau=tau))
     logits_2BLV = read(pipe, prompts, tokens)
     for scale, part in enumerate(pipe.scales.slices()):
-        logits = guided(logits_2BLV[:, part], guidance_strength(cfg, scale, pipe.scales))
-        yield scale, pipe.alphabet.by_draw(logits)
+        logits = at_tau(logits_2BLV[:, part], plan.taus[scale])
+        yield scale, pipe.alphabet.by_draw(guided(logits, plan.strengths[scale]))
 
 
 def kl_divergence(p: Tensor, q: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -12,13 +12,17 @@ The loop over scales lives with the model, not here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from varptq.errors import NonFiniteError
+from varptq.errors import InputError, NonFiniteError
 from varptq.models.sampling_defaults import CFG, TOP_K, TOP_P
 from varptq.models.scales import Scales
 from varptq.settings import Settings
@@ -29,27 +33,104 @@ SMOOTH_TAU, SMOOTH_DECAY, SMOOTH_TAU_MIN = 0.27, 0.95, 0.005
 # torch.rand gives multiples of 2^-24; half a step moves them off 0, where the Gumbel noise would be
 # infinite.
 HALF_STEP, BELOW_ONE = 2.0**-25, 1 - 2.0**-24
+# Where guidance mixes: the logits, and no hidden states.
+LOGITS = 0
 # torch hands this many elements to one thread.
 SERIAL_ELEMENTS = 2**15
 # Odd, hence a bijection of the 32-bit integers (2^32 over the golden ratio).
 MIX = 0x9E3779B1
 
 
-class SamplingSettings(Settings):
-    """How an image is drawn.
+PerScale = float | tuple[float, ...]
 
-    cfg: guidance, reached at the last scale; 0 is unguided.
+
+class SamplingSettings(Settings):
+    """How an image is drawn. None stands for the model's own value, `Transformer.sampling`.
+
+    cfg: guidance as the model's family writes it, or a value per scale. VAR: reached at the last
+    scale, 0 is unguided.
+    tau: divides the logits before guidance and filters; one number, or one per scale.
     top_k: candidates per token; 0, or V and above, is off.
     top_p: probability mass of the candidates; 0 or 1 is off.
     temperature: of the draw among the candidates, which the filters choose at temperature 1.
     more_smooth: feed mixtures of embeddings to the next scale instead of single codebook entries.
     """
 
-    cfg: float = Field(default=CFG, ge=0)
-    top_k: int = Field(default=TOP_K, ge=0)
-    top_p: float = Field(default=TOP_P, ge=0, le=1)
+    cfg: PerScale | None = None
+    tau: PerScale | None = None
+    top_k: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0, le=100)
     more_smooth: bool = False
+
+    # Before the types are looked at: what fits none of several would be told once for each.
+    @field_validator("cfg", mode="before")
+    @classmethod
+    def _guidance(cls, value: Any) -> Any:
+        return _checked(value, lambda x: x >= 0, "at least 0")
+
+    @field_validator("tau", mode="before")
+    @classmethod
+    def _divisor(cls, value: Any) -> Any:
+        return _checked(value, lambda x: 0 < x <= 100, "above 0 and at most 100")
+
+    def filled(self, own: SamplingSettings) -> SamplingSettings:
+        """These settings, with the value of `own` for each that is None."""
+        said = {name: getattr(self, name) for name in type(self).model_fields}
+        missing = {name: getattr(own, name) for name, value in said.items() if value is None}
+        return SamplingSettings(**{**said, **missing})
+
+
+def _checked(value: Any, fits: Callable[[float], bool], expected: str) -> Any:
+    """A number, or one per scale, each finite and fit."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        is_number = isinstance(number, Real) and not isinstance(number, bool)
+        if number is not None and not (is_number and math.isfinite(number) and fits(float(number))):
+            raise ValueError(f"expected numbers that are {expected}, one or one for each scale")
+    return value
+
+
+VAR_SAMPLING = SamplingSettings(cfg=CFG, tau=1.0, top_k=TOP_K, top_p=TOP_P)
+
+
+@dataclass(frozen=True)
+class DrawPlan:
+    """`SamplingSettings` resolved for one model: strength t of guidance and tau of every scale, and
+    the filters. guide_at: where guidance mixes its two rows, as `generate` takes it."""
+
+    strengths: tuple[float, ...]
+    taus: tuple[float, ...]
+    top_k: int
+    top_p: float
+    temperature: float
+    more_smooth: bool
+    guide_at: tuple[int, ...] = (LOGITS,)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether unconditional rows are needed."""
+        return any(self.strengths)
+
+    @property
+    def mixes_logits(self) -> bool:
+        """Whether the logits are those of two rows in the end."""
+        return self.is_guided and LOGITS in self.guide_at
+
+
+def listed(value: float | Sequence[float] | None) -> PerScale | None:
+    """A number, or a sequence of one per scale as a tuple."""
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+def per_scale(name: str, value: PerScale, scales: Scales) -> tuple[float, ...]:
+    """One number for each of the K scales. Raises `InputError` for another count."""
+    if not isinstance(value, tuple):
+        return (value,) * scales.num_scales
+    if len(value) != scales.num_scales:
+        raise InputError(
+            f"{name}: {len(value)} values, expected one for all scales or {scales.num_scales}"
+        )
+    return value
 
 
 def guidance_strength(cfg: float, scale: int, scales: Scales) -> float:
@@ -61,6 +142,11 @@ def guided(logits_2BlV: Tensor, t: float) -> Tensor:
     """(1 + t) cond - t uncond of rows [cond; uncond]: (2B, l, V) -> (B, l, V), same dtype."""
     cond, uncond = logits_2BlV.chunk(2)
     return (1 + t) * cond - t * uncond
+
+
+def at_tau(logits: Tensor, tau: float) -> Tensor:
+    """Logits over tau; untouched where it is 1."""
+    return logits if tau == 1 else logits / tau
 
 
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -171,7 +257,7 @@ class Sampler:
         self,
         logits_BlV: Tensor,
         guidance: float | None,
-        settings: SamplingSettings,
+        settings: DrawPlan,
         randoms: Sequence[ImageRandom],
         *,
         filtered: bool = True,
@@ -207,7 +293,7 @@ class PerImageSampler(Sampler):
         self,
         logits_BlV: Tensor,
         guidance: float | None,
-        settings: SamplingSettings,
+        settings: DrawPlan,
         randoms: Sequence[ImageRandom],
         *,
         filtered: bool = True,

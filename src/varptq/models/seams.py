@@ -6,37 +6,46 @@ A seam says what it is: a Linear what it reads and of which kind it is, a model 
 a diagonal can be folded into (`Fold`), and what alone feeds a Linear (`feeds`). What stands above
 `models` asks for that and never for the name of a layer.
 
-Shapes: B rows, L tokens, l tokens of one scale, K scales, C width, H heads, c head width.
+Shapes: B rows, L tokens, l tokens of one scale, K scales, C width, H heads, c head width, T tokens
+of a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varptq.models.room import MEMORY, Room
 from varptq.models.scales import Scales
 
 LAYER_NORM_EPS = 1e-6
 RESIDUAL_RATIO = 0.5
 PHI_KERNEL = 3
-Reads = Literal["tokens", "condition"]
+# Tokens of the text that the account of bit operations takes a prompt to have.
+USUAL_TEXT = 64
+Reads = Literal["tokens", "condition", "text"]
 
 
 class Span(NamedTuple):
     """Tokens of one scale, at `queries` of the current input. They see all tokens of the scales
-    that end at `ends`, their own the last."""
+    that end at `ends`, their own the last.
+
+    Where the keys are those of a text, `ends` has its length alone and `own` names the scale."""
 
     queries: slice
     ends: tuple[int, ...]
+    own: int | None = None
 
     @property
     def scale(self) -> int:
         """Index of the scale."""
-        return len(self.ends) - 1
+        return len(self.ends) - 1 if self.own is None else self.own
 
     @property
     def keys(self) -> int:
@@ -44,9 +53,18 @@ class Span(NamedTuple):
         return self.ends[-1]
 
     @property
+    def of_text(self) -> bool:
+        """Whether the keys are those of a text."""
+        return self.own is not None
+
+    @property
     def length(self) -> int:
         """How many queries there are."""
         return self.queries.stop - self.queries.start
+
+    def over_text(self, length: int) -> Span:
+        """The same queries over the `length` tokens of a text."""
+        return Span(self.queries, (length,), self.scale)
 
 
 def spans_of(scales: Scales, first: int = 0, end: int | None = None) -> list[Span]:
@@ -58,13 +76,16 @@ def spans_of(scales: Scales, first: int = 0, end: int | None = None) -> list[Spa
 
 
 class LayerCache:
-    """Keys and values of one block, preallocated for all L tokens: two tensors (B, H, L, c)."""
+    """Keys and values of one block, preallocated for all L tokens: two tensors (B, H, L, c) of a
+    room."""
 
-    def __init__(self, keys_BHLc: Tensor, values_BHLc: Tensor) -> None:
+    def __init__(self, keys_BHLc: Tensor, values_BHLc: Tensor, room: Room = MEMORY) -> None:
         self.keys, self.values, self.length = keys_BHLc, values_BHLc, 0
+        self.room = room
 
     def append(self, k_BHlc: Tensor, v_BHlc: Tensor) -> tuple[Tensor, Tensor]:
         """Write l new tokens; returns views of all tokens so far."""
+        self.room.enter(self.keys, self.values)
         end = self.length + k_BHlc.shape[2]
         self.keys[:, :, self.length : end] = k_BHlc
         self.values[:, :, self.length : end] = v_BHlc
@@ -93,27 +114,63 @@ class TokenLinear(nn.Linear):
     def forward(self, input: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
         return super().forward(input)
 
-    def tokens_per_image(self, scales: Scales) -> int:
+    def tokens_per_image(self, scales: Scales, text: int = USUAL_TEXT) -> int:
         """How many tokens of one image go through this layer."""
         return scales.num_tokens - scales.starts[self.first_scale]
 
 
 class ConditionLinear(nn.Linear):
-    """Seam: a Linear over one vector per condition, e.g. of a class."""
+    """Seam: a Linear over one vector per condition, e.g. of a class. `once`: the account of bit
+    operations counts it once per image."""
 
     reads: Reads = "condition"
 
-    def __init__(self, in_features: int, out_features: int, *, kind: str) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, kind: str, once: bool = False
+    ) -> None:
         super().__init__(in_features, out_features, dtype=torch.float32)
-        self.kind = kind
+        self.kind, self.once = kind, once
 
-    def tokens_per_image(self, scales: Scales) -> int:
-        """One at each of the K scales, as the paper counts, although the condition is the same at
-        all of them."""
-        return scales.num_scales
+    def tokens_per_image(self, scales: Scales, text: int = USUAL_TEXT) -> int:
+        """One, or one at each of the K scales, as the paper counts VAR although the condition is
+        the same at all of them."""
+        return 1 if self.once else scales.num_scales
 
 
-SeamLinear = TokenLinear | ConditionLinear
+class TextLinear(nn.Linear):
+    """Seam: a Linear over the tokens of a text, or with `pooled` over one vector of it, computed
+    once per image. It is called with texts of one length, (B, T, in), so that nothing is padded."""
+
+    reads: Reads = "text"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        kind: str,
+        pooled: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype=torch.float32)
+        self.kind, self.pooled = kind, pooled
+
+    def tokens_per_image(self, scales: Scales, text: int = USUAL_TEXT) -> int:
+        """Those of a prompt of `text` tokens."""
+        return 1 if self.pooled else text
+
+
+class TextSummary(nn.Module):
+    """Seam: one vector of each text, (R, T, in) -> (R, C), with products that are never quantized
+    between its `TextLinear`s."""
+
+
+SeamLinear = TokenLinear | ConditionLinear | TextLinear
+
+
+def linears_of(network: nn.Module) -> dict[str, SeamLinear]:
+    """The Linear seams of a float network by name."""
+    return {n: m for n, m in network.named_modules() if isinstance(m, SeamLinear)}
 
 
 class Scores(nn.Module):
@@ -130,12 +187,60 @@ class Mix(nn.Module):
         return p_BHlL @ v_BHLc
 
 
+def mixes_of(network: nn.Module) -> dict[str, Mix]:
+    """The attention-value products of a network, by name of the attention they are of."""
+    found = ((name, m) for name, m in network.named_modules() if isinstance(m, Mix))
+    return {name.rpartition(".")[0]: mix for name, mix in found}
+
+
+def block_of(name: str) -> int | None:
+    """Index of the block that a module is in, None outside of them."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 class ModulatedNorm(nn.Module):
     """Seam: LayerNorm without parameters, then (1 + scale) and shift of the condition."""
 
     def forward(self, x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
         normed_BLC = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=LAYER_NORM_EPS)
         return normed_BLC * (1 + scale_B1C) + shift_B1C
+
+
+class Gain(nn.Module):
+    """Factors of modulated norms, where an AdaLN layer that blocks share has no rows of a block's
+    own to fold them into:
+
+        LN(x) (1 + scale) + shift   ->   gain (LN(x) (1 + scale) + shift)
+
+    `norms` norms are modulated by vectors (B, 1, 3 norms, C) in the order gammas, scales, shifts.
+    They are the identity, without a tensor, until `start`.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, norms: int) -> None:
+        super().__init__()
+        self.norms = norms
+        self.register_parameter("weight", None)
+
+    def start(self, like: Tensor) -> None:
+        """Be a parameter (norms, C) of ones, C, dtype and device those of `like` (..., C)."""
+        self.weight = nn.Parameter(like.new_ones(self.norms, like.shape[-1]), requires_grad=False)
+
+    def forward(self, vectors_B1nC: Tensor) -> Tensor:
+        """The vectors that the norms without a gain want, once per image."""
+        if self.weight is None:
+            return vectors_B1nC
+        gammas, scales, shifts = vectors_B1nC.split(self.norms, dim=-2)
+        return torch.cat((gammas, self.weight * (1 + scales) - 1, self.weight * shifts), dim=-2)
+
+
+def start_gains(network: nn.Module, names: Collection[str], like: Tensor) -> None:
+    """Start the gains that have a tensor among `names` of a state dict."""
+    for name, module in network.named_modules():
+        if isinstance(module, Gain) and f"{name}.weight" in names:
+            module.start(like)
 
 
 class Phi(nn.Conv2d):
@@ -173,7 +278,30 @@ class ValueFold(NamedTuple):
     bias: Tensor
 
 
-Fold = NormFold | ValueFold
+class GainFold(NamedTuple):
+    """`consumer` reads norm `row` of those that `gain` goes with; `like` is one of the vectors of
+    AdaLN (..., C)."""
+
+    consumer: nn.Linear
+    gain: Gain
+    row: int
+    like: Tensor
+
+
+class ChannelFold(NamedTuple):
+    """All of `consumers` read, and nothing else does, channels that are multiplied where the first
+    axis of each of `tensors` is: affine parameters of a norm, or weight and bias of a Linear."""
+
+    consumers: tuple[nn.Linear, ...]
+    tensors: tuple[Tensor, ...]
+
+
+Fold = NormFold | ValueFold | GainFold | ChannelFold
+
+
+def consumers_of(fold: Fold) -> tuple[nn.Linear, ...]:
+    """The Linears whose columns a diagonal is divided out of."""
+    return fold.consumers if isinstance(fold, ChannelFold) else (fold.consumer,)
 
 
 class Stage(NamedTuple):
@@ -181,13 +309,16 @@ class Stage(NamedTuple):
 
     name: of the module that does it. condition_units, token_units: submodules of it whose rounding
     is learned on its own, in the order in which they run; a stage that is itself such a unit is the
-    last of the pass.
+    last of the pass. arguments: what a token unit is called with behind (x, spans), where it reads
+    more than tokens; of_rows: those units whose arguments are other ones for other rows.
     """
 
     name: str
     run: Callable[[Tensor, list[Span], Any], Tensor]
     condition_units: tuple[str, ...] = ()
     token_units: tuple[str, ...] = ()
+    arguments: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+    of_rows: tuple[str, ...] = ()
 
 
 def run_stages(

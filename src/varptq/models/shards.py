@@ -2,8 +2,8 @@
 
     model.safetensors.index.json   {"weight_map": {tensor: file beside the index, ...}}
 
-A folder stands for the one checkpoint in it. Every shard must be there and hold exactly the tensors
-that the index says.
+A folder stands for the only checkpoint in it. Every shard must be there and hold exactly the
+tensors that the index says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.\w+")
 
 
 def located(path: str | Path) -> Path:
-    """The file or index that `path` means: the only checkpoint in it where it is a folder.
+    """The file or index that `path` stands for; in a folder it is the only checkpoint there.
 
     Raises `CheckpointError` for a folder with none or several.
     """

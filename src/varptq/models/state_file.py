@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, NonFiniteError
+from varptq.models.file_pages import FilePages
 from varptq.models.shards import files_of, read_all
 from varptq.models.wrappers import Part, select
 
@@ -40,11 +41,12 @@ def file_sha256(path: str | Path) -> str:
 
 def networks_sha256(*networks: nn.Module, more: bytes = b"") -> str:
     """SHA-256 of all tensors of the networks with names and dtypes, and of `more` after them."""
-    state = hashlib.sha256()
+    state, pages = hashlib.sha256(), FilePages()
     for network in networks:
         for name, tensor in network.state_dict().items():
             state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            pages.release(tensor)
     state.update(more)
     return state.hexdigest()
 
@@ -61,10 +63,11 @@ def source_sha256(path: str | Path) -> str:
 
 
 def read_state(
-    path: str | Path, part: Part | None = None, dtype: torch.dtype = torch.float32
+    path: str | Path, part: Part | None = None, dtype: torch.dtype | None = torch.float32
 ) -> State:
     """The tensors of one model from a checkpoint: CPU, own contiguous memory, floating ones as
-    `dtype`.
+    `dtype`. With None they stay as they are, on the mapped file where it can be mapped, and whoever
+    reads them finds what is not finite.
 
     path: a file, an index of shards, or a folder with one of these in it. `part` says which model
     is meant in a file that holds more, and takes what wrappers added off the names (wrappers.py);
@@ -75,6 +78,8 @@ def read_state(
     """
     path = Path(path)
     state = _check_tensors(select(read_all(path), part, path), path)
+    if dtype is None:
+        return state
     return {name: _converted(name, tensor, dtype, path) for name, tensor in state.items()}
 
 

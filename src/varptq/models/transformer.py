@@ -1,4 +1,4 @@
-"""What a family's transformer answers: the contract that everything above `models` relies on.
+"""The contract of a transformer: what everything above `models` may ask of it.
 
 A family is free in how it computes. Its modules are the seams of `seams.py`, under names of its own
 whose blocks are `blocks.<index>`. Shapes as in `seams.py`.
@@ -8,20 +8,37 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from varptq.errors import ConfigError, InputError
 from varptq.models.alphabet import Alphabet
+from varptq.models.cross import TextGroup
+from varptq.models.meta import on_meta
 from varptq.models.prompts import Prompts
+from varptq.models.sampling import (
+    LOGITS,
+    VAR_SAMPLING,
+    PerScale,
+    SamplingSettings,
+    guidance_strength,
+    per_scale,
+)
 from varptq.models.scales import Scales
 from varptq.models.seams import Fold, Span, Stage, run_stages, spans_of
 
 
 class Transformer(nn.Module):
-    """A next-scale transformer made from `arch` alone, with these properties and methods."""
+    """A next-scale transformer made from `arch` alone, a frozen dataclass of hashable values with
+    `width`, `num_heads` and `scales`, with these properties and methods.
 
+    UNGUIDED: the cfg that means no guidance. READS_TEXTS: whether prompts are texts.
+    """
+
+    UNGUIDED: ClassVar[float] = 0.0
+    READS_TEXTS: ClassVar[bool] = False
     arch: Any
 
     def __init__(self, arch: Any) -> None:
@@ -29,45 +46,117 @@ class Transformer(nn.Module):
         self.arch = arch
 
     @property
-    @abstractmethod
     def width(self) -> int:
         """C, channels of the residual stream."""
+        return self.arch.width
 
     @property
-    @abstractmethod
     def num_heads(self) -> int:
         """H, heads of an attention."""
+        return self.arch.num_heads
 
     @property
-    @abstractmethod
     def scales(self) -> Scales:
-        """The schedule the model was trained for."""
+        """The schedule that tokens follow: the model's own, or the one it was put `over`."""
+        return self.arch.scales
+
+    def over(self, scales: Scales) -> Self:
+        """This network over another schedule: a second object around the same modules and tensors.
+
+        Raises `InputError` where the model draws at its own schedule only."""
+        if scales != self.scales:
+            raise InputError(
+                f"sides {scales}: this model knows its own only, {self.scales}; leave the size out"
+            )
+        return self
+
+    def schedule(self, size: Any) -> Scales:
+        """The schedule for images of `size`: a `Scales`, or what a family calls a size.
+
+        Raises `InputError` for a size that the model does not know."""
+        if isinstance(size, Scales):
+            return size
+        raise InputError(f"size {size!r}: this model draws at one size only; leave it out")
+
+    def sizes(self) -> tuple[str, ...]:
+        """Names that `schedule` takes, for a model that draws at several sizes."""
+        return ()
+
+    def shaped(self, height: int, width: int) -> Scales:
+        """The schedule nearest to these proportions, of as many maps as the present one: that one
+        itself, for a model that draws at one size."""
+        return self.scales
 
     @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, all of one."""
+        return next(self.parameters()).dtype
 
     @property
     @abstractmethod
     def alphabet(self) -> Alphabet:
         """What a token is; logits have draws * size entries."""
 
-    @abstractmethod
-    def prompts(self, values: Any, names: Sequence[str]) -> Prompts:
-        """What a caller asks for, as prompts; `names` are those of the pool. Raises `InputError`
-        naming the first that cannot be used."""
+    @property
+    def sampling(self) -> SamplingSettings:
+        """The settings that hold unless a caller gives others, none of them None: those of the VAR
+        paper, unless a family has its own."""
+        return VAR_SAMPLING
+
+    def strengths(self, cfg: PerScale) -> tuple[float, ...]:
+        """Strength t of guidance at every scale, (1 + t) cond - t uncond: a ramp from 0 at the
+        first to `cfg` at the last, unless a family has its own rule or each is given. Raises
+        `InputError` for another number of values than of scales."""
+        if isinstance(cfg, tuple):
+            return per_scale("cfg", cfg, self.scales)
+        return tuple(guidance_strength(cfg, k, self.scales) for k in range(self.scales.num_scales))
+
+    def check_guidance(self, places: tuple[int, ...]) -> None:
+        """Raise `ConfigError` for places where this model cannot mix the two rows of guidance: all
+        but the logits, unless a family knows others."""
+        if places != (LOGITS,):
+            raise ConfigError(
+                f"guide_at {list(places)}: this model is guided in its logits only; leave it out"
+            )
+
+    def mixed(
+        self, stages: list[Stage], strengths: tuple[float, ...], places: tuple[int, ...]
+    ) -> list[Stage]:
+        """The pass with its rows mixed at `places`, all but the logits."""
+        return stages
 
     @abstractmethod
-    def pool(self, names: Sequence[str]) -> Prompts:
-        """The prompts there are to draw images for."""
+    def prompts(self, values: Any, names: Sequence[str], encoder: Any) -> Prompts:
+        """Prompts from what a caller writes; the model's own prompts stay as they are. `names` are
+        those of the pool, `encoder` is a `TextEncoder` or None. Raises `InputError` naming the
+        first that cannot be used."""
+
+    @abstractmethod
+    def pool(self, names: Sequence[str], encoder: Any) -> Prompts:
+        """The prompts that calibration and evaluation draw images for where nobody says which.
+        Raises `InputError` where there are none."""
+
+    def unasked(self) -> Prompts:
+        """One prompt that asks for nothing, where there is none that it could stand beside."""
+        return self.pool((), None)[slice(0, 1)].nothing()
+
+    @property
+    def num_prompts(self) -> int | None:
+        """How many prompts there are in all; None where they cannot be counted."""
+        return None
 
     @abstractmethod
     def condition(self, prompts: Any) -> Any:
-        """What these prompts say to every stage."""
+        """What the stages need to know of these prompts."""
+
+    def texts(self, prompts: Any) -> tuple[TextGroup, ...]:
+        """What units that read nothing but texts are called with, group by group; without texts
+        there are none."""
+        return ()
 
     def constants(self) -> dict[str, Tensor]:
         """Buffers by name that follow from the architecture."""
@@ -75,16 +164,17 @@ class Transformer(nn.Module):
 
     def facts(self) -> dict[str, str]:
         """The architecture in words, as rows of a table for people."""
-        sides = ", ".join(map(str, self.scales.sides))
         draws, size = self.alphabet
         return {
             "transformer": f"width {self.width}, {self.num_heads} heads",
-            "tokens": f"{self.scales.num_tokens} in sides {sides}; {draws} of {size} symbols each",
+            "tokens": f"{self.scales.num_tokens} in sides {self.scales}; "
+            f"{draws} of {size} symbols each",
         }
 
     @abstractmethod
-    def condition_vectors(self) -> Tensor:
-        """(N, C) float32: all vectors that a `ConditionLinear` may read."""
+    def condition_vectors(self, pool: Any) -> Tensor:
+        """(N, C) float32: all vectors that a `ConditionLinear` may read, of the prompts there are
+        and of those in `pool`."""
 
     def forward(self, prompts: Any, inputs_BLc: Tensor) -> Tensor:
         """Teacher-forced logits of all scales in one block-causal pass.
@@ -133,5 +223,5 @@ class Transformer(nn.Module):
 def float_layout(transformer: Transformer) -> Transformer:
     """The float model of this architecture on the meta device, whatever stands in `transformer` in
     the places of its modules."""
-    with torch.device("meta"):
+    with on_meta():
         return type(transformer)(transformer.arch)

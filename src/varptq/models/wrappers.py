@@ -1,4 +1,5 @@
-"""Which state dict in a checkpoint is meant, and the names its tensors have without wrappers.
+"""Finds the state dict of a network in a checkpoint and takes wrappers off the names of its
+tensors.
 
 Training code puts state dicts into dicts ("model", "state_dict", upstream's "trainer") and modules
 into modules ("module.", "_orig_mod.", "var."). A transformer and a VQVAE are known by one tensor
@@ -9,7 +10,7 @@ two of a kind, say trained weights and their average, are a choice that is left 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,14 +18,36 @@ from torch import Tensor
 
 from varptq.errors import CheckpointError
 
-Part = Literal["var", "vae"]
-# A tensor that every network of the kind has and no other.
-ANCHORS: dict[Part, str] = {"var": "pos_1LC", "vae": "quantize.embedding.weight"}
-NAMES: dict[Part, str] = {"var": "VAR transformer", "vae": "VQVAE"}
-OTHER: dict[Part, Part] = {"var": "vae", "vae": "var"}
-# What upstream's trainer calls them.
-TRAINER_PARTS: dict[Part, str] = {"var": "var_wo_ddp", "vae": "vae_local"}
-VAE_MODULES = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
+Part = Literal["var", "vae", "infinity", "bsqvae"]
+
+
+class Network(NamedTuple):
+    """A kind of network as checkpoints have it.
+
+    anchors: tensors, one of which every network of the kind has and no other. trainer: what
+    upstream's trainer calls it. argument: what it is given as. usual: keys under which the one that
+    is meant lies where there are more.
+    """
+
+    name: str
+    kind: str
+    anchors: tuple[str, ...]
+    other: Part
+    trainer: str
+    argument: Literal["var", "vae"]
+    usual: tuple[str, ...] | None = None
+
+
+CONV_IN = ("decoder.conv_in.conv.weight", "decoder.conv_in.weight")
+NETWORKS: dict[Part, Network] = {
+    "var": Network("VAR transformer", "VAR", ("pos_1LC",), "vae", "var_wo_ddp", "var"),
+    "vae": Network("VQVAE", "VQVAE", ("quantize.embedding.weight",), "var", "vae_local", "vae"),
+    "infinity": Network(
+        "Infinity transformer", "Infinity", ("cfg_uncond",), "bsqvae", "gpt_fsdp", "var"
+    ),
+    "bsqvae": Network("BSQ-VAE", "BSQ-VAE", CONV_IN, "infinity", "vae_local", "vae", ("vae",)),
+}
+VAE_MODULES = ("encoder", "decoder", "quantize", "quantizer", "quant_conv", "post_quant_conv")
 # Names that wrappers put into a module's path, at its beginning or before any of its parts.
 WRAPPERS = {
     "module",
@@ -33,6 +56,7 @@ WRAPPERS = {
     "_checkpoint_wrapped_module",
     "_forward_module",
 }
+VOWELS = "AEIOU"
 OPTIMIZER = re.compile(r"(?:^|_)opt(?:im\w*)?(?:$|_)")
 MAX_DEPTH = 5
 
@@ -66,22 +90,27 @@ def select(content: Any, part: Part | None, path: Path) -> Any:
     """
     if part is None or not isinstance(content, Mapping):
         return _innermost(content)
-    found = list(_places(content, ANCHORS[part]))
+    network = NETWORKS[part]
+    other = NETWORKS[network.other]
+    found = list(_places(content, network.anchors))
+    usual = [place for place in found if place.keys == network.usual]
+    found = usual if len(usual) == 1 else found
     if len(found) > 1:
         labels = " and ".join(place.label for place in found)
         raise CheckpointError(
-            f"{path}: holds {len(found)} of {NAMES[part]}, {labels}: save the one that is meant, "
-            f'e.g. torch.save({found[-1].remedy}, "{part}.pth")'
+            f"{path}: holds {len(found)} of {network.name}, {labels}: save the one that is meant, "
+            f'e.g. torch.save({found[-1].remedy}, "{network.argument}.pth")'
         )
-    others = list(_places(content, ANCHORS[OTHER[part]]))
+    others = list(_places(content, other.anchors))
     if found:
         return _named(found[0], part, others, path)
     if others:
+        article = "an" if other.name[0] in VOWELS else "a"
         labels = " and ".join(place.label for place in others if place.keys or place.prefix)
         raise CheckpointError(
-            f"{path}: holds a {NAMES[OTHER[part]]}{labels and f' under {labels}'} and no "
-            f"{NAMES[part]} ({TRAINER_PARTS[part]!r} in files of VAR's trainer), is this a "
-            f"{'VAR' if part == 'var' else 'VQVAE'} checkpoint? Give it as {OTHER[part]}="
+            f"{path}: holds {article} {other.name}{labels and f' under {labels}'} and no "
+            f"{network.name} ({network.trainer!r} in files of its trainer), is this a "
+            f"{network.kind} checkpoint? Give it as {other.argument}="
         )
     return _innermost(content)
 
@@ -99,8 +128,15 @@ def _innermost(content: Any) -> Any:
     return content
 
 
-def _places(content: Mapping[Any, Any], anchor: str) -> Iterator[Place]:
-    """Every place of a network with this tensor; one dict that is there twice counts once."""
+def holds(content: Any, part: Part) -> bool:
+    """Whether a network of this kind is in what a file holds."""
+    found = isinstance(content, Mapping) and _places(content, NETWORKS[part].anchors)
+    return bool(found) and any(True for _ in found)
+
+
+def _places(content: Mapping[Any, Any], anchors: Sequence[str]) -> Iterator[Place]:
+    """Every place of a network with one of these tensors; one dict that is there twice counts
+    once."""
     seen: set[int] = set()
 
     def walk(content: Mapping[Any, Any], keys: tuple[str, ...]) -> Iterator[Place]:
@@ -111,9 +147,10 @@ def _places(content: Mapping[Any, Any], anchor: str) -> Iterator[Place]:
             if not isinstance(name, str):
                 continue
             if isinstance(value, Tensor):
-                prefix = _prefix(name, anchor)
-                if prefix is not None:
-                    yield Place(keys, prefix, content)
+                prefixes = [_prefix(name, anchor) for anchor in anchors]
+                yield from (
+                    Place(keys, prefix, content) for prefix in prefixes if prefix is not None
+                )
             # Moments of an optimizer bear the names of the tensors they belong to.
             elif (
                 isinstance(value, Mapping) and not OPTIMIZER.search(name) and len(keys) < MAX_DEPTH
@@ -145,8 +182,8 @@ def _named(place: Place, part: Part, others: list[Place], path: Path) -> dict[st
         plain = ".".join(p for p in parts[len(place.prefix) :] if p not in WRAPPERS)
         if plain in found:
             raise CheckpointError(
-                f"{path}: {found[plain]!r} and {name!r} are both {plain!r} of the {NAMES[part]}: "
-                "save the one that is meant"
+                f"{path}: {found[plain]!r} and {name!r} are both {plain!r} of the "
+                f"{NETWORKS[part].name}: save the one that is meant"
             )
         found[plain] = name
     return {plain: place.tensors[name] for plain, name in found.items()}
@@ -158,7 +195,8 @@ def _belongs(
     """Whether a name under the prefix of `place` is that of the other network in the same dict."""
     for prefix in others:
         if prefix == place.prefix:
-            if (parts[len(prefix)] in VAE_MODULES) == (part == "var"):
+            of_vae = parts[len(prefix)] in VAE_MODULES
+            if of_vae == (NETWORKS[part].argument == "var"):
                 return True
         elif len(prefix) > len(place.prefix) and parts[: len(prefix)] == prefix:
             return True

@@ -1,13 +1,15 @@
 """Attention on codes on the native core (src/attention/).
 
     out = attend(scheme, qkv, cache, spans, query_bias_C=, value_bias_C=, query_factor_H=,
-                 theta=None)     append keys and values, answer the queries
+                 tables=None, theta=None)            append keys and values, answer the queries
+    enter(scheme, kv, cache, value_bias_C=)    append keys and values alone, those of a text
+    out = answer(scheme, q, cache, spans, query_factor_H=, theta=None)     and ask them
 
 Results do not depend on batch size, batch split, threads (torch's) or instruction set. Operands are
-float32 CPU tensors, made contiguous where they are not. What a scheme may hold is for the runtime
-to check (varptq.runtime.limits).
+float32 CPU tensors, made contiguous where they are not. The runtime checks what a scheme may hold
+(varptq.runtime.limits).
 
-Shapes: B rows, L tokens, l tokens of a call, H heads, c head width, C = H c.
+Shapes: B rows, L tokens, l tokens of a call, T tokens of a text, H heads, c head width, C = H c.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +26,10 @@ from torch import Tensor
 from varptq.errors import NonFiniteError
 from varptq.native.binding import call, library
 from varptq.native.pointers import dense, pointer
+from varptq.native.quantize import Codebook, CodebookArgs
 
 NO_THETA = -1.0
+FLOAT_BYTES = 4
 _POLICIES = {"token": 0, "segment": 1}
 
 
@@ -56,6 +60,7 @@ class AttentionArgs(ctypes.Structure):
         ("batch", c_int64),
         ("heads", c_int64),
         ("width", c_int64),
+        ("queries", c_int64),
         ("tokens", c_int64),
         ("start", c_int64),
         ("capacity", c_int64),
@@ -68,13 +73,22 @@ class AttentionArgs(ctypes.Structure):
         ("key_bits", c_int32),
         ("value_bits", c_int32),
         ("probability_bits", c_int32),
+        ("query_book", CodebookArgs),
+        ("key_book", CodebookArgs),
+        ("value_book", CodebookArgs),
         ("l2_norm", c_int32),
         ("max_order", c_int32),
         ("theta", c_float),
-        ("qkv", c_void_p),
+        ("query", c_void_p),
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("query_stride", c_int64),
+        ("key_stride", c_int64),
         ("query_bias", c_void_p),
         ("value_bias", c_void_p),
         ("query_factor", c_void_p),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
         ("cache", c_void_p),
         ("out", c_void_p),
         ("trace", ctypes.POINTER(TraceArgs)),
@@ -88,7 +102,9 @@ class AttentionScheme:
 
     ends: number of tokens after each scale; the last is the capacity of a cache. l2_norm: q and k
     become unit vectors before their factors. Ranges contain zero, probabilities are uniform.
-    max_order: finest order of shift-and-sum, which counts in calls with theta only.
+    max_order: finest order of shift-and-sum, which counts in calls with theta only. query_book and
+    the others: codes are entries of a codebook, with zero points 128; values then have policy
+    "token" and order 0.
     """
 
     heads: int
@@ -101,6 +117,9 @@ class AttentionScheme:
     probability_bits: int
     l2_norm: bool
     max_order: int = 3
+    query_book: Codebook | None = None
+    key_book: Codebook | None = None
+    value_book: Codebook | None = None
 
     @property
     def capacity(self) -> int:
@@ -127,7 +146,7 @@ class AttentionCache:
 
 
 class AttentionTrace(NamedTuple):
-    """What a call computed on the way, for tests; axis L counts the tokens of the cache.
+    """Intermediate results of a call, for tests; axis L counts the tokens of the cache.
 
     Codes query (B, H, l, c), key (B, H, L, c) uint8, value (B, H, L, c) int32 (with theta: 2^m
     (code - zero point)); scores (B, H, l, L) float32; probability codes (B, H, l, L) uint8; orders
@@ -168,58 +187,155 @@ def new_trace(scheme: AttentionScheme, rows: int, tokens: int, spans: int) -> At
     )
 
 
+class _Call:
+    """One call of the core: what all three functions tell it. It keeps what it points to alive."""
+
+    def __init__(
+        self,
+        scheme: AttentionScheme,
+        cache: AttentionCache,
+        rows: int,
+        theta: float | None,
+        trace: AttentionTrace | None,
+    ) -> None:
+        self.scheme, self.cache, self.alive = scheme, cache, [cache.data]
+        a = AttentionArgs(batch=rows, heads=scheme.heads, width=scheme.head_width)
+        ends = self._kept(torch.tensor(scheme.ends, dtype=torch.int64, device="cpu"))
+        a.start, a.capacity, a.segments = cache.length, scheme.capacity, len(scheme.ends)
+        a.ends, a.policy = ends.data_ptr(), _POLICIES[scheme.policy]
+        a.query_bits, a.key_bits = scheme.query_bits, scheme.key_bits
+        a.value_bits, a.probability_bits = scheme.value_bits, scheme.probability_bits
+        for name in ("query_book", "key_book", "value_book"):
+            book: Codebook | None = getattr(scheme, name)
+            if book is not None:
+                setattr(a, name, book.arguments())
+        a.l2_norm, a.max_order = scheme.l2_norm, scheme.max_order
+        a.theta = NO_THETA if theta is None else theta
+        size = _cache_bytes(scheme)
+        a.cache = pointer(cache.data, "attention cache", torch.uint8, rows, scheme.heads, size)
+        if trace is not None:
+            a.trace = ctypes.pointer(
+                TraceArgs(*(pointer(t, "trace", t.dtype, *t.shape) for t in trace))
+            )
+        a.threads = torch.get_num_threads()
+        self.arguments = a
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.scheme.heads * self.scheme.head_width
+
+    def dense(self, x: Tensor, what: str, *shape: int) -> int:
+        """The address of x as float32 of this shape."""
+        return self._kept(dense(x, what, *shape)).data_ptr()
+
+    def queries(self, spans: Sequence[tuple[Any, ...]], count: int, factor_H: Tensor) -> Tensor:
+        """What is asked, besides the queries themselves; returns where the answers go."""
+        a = self.arguments
+        bounds = [(s[0].start, s[0].stop, s[1][-1]) for s in spans]
+        cuts = self._kept(torch.tensor(bounds, dtype=torch.int64, device="cpu"))
+        a.queries, a.spans, a.num_spans = count, cuts.data_ptr(), len(spans)
+        a.query_factor = self.dense(factor_H, "query factor", self.scheme.heads)
+        out = torch.empty((a.batch, count, self.channels), dtype=torch.float32, device="cpu")
+        a.out = out.data_ptr()
+        return out
+
+    def run(self, layer: str) -> None:
+        if not call("vq_attention", self.arguments):
+            raise NonFiniteError(
+                f"layer {layer}: queries, keys or values hold NaN or infinity, expected finite "
+                "numbers"
+            )
+        self.cache.length += self.arguments.tokens
+
+    def _kept(self, t: Tensor) -> Tensor:
+        self.alive.append(t)
+        return t
+
+
 def attend(
     scheme: AttentionScheme,
-    qkv_BlT: Tensor,
+    qkv_BlD: Tensor,
     cache: AttentionCache,
-    spans: Sequence[tuple[slice, tuple[int, ...]]],
+    spans: Sequence[tuple[Any, ...]],
     *,
     query_bias_C: Tensor,
     value_bias_C: Tensor,
     query_factor_H: Tensor,
+    tables: tuple[Tensor, Tensor] | None = None,
     theta: float | None = None,
     trace: AttentionTrace | None = None,
     layer: str = "",
 ) -> Tensor:
     """One attention layer, from mat_qkv's output to proj's input: float32 (B, l, C).
 
-    qkv_BlT (B, l, 3C) without biases; `cache` gains l tokens. spans: `Span`s of
+    qkv_BlD (B, l, 3C) without biases; `cache` gains l tokens. spans: `Span`s of
     models/seams.py, that is (queries as a slice of the l tokens, where the scales that they see
     end in the cache).
     query_factor_H: the temperature exp(min(scale_mul, log 100)) with l2_norm, 0.25 / sqrt(c)
-    without. Under policy "segment" the tokens must be whole scales. Raises `NonFiniteError` naming
-    `layer` where qkv holds NaN or infinity; the cache is then as it was.
+    without. tables: cosines and sines (L', c / 2) float32 of all tokens that the cache has room for
+    or more, by which q and k are turned last. Under policy "segment" the tokens must be whole
+    scales. Raises `NonFiniteError` naming `layer` where qkv holds NaN or infinity; the cache is
+    then as it was.
     """
-    rows, tokens = qkv_BlT.shape[:2]
-    heads, width = scheme.heads, scheme.head_width
-    qkv = dense(qkv_BlT, f"qkv of layer {layer}", rows, tokens, 3 * heads * width)
-    query_bias = dense(query_bias_C, "query bias", heads * width)
-    value_bias = dense(value_bias_C, "value bias", heads * width)
-    factor = dense(query_factor_H, "query factor", heads)
-    ends = torch.tensor(scheme.ends, dtype=torch.int64, device="cpu")
-    bounds = [(s[0].start, s[0].stop, s[1][-1]) for s in spans]
-    cuts = torch.tensor(bounds, dtype=torch.int64, device="cpu")
-    out = torch.empty((rows, tokens, heads * width), dtype=torch.float32, device="cpu")
-    a = AttentionArgs(batch=rows, heads=heads, width=width, tokens=tokens, start=cache.length)
-    a.capacity, a.ends, a.segments = scheme.capacity, ends.data_ptr(), len(scheme.ends)
-    a.spans, a.num_spans, a.policy = cuts.data_ptr(), len(spans), _POLICIES[scheme.policy]
-    a.query_bits, a.key_bits = scheme.query_bits, scheme.key_bits
-    a.value_bits, a.probability_bits = scheme.value_bits, scheme.probability_bits
-    a.l2_norm, a.max_order = scheme.l2_norm, scheme.max_order
-    a.theta = NO_THETA if theta is None else theta
-    a.qkv, a.query_bias, a.value_bias = qkv.data_ptr(), query_bias.data_ptr(), value_bias.data_ptr()
-    a.query_factor = factor.data_ptr()
-    size = _cache_bytes(scheme)
-    a.cache = pointer(cache.data, "attention cache", torch.uint8, rows, heads, size)
-    a.out = out.data_ptr()
-    if trace is not None:
-        a.trace = ctypes.pointer(
-            TraceArgs(*(pointer(t, "trace", t.dtype, *t.shape) for t in trace))
-        )
-    a.threads = torch.get_num_threads()
-    if not call("vq_attention", a):
-        raise NonFiniteError(
-            f"layer {layer}: queries, keys or values hold NaN or infinity, expected finite numbers"
-        )
-    cache.length += tokens
+    rows, tokens = qkv_BlD.shape[:2]
+    one = _Call(scheme, cache, rows, theta, trace)
+    a, channels = one.arguments, one.channels
+    out = one.queries(spans, tokens, query_factor_H)
+    a.tokens, a.query_stride, a.key_stride = tokens, 3 * channels, 3 * channels
+    a.query = one.dense(qkv_BlD, f"qkv of layer {layer}", rows, tokens, 3 * channels)
+    a.key, a.value = a.query + channels * FLOAT_BYTES, a.query + 2 * channels * FLOAT_BYTES
+    a.query_bias = one.dense(query_bias_C, "query bias", channels)
+    a.value_bias = one.dense(value_bias_C, "value bias", channels)
+    if tables is not None:
+        room = scheme.capacity
+        cosine, sine = (t[:room] for t in tables)
+        a.cosine = one.dense(cosine, "rotary cosines", room, scheme.head_width // 2)
+        a.sine = one.dense(sine, "rotary sines", room, scheme.head_width // 2)
+    one.run(layer)
+    return out
+
+
+def enter(
+    scheme: AttentionScheme,
+    kv_BTD: Tensor,
+    cache: AttentionCache,
+    *,
+    value_bias_C: Tensor,
+    theta: float | None = None,
+    trace: AttentionTrace | None = None,
+    layer: str = "",
+) -> None:
+    """Keys and values kv_BTD (B, T, 2C), without bias, into `cache`, which gains T tokens that
+    nobody asks yet. Raises as `attend`."""
+    rows, tokens = kv_BTD.shape[:2]
+    one = _Call(scheme, cache, rows, theta, trace)
+    a, channels = one.arguments, one.channels
+    a.tokens, a.key_stride = tokens, 2 * channels
+    a.key = one.dense(kv_BTD, f"keys and values of layer {layer}", rows, tokens, 2 * channels)
+    a.value = a.key + channels * FLOAT_BYTES
+    a.value_bias = one.dense(value_bias_C, "value bias", channels)
+    one.run(layer)
+
+
+def answer(
+    scheme: AttentionScheme,
+    q_BlC: Tensor,
+    cache: AttentionCache,
+    spans: Sequence[tuple[Any, ...]],
+    *,
+    query_factor_H: Tensor,
+    theta: float | None = None,
+    trace: AttentionTrace | None = None,
+    layer: str = "",
+) -> Tensor:
+    """Queries q_BlC (B, l, C) over what has entered `cache`: float32 (B, l, C). spans: (queries as
+    a slice of the l, number of keys last in a tuple). Raises as `attend`."""
+    rows, count, _ = q_BlC.shape
+    one = _Call(scheme, cache, rows, theta, trace)
+    a, channels = one.arguments, one.channels
+    out = one.queries(spans, count, query_factor_H)
+    a.query_stride = channels
+    a.query = one.dense(q_BlC, f"queries of layer {layer}", rows, count, channels)
+    one.run(layer)
     return out

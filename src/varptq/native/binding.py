@@ -2,7 +2,7 @@
 
 core() -> library or None        reason() -> why it is None        isa(), features()
 call("vq_linear", arguments)     for the operators: quantize.py, linear.py, attention.py,
-                                 sampler.py, phi.py, each with its argument structs
+                                 sampler.py, phi.py, convolution.py, each with its argument structs
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def _load() -> _Loaded:
         return _Loaded(None, f"{path.name} was built from other sources: {hint}")
     library.vq_packed_bytes.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int32]
     library.vq_attention_cache_bytes.argtypes = [ctypes.c_int64] * 3
+    library.vq_map_bytes.argtypes = library.vq_kernel_bytes.argtypes = [ctypes.c_int64] * 4
+    library.vq_map_bytes.restype = library.vq_kernel_bytes.restype = ctypes.c_int64
     library.vq_packed_bytes.restype = ctypes.c_int64
     library.vq_attention_cache_bytes.restype = ctypes.c_int64
     library.vq_isa.restype = library.vq_features.restype = ctypes.c_char_p

@@ -1,7 +1,7 @@
 """Build the native core: `python -m varptq.native.build [--sanitize] [--force]`.
 
 Every .cpp below src/ is compiled by the first C++17 compiler found ($CXX, g++, clang++, c++): once
-and for any processor, or for each instruction set that ISAS_OF names; those of x86-64 are left out
+for any processor, or once for each instruction set that ISAS_OF names; those of x86-64 are left out
 on other machines. Objects are kept in build/ under a hash of what went into them, so a rebuild
 compiles what changed. The result, _core.so, carries the hash of all sources: `source_hash` tells a
 stale one. Builds that run at once take turns by a lock on build/, and whatever is written appears
@@ -61,12 +61,15 @@ _VECTOR = (PORTABLE, "avx2", "avx512vnni")
 # What each source below src/ is compiled for; those without a row are portable.
 ISAS_OF = {
     "attention/kernel.cpp": _VECTOR,
+    "convolution/kernel.cpp": _VECTOR,
+    "convolution/map_kernel.cpp": _VECTOR,
     "phi/kernel.cpp": _VECTOR,
     "quantize/kernel.cpp": _VECTOR,
     "sampler/kernel.cpp": _VECTOR,
     "linear/gemm_avx2.cpp": ("avx2",),
     "linear/gemm_avx512vnni.cpp": ("avx512vnni",),
     "linear/gemm_amx.cpp": ("amx",),
+    "convolution/kernel_amx.cpp": ("amx",),
 }
 
 
@@ -94,14 +97,14 @@ class Unit(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its object: "attention-kernel-avx2"."""
+        """Name of its object file, e.g. "attention-kernel-avx2"."""
         folder = self.source.parent
         own = folder.relative_to(SOURCES).parts if folder.is_relative_to(SOURCES) else ()
         return "-".join((*own, self.source.stem, self.isa))
 
 
 def units() -> list[Unit]:
-    """What the core is made of on this machine."""
+    """The sources and instruction sets that make the core on this machine."""
     found = [
         Unit(source, isa)
         for source in sorted(SOURCES.rglob("*.cpp"))

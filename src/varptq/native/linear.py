@@ -18,12 +18,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from varptq.native.binding import call, library
 from varptq.native.pointers import TYPES, per_token, pointer, row_numbers
 from varptq.native.quantize import Rows, layout, padded
 
 PANEL = 64
+# Entries that a byte shuffle of every instruction set looks up, and the widths that have no more.
+TABLE, TABLE_BITS = 16, 4
 
 
 class PackArgs(ctypes.Structure):
@@ -36,6 +39,7 @@ class PackArgs(ctypes.Structure):
         ("zero_point", c_void_p),
         ("scale", c_void_p),
         ("num_bits", c_int32),
+        ("table", c_void_p),
         ("group", c_int64),
         ("segment", c_int64),
         ("packed", c_void_p),
@@ -63,6 +67,7 @@ class LinearArgs(ctypes.Structure):
         ("zero_point", c_void_p),
         ("sum", c_void_p),
         ("packed", c_void_p),
+        ("table", c_void_p),
         ("panel_scale", c_void_p),
         ("panel_zero", c_void_p),
         ("panel_sum", c_void_p),
@@ -79,7 +84,8 @@ class LinearArgs(ctypes.Structure):
 
 class PackedWeight(NamedTuple):
     """A weight in the kernels' layout: packed uint8, and by panels of 64 outputs scale (P, Gw, 64),
-    zero_point (P, Gw, 64) and sums (P, S, 64) of the stored values."""
+    zero_point (P, Gw, 64) and sums (P, S, 64) of the stored values. table: (16,) int8, what codes
+    stand for, or None."""
 
     packed: Tensor
     scale: Tensor
@@ -91,6 +97,7 @@ class PackedWeight(NamedTuple):
     segment: int
     outputs: int
     inputs: int
+    table: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -104,15 +111,17 @@ def pack(
     *,
     num_bits: int,
     row_group: int | None = None,
+    table: Tensor | None = None,
 ) -> PackedWeight:
     """codes (N, K) uint8, scale and integer-valued zero_point (N, Gw) as in a QuantLinear;
-    `row_group` is the group of the activations it will meet."""
+    `row_group` is the group of the activations it will meet. table: (2^b,) int8, b at most 4, where
+    codes are its indices."""
     outputs, inputs = codes.shape
     row, group, segment = layout(inputs, row_group, inputs // scale.shape[1])
     panels = -(-outputs // PANEL)
     zero_point = zero_point.to(torch.int32).contiguous()
     scale, codes = scale.float().contiguous(), codes.contiguous()
-    packed = _aligned_bytes(library().vq_packed_bytes(outputs, inputs, segment, num_bits))
+    packed = aligned_bytes(library().vq_packed_bytes(outputs, inputs, segment, num_bits))
     panel_scale = torch.empty((panels, inputs // group, PANEL), dtype=torch.float32, device="cpu")
     panel_zero = torch.empty((panels, inputs // group, PANEL), dtype=torch.int32, device="cpu")
     panel_sum = torch.empty((panels, inputs // segment, PANEL), dtype=torch.int32, device="cpu")
@@ -120,16 +129,20 @@ def pack(
     a.codes = pointer(codes, "codes", torch.uint8, outputs, inputs)
     a.zero_point = pointer(zero_point, "zero_point", torch.int32, outputs, inputs // group)
     a.scale = pointer(scale, "scale", torch.float32, outputs, inputs // group)
+    if table is not None:
+        table = F.pad(table, (0, TABLE - len(table)))
+        a.table = pointer(table, "table", torch.int8, TABLE)
     a.packed, a.panel_scale = packed.data_ptr(), panel_scale.data_ptr()
     a.panel_zero, a.panel_sum = panel_zero.data_ptr(), panel_sum.data_ptr()
     call("vq_pack", a)
     return PackedWeight(
         *(packed, panel_scale, panel_zero, panel_sum),
         *(num_bits, group, row, segment, outputs, inputs),
+        table,
     )
 
 
-def _aligned_bytes(size: int) -> Tensor:
+def aligned_bytes(size: int) -> Tensor:
     """uint8 tensor whose data starts at a multiple of 64 bytes, so that no load crosses a line."""
     whole = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
     start = -whole.data_ptr() % 64
@@ -155,6 +168,8 @@ def _linear_args(rows: Rows, weight: PackedWeight) -> LinearArgs:
     size = library().vq_packed_bytes(a.outputs, a.inputs, a.segment, a.weight_bits)
     panels, groups = -(-weight.outputs // PANEL), a.inputs // a.weight_group
     a.packed = pointer(weight.packed, "weight", torch.uint8, size)
+    if weight.table is not None:
+        a.table = pointer(weight.table, "table", torch.int8, TABLE)
     a.panel_scale = pointer(weight.scale, "weight's scale", torch.float32, panels, groups, PANEL)
     a.panel_zero = pointer(weight.zero_point, "weight's zero", torch.int32, panels, groups, PANEL)
     a.panel_sum = pointer(weight.sums, "weight's sums", torch.int32, panels, segments, PANEL)

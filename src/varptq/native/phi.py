@@ -35,7 +35,7 @@ class PhiArgs(ctypes.Structure):
 
 
 def add_phi(f_hat_BCPP: Tensor, h_BCPP: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """f_hat + 0.5 h + 0.5 conv3x3(h), (B, C, P, P), as `Phi` of models/pyramid.py adds it.
+    """f_hat + 0.5 h + 0.5 conv3x3(h), (B, C, P, P), as `Phi` of models/seams.py computes it.
 
     weight (C, C, 3, 3), bias (C,). One accumulator per output, input channels and then kernel rows
     and columns ascending.

@@ -1,5 +1,5 @@
-"""Tensors on their way to C, which trusts what it is told: a wrong dtype, size or device here would
-be memory of somebody else's there."""
+"""Checks tensors before C gets their addresses: C trusts what it gets, and with a wrong dtype,
+size or device it would read or write memory of others."""
 
 from __future__ import annotations
 

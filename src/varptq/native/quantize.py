@@ -1,13 +1,14 @@
 """Inputs of Linear layers to codes on the native core (src/quantize/).
 
-    rows = quantize(x, num_bits=8, row_group=None, weight_group=None, sign_split=False, norm=None,
-                    gelu=False, means=None, mean_rows=None, hadamard=None, layer="") -> Rows
+    rows = quantize(x, num_bits=8, row_group=None, weight_group=None, sign_split=False,
+                    codebook=None, norm=None, gelu=False, means=None, mean_rows=None,
+                    hadamard=None, layer="") -> Rows
 
-The definitions are those of varptq.quant (affine, sign_split, transforms), to the bit. `row_group`
-is the activation group in channels (None: one scale per row), `weight_group` that of the weight
-that the rows will meet: codes are laid out by segments, the finer of both groups, each padded to a
-multiple of 64 channels. Results do not depend on threads, which are torch's. Shapes: M rows, K
-inputs, Ga groups of activations, S segments, Lp their padded length.
+The definitions are those of varptq.quant (affine, codebook, sign_split, transforms), to the bit.
+`row_group` is the activation group in channels (None: one scale per row), `weight_group` that of
+the weight that the rows will meet: codes are laid out by segments, the finer of both groups, each
+padded to a multiple of 64 channels. Results do not depend on threads, which are torch's. Shapes: M
+rows, K inputs, Ga groups of activations, S segments, Lp their padded length.
 """
 
 from __future__ import annotations
@@ -24,6 +25,25 @@ from varptq.native.binding import call
 from varptq.native.pointers import TYPES, per_token, pointer, row_numbers
 
 _NO_PROLOGUE, _NORM, _GELU = 0, 1, 2
+MOST_ENTRIES = 32
+
+
+class CodebookArgs(ctypes.Structure):
+    """vq_codebook of src/varptq.h."""
+
+    _fields_ = (("entries", c_float * MOST_ENTRIES), ("count", c_int32), ("reach", c_float))
+
+
+class Codebook(NamedTuple):
+    """The positive half of a codebook, up to 127, and the scale of a slice over its deviation
+    (varptq.quant.codebook)."""
+
+    entries: tuple[int, ...]
+    reach: float
+
+    def arguments(self) -> CodebookArgs:
+        numbers = (c_float * MOST_ENTRIES)(*self.entries)
+        return CodebookArgs(numbers, len(self.entries), self.reach)
 
 
 class QuantizeArgs(ctypes.Structure):
@@ -46,6 +66,7 @@ class QuantizeArgs(ctypes.Structure):
         ("mean_row", c_void_p),
         ("num_bits", c_int32),
         ("sign_split", c_int32),
+        ("codebook", CodebookArgs),
         ("group", c_int64),
         ("segment", c_int64),
         ("codes", c_void_p),
@@ -118,6 +139,7 @@ def quantize(
     row_group: int | None = None,
     weight_group: int | None = None,
     sign_split: bool = False,
+    codebook: Codebook | None = None,
     norm: Norm | None = None,
     gelu: bool = False,
     means: Tensor | None = None,
@@ -130,9 +152,8 @@ def quantize(
     the token.
 
     In this order: `norm` or `gelu`, minus `means` (R, K) float32 at the rows `mean_rows` (l,) int32
-    (without them row 0), rotation in blocks of `hadamard`, codes. `keep_values` returns what was
-    quantized as `values`, for tests. Raises `NonFiniteError` naming `layer` on NaN or infinity.
-    """
+    (without them row 0), rotation in blocks of `hadamard`, codes (of a codebook: entries plus 128).
+    `keep_values` keeps what was quantized, for tests. Raises `NonFiniteError` naming `layer`."""
     inputs = x.shape[-1]
     row, _, segment = layout(inputs, row_group, weight_group)
     if x.dtype not in TYPES or not x.is_contiguous():
@@ -147,7 +168,8 @@ def quantize(
     values = torch.empty((m, inputs), dtype=torch.float32, device="cpu") if keep_values else None
     a = QuantizeArgs(rows=m, width=inputs, row_stride=inputs)
     a.x = pointer(x, f"input of layer {layer}", x.dtype, *x.shape)
-    a.x_type, a.num_bits, a.sign_split = TYPES[x.dtype], num_bits, sign_split
+    a.x_type, a.num_bits, a.sign_split = TYPES[x.dtype], 8 if codebook else num_bits, sign_split
+    a.codebook = codebook.arguments() if codebook else CodebookArgs()
     a.group, a.segment, a.hadamard = row, segment, hadamard or 0
     a.rows_per_image = max(1, m // max(1, images))
     a.prologue = _NORM if norm else _GELU if gelu else _NO_PROLOGUE
@@ -168,4 +190,5 @@ def quantize(
     a.threads = torch.get_num_threads()
     if not call("vq_quantize", a):
         raise NonFiniteError(f"layer {layer}: input holds NaN or infinity")
-    return Rows(codes, scale, zero_point, sums, num_bits, row, segment, sign_split, x.shape, values)
+    cut = (a.num_bits, row, segment, sign_split)
+    return Rows(codes, scale, zero_point, sums, *cut, x.shape, values)

@@ -4,8 +4,12 @@
     h(alpha) = clamp(1.2 sigmoid(alpha) - 0.1, 0, 1)
 
 alpha starts where h is the fractional part of w/s, so the soft weight starts as the float weight.
-A regularizer drives h to 0 or 1; afterwards h becomes (alpha >= 0). Pure functions; the training
-loop is elsewhere.
+A regularizer drives h to 0 or 1; afterwards h becomes (alpha >= 0). Where values are entries e of a
+table, not even steps, the choice is between neighbours and h starts as the share of the way:
+
+    w = s (e_q + h(alpha) (e_(q+1) - e_q)),    e_q <= w/s < e_(q+1)
+
+Pure functions; the training loop is elsewhere.
 """
 
 from __future__ import annotations
@@ -27,8 +31,33 @@ def floor_codes(w: Tensor, grid: Grid) -> Tensor:
 def init_alpha(w: Tensor, grid: Grid) -> Tensor:
     """alpha for which h is the fractional part of w / s; finite for every finite w."""
     steps = w / grid.scale
-    fraction = steps - torch.floor(steps)
+    return alpha_of(steps - torch.floor(steps))
+
+
+def alpha_of(fraction: Tensor) -> Tensor:
+    """alpha for which h is this number in [0, 1]."""
     return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
+
+
+def entries_below(w: Tensor, grid: Grid, table: Tensor) -> tuple[Tensor, Tensor]:
+    """q in [0, 2^b - 2] and the share of the way from entry q to the next, in [0, 1]. table: (2^b,)
+    float32, ascending."""
+    steps = w / torch.where(grid.scale > 0, grid.scale, 1.0)
+    above = torch.bucketize(steps.contiguous(), table, right=True)
+    floor = (above - 1).clamp(0, len(table) - 2)
+    low, high = table[floor], table[floor + 1]
+    return floor.to(w.dtype), ((steps - low) / (high - low)).clamp(0, 1)
+
+
+def entry_values(floor: Tensor, alpha: Tensor, grid: Grid, table: Tensor, *, hard: bool) -> Tensor:
+    """Values between entry `floor` and the next; `hard`: one of the two, with the gradient of what
+    lies between."""
+    index = floor.long()
+    low, high = table[index], table[index + 1]
+    share = soft_target(alpha)
+    if hard:
+        share = share + ((alpha >= 0).to(share.dtype) - share).detach()
+    return grid.scale * (low + share * (high - low))
 
 
 def soft_target(alpha: Tensor) -> Tensor:

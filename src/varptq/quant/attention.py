@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varptq.models.seams import Mix, Scores, Span
-from varptq.quant.affine import LEAST_SCALE, Grid, affine_codes, affine_values, wide
+from varptq.quant.affine import LEAST_SCALE, Grid, affine_values, wide
 from varptq.quant.config import AttentionSpec, TensorSpec
 from varptq.quant.quantizers import QUANTIZERS
 from varptq.quant.shift_sum import copies_of, fixed_codes, orders, shift_sum_fake, token_scores
@@ -86,8 +86,10 @@ class QuantMix(Mix):
         if self.theta is None and self.spec.policy == "release":
             return QUANTIZERS[spec.type].straight_through(v_BHLc, spec, (-2, -1))
         grid = self.value_grid(v_BHLc, span)
-        if self.theta is None:
-            return affine_values(affine_codes(v_BHLc, grid, spec.num_bits), grid).to(v_BHLc.dtype)
+        row = QUANTIZERS[spec.type]
+        if self.theta is None or not row.even_steps:
+            codes = row.codes(v_BHLc, grid, spec.num_bits)
+            return row.values(codes, grid, spec.num_bits).to(v_BHLc.dtype)
         order = self.orders(p_BHlL)
         if self.spec.policy == "release":
             return shift_sum_fake(v_BHLc, grid, order, spec.num_bits)
@@ -101,16 +103,16 @@ class QuantMix(Mix):
         spec = self.spec.value
         assert spec is not None
         grid, order = self.value_grid(v_BHLc, span), self.orders(p_BHlL)
-        copies = copies_of(order, grid.scale.dtype)
-        codes = (
-            affine_codes(v_BHLc, grid, spec.num_bits)
-            if self.theta is None
-            else fixed_codes(v_BHLc, grid, order, spec.num_bits, self.spec.max_order)
-        )
-        u_BHLc = (codes - grid.zero_point) * copies
+        copies, row = copies_of(order, grid.scale.dtype), QUANTIZERS[spec.type]
+        if self.theta is None or not row.even_steps:
+            codes = row.codes(v_BHLc, grid, spec.num_bits)
+        else:
+            codes = fixed_codes(v_BHLc, grid, order, spec.num_bits, self.spec.max_order)
+        u_BHLc = row.integers(codes, grid, spec.num_bits) * copies
         step_BHL1 = grid.scale / copies
-        # Relative to the largest step, so that the rule's floor is one of probabilities.
-        largest = step_BHL1.amax(dim=-2, keepdim=True)
+        # Relative to the largest step, so that the rule's floor is one of probabilities. A step of
+        # 0 belongs to values of 0.
+        largest = step_BHL1.amax(dim=-2, keepdim=True).clamp(min=LEAST_SCALE)
         relative_BH1L = (step_BHL1 / largest).transpose(-1, -2)
         folded_BHlL = self._fake_probability(wide(p_BHlL) * relative_BH1L)
         out_BHlc = super().forward(folded_BHlL, u_BHLc, span) * largest

@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 from varptq.models.scales import Scales
 
 # A float operand counts as 16 bits, whatever dtype computes it here.
-FLOAT_BITS = 16
+FLOAT_BITS, INT8 = 16, 8
 # Kind of the entries for online rotations, which a float model does not have.
 ROTATION = "rotation"
+# Before the kinds of the products with a text.
+CROSS = "cross_"
 
 
 class LayerShape(NamedTuple):
@@ -39,7 +41,8 @@ class LayerShape(NamedTuple):
 
 
 class ProductShape(NamedTuple):
-    """The two products of an attention module. Bits None: that operand stays in float."""
+    """The two products of an attention module. Bits None: that operand stays in float. text: tokens
+    of the text that the queries see in place of tokens of the image."""
 
     name: str
     num_heads: int
@@ -48,6 +51,7 @@ class ProductShape(NamedTuple):
     key_bits: int | None
     probability_bits: int | None
     value_bits: int | None
+    text: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,18 @@ class BopsAccount:
     def float_total(self) -> int:
         products = (entry for entry in self.entries if entry.kind != ROTATION)
         return sum(entry.macs_per_image for entry in products) * FLOAT_BITS**2
+
+    @property
+    def on_int8(self) -> int:
+        """What a multiplier of 8 bits does: it gains nothing from narrower operands."""
+        return sum(
+            entry.bops
+            if entry.kind == ROTATION
+            else entry.macs_per_image
+            * max(INT8, entry.weight_bits)
+            * max(INT8, entry.activation_bits)
+            for entry in self.entries
+        )
 
     def by_kind(self) -> dict[str, int]:
         """BOPs per kind (mat_qkv, fc1, query_key, ...), in order of first appearance."""
@@ -122,17 +138,19 @@ def rotation_entry(layer: LayerShape, block: int) -> BopsEntry:
 def product_entries(product: ProductShape, scales: Scales) -> tuple[BopsEntry, BopsEntry]:
     """Query-key and probability-value product: H * c * sum over scales of l_q * l_k each.
 
-    l_k counts the cached tokens, those of the scale itself included.
+    l_k counts the cached tokens, those of the scale itself included, or those of the text.
     """
-    pairs = sum(l_q * l_k for l_q, l_k in zip(scales.lengths, scales.ends, strict=True))
+    keys = scales.ends if product.text is None else (product.text,) * scales.num_scales
+    pairs = sum(l_q * l_k for l_q, l_k in zip(scales.lengths, keys, strict=True))
     macs = product.num_heads * product.head_dim * pairs
-    name, _, _, q, k, p, v = product
-    return (
-        BopsEntry(f"{name}.query_key", "query_key", macs, k or FLOAT_BITS, q or FLOAT_BITS),
-        BopsEntry(
-            f"{name}.probability_value", "probability_value", macs, v or FLOAT_BITS, p or FLOAT_BITS
-        ),
+    name, _, _, q, k, p, v, text = product
+    kind = "" if text is None else CROSS
+    operands = (("query_key", k, q), ("probability_value", v, p))
+    first, second = (
+        BopsEntry(f"{name}.{what}", f"{kind}{what}", macs, a or FLOAT_BITS, b or FLOAT_BITS)
+        for what, a, b in operands
     )
+    return first, second
 
 
 def account(

@@ -22,6 +22,8 @@ from varptq.settings import Settings
 # Shift-and-sum cuts a step into 2^3 at most (the paper); integer kernels keep values in a signed
 # byte.
 MAX_ORDER, MAX_STORED = 3, 127
+# How the weights of an autoencoder's convolutions are stored: "int8" with their inputs in 8 bits.
+Precision = Literal["float32", "bf16", "int8"]
 # The type of a spec that names none.
 USUAL_TYPE = "affine"
 
@@ -29,8 +31,9 @@ USUAL_TYPE = "affine"
 class TensorSpec(Settings):
     """How one kind of tensor becomes codes; field names follow compressed-tensors where it has one.
 
-    type: a row of `QUANTIZERS`: "affine" (scale and zero point), "sign_split" (a scale per sign),
-        "log2" and "uniform" (attention probabilities, scaled by their row maximum).
+    type: a row of `QUANTIZERS`: "affine" (scale and zero point), "codebook" (entries for Gaussian
+        values, 2 to 6 bits), "sign_split" (a scale per sign), "log2" and "uniform" (attention
+        probabilities, scaled by their row maximum).
     strategy: the extent of one scale. "channel" = one output row of a weight, or one head channel
         of the keys; "token" = the last axis; "group" = `group_size` neighbours on the last axis;
         "head" = all tokens and channels of one head.
@@ -108,6 +111,8 @@ def finest_order(num_bits: int) -> int:
 
 def _usual_order(fields: dict[str, Any]) -> int:
     value = fields["value"]
+    if value is not None and not QUANTIZERS[value.type].even_steps:
+        return 0
     if value is None or fields["policy"] == "release":
         return MAX_ORDER
     return finest_order(value.num_bits)
@@ -142,7 +147,8 @@ class AttentionSpec(Settings):
         cache. "token": values per token, fixed; the scale of a token is folded into its
         probabilities before these are quantized, so it leaves the product's contraction axis.
     max_order: finest order of shift-and-sum. Left out it is the paper's 3 under "release"; under
-        the others, whose values wait in the cache as integers, what these hold (`finest_order`).
+        the others, whose values wait in the cache as integers, what these hold (`finest_order`);
+        0, no copies, for values whose codes are no even steps.
     renormalize: divide each row by the sum of its quantized probabilities.
     """
 
@@ -169,6 +175,12 @@ class AttentionSpec(Settings):
                     f"policy {self.policy!r} with {what} strategy {spec.strategy!r}, "
                     f"expected {' or '.join(strategies)}"
                 )
+        value = self.value
+        if value is not None and self.max_order and not QUANTIZERS[value.type].even_steps:
+            raise ValueError(
+                f"max_order {self.max_order} with value type {value.type!r}, expected 0: shift-and-"
+                "sum needs even steps"
+            )
         return self
 
 
@@ -176,10 +188,11 @@ class InputTransform(Settings):
     """What is done to a Linear's input before it is quantized, folded into weight and bias
     (`varptq.quant.transforms`).
 
-    smooth: multiply channels by a fitted diagonal, where the layer before can take it in
-    (`varptq.quant.folds`): mat_qkv, proj, fc1 and the head. center: subtract the calibrated mean of
-    the token's scale. hadamard: rotate in blocks of this many channels. fallback: an input it does
-    not divide takes the largest power of two below that does; without it that is an error.
+    smooth: multiply channels by a fitted diagonal, where what is before can take it in
+    (`varptq.quant.folds`): mat_qkv, proj, fc1, the head, and most of what reads a text. center:
+    subtract the calibrated mean of the token's scale. hadamard: rotate in blocks of this many
+    channels. fallback: an input it does not divide takes the largest power of two below that does;
+    without it that is an error.
     """
 
     smooth: bool = False
@@ -231,7 +244,8 @@ class LayerRule(Settings):
     """Changes for layers whose name matches `targets` (shell pattern, e.g. "blocks.*.ffn.fc2").
 
     A field given as None means float (no transform); a field not given stays as it was. Later
-    rules win.
+    rules win. `autoencoder` is for convolutions of the autoencoder (e.g. "decoder.up.0.*"), the
+    other fields are for the transformer.
     """
 
     targets: str = Field(min_length=1)
@@ -239,6 +253,7 @@ class LayerRule(Settings):
     input: TensorSpec | None = None
     input_transform: InputTransform | None = None
     attention: AttentionSpec | None = None
+    autoencoder: Precision = "float32"
 
     @model_serializer(mode="wrap")
     def _only_what_was_said(self, handler: Any) -> dict[str, Any]:
@@ -248,11 +263,15 @@ class LayerRule(Settings):
 class QuantConfig(Settings):
     """Specs per tensor kind plus rules per layer name. `QuantConfig.preset("w4a4")` is the usual
     way in.
+
+    autoencoder: of its convolutions. "int8": weights in 8 bits per output channel; of the decoder,
+    inputs in 8 bits per image, too. "bf16": weights rounded to bfloat16.
     """
 
     name: str
     linear: LinearSpec
     attention: AttentionSpec | None
+    autoencoder: Precision = "float32"
     rules: tuple[LayerRule, ...] = ()
 
     def linear_for(self, layer: str) -> LinearSpec:
@@ -270,6 +289,14 @@ class QuantConfig(Settings):
             if "attention" in rule.model_fields_set:
                 spec = rule.attention
         return spec
+
+    def autoencoder_for(self, layer: str) -> Precision:
+        """The precision of the autoencoder's convolution named `layer` after all rules."""
+        found = self.autoencoder
+        for rule in self._matching(layer):
+            if "autoencoder" in rule.model_fields_set:
+                found = rule.autoencoder
+        return found
 
     def _matching(self, layer: str) -> list[LayerRule]:
         return [rule for rule in self.rules if fnmatchcase(layer, rule.targets)]

@@ -5,12 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from varptq.quant.attention import QuantMix
+from varptq.quant.convolution import QuantConvolution
 from varptq.quant.layers import QuantLinear
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """Quantized Linear layers by full name."""
     return {m.layer: m for m in model.modules() if isinstance(m, QuantLinear)}
+
+
+def quant_convolutions(model: nn.Module) -> dict[str, QuantConvolution]:
+    """Quantized convolutions by full name."""
+    return {m.layer: m for m in model.modules() if isinstance(m, QuantConvolution)}
 
 
 def quant_mixes(model: nn.Module) -> list[QuantMix]:

@@ -11,8 +11,7 @@ products are in attention.py. Shapes as in models/seams.py; G groups of g input 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.seams import Span
 from varptq.quant import adaround
 from varptq.quant.affine import Grid, affine_values, all_finite, from_groups, to_groups
+from varptq.quant.buffers import TypedBuffers
 from varptq.quant.config import InputTransform, LinearSpec, TensorSpec
 from varptq.quant.quantizers import QUANTIZERS, Quantizer
 from varptq.quant.straight_through import rounded_weight
@@ -31,9 +31,6 @@ from varptq.quant.transforms import (
     rotate_weight,
     transformed,
 )
-
-# Buffers of a QuantLinear that keep their dtype when the model is cast.
-FLOAT32_BUFFERS = ("scale", "zero_point", "means", "mean_bias")
 
 
 def weight_grid(weight: Tensor, spec: TensorSpec, layer: str) -> tuple[Tensor, Grid]:
@@ -54,21 +51,33 @@ def weight_grid(weight: Tensor, spec: TensorSpec, layer: str) -> tuple[Tensor, G
 
 
 class LearnedRounding(nn.Module):
-    """A weight while its rounding is learned: codes = floor(w / s) + z + h(alpha)."""
+    """A weight while its rounding is learned: codes = floor(w / s) + z + h(alpha), or of a table
+    the entry below and h(alpha)."""
 
-    def __init__(self, rows: Tensor, grid: Grid, num_bits: int, hard: bool) -> None:
+    def __init__(
+        self, rows: Tensor, grid: Grid, num_bits: int, hard: bool, table: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.grid, self.num_bits, self.hard = grid, num_bits, hard
-        self.floor = adaround.floor_codes(rows, grid)
-        self.alpha = nn.Parameter(adaround.init_alpha(rows, grid))
+        self.table = None if table is None else table.float()
+        if self.table is None:
+            self.floor, alpha = adaround.floor_codes(rows, grid), adaround.init_alpha(rows, grid)
+        else:
+            self.floor, share = adaround.entries_below(rows, grid, self.table)
+            alpha = adaround.alpha_of(share)
+        self.alpha = nn.Parameter(alpha)
 
     def weight(self) -> Tensor:
         """(out, in) float32 weight, differentiable in alpha: rounded by the sign of alpha (`hard`)
         or by the fraction h(alpha)."""
-        if self.hard:
-            return rounded_weight(self.floor, self.alpha, self.grid, self.num_bits).flatten(1)
-        codes = adaround.soft_codes(self.floor, self.alpha, self.num_bits)
-        return affine_values(codes, self.grid).flatten(1)
+        floor, alpha, grid = self.floor, self.alpha, self.grid
+        if self.table is not None:
+            values = adaround.entry_values(floor, alpha, grid, self.table, hard=self.hard)
+        elif self.hard:
+            values = rounded_weight(floor, alpha, grid, self.num_bits)
+        else:
+            values = affine_values(adaround.soft_codes(floor, alpha, self.num_bits), grid)
+        return values.flatten(1)
 
     def hard_codes(self) -> Tensor:
         """(out, G, g) integer-valued codes: h rounded to 0 or 1 by the sign of alpha."""
@@ -94,13 +103,28 @@ class TunedScales(nn.Module):
         return self.quantizer.values(self.codes, grid, self.num_bits).flatten(1)
 
 
-class QuantLinear(nn.Module):
+def mean_rows(spans: Sequence[Span], num_rows: int) -> Tensor:
+    """(spans,) int64: which row of a table of means the tokens of each span take. A schedule of
+    more scales than the table has rows takes the last one for the rest, and says so."""
+    if spans[-1].scale >= num_rows:
+        warnings.warn(
+            f"scale {spans[-1].scale + 1} was not calibrated: means of the finest of {num_rows} "
+            "scales stand in; quantize at this size if quality matters",
+            stacklevel=2,
+        )
+    scales = [min(span.scale, num_rows - 1) for span in spans]
+    return torch.tensor(scales, dtype=torch.int64, device="cpu")
+
+
+class QuantLinear(TypedBuffers):
     """A Linear with quantized weight and/or input.
 
     Buffers: `codes` (out, in) uint8, `scale` and `zero_point` (out, G) float32; a weight kept in
     float (spec.weight None) stays a parameter instead. A rotation of the input is folded into
     either. With centring, `means` (K, in) and `mean_bias` (K, out) float32 hold a row per scale, or
-    one row for a layer that sees no tokens. `rounding` and `tuning` exist only during calibration.
+    one row for a layer that sees no tokens. No cast of the model reaches them: grids give codes
+    their values, and means leave a small difference of large numbers. `rounding` and `tuning` exist
+    only during calibration.
     """
 
     codes: Tensor
@@ -161,18 +185,6 @@ class QuantLinear(nn.Module):
         """uint8 codes as (out, G, g)."""
         return self.codes.unflatten(1, (self.scale.shape[1], -1))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda` and `bfloat16` go through. Scale and zero point give the codes their
-        values, so they follow the model to another device but not to another dtype; nor do the
-        means, which leave a small difference of large numbers."""
-        grid = {name: buffer for name, buffer in self._buffers.items() if name in FLOAT32_BUFFERS}
-        super()._apply(fn, recurse)
-        for name, before in grid.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
-
     def _set_codes(self, codes_OGg: Tensor) -> None:
         self.codes = codes_OGg.flatten(1).to(torch.uint8)
         self._cached_weight = None
@@ -195,15 +207,17 @@ class QuantLinear(nn.Module):
     def start_rounding(self, *, hard: bool) -> LearnedRounding:
         """Make the rounding of this weight learnable, starting at the float weight.
 
-        Raises `ConfigError` for a type whose codes are no even steps."""
-        assert self.spec.weight is not None and self.float_weight is not None
-        if not self.quantizer.even_steps:
+        Raises `ConfigError` for a type with neither even steps nor a table."""
+        spec, row = self.spec.weight, self.quantizer
+        assert spec is not None and self.float_weight is not None
+        if not (row.even_steps or row.table):
             raise ConfigError(
-                f"layer {self.layer}: weight type {self.spec.weight.type!r} has no learned "
-                "rounding; use rounding gptq or nearest"
+                f"layer {self.layer}: weight type {spec.type!r} has no learned rounding; use "
+                "rounding gptq or nearest"
             )
         rows = to_groups(self.float_weight.float(), self.codes_grouped.shape[-1])
-        self.rounding = LearnedRounding(rows, self.grid, self.spec.weight.num_bits, hard)
+        table = row.table(spec.num_bits, rows.device) if row.table else None
+        self.rounding = LearnedRounding(rows, self.grid, spec.num_bits, hard, table)
         return self.rounding
 
     def finish_rounding(self) -> None:
@@ -261,6 +275,12 @@ class QuantLinear(nn.Module):
         fake = QUANTIZERS[spec.type].straight_through(rows, spec)
         return from_groups(fake) if group else fake
 
+    def plain_input(self, x: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
+        """`quantized_input` before it is quantized."""
+        return transformed(
+            x, self._tables(spans, x.device)[0] if self.centred else None, self.block
+        )
+
     def quantized_input(self, x: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
         """What the weight is multiplied with: x (..., in) transformed and on its grid."""
         return self.fake_input(x, self._tables(spans, x.device)[0] if self.centred else None)
@@ -273,20 +293,12 @@ class QuantLinear(nn.Module):
 
     def _tables(self, spans: Sequence[Span] | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean (l, in) and what it is worth in the output (l, out) for every token; one row for a
-        layer that sees no tokens. A schedule with more scales than the table has rows takes the
-        mean of all rows and says so."""
+        layer that sees no tokens."""
         if spans is None:
             assert len(self.means) == 1, f"layer {self.layer} wants to know its tokens' scales"
             return self.means, self.mean_bias
-        if spans[-1].scale >= len(self.means):
-            warnings.warn(
-                f"layer {self.layer}: means of {len(self.means)} scales, found scale "
-                f"{spans[-1].scale + 1}; the mean of all stands in",
-                stacklevel=2,
-            )
-            return self.means.mean(0, keepdim=True), self.mean_bias.mean(0, keepdim=True)
+        scales = mean_rows(spans, len(self.means)).to(device)
         lengths = [span.length for span in spans]
-        scales = torch.tensor([span.scale for span in spans], dtype=torch.int64, device=device)
         rows = scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=device))
         return self.means[rows], self.mean_bias[rows]
 

@@ -5,11 +5,12 @@
 For 4 bits this is the layout of compressed-tensors (eight codes a word, the first in the lowest
 nibble); widths that do not divide 32 straddle words, so nothing is wasted but the end of the last
 word, which is zero. The pattern repeats every 32 / gcd(b, 32) codes, and one step moves the codes
-at one place of the pattern for all rows at once.
+at one place of the pattern for all rows at once; widths that divide a byte are read by bytes.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from math import gcd
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WORD_BITS = 32
+BYTE_BITS = 8
 
 
 class _Place(NamedTuple):
@@ -76,7 +78,8 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, num_bits: int, n: int) -> Tensor:
-    """words (rows, ceil(n * num_bits / 32)) int32 to codes (rows, n) uint8: the inverse of `pack`.
+    """words (rows, ceil(n * num_bits / 32)) int32 to codes (rows, n) uint8 of memory of their own:
+    the inverse of `pack`.
 
     Raises ValueError where the number of words is not that of n codes.
     """
@@ -86,6 +89,8 @@ def unpack(words: Tensor, num_bits: int, n: int) -> Tensor:
             f"{found} words a row for {n} codes of {num_bits} bits, "
             f"expected {packed_words(n, num_bits)}"
         )
+    if BYTE_BITS % num_bits == 0 and sys.byteorder == "little":
+        return _from_bytes(words.contiguous().view(torch.uint8), num_bits)[:, :n].clone()
     pattern_codes, pattern_words = _pattern(num_bits)
     blocks = _padded(words, pattern_words)
     codes = torch.empty(
@@ -99,3 +104,13 @@ def unpack(words: Tensor, num_bits: int, n: int) -> Tensor:
             code |= (blocks[..., place.word + 1] & (2**place.spill - 1)) << kept
         codes[..., place.code] = code
     return codes.flatten(1)[:, :n].contiguous()
+
+
+def _from_bytes(codes: Tensor, num_bits: int) -> Tensor:
+    """(rows, bytes) to (rows, codes), several codes a byte, the first one lowest: halves of bytes,
+    and halves of those, each moved into a byte of its own."""
+    for width in (4, 2, 1)[: (BYTE_BITS // num_bits).bit_length() - 1]:
+        pairs = codes.to(torch.int16)
+        pairs = (pairs << (BYTE_BITS - width)).bitwise_or_(pairs)
+        codes = pairs.bitwise_and_((2**width - 1) * 0x0101).view(torch.uint8)
+    return codes

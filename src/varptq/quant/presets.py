@@ -2,9 +2,10 @@
 
 The bare name is what measures best among what integers can execute (docs/quality.md): inputs
 smoothed, centred and rotated, probabilities uniform at 8 bits, word_embed and the head's input at 8
-bits, keys and values on a scale per token. "w<bits>a<bits>+paper" is the paper's assignment of
-quantizers (docs/method.md section 2). Further modifiers change one thing each of either and apply
-in the order written:
+bits, keys and values on a scale per token; below 6 bits, codebooks without groups; and the
+autoencoder in 8 bits but for the ends of its networks. "w<bits>a<bits>+paper" is the paper's
+assignment of quantizers (docs/method.md section 2), whose autoencoder stays in float. Further
+modifiers change one thing each of either and apply in the order written:
 
     litevar     fc2 stays in float (LiteVAR)          skip-head   the head stays in float
     released    ranges as the released code           p8          probabilities uniform, 8 bits
@@ -14,39 +15,56 @@ in the order written:
     center      Linear inputs less their mean         io8         the same, head weight as it was
     rotate      Linear inputs in Hadamard blocks      g32         grouped inputs in groups of 32
     segment     values per head and scale             token       values per token
+    codebook    codebooks without groups up to        proj8       the input of proj at 8 bits
+                6 bits, 8 bits as they are            groups      uniform steps in groups where a
+                                                                  bare name has codebooks
+    vae8        the autoencoder in 8 bits         vae16       its weights in bfloat16
+    vae32       the autoencoder in float
 
-"paper", "balanced" and "best" are names of their own for w4a4+paper, w4a4 and w4a4+qk6+v6+g32.
+"bops1" and "best" spread bits over kinds of layers, as the search of `varptq analyze --frontier`
+found for 1.00 and 1.15 times the bit operations of w4a4+paper; they take modifiers too. "paper" and
+"balanced" are names of their own for w4a4+paper and w4a4.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from varptq.errors import ConfigError
 from varptq.quant.affine import RangeRule
 from varptq.quant.config import (
+    USUAL_TYPE,
     AttentionSpec,
     InputTransform,
     LayerRule,
     LinearSpec,
+    Precision,
     QuantConfig,
     TensorSpec,
 )
-from varptq.quant.quantizers import MAX_BITS, MIN_BITS
+from varptq.quant.quantizers import MAX_BITS, MIN_BITS, QUANTIZERS, types_of
 
 # The released code switches to groups below this width (docs/method.md section 2: "b >= 6" against
 # "b <= 5").
 GROUPED_BELOW_BITS = 6
 WEIGHT_GROUP, INPUT_GROUP = 128, 64
 HADAMARD_BLOCK = 128
-FC2 = "blocks.*.ffn.fc2"
-# Modifiers of every bare name, and the word that leaves them out.
-BEYOND_PAPER = ("smooth", "center", "rotate", "p8", "io8", "token")
-PAPER = "paper"
+# Without groups a rotation may mix as much of the row as a power of two divides, up to this.
+WIDEST_BLOCK = 1024
+FC2, PROJ, WORD_EMBED, HEAD = "blocks.*.ffn.fc2", "blocks.*.attn.proj", "word_embed", "head"
+# The first and the last convolution of an encoder and of a decoder.
+ENDS = ("*.conv_in", "*.conv_out")
+# The layers that presets have rules for. A family may have none of such a name.
+QUERIES, OUTPUTS, ADALN = "blocks.*.mat_q*", "blocks.*.proj", "*ada_lin.1"
+TARGETS = (FC2, PROJ, WORD_EMBED, HEAD, QUERIES, OUTPUTS, ADALN, *ENDS)
+# Modifiers of every bare name, those of single ones, and the word that leaves them out.
+BEYOND_PAPER = ("smooth", "center", "rotate", "p8", "io8", "token", "vae8")
+PAPER, GROUPS = "paper", "groups"
+CODEBOOK = "codebook"
 BASE_NAME = r"w([0-9]+)a([0-9]+)"
-NAMES = {"paper": "w4a4+paper", "balanced": "w4a4", "best": "w4a4+qk6+v6+g32"}
+NAMES = {"paper": "w4a4+paper", "balanced": "w4a4", "bops1": "w3a5+spread1", "best": "w3a5+spread"}
 
 Modifier = Callable[[QuantConfig], QuantConfig]
 
@@ -66,7 +84,10 @@ def preset(name: str) -> QuantConfig:
     for side, value in zip(("weight", "activation"), bits, strict=True):
         if not MIN_BITS <= value <= MAX_BITS:
             raise ConfigError(f"preset {name!r}: {side} bits {value} not in {MIN_BITS}..{MAX_BITS}")
-    modifiers = modifiers[1:] if modifiers[:1] == [PAPER] else [*BEYOND_PAPER, *modifiers]
+    bare = [*BEYOND_PAPER]
+    if min(bits) < GROUPED_BELOW_BITS and GROUPS not in modifiers:
+        bare.append(CODEBOOK)
+    modifiers = modifiers[1:] if modifiers[:1] == [PAPER] else [*bare, *modifiers]
     config = from_bits(*bits)
     for modifier in modifiers:
         if modifier == PAPER:
@@ -113,6 +134,73 @@ def input_spec(bits: int) -> TensorSpec:
     )
 
 
+def _codebooks(config: QuantConfig) -> QuantConfig:
+    """A scale per token, keys and values included, and per output row: codebooks where there are
+    such widths. What is rotated is rotated in the widest blocks."""
+    config = MODIFIERS["token"](config)
+    linear, attention, how = config.linear, config.attention, config.linear.input_transform
+    if how is not None and how.hadamard:
+        linear = linear.replace(input_transform=how.replace(hadamard=WIDEST_BLOCK))
+    assert attention is not None
+    weight, x = _codebook(linear.weight, "weight"), _codebook(linear.input, "input")
+
+    def without_groups(rule: LayerRule) -> LayerRule:
+        both = {
+            "weight": _codebook(rule.weight, "weight"),
+            "input": _codebook(rule.input, "input"),
+        }
+        return rule.replace(**{k: spec for k, spec in both.items() if k in rule.model_fields_set})
+
+    operands = {n: _codebook(getattr(attention, n), n) for n in ("query", "key", "value")}
+    value = operands["value"]
+    order = 0 if value is not None and value.type == CODEBOOK else attention.max_order
+    return config.replace(
+        linear=linear.replace(weight=weight, input=x),
+        attention=attention.replace(**operands, max_order=order),
+        rules=tuple(map(without_groups, config.rules)),
+    )
+
+
+def group_free(bits: int, operand: str) -> TensorSpec:
+    """The quantizer of an operand without groups: a codebook where there is one of that width."""
+    kind = CODEBOOK if bits in QUANTIZERS[CODEBOOK].widths else USUAL_TYPE
+    strategy = "channel" if operand == "weight" else "token"
+    return TensorSpec(num_bits=bits, type=kind, strategy=strategy)
+
+
+def _codebook(spec: TensorSpec | None, operand: str) -> TensorSpec | None:
+    if spec is None or spec.num_bits not in QUANTIZERS[CODEBOOK].widths:
+        return spec
+    return group_free(spec.num_bits, operand)
+
+
+class Spread(NamedTuple):
+    """Bits by kind of layer: of weight and input by pattern, and of attention."""
+
+    linears: Mapping[str, tuple[int, int]]
+    query_key: int
+    value: int
+
+    def apply(self, config: QuantConfig) -> QuantConfig:
+        rules = (
+            LayerRule(targets=targets, weight=group_free(w, "weight"), input=group_free(x, "input"))
+            for targets, (w, x) in self.linears.items()
+        )
+        config = MODIFIERS["token"](config.with_rules(*rules))
+        operands = {"query": self.query_key, "key": self.query_key, "value": self.value}
+        specs = {name: group_free(bits, name) for name, bits in operands.items()}
+        return _attention(config, max_order=0, **specs)
+
+
+# AdaLN has 3 bits although the search takes 2: it was made on 10 classes, which rounding can fit.
+SPREADS = {
+    "spread1": Spread(
+        {QUERIES: (3, 6), OUTPUTS: (3, 6), FC2: (2, 5), ADALN: (3, 6), HEAD: (4, 6)}, 5, 5
+    ),
+    "spread": Spread({QUERIES: (3, 6), OUTPUTS: (4, 6), ADALN: (3, 6), HEAD: (4, 6)}, 6, 6),
+}
+
+
 def _keep_float(*targets: str) -> Modifier:
     rules = [LayerRule(targets=target, weight=None, input=None) for target in targets]
     return lambda config: config.with_rules(*rules)
@@ -126,9 +214,15 @@ def _attention(config: QuantConfig, **changes: Any) -> QuantConfig:
 def _operand_bits(bits: int, *operands: str) -> Modifier:
     def change(config: QuantConfig) -> QuantConfig:
         specs = {name: getattr(config.attention, name) for name in operands}
-        return _attention(config, **{k: spec.replace(num_bits=bits) for k, spec in specs.items()})
+        return _attention(config, **{k: _sized(spec, bits) for k, spec in specs.items()})
 
     return change
+
+
+def _sized(spec: TensorSpec, bits: int) -> TensorSpec:
+    """`spec` at another width; affine where its own type has no such width."""
+    known = bits in QUANTIZERS[spec.type].widths
+    return spec.replace(num_bits=bits, type=spec.type if known else USUAL_TYPE)
 
 
 def _policy(policy: str, value_strategy: str) -> Modifier:
@@ -140,7 +234,9 @@ def _policy(policy: str, value_strategy: str) -> Modifier:
         assert spec is not None and spec.query and spec.key and spec.value
         query = spec.query.replace(range_rule="with_zero")
         key = spec.key.replace(strategy="token", range_rule="with_zero")
-        value = spec.value.replace(strategy=value_strategy, range_rule="with_zero")
+        served = value_strategy in types_of("value")[spec.value.type]
+        kind = spec.value.type if served else USUAL_TYPE
+        value = spec.value.replace(type=kind, strategy=value_strategy, range_rule="with_zero")
         return _attention(config, policy=policy, query=query, key=key, value=value)
 
     return change
@@ -167,7 +263,9 @@ def _transformed(**changes: Any) -> Modifier:
         if not (transform.center or transform.hadamard):
             return config.replace(linear=linear)
         rules = tuple(
-            rule.replace(input=rule.input.replace(type="affine")) if rule.input else rule
+            rule.replace(input=rule.input.replace(type=USUAL_TYPE))
+            if rule.input and rule.input.type == "sign_split"
+            else rule
             for rule in config.rules
         )
         return config.replace(linear=linear, rules=rules)
@@ -179,8 +277,8 @@ def _edges(bits: int, *, head_weight: bool) -> Modifier:
     """word_embed and the head; the head's weight at 8 bits costs as much as both its sides."""
     head: dict[str, Any] = {"weight": weight_spec(bits)} if head_weight else {}
     return lambda config: config.with_rules(
-        LayerRule(targets="word_embed", weight=weight_spec(bits), input=input_spec(bits)),
-        LayerRule(targets="head", input=input_spec(bits), **head),
+        LayerRule(targets=WORD_EMBED, weight=weight_spec(bits), input=input_spec(bits)),
+        LayerRule(targets=HEAD, input=input_spec(bits), **head),
     )
 
 
@@ -202,9 +300,22 @@ def _input_groups(size: int) -> Modifier:
     return change
 
 
+def _autoencoder(precision: Precision) -> Modifier:
+    """Its convolutions at this precision. The ends cost as much as all between them, and hold
+    hardly any weights, so they stay in float."""
+    ends = ENDS if precision != "float32" else ()
+
+    def change(config: QuantConfig) -> QuantConfig:
+        others = (r for r in config.rules if "autoencoder" not in r.model_fields_set)
+        rules = (*others, *(LayerRule(targets=end, autoencoder="float32") for end in ends))
+        return config.replace(autoencoder=precision, rules=rules)
+
+    return change
+
+
 MODIFIERS: dict[str, Modifier] = {
     "litevar": _keep_float(FC2),
-    "skip-head": _keep_float("head"),
+    "skip-head": _keep_float(HEAD),
     "released": _released_ranges,
     "p8": lambda config: _attention(config, probability=TensorSpec(num_bits=8, type="uniform")),
     "renorm": lambda config: _attention(config, renormalize=True),
@@ -220,6 +331,14 @@ MODIFIERS: dict[str, Modifier] = {
     "rotate": _transformed(hadamard=HADAMARD_BLOCK),
     "segment": _policy("segment", "head"),
     "token": _policy("token", "token"),
+    CODEBOOK: _codebooks,
+    # What it leaves out is in `preset`.
+    GROUPS: lambda config: config,
+    **{name: spread.apply for name, spread in SPREADS.items()},
+    "proj8": lambda config: config.with_rules(LayerRule(targets=PROJ, input=input_spec(8))),
+    "vae8": _autoencoder("int8"),
+    "vae16": _autoencoder("bf16"),
+    "vae32": _autoencoder("float32"),
 }
 
 

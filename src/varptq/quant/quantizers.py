@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from varptq.quant import affine, log2, sign_split, straight_through, uniform
-from varptq.quant.affine import Dims, RangeRule
+from varptq.quant import affine, codebook, log2, sign_split, straight_through, uniform
+from varptq.quant.affine import Dims, Grid, RangeRule
 
 MIN_BITS, MAX_BITS = 2, 8
 LINEAR_OPERANDS = ("weight", "input")
@@ -57,9 +57,12 @@ class Quantizer:
     trained: as `plain`, its gradient written out (straight_through.py) where autograd is slow.
     symmetric: as many codes below 0 as above, and no zero point.
     even_steps: on a `Grid`, values are (code - zero point) scale and codes the nearest; learned
-        rounding and attention values need that.
-    nearest: a code stands for the value nearest to x. unitless: 2^k x has the codes of x, under
-        the range rule "with_zero".
+        rounding needs that, and so do copies of attention values.
+    table: (num_bits, device) -> (2^b,) int8; on a `Grid` with zero points 0, values are
+        table[code] scale. Integer kernels multiply the table's entries, and GPTQ fits the scale.
+        Attention values need even steps or a table.
+    nearest: on its own grid a code stands for the value nearest to x.
+    unitless: 2^k x has the codes of x, under the range rule "with_zero".
     widths: the numbers of bits it exists for.
     kernels: the runtimes that execute it on integers; "simulated" executes every row.
     """
@@ -74,6 +77,7 @@ class Quantizer:
     range_rules: bool = False
     symmetric: bool = False
     even_steps: bool = False
+    table: Callable[[int, torch.device | None], Tensor] | None = None
     nearest: bool = True
     unitless: bool = False
     widths: range = range(MIN_BITS, MAX_BITS + 1)
@@ -83,8 +87,10 @@ class Quantizer:
         known = (*LINEAR_OPERANDS, *ATTENTION_OPERANDS)
         if unknown := [name for name in self.operands if name not in known]:
             raise ValueError(f"operand {unknown[0]!r}, expected one of {', '.join(known)}")
-        if "value" in self.operands and not self.even_steps:
-            raise ValueError("operand 'value' needs even_steps: its products fold the scale out")
+        if "value" in self.operands and not (self.even_steps or self.table):
+            raise ValueError(
+                "operand 'value' needs even_steps or a table: its products fold the scale out"
+            )
         for num_bits in self.widths if "weight" in self.operands else ():
             levels = self.levels(num_bits)
             if levels[0] < 0 or levels[-1] >= 2**num_bits:
@@ -114,6 +120,10 @@ class Quantizer:
             return self.fake(x, spec, dims)
         return self.trained(x, *self._said(spec, dims))
 
+    def integers(self, codes: Tensor, grid: Grid, num_bits: int) -> Tensor:
+        """What codes stand for in units of the scale, in the dtype of the grid."""
+        return self.values(codes, Grid(torch.ones_like(grid.scale), grid.zero_point), num_bits)
+
     def _said(self, spec: Spec, dims: Dims) -> tuple[Any, ...]:
         rest = (spec.range_rule,) if self.range_rules else ()
         return (spec.num_bits, dims, *rest)
@@ -138,6 +148,23 @@ QUANTIZERS = {
         range_rules=True,
         even_steps=True,
         unitless=True,
+        kernels=EVERYWHERE,
+    ),
+    "codebook": Quantizer(
+        grid=codebook.codebook_grid,
+        codes=codebook.codebook_codes,
+        values=codebook.codebook_values,
+        operands={
+            "weight": ("channel", "group"),
+            "input": ("token", "group"),
+            "query": ("token",),
+            "key": ("token",),
+            "value": ("token",),
+        },
+        table=codebook.entries,
+        nearest=False,
+        unitless=True,
+        widths=range(2, 7),
         kernels=EVERYWHERE,
     ),
     "sign_split": Quantizer(

@@ -40,11 +40,18 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = wide.unflatten(-1, (-1, block)) * signs(block, x.device)
+    # Two buffers that take turns, since new tensors cost more than the sums; autograd allows none.
+    spare = None if y.requires_grad else torch.empty_like(y)
     stride = 1
     while stride < block:
-        pairs = y.unflatten(-1, (-1, 2, stride))
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        first, second = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        if spare is None:
+            y = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        else:
+            sums, differences = spare.unflatten(-1, (-1, 2, stride)).unbind(-2)
+            torch.add(first, second, out=sums)
+            torch.sub(first, second, out=differences)
+            y, spare = spare, y
         stride *= 2
     return (y * block**-0.5).flatten(-2).to(x.dtype)
 

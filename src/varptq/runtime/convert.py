@@ -1,7 +1,8 @@
 """Conversion of the simulated modules to integer ones: what is refused, and the walk that replaces.
 
-    QuantLinear -> IntLinear      Attention -> IntAttention      ModulatedNorm, GELU -> into the
-                                                                 quantizer of the Linear behind them
+    QuantLinear -> IntLinear      Attention -> IntAttention      CrossAttention -> IntCrossAttention
+    norms, GELU -> into the quantizer of the Linear behind them
+    QuantConvolution -> IntConvolution, where the runtime has kernels for it
 
 What a config leaves in float stays in float, arranged so that an image does not depend on its
 batch. A layer can be converted as soon as its codes are loaded, so that loading an artifact
@@ -19,28 +20,37 @@ from torch import Tensor, nn
 
 from varptq.errors import InputError
 from varptq.models.blocks import Attention
-from varptq.models.seams import ModulatedNorm, Phi
+from varptq.models.cross import CrossAttention
+from varptq.models.seams import ModulatedNorm, Phi, TextSummary
 from varptq.models.transformer import Transformer
 from varptq.quant.config import TensorSpec
 from varptq.quant.find import quant_linears
 from varptq.quant.layers import QuantLinear
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.quant.quantizers import ATTENTION_OPERANDS, QUANTIZERS, types_of
-from varptq.runtime.attention import IntAttention, attention_rule
-from varptq.runtime.kernels import Kernels
+from varptq.runtime.attention import IntAttention, IntCrossAttention, attention_rule
+from varptq.runtime.convolutions import decode_on
+from varptq.runtime.kernels import Kernels, TextKernels
 from varptq.runtime.layers import (
     ByRows,
+    DeferredLayerNorm,
     DeferredNorm,
     IntLinear,
     PerImage,
     PerRowAttention,
+    PerRowCrossAttention,
     input_rule,
+    replace_module,
 )
 
 
 def refusal(var: Transformer, kernels: Kernels) -> str | None:
     """The first layer of a simulated model (which may be on the meta device) that `kernels` cannot
     execute, and why; None if it can execute all layers."""
+    for name, module in _attentions(var).items():
+        turns = isinstance(module, CrossAttention) or module.rotary
+        if turns and not isinstance(kernels, TextKernels):
+            return f"layer {name}: rotary positions and cross-attention have no kernels"
     for name, linear in quant_linears(var).items():
         rule = input_rule(linear)
         if rule is None:
@@ -96,50 +106,58 @@ def convert_linear(var: Transformer, layer: str, kernels: Kernels) -> None:
     assert rule is not None, "refused before"
     setattr(parent, name, IntLinear(linear, kernels, rule))
     if source is not None and takes_gelu:
-        _replace(var, source, nn.Identity())
+        replace_module(var, source, nn.Identity())
 
 
 def finish(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
-    """Everything but the Linear layers, in place: attention, norms, float layers, token map and
-    sampler."""
+    """Everything but the Linear layers, in place: attention, norms, float layers, token map, image
+    decoder and sampler."""
     var = pipe.var
     for linear, source in var.feeds().items():
-        if not isinstance(var.get_submodule(source), ModulatedNorm):
+        if not isinstance(var.get_submodule(linear), IntLinear) or _split_by_rows(var, linear):
             continue
-        if isinstance(var.get_submodule(linear), IntLinear) and not _split_by_rows(var, linear):
-            _replace(var, source, DeferredNorm())
+        norm = var.get_submodule(source)
+        if isinstance(norm, ModulatedNorm):
+            replace_module(var, source, DeferredNorm())
+        elif isinstance(norm, nn.LayerNorm):
+            replace_module(var, source, DeferredLayerNorm(norm))
     _one_image_at_a_time(var)
     for name, attention in _attentions(var).items():
-        rule = attention_rule(attention)
-        if rule is None:
-            _replace(var, name, PerRowAttention(attention))
-        else:
-            _replace(var, name, IntAttention(attention, kernels, rule))
+        replace_module(var, name, _on_codes(attention, kernels))
     for name, module in list(pipe.vae.named_modules()):
         if isinstance(module, Phi):
-            _replace(pipe.vae, name, kernels.phi(module))
+            replace_module(pipe.vae, name, kernels.phi(module))
+    decode_on(pipe.vae, kernels)
     pipe.sampler, pipe.runtime = kernels.sampler(), kernels.name
     return pipe
 
 
+def _on_codes(attention: Attention | CrossAttention, kernels: Kernels) -> nn.Module:
+    rule = attention_rule(attention)
+    if isinstance(attention, Attention):
+        if rule is None:
+            return PerRowAttention(attention)
+        return IntAttention(attention, kernels, rule)
+    if rule is None:
+        return PerRowCrossAttention(attention)
+    assert isinstance(kernels, TextKernels), "refused before"
+    return IntCrossAttention(attention, kernels, rule)
+
+
 def _one_image_at_a_time(var: Transformer) -> None:
-    for name, module in list(var.named_modules()):
-        if isinstance(module, nn.Linear):
-            _replace(var, name, PerImage(module))
+    # What is inside another module that is replaced goes first.
+    for name, module in reversed(list(var.named_modules())):
+        if isinstance(module, nn.Linear | TextSummary):
+            replace_module(var, name, PerImage(module))
         elif isinstance(module, nn.SiLU | nn.GELU):
-            _replace(var, name, ByRows(module))
+            replace_module(var, name, ByRows(module))
 
 
 def _split_by_rows(var: Transformer, linear: str) -> bool:
     """Attention in float is split by rows before its Linears; a deferred norm cannot be split."""
     parent = var.get_submodule(linear.rpartition(".")[0])
-    return isinstance(parent, Attention) and attention_rule(parent) is None
+    return isinstance(parent, Attention | CrossAttention) and attention_rule(parent) is None
 
 
-def _attentions(var: Transformer) -> dict[str, Attention]:
-    return {name: m for name, m in var.named_modules() if isinstance(m, Attention)}
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
+def _attentions(var: Transformer) -> dict[str, Attention | CrossAttention]:
+    return {n: m for n, m in var.named_modules() if isinstance(m, Attention | CrossAttention)}

@@ -13,12 +13,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from varptq.models.sampling import ImageRandom, PerImageSampler, Sampler, SamplingSettings
+from varptq.models.convolutions import Taps
+from varptq.models.rotary import Rotary
+from varptq.models.sampling import DrawPlan, ImageRandom, PerImageSampler, Sampler
 from varptq.models.seams import LAYER_NORM_EPS, Span
-from varptq.native import attention, binding, linear, quantize, sampler
+from varptq.native import attention, binding, convolution, linear, quantize, sampler
 from varptq.native.phi import add_phi
+from varptq.native.room import Room
+from varptq.quant.codebook import HALVES, reach
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.runtime.cpu_torch import TorchKernels
-from varptq.runtime.kernels import AttentionRule, InputRule, Kernels, Pending, Weight
+from varptq.runtime.kernels import (
+    AttentionRule,
+    InputRule,
+    Kernels,
+    Map,
+    NormRule,
+    Pending,
+    Weight,
+)
 from varptq.runtime.limits import refuse_attention, refuse_linear
 
 
@@ -46,7 +59,17 @@ def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> attention.Attenti
         probability_bits=spec.probability.num_bits,
         l2_norm=rule.l2_norm,
         max_order=spec.max_order,
+        query_book=book(spec.query.type, spec.query.num_bits),
+        key_book=book(spec.key.type, spec.key.num_bits),
+        value_book=book(spec.value.type, spec.value.num_bits),
     )
+
+
+def book(type_: str, num_bits: int) -> quantize.Codebook | None:
+    """The codebook of a type in the words of the native core."""
+    if QUANTIZERS[type_].table is None:
+        return None
+    return quantize.Codebook(HALVES[num_bits], reach(num_bits))
 
 
 class NativeCache(NamedTuple):
@@ -59,6 +82,10 @@ class NativeKernels:
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        # Kept from image to image: fresh memory costs a seventh of decoding one.
+        self._room = Room()
+
     def refuse_linear(self, rule: InputRule) -> str | None:
         return refuse_linear(rule)
 
@@ -66,12 +93,15 @@ class NativeKernels:
         return refuse_attention(rule)
 
     def pack(self, weight: Weight, rule: InputRule) -> linear.PackedWeight:
+        if weight.num_bits > linear.TABLE_BITS:
+            weight = weight.in_bytes()
         return linear.pack(
             weight.codes,
             weight.scale,
             weight.zero_point,
             num_bits=weight.num_bits,
             row_group=rule.group,
+            table=weight.table,
         )
 
     def quantize(
@@ -86,6 +116,7 @@ class NativeKernels:
             row_group=rule.group,
             weight_group=rule.weight_group,
             sign_split=rule.sign_split,
+            codebook=book(rule.type, rule.num_bits),
             norm=norm,
             gelu=rule.gelu,
             means=means,
@@ -108,7 +139,12 @@ class NativeKernels:
         return NativeCache(layout, attention.AttentionCache(layout, rows))
 
     def attend(
-        self, qkv_BlD: Tensor, rule: AttentionRule, cache: NativeCache, spans: Sequence[Span]
+        self,
+        qkv_BlD: Tensor,
+        rule: AttentionRule,
+        cache: NativeCache,
+        spans: Sequence[Span],
+        tables: Rotary | None = None,
     ) -> Tensor:
         return attention.attend(
             cache.scheme,
@@ -117,6 +153,33 @@ class NativeKernels:
             spans,
             query_bias_C=rule.q_bias,
             value_bias_C=rule.v_bias,
+            query_factor_H=rule.q_factor,
+            tables=tables,
+            theta=rule.theta,
+            layer=rule.layer,
+        )
+
+    def read(self, kv_RTD: Tensor, rule: AttentionRule) -> NativeCache:
+        rows, length, _ = kv_RTD.shape
+        cache = self.new_cache(rule, rows, (length,))
+        attention.enter(
+            cache.scheme,
+            kv_RTD,
+            cache.codes,
+            value_bias_C=rule.v_bias,
+            theta=rule.theta,
+            layer=rule.layer,
+        )
+        return cache
+
+    def answer(
+        self, q_RlC: Tensor, rule: AttentionRule, cache: NativeCache, spans: Sequence[Span]
+    ) -> Tensor:
+        return attention.answer(
+            cache.scheme,
+            q_RlC,
+            cache.codes,
+            spans,
             query_factor_H=rule.q_factor,
             theta=rule.theta,
             layer=rule.layer,
@@ -127,6 +190,44 @@ class NativeKernels:
 
     def sampler(self) -> Sampler:
         return NativeSampler()
+
+    def takes_convolution(self, weight_OIkk: Tensor, taps: Taps) -> bool:
+        return convolution.fits(tuple(weight_OIkk.shape), taps.stride, taps.pads)
+
+    def pack_convolution(
+        self, weight_OIkk: Tensor, scale_O: Tensor, taps: Taps
+    ) -> convolution.PackedKernel:
+        return convolution.pack(weight_OIkk, scale_O)
+
+    def map_codes(self, x: Map, norm: NormRule | None, layer: str) -> convolution.Codes:
+        rule, silu = None, norm is not None and norm.silu
+        if norm is not None:
+            rule = convolution.Norm(norm.groups, norm.weight_C, norm.bias_C, norm.eps)
+        return convolution.map_codes(
+            x.x_NHWC, rule, silu=silu, moments=x.found, room=self._room, layer=layer
+        )
+
+    def convolution(
+        self,
+        codes: convolution.Codes,
+        packed: convolution.PackedKernel,
+        bias_O: Tensor | None,
+        taps: Taps,
+        skip: Tensor | None,
+    ) -> Map:
+        moments = convolution.new_moments(codes.shape[0], packed.shape[0])
+        y_NHWO = convolution.convolution(
+            codes,
+            packed,
+            bias_O,
+            stride=taps.stride,
+            padding=taps.pads,
+            upsample=taps.upsample,
+            residual=skip,
+            moments=moments,
+            room=self._room,
+        )
+        return Map(y_NHWO, moments)
 
 
 class NativePhi(nn.Module):
@@ -148,7 +249,7 @@ class NativeSampler(PerImageSampler):
         self,
         logits_BlV: Tensor,
         guidance: float | None,
-        settings: SamplingSettings,
+        settings: DrawPlan,
         randoms: Sequence[ImageRandom],
         *,
         filtered: bool = True,

@@ -6,6 +6,7 @@ over a segment of L channels, with stored weights w in int8. Where some a' does 
 product takes the unsigned codes instead and P = sum a w - za W1, W1 = sum w. `torch._int_mm`
 multiplies where it is exact on this machine: without VNNI a library may add pairs in 16 bits and
 saturate, so it is tested once on matrices of extreme codes. Otherwise torch multiplies in int32.
+Convolutions are products of patches, P' = sum of q c - z C1, C1 = sum of c, an image at a time.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varptq.runtime.kernels import AttentionRule, InputRule, Weight
+from varptq.models.convolutions import Taps
+from varptq.quant.convolution import MapCodes
+from varptq.runtime.kernels import AttentionRule, InputRule, Map, Weight
 from varptq.runtime.limits import refuse_attention, refuse_linear
 from varptq.runtime.reference import ReferenceKernels, Rows
+from varptq.runtime.reference_convolution import scaled
 
 PROBE = 128
 # int8 times int8 or uint8 times int8 to int32; torch has no public name for it.
@@ -38,6 +42,15 @@ class StoredWeight(NamedTuple):
     zero_point: Tensor | None
 
 
+class PackedPatches(NamedTuple):
+    """rows (O, k k I) int8, taps before channels; sums (O,) int32 of them; scale (O,) float32."""
+
+    rows: Tensor
+    sums: Tensor
+    scale: Tensor
+    kernel: int
+
+
 class TorchKernels(ReferenceKernels):
     """Executes the same configs as the native core, and refuses the same."""
 
@@ -50,6 +63,7 @@ class TorchKernels(ReferenceKernels):
         return refuse_attention(rule)
 
     def pack(self, weight: Weight, rule: InputRule) -> Any:
+        weight = weight.in_bytes()
         groups = weight.codes.to(torch.int16).unflatten(1, (weight.scale.shape[1], -1))
         zero_point = weight.zero_point.to(torch.int16)
         offset = torch.full_like(zero_point, 128) if weight.num_bits == 8 else zero_point
@@ -80,6 +94,29 @@ class TorchKernels(ReferenceKernels):
                 product -= packed.zero_point[:, channels.start // weight_group] * a1_TM1
             found.append(product)
         return found
+
+    def pack_convolution(self, weight_OIkk: Tensor, scale_O: Tensor, taps: Taps) -> Any:
+        rows = weight_OIkk.permute(0, 2, 3, 1).flatten(1).contiguous()
+        sums = rows.sum(dim=1, dtype=torch.int32)
+        return PackedPatches(rows, sums, scale_O, weight_OIkk.shape[-1])
+
+    def convolution(
+        self, codes: MapCodes, packed: Any, bias_O: Tensor | None, taps: Taps, skip: Tensor | None
+    ) -> Map:
+        found = []
+        for image, zero in zip(codes.codes.split(1), codes.zero_point.tolist(), strict=True):
+            patches = _patches(taps.arranged(image.permute(0, 3, 1, 2), zero), taps, packed.kernel)
+            product = _int8_product(patches.flatten(3).flatten(0, 2), packed.rows)
+            product -= zero * packed.sums
+            found.append(product.view(*patches.shape[:3], -1))
+        y_NHWO = scaled(torch.cat(found), codes.scale, packed.scale, bias_O)
+        return Map(y_NHWO if skip is None else y_NHWO + skip)
+
+
+def _patches(x_NCHW: Tensor, taps: Taps, kernel: int) -> Tensor:
+    """(N, H', W', k, k, C): what each place of the result is made of."""
+    patches = x_NCHW.unfold(2, kernel, taps.stride).unfold(3, kernel, taps.stride)
+    return patches.permute(0, 2, 3, 4, 5, 1)
 
 
 def _int8_product(a_Mg: Tensor, w_Ng: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The image decoder of an integer runtime: channels last, which spares oneDNN copies, in float32 or
 bfloat16 (half the bytes, and faster where the CPU has bfloat16 products). Token ids do not change.
+Where its convolutions compute on integers, what is between them is float32.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import torch
 
 from varptq.artifact.mapped import return_free_memory
 from varptq.models.pipeline import Pipeline
+from varptq.runtime.convolutions import decodes_on_integers
 
 P = TypeVar("P", bound=Pipeline)
 
 
 def decode_in(pipe: P, dtype: torch.dtype) -> P:
-    """Decode images in `dtype` from now on, in place; the token map stays as it is."""
+    """Decode images in `dtype` from now on, in place, unless on integers; the token map stays as
+    it is."""
+    dtype = torch.float32 if decodes_on_integers(pipe.vae) else dtype
     parts = [pipe.vae.get_submodule(name) for name in pipe.vae.DECODING]
     for part in parts:
         if pipe.device.type == "cpu":

@@ -1,8 +1,9 @@
 """Modules on integers for the Linear and norm seams, the same for every integer runtime.
 
-    DeferredNorm   passes x, scale and shift on; the quantizer normalises while it reads x
+    DeferredNorm, DeferredLayerNorm
+                   pass x, scale and shift on; the quantizer normalises while it reads x
     IntLinear      codes of the input x packed codes of the weight, then scale and bias
-    PerImage, ByRows, PerRowAttention
+    PerImage, ByRows, PerRowAttention, PerRowCrossAttention
                    what the config leaves in float, so that an image does not depend on its batch
 
 They compute with the `Kernels` object they are given. What is computed is defined by
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from varptq.models.blocks import Attention
+from varptq.models.cross import CrossAttention, TextCache, TextGroup
+from varptq.models.rotary import Rotary
 from varptq.models.sampling import SERIAL_ELEMENTS
 from varptq.models.scales import Scales
-from varptq.models.seams import LayerCache, ModulatedNorm, Span
-from varptq.quant.layers import QuantLinear
+from varptq.models.seams import LAYER_NORM_EPS, LayerCache, ModulatedNorm, Span
+from varptq.quant.buffers import TypedBuffers
+from varptq.quant.layers import QuantLinear, mean_rows
 from varptq.runtime.kernels import InputRule, Kernels, Pending, Weight
 
 # A multiple of what torch computes with one instruction, on any machine.
@@ -33,6 +37,20 @@ class DeferredNorm(ModulatedNorm):
 
     def forward(self, x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Any:
         return Pending(x_BLC, scale_B1C, shift_B1C)
+
+
+class DeferredLayerNorm(TypedBuffers):
+    """A norm with a gain and a shift of its own, the same for every image, left in the same way:
+    LayerNorm(x) (1 + (gain - 1)) + shift."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        assert norm.eps == LAYER_NORM_EPS, "that of every norm before a quantizer"
+        self.register_buffer("scale_11C", norm.weight.detach().float().view(1, 1, -1) - 1)
+        self.register_buffer("shift_11C", norm.bias.detach().float().view(1, 1, -1))
+
+    def forward(self, x_BLC: Tensor) -> Pending:
+        return Pending(x_BLC, self.get_buffer("scale_11C"), self.get_buffer("shift_11C"))
 
 
 class PerImage(nn.Module):
@@ -60,10 +78,43 @@ class PerRowAttention(nn.Module):
         return [self.inner.new_cache(1, scales) for _ in range(rows)]
 
     def forward(
-        self, x_BLC: Tensor, spans: list[Span], caches: list[LayerCache] | None = None
+        self,
+        x_BLC: Tensor,
+        spans: list[Span],
+        caches: list[LayerCache] | None = None,
+        tables: Rotary | None = None,
     ) -> Tensor:
         rows = zip(x_BLC.split(1), caches or [None] * len(x_BLC), strict=True)
-        return torch.cat([self.inner(row, spans, cache) for row, cache in rows])
+        return torch.cat([self.inner(row, spans, cache, tables) for row, cache in rows])
+
+
+class PerRowCrossAttention(nn.Module):
+    """A `CrossAttention` whose products stay in float, run on one row of the batch at a time."""
+
+    def __init__(self, inner: CrossAttention) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def new_cache(self) -> TextCache:
+        return TextCache()
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        spans: list[Span],
+        text: Sequence[TextGroup],
+        cache: TextCache | None = None,
+    ) -> Tensor:
+        cache = TextCache() if cache is None else cache
+        if cache.keys is None:
+            cache.keys = [TextCache() for _ in x_BLC]
+        out_BLC = torch.empty_like(x_BLC)
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
+        for group in text:
+            for row, text_1TC in zip(group.rows_R.tolist(), group.text_RTC.split(1), strict=True):
+                alone = [TextGroup(first, text_1TC.contiguous())]
+                out_BLC[row] = self.inner(x_BLC[row, None], spans, alone, cache.keys[row])[0]
+        return out_BLC
 
 
 class ByRows(nn.Module):
@@ -86,20 +137,22 @@ def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(part) for part in parts]).view(x.shape)
 
 
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
 def tensors_of(packed: Any) -> dict[str, Tensor]:
     """The tensors of a packed weight by field."""
     return {name: t for name, t in packed._asdict().items() if isinstance(t, Tensor)}
 
 
-class KernelModule(nn.Module):
-    """A module whose buffers belong to the kernels: they follow the model to another device, but
-    not to another dtype."""
-
-    def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                device = fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device
-                self._buffers[name] = buffer.to(device)
+def stored_weight(linear: QuantLinear) -> Weight:
+    """The weight as kernels take it."""
+    spec, table = linear.spec.weight, linear.quantizer.table
+    assert spec is not None
+    entries = table(spec.num_bits, linear.codes.device) if table else None
+    return Weight(linear.codes, linear.scale, linear.zero_point, spec.num_bits, entries)
 
 
 def input_rule(linear: QuantLinear, *, gelu: bool = False) -> InputRule | None:
@@ -121,7 +174,7 @@ def input_rule(linear: QuantLinear, *, gelu: bool = False) -> InputRule | None:
     )
 
 
-class IntLinear(KernelModule):
+class IntLinear(TypedBuffers):
     """A `QuantLinear` on integers. Its input is a float tensor (B, l, K) or (B, K), or a `Pending`
     norm; its output is float32.
 
@@ -134,11 +187,9 @@ class IntLinear(KernelModule):
 
     def __init__(self, linear: QuantLinear, kernels: Kernels, rule: InputRule) -> None:
         super().__init__()
-        assert linear.spec.weight is not None
         self.layer, self.rule, self.kernels = linear.layer, rule, kernels
         self.out_features, self.in_features = linear.out_features, linear.in_features
-        weight = Weight(linear.codes, linear.scale, linear.zero_point, linear.spec.weight.num_bits)
-        self.packed = kernels.pack(weight, rule)
+        self.packed = kernels.pack(stored_weight(linear), rule)
         # Also as buffers, so that a state dict holds all that takes part in the result.
         for name, tensor in tensors_of(self.packed).items():
             self.register_buffer(f"packed_{name}", tensor)
@@ -150,7 +201,7 @@ class IntLinear(KernelModule):
         self.register_buffer("means", linear.means if linear.centred else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._move(fn)
+        super()._apply(fn, recurse)
         names = tensors_of(self.packed)
         self.packed = self.packed._replace(**{n: self._buffers[f"packed_{n}"] for n in names})
         return self
@@ -165,7 +216,7 @@ class IntLinear(KernelModule):
         assert self.means is not None
         if spans is None or len(self.means) == 1:
             return None
-        scales = torch.tensor([span.scale for span in spans], dtype=torch.int32, device="cpu")
+        scales = mean_rows(spans, len(self.means)).int()
         if len(spans) == 1:
             return scales
         lengths = [span.length for span in spans]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from varptq.artifact.load import empty_modules, read_config
 from varptq.artifact.load import load as load_artifact
+from varptq.artifact.load import read_blank
 from varptq.artifact.mapped import return_free_memory
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.quant.pipeline import QuantizedPipeline
@@ -33,20 +33,23 @@ def load(
 
     runtime: "auto" or a name of `varptq.runtime.RUNTIMES`; the choice is in the result's `runtime`.
     dtype: of the float parts and of the arithmetic; on an integer runtime, of the image decoder
-    alone, as the rest is integers and float32. Warns, with the reason, if "auto" falls back to
-    "simulated". Raises `InputError` for a runtime that does not exist or, naming the layer, cannot
-    execute the config; `ConfigError` for a device that this machine lacks or a dtype in which no
-    model computes; `ArtifactError` naming the file and what is wrong with it.
+    alone, where that computes in float, as the rest is integers and float32. Warns, with the
+    reason, if "auto" falls back to "simulated". Raises `InputError` for a runtime that does not
+    exist or, naming the layer, cannot execute the config; `ConfigError` for a device that this
+    machine lacks or a dtype in which no model computes; `ArtifactError` naming the file and what is
+    wrong with it.
     """
     device, dtype = checked_device(device), checked_dtype(dtype)
-    choice = choose(folder, runtime=runtime, device=device)
+    asked_for(runtime)
+    blank = read_blank(folder)
+    choice = resolve(blank.var, runtime, device)
     if choice.fallback:
         warnings.warn(f"artifact {folder}: runs on {choice.runs_on}{SLOW}", stacklevel=2)
     if choice.kernels is None:
-        return load_artifact(folder, device=device, dtype=dtype)
+        return load_artifact(folder, device=device, dtype=dtype, blank=blank)
     # Each layer is brought into the kernels' layout before the next one is read.
     adopt = partial(convert_linear, kernels=choice.kernels)
-    pipeline = load_artifact(folder, dtype=torch.float32, adopt=adopt)
+    pipeline = load_artifact(folder, dtype=torch.float32, adopt=adopt, blank=blank)
     pipeline = decode_in(finish(pipeline, choice.kernels).to(device=device), dtype)
     return_free_memory()
     return pipeline
@@ -59,6 +62,4 @@ def choose(
     """The runtime that would execute the artifact in `folder`, and why; reads no weights. Raises as
     `load` does."""
     asked_for(runtime)
-    document, _ = read_config(folder)
-    var, _ = empty_modules(folder, document)
-    return resolve(var, runtime, device)
+    return resolve(read_blank(folder).var, runtime, device)

@@ -6,7 +6,7 @@ against it.
 P' is an integer product in int32 or int64, whichever holds it; the sums over groups are float32 in
 ascending order. Codes come from the functions of `varptq.quant` themselves. Where torch's result
 for one row depends on the other rows or on threads, rows are computed in pieces. The attention
-products are in reference_attention.py.
+products are in reference_attention.py, convolutions in reference_convolution.py.
 """
 
 from __future__ import annotations
@@ -20,14 +20,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.errors import InputError, NonFiniteError
+from varptq.models.convolutions import Taps
+from varptq.models.rotary import Rotary
 from varptq.models.sampling import PerImageSampler, Sampler
 from varptq.models.seams import LAYER_NORM_EPS, Span
 from varptq.quant.affine import affine_codes, affine_grid, to_groups
+from varptq.quant.convolution import MapCodes, map_codes
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.quant.sign_split import sign_split_codes, sign_split_grid
 from varptq.quant.transforms import hadamard
 from varptq.runtime import reference_attention as attention
-from varptq.runtime.kernels import AttentionRule, InputRule, Pending, Weight
+from varptq.runtime.kernels import (
+    CODEBOOK_ZERO,
+    AttentionRule,
+    InputRule,
+    Map,
+    NormRule,
+    Pending,
+    Weight,
+)
 from varptq.runtime.layers import PerImage, by_rows
+from varptq.runtime.reference_convolution import norm_codes, products, scaled
 
 INT32_END = 2**31
 
@@ -65,6 +78,13 @@ class PackedWeight(NamedTuple):
         return (groups - self.zero_point.unsqueeze(-1)).flatten(-2)
 
 
+class PackedConvolution(NamedTuple):
+    """codes (O, I, k, k) int8, scale (O,) float32."""
+
+    codes: Tensor
+    scale: Tensor
+
+
 class Scaled(Protocol):
     """Any packed weight that has a scale (N, G)."""
 
@@ -84,6 +104,7 @@ class ReferenceKernels:
         return attention.refuse(rule)
 
     def pack(self, weight: Weight, rule: InputRule) -> Any:
+        weight = weight.in_bytes()
         return PackedWeight(weight.codes, weight.scale, weight.zero_point.to(torch.int64))
 
     def quantize(
@@ -93,7 +114,13 @@ class ReferenceKernels:
         if not bool(values.isfinite().all()):
             raise NonFiniteError(f"layer {rule.layer}: input holds NaN or infinity")
         groups = to_groups(values.flatten(0, -2), rule.group or values.shape[-1])
-        if rule.sign_split:
+        if rule.codebook:
+            row, bits = QUANTIZERS[rule.type], rule.num_bits
+            fitted = row.grid(groups, bits)
+            entries = row.integers(row.codes(groups, fitted, bits), fitted, bits)
+            codes, scale = (entries + CODEBOOK_ZERO).unsqueeze(0), fitted.scale.unsqueeze(0)
+            zero_point = torch.full_like(scale, CODEBOOK_ZERO)
+        elif rule.sign_split:
             grid = sign_split_grid(groups, rule.num_bits)
             signed = sign_split_codes(groups, grid, rule.num_bits)
             codes = torch.stack((signed.clamp(min=0), -signed.clamp(max=0)))
@@ -133,15 +160,44 @@ class ReferenceKernels:
         return attention.Cache(rows)
 
     def attend(
-        self, qkv_BlD: Tensor, rule: AttentionRule, cache: attention.Cache, spans: Sequence[Span]
+        self,
+        qkv_BlD: Tensor,
+        rule: AttentionRule,
+        cache: attention.Cache,
+        spans: Sequence[Span],
+        tables: Rotary | None = None,
     ) -> Tensor:
-        return attention.attend(qkv_BlD, rule, cache, spans)
+        return attention.attend(qkv_BlD, rule, cache, spans, tables)
+
+    def read(self, kv_RTD: Tensor, rule: AttentionRule) -> attention.Cache:
+        return attention.read(kv_RTD, rule)
+
+    def answer(
+        self, q_RlC: Tensor, rule: AttentionRule, cache: attention.Cache, spans: Sequence[Span]
+    ) -> Tensor:
+        return attention.answer(q_RlC, rule, cache, spans)
 
     def phi(self, phi: nn.Conv2d) -> nn.Module:
         return PerImage(phi)
 
     def sampler(self) -> Sampler:
         return PerImageSampler()
+
+    def takes_convolution(self, weight_OIkk: Tensor, taps: Taps) -> bool:
+        return True
+
+    def pack_convolution(self, weight_OIkk: Tensor, scale_O: Tensor, taps: Taps) -> Any:
+        return PackedConvolution(weight_OIkk, scale_O)
+
+    def map_codes(self, x: Map, norm: NormRule | None, layer: str) -> MapCodes:
+        return norm_codes(x.x_NHWC, norm, layer) if norm else map_codes(x.x_NHWC, layer)
+
+    def convolution(
+        self, codes: MapCodes, packed: Any, bias_O: Tensor | None, taps: Taps, skip: Tensor | None
+    ) -> Map:
+        found = products(codes.codes, codes.zero_point, packed.codes, taps)
+        y_NHWO = scaled(found, codes.scale, packed.scale, bias_O)
+        return Map(y_NHWO if skip is None else y_NHWO + skip)
 
 
 def prepared(

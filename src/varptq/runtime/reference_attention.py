@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varptq.errors import NonFiniteError
+from varptq.models.rotary import Rotary
 from varptq.models.seams import Span
-from varptq.quant.affine import LEAST_SCALE, Grid, affine_codes, affine_grid, wide
+from varptq.quant.affine import LEAST_SCALE, Grid, affine_grid, wide
 from varptq.quant.config import TensorSpec
 from varptq.quant.log2 import log2_codes, log2_values
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.quant.shift_sum import copies_of, orders, shift_sum_codes, token_scores
 from varptq.quant.uniform import row_max, uniform_codes, uniform_scale
 from varptq.runtime.kernels import AttentionRule
@@ -66,20 +68,65 @@ def refuse(rule: AttentionRule) -> str | None:
     return None
 
 
-def attend(qkv_BlD: Tensor, rule: AttentionRule, cache: Cache, spans: Sequence[Span]) -> Tensor:
+def attend(
+    qkv_BlD: Tensor,
+    rule: AttentionRule,
+    cache: Cache,
+    spans: Sequence[Span],
+    tables: Rotary | None = None,
+) -> Tensor:
     """`Kernels.attend`."""
-    if not bool(qkv_BlD.isfinite().all()):
-        raise NonFiniteError(f"layer {rule.layer}: q, k or v holds NaN or infinity")
-    outputs = [_row(qkv, rule, cache, row, spans) for row, qkv in enumerate(qkv_BlD.float())]
-    cache.length += qkv_BlD.shape[1]
+    _check(qkv_BlD, rule)
+    places = slice(cache.length, cache.length + qkv_BlD.shape[1])
+    outputs: list[Tensor] = []
+    for row, qkv_lD in enumerate(qkv_BlD.float()):
+        q_Hlc, k_Hlc, v_Hlc = split(qkv_lD, rule)
+        if tables is not None:
+            q_Hlc, k_Hlc = tables.turn(q_Hlc, places), tables.turn(k_Hlc, places)
+        _store(cache, row, k_Hlc, v_Hlc, rule, spans)
+        outputs.append(_outputs(q_Hlc, rule, cache, row, spans))
+    cache.length = places.stop
     return torch.stack(outputs)
 
 
-def _row(
-    qkv_lD: Tensor, rule: AttentionRule, cache: Cache, row: int, spans: Sequence[Span]
+def read(kv_RTD: Tensor, rule: AttentionRule) -> Cache:
+    """`TextKernels.read`."""
+    _check(kv_RTD, rule)
+    rows, length, _ = kv_RTD.shape
+    cache = Cache(rows)
+    for row, kv_TD in enumerate(kv_RTD.float()):
+        k_TC, v_TC = kv_TD.chunk(2, dim=-1)
+        k_HTc, v_HTc = _heads(k_TC, rule), _heads(v_TC + rule.v_bias, rule)
+        _store(cache, row, k_HTc, v_HTc, rule, [Span(slice(0, length), (length,))])
+    cache.length = length
+    return cache
+
+
+def answer(q_RlC: Tensor, rule: AttentionRule, cache: Cache, spans: Sequence[Span]) -> Tensor:
+    """`TextKernels.answer`."""
+    _check(q_RlC, rule)
+    outputs: list[Tensor] = []
+    for row, q_lC in enumerate(q_RlC.float()):
+        q_Hlc = _heads(q_lC, rule) * rule.q_factor.view(-1, 1, 1)
+        outputs.append(_outputs(q_Hlc, rule, cache, row, spans))
+    return torch.stack(outputs)
+
+
+def _check(operands: Tensor, rule: AttentionRule) -> None:
+    if not bool(operands.isfinite().all()):
+        raise NonFiniteError(f"layer {rule.layer}: q, k or v holds NaN or infinity")
+
+
+def _heads(x_lC: Tensor, rule: AttentionRule) -> Tensor:
+    """(l, C) -> (H, l, c)."""
+    shape = (rule.num_heads, rule.head_width)
+    return x_lC.unflatten(-1, shape).transpose(0, 1).contiguous()
+
+
+def _outputs(
+    q_Hlc: Tensor, rule: AttentionRule, cache: Cache, row: int, spans: Sequence[Span]
 ) -> Tensor:
-    q_Hlc, k_Hlc, v_Hlc = split(qkv_lD, rule)
-    _store(cache, row, k_Hlc, v_Hlc, rule, spans)
+    """(l, C) of one row's queries over what it has in the cache."""
     out_Hlc = [
         _mix(_probabilities(q_Hlc[:, s.queries], cache, row, s.keys, rule), cache, row, rule, s)
         for s in spans
@@ -88,7 +135,7 @@ def _row(
 
 
 def split(qkv_lD: Tensor, rule: AttentionRule) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (H, l, c) as `Attention._qkv` makes them."""
+    """q, k, v (H, l, c) as `Attention._qkv` makes them, before rotary positions."""
     bias = torch.cat((rule.q_bias, torch.zeros_like(rule.q_bias), rule.v_bias))
     heads = (qkv_lD + bias).unflatten(-1, (3, rule.num_heads, rule.head_width))
     q_Hlc, k_Hlc, v_Hlc = heads.permute(1, 2, 0, 3).contiguous()
@@ -98,9 +145,16 @@ def split(qkv_lD: Tensor, rule: AttentionRule) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _grid_codes(x: Tensor, spec: TensorSpec, dims: int | tuple[int, ...]) -> Integers:
-    grid = affine_grid(x, spec.num_bits, dims, spec.range_rule)
-    codes = affine_codes(x, grid, spec.num_bits)
-    return Integers((codes.double() - grid.zero_point.double()).to(torch.int64), grid.scale)
+    row = QUANTIZERS[spec.type]
+    grid = row.grid_of(x, spec, dims)
+    return Integers(_integers(row.codes(x, grid, spec.num_bits), grid, spec), grid.scale)
+
+
+def _integers(codes: Tensor, grid: Grid, spec: TensorSpec) -> Tensor:
+    """What codes stand for in units of the scale, int64."""
+    wide_grid = Grid(grid.scale.double(), grid.zero_point.double())
+    found = QUANTIZERS[spec.type].integers(codes.double(), wide_grid, spec.num_bits)
+    return found.to(torch.int64)
 
 
 def _store(
@@ -122,7 +176,7 @@ def _store(
         cache.append(row, value=v_Hlc)
         return
     if rule.spec.policy == "token":
-        grid = affine_grid(v_Hlc, value.num_bits, -1, value.range_rule)
+        grid = QUANTIZERS[value.type].grid_of(v_Hlc, value)
     else:
         grid = _segment_grid(v_Hlc, value, spans)
     values = _wide_integers(v_Hlc, grid, rule)
@@ -142,12 +196,12 @@ def _segment_grid(v_Hlc: Tensor, spec: TensorSpec, spans: Sequence[Span]) -> Gri
 def _wide_integers(v_Hlc: Tensor, grid: Grid, rule: AttentionRule) -> Integers:
     """u of the values, under shift-and-sum at the finest order: 2^m (code - zero point)."""
     assert rule.spec.value is not None
-    bits = rule.spec.value.num_bits
-    if rule.theta is None:
-        codes, factor = affine_codes(v_Hlc, grid, bits), 1
-    else:
-        finest = torch.full_like(v_Hlc[..., 0], rule.spec.max_order, dtype=torch.int64)
-        codes, factor = shift_sum_codes(v_Hlc, grid, finest, bits), 2**rule.spec.max_order
+    value = rule.spec.value
+    row, bits = QUANTIZERS[value.type], value.num_bits
+    if rule.theta is None or not row.even_steps:
+        return Integers(_integers(row.codes(v_Hlc, grid, bits), grid, value), grid.scale)
+    finest = torch.full_like(v_Hlc[..., 0], rule.spec.max_order, dtype=torch.int64)
+    codes, factor = shift_sum_codes(v_Hlc, grid, finest, bits), 2**rule.spec.max_order
     u = (codes.double() - grid.zero_point.double()) * factor
     return Integers(u.to(torch.int64), grid.scale)
 
@@ -208,7 +262,8 @@ def _at_order(u: Tensor, order_HL: Tensor, rule: AttentionRule) -> Tensor:
 
 def _folded(p_HlL: Tensor, u_HLc: Tensor, step_HL1: Tensor, rule: AttentionRule) -> Tensor:
     """Policy "token": the step of a value is folded into its probability."""
-    largest = step_HL1.amax(dim=-2, keepdim=True)
+    # A step of 0 belongs to values of 0.
+    largest = step_HL1.amax(dim=-2, keepdim=True).clamp(min=LEAST_SCALE)
     relative_H1L = (step_HL1 / largest).transpose(-1, -2)
     mixed, hat = _products(p_HlL * relative_H1L, [u_HLc], rule)
     out = mixed[0] * largest

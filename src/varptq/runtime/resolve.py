@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from varptq.artifact.load import WithoutInit
 from varptq.errors import InputError
+from varptq.models.meta import on_meta
 from varptq.models.transformer import Transformer, float_layout
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
@@ -136,7 +136,7 @@ def foreseen(
 ) -> Choice:
     """`fastest` for the float model `var` once it is quantized by `config`, with shift-and-sum or
     without; reads only the architecture. Raises `ConfigError` as `convert` does."""
-    with torch.device("meta"), WithoutInit():
+    with on_meta():
         quantized = convert(float_layout(var), config)
     set_theta(quantized, 1.0 if shift else None)
     return told(quantized, device)

@@ -16,6 +16,7 @@ from pathlib import Path
 from varptq.artifact.format import CONFIG_FILE, WEIGHTS_FILE
 from varptq.errors import CheckpointError, InputError
 from varptq.files import is_whole
+from varptq.models.families import FAMILIES
 from varptq.models.presets import PRESETS, resolve
 
 MAX_DEPTH, MAX_FOLDERS = 4, 2000
@@ -36,7 +37,7 @@ class Kind(StrEnum):
 class Entry:
     """One thing that can be picked. `key` is what a page sends; `files` are what it refers to:
     none for a published model, the folder of an artifact, report or analysis, or a transformer and
-    its VQVAE."""
+    its autoencoder."""
 
     key: str
     kind: Kind
@@ -148,9 +149,13 @@ def _inside(path: Path, root: Path) -> bool:
 
 
 def _checkpoints(folder: Path, key: str, names: list[str]) -> Iterator[Entry]:
-    """A file called var... and one called vae... in one folder are a model."""
+    """Two files of one folder that are called as a family's are a model."""
     weights = [name for name in names if Path(name).suffix in CHECKPOINT_SUFFIXES]
-    vaes = [name for name in weights if name.lower().startswith("vae")]
-    for name in weights:
-        if name.lower().startswith("var") and vaes:
-            yield Entry(f"{key}/{name}", Kind.float, (folder / name, folder / vaes[0]))
+    for row in FAMILIES.values():
+        if row.file_names is None:
+            continue
+        transformers, autoencoders = (
+            [name for name in weights if pattern.match(name.lower())] for pattern in row.file_names
+        )
+        for name in transformers if autoencoders else []:
+            yield Entry(f"{key}/{name}", Kind.float, (folder / name, folder / autoencoders[0]))

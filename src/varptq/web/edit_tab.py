@@ -17,20 +17,20 @@ from PIL import Image, ImageChops
 
 from varptq.editing import EditResult, edit
 from varptq.errors import InputError
-from varptq.models.sampling_defaults import CFG
+from varptq.models.pipeline import Pipeline
+from varptq.models.sampling import SamplingSettings
 from varptq.pictures import VISIBLE_SIDE
 from varptq.web import parts
+from varptq.web.asking import Asking, Sampling, Wish, settings
 from varptq.web.catalogue import Entry
 from varptq.web.files import offer_picture, only_layers, painted, picture, stem
 from varptq.web.jobs import Job
-from varptq.web.loaded import about, class_choices
 from varptq.web.runbar import RunBar, Updates
 from varptq.web.studio import (
     MAX_SEED,
     MODELS,
     Studio,
     checked_here,
-    class_picker,
     refilled,
     says,
     toasts,
@@ -41,36 +41,56 @@ MAX_CANDIDATES, AT_A_TIME = 8, 4
 # Longer sides are shown smaller for painting, shorter ones larger.
 CANVAS = (512, 768)
 UPLOAD = "Upload an image."
-# Name of candidates without a class.
+# Name of candidates of nothing.
 EDIT = "edit"
+CHANGE = "change"
 TASKS = {
     "In-paint": ("inpaint", "Paint what is to be drawn anew."),
     "Out-paint": ("outpaint", "Paint what is to be kept; everything around it is drawn anew."),
-    "Change class": ("class", "Paint what is to become the class chosen below."),
+    "Change": (CHANGE, "Paint what is to become the class or the text given below."),
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of `edit`, checked as far as possible without a model."""
+    """Arguments of `edit`, checked as far as possible without a model. The guidance of `settings`
+    is for where something is asked for."""
 
     image: Image.Image
+    task: str
+    wish: Wish
+    settings: SamplingSettings
     arguments: dict[str, Any]
+
+    def towards(self, pipe: Pipeline) -> dict[str, Any]:
+        """The arguments that depend on the kind of the model."""
+        texts = pipe.var.READS_TEXTS
+        task = self.task
+        if task == CHANGE:
+            task = "prompt" if texts else "class"
+        # A class is shown, and may be left over, where the task has none.
+        to = self.wish.to(pipe) if texts or self.task == CHANGE else ""
+        found = {"to": to or None, "negative": self.wish.against(pipe)}
+        asks = any(value is not None for value in found.values())
+        drawn = {name: getattr(self.settings, name) for name in ("cfg", "tau", "top_k", "top_p")}
+        if not asks:
+            drawn["cfg"] = None
+        return {"task": task, **found, **drawn, "size": self.wish.size_of(pipe)}
 
 
 def request(
     path: str | None,
     editor: EditorValue | None,
     task: object,
-    name: object,
+    wish: Wish,
     candidates: object,
     seed: object,
-    cfg: float,
+    sampling: SamplingSettings,
     fit: object,
     use_box: bool,
     *box: float,
 ) -> Request:
-    """From what a page sent. Raises `InputError`."""
+    """From what a page sent. Raises `InputError` or `ConfigError`."""
     if task not in TASKS:
         raise InputError(f"task {task!r}: expected one of {', '.join(TASKS)}")
     kind, hint = TASKS[str(task)]
@@ -81,17 +101,14 @@ def request(
         if mask is None:
             raise InputError(f"mask: empty. {hint}")
         where = {"mask": ImageChops.invert(mask) if kind == "outpaint" else mask}
-    changes = {"label": str(name or "").strip(), "cfg": cfg} if kind == "class" else {}
     count = whole("candidates", candidates, 1, MAX_CANDIDATES)
     arguments = {
-        "task": kind,
         "fit": fit,
         "candidates": count,
         "seed": whole("seed", seed, 0, MAX_SEED),
         **where,
-        **changes,
     }
-    return Request(image, arguments)
+    return Request(image, kind, wish, sampling, arguments)
 
 
 @dataclass(frozen=True)
@@ -105,12 +122,9 @@ class Edited:
 def compute(studio: Studio, entry: Entry, asked: Request, job: Job) -> None:
     """Emit an `Edited`."""
     pipe = studio.models.get(entry)
-    arguments = asked.arguments
+    arguments = {**asked.towards(pipe), **asked.arguments}
     result = edit(pipe, asked.image, batch_size=AT_A_TIME, progress=job.progress, **arguments)
-    name = EDIT
-    if "label" in arguments:
-        (name,) = pipe.prompts([arguments["label"]]).titles()
-    job.emit(Edited(result, stem(name, result.seed)))
+    job.emit(Edited(result, stem(result.asked or EDIT, result.seed)))
 
 
 def on_canvas(image: Image.Image) -> Image.Image:
@@ -140,7 +154,7 @@ class EditTab:
 
     def _controls(self) -> list[Any]:
         keys = self.studio.keys(*MODELS)
-        known = about(self.studio.model(keys[0]))
+        known = self.studio.about(keys[0])
         self.model = checked_here(gr.Dropdown(keys, label="Model", elem_id="edit-model"))
         self.about = gr.HTML(says(keys[0], known), elem_id="edit-about")
         self.upload = gr.File(
@@ -150,29 +164,25 @@ class EditTab:
             elem_id="edit-upload",
         )
         self.task = gr.Radio(list(TASKS), value="In-paint", label="Task", elem_id="edit-task")
-        self.name = gr.Dropdown(
-            class_choices(known),
-            label="Class",
-            allow_custom_value=True,
-            visible=False,
-            elem_id="edit-class",
-        )
-        self.cfg = gr.Slider(0, 10, value=CFG, step=0.1, label="Guidance (cfg)", visible=False)
+        self.asking = Asking("edit", known, classes=False, own="Like the picture")
         with gr.Row():
             candidates = gr.Slider(
                 1, MAX_CANDIDATES, value=4, step=1, label="Candidates", min_width=120
             )
             seed = gr.Number(0, precision=0, label="Seed", min_width=120)
         fit = gr.Radio(
-            [("Centre square", "crop"), ("Whole image", "pad")],
+            [("Centre", "crop"), ("Whole image", "pad")],
             value="crop",
             label="What the model sees",
         )
+        with gr.Accordion("Sampling", open=False):
+            self.sampling = Sampling(known, guided=known.texts)
         with gr.Accordion("A box instead of painting", open=False):
             use_box = gr.Checkbox(label="Use the box")
             sides = (("Left", 0.25), ("Top", 0.25), ("Right", 0.75), ("Bottom", 0.75))
             box = [gr.Slider(0, 1, value=value, step=0.01, label=name) for name, value in sides]
-        return [self.task, self.name, candidates, seed, self.cfg, fit, use_box, *box]
+        drawn_by = [candidates, seed, *self.sampling.inputs]
+        return [self.task, *self.asking.inputs, *drawn_by, fit, use_box, *box]
 
     def _canvas(self) -> None:
         self.hint = gr.HTML(parts.note(f"{UPLOAD} {TASKS['In-paint'][1]}"))
@@ -236,8 +246,15 @@ class EditTab:
             self.show_upload, self.upload, [self.editor, self.outcome, self.download], **private
         )
         self.upload.clear(lambda: None, None, self.editor, **private)
-        self.task.change(self.explain, self.task, [self.hint, self.name, self.cfg], **private)
-        self.model.change(self.classes, self.model, [self.name, self.about], **private)
+        chosen = [self.model, self.task]
+        shown = [self.hint, self.asking.name, self.sampling.cfg]
+        self.task.change(self.explain, chosen, shown, **private)
+        self.model.change(
+            self.follow,
+            [*chosen, self.sampling.last],
+            [self.about, self.hint, *self.sampling.outputs, *self.asking.outputs],
+            **private,
+        )
         self.results.select(
             self.choose, [self.results, self.slider], [self.slider, self.download], **private
         )
@@ -247,10 +264,16 @@ class EditTab:
         keys = self.studio.keys(*MODELS)
         return {self.model: refilled(keys, model, keys[0])}
 
-    def classes(self, model: str) -> Updates:
+    def follow(self, model: str, task: str, last: Any) -> Updates:
+        """The controls that the chosen model wants; the sliders start from its own settings."""
         with toasts():
-            known = about(self.studio.model(model))
-        return {self.name: class_picker(known), self.about: says(model, known)}
+            known = self.studio.about(model)
+        own, shown = self.sampling.updates(last, known), self.explain(model, task)
+        if self.sampling.cfg in own:
+            shown[self.sampling.cfg]["value"] = own[self.sampling.cfg]
+        asking = self.asking.updates([known])
+        shown[self.asking.name] = {**asking[self.asking.name], **shown[self.asking.name]}
+        return {self.about: says(model, known), **own, **asking, **shown}
 
     def show_upload(self, path: str | None) -> Updates:
         with toasts():
@@ -259,11 +282,16 @@ class EditTab:
         shown = {"background": canvas, "layers": [], "composite": None}
         return {self.editor: shown, self.outcome: hidden, self.download: hidden}
 
-    def explain(self, task: str) -> Updates:
-        """The hint of a task; only a task with a class asks for one."""
+    def explain(self, model: str, task: str) -> Updates:
+        """The hint of a task; a class is asked for where something is to change, a text always."""
+        with toasts():
+            texts = self.studio.about(model).texts
         kind, hint = TASKS.get(task, TASKS["In-paint"])
-        shown = gr.update(visible=kind == "class")
-        return {self.hint: parts.note(f"{UPLOAD} {hint}"), self.name: shown, self.cfg: shown}
+        return {
+            self.hint: parts.note(f"{UPLOAD} {hint}"),
+            self.asking.name: gr.update(visible=kind == CHANGE and not texts),
+            self.sampling.cfg: gr.update(visible=kind == CHANGE or texts),
+        }
 
     def choose(
         self, results: list[Any] | None, pair: tuple[str, str] | None, event: gr.SelectData
@@ -280,7 +308,9 @@ class EditTab:
         """Queue the edit, and follow it."""
         with toasts():
             entry = self.studio.model(model)
-            asked = request(path, editor, *rest)
+            candidates, seed, *sampling = rest[5:11]
+            wish, drawn_by = Wish.of(*rest[1:5]), settings(*sampling)
+            asked = request(path, editor, rest[0], wish, candidates, seed, drawn_by, *rest[11:])
             title = f"{rest[0]}, {asked.arguments['candidates']} candidates"
             work = partial(compute, self.studio, entry, asked)
             job = self.studio.jobs.submit(entry.key, title, work)

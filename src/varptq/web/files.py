@@ -23,7 +23,9 @@ from PIL import Image
 
 from varptq import readable
 from varptq.editing import read_image
-from varptq.errors import InputError, OutputError
+from varptq.errors import InputError, OutputError, VarptqError
+from varptq.models.prompt_files import read_prompts
+from varptq.models.texts import TextPrompts
 from varptq.pictures import slug
 from varptq.web.studio import toasts
 from varptq.web.surroundings import CACHE
@@ -45,6 +47,21 @@ def picture(path: str | None) -> Image.Image:
             f"{readable.megabytes(MAX_BYTES)}"
         )
     return read_image(file.read_bytes(), what=f"image {file.name}", max_pixels=MAX_PIXELS)
+
+
+def prompts(path: str | None, typed: object) -> list[str] | TextPrompts | None:
+    """What a page wants images drawn for: the prompts of an uploaded file, or of a text with one a
+    line; None for neither. Raises `InputError` without naming the path, and for both."""
+    lines = [line.strip() for line in str(typed or "").splitlines() if line.strip()]
+    if not path:
+        return lines or None
+    file = Path(path)
+    if lines:
+        raise InputError(f"prompts: both typed and in {file.name}; remove one of them")
+    try:
+        return read_prompts(file)
+    except VarptqError as error:
+        raise InputError(str(error).replace(str(file), file.name)) from None
 
 
 def only_layers(editor: gr.ImageEditor) -> gr.ImageEditor:

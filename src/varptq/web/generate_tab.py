@@ -1,4 +1,4 @@
-"""The tab Generate: images of a class from one model, or from two beside each other.
+"""The tab Generate: images of a class or a text from one model, or from two beside each other.
 
 Image i of both models draws from (seed, i), so the columns are comparable. While a model runs, its
 column shows every scale, coarse to fine; the time for decoding these is not counted.
@@ -6,6 +6,7 @@ column shows every scale, coarse to fine; the time for decoding these is not cou
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import time
 from collections.abc import AsyncIterator
@@ -26,51 +27,54 @@ from varptq.models.sampling import SamplingSettings
 from varptq.pictures import VISIBLE_SIDE, Pixels, to_pixels
 from varptq.torch_state import plain_torch
 from varptq.web import parts
+from varptq.web.asking import Asking, Sampling, Wish, settings
 from varptq.web.catalogue import Entry, Kind
 from varptq.web.files import offer_picture, stem
 from varptq.web.jobs import Job
-from varptq.web.loaded import about, class_choices
 from varptq.web.runbar import RunBar, Updates
 from varptq.web.studio import (
     MAX_SEED,
     MODELS,
     Studio,
     checked_here,
-    class_picker,
     refilled,
     says,
     toasts,
     whole,
 )
 
-MAX_COUNT, MAX_TOP_K = 16, 4096
+MAX_COUNT = 16
 NOTHING = "nothing"
-HINT = "Choose a class and generate. Two models draw side by side, from the same seeds."
-DEFAULTS = SamplingSettings()
+HINT = "Say what to draw and generate. Two models draw side by side, from the same seeds."
 MISSING = "There is no quantized model yet. Make one in the tab Quantize, or in a shell: "
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw, the same for both models."""
+    """What to draw, the same for both models. own: what the sliders of `settings` started from; a
+    model whose own settings are others draws by those."""
 
-    name: str
+    wish: Wish
     count: int
     seed: int
     settings: SamplingSettings
+    own: SamplingSettings
 
     @classmethod
     def checked(
-        cls, name: object, count: object, seed: object, cfg: Any, top_k: object, top_p: Any
+        cls, wish: Wish, count: object, seed: object, own: dict[str, Any], *sampling: Any
     ) -> Request:
         """From what a page sent. Raises `InputError` or `ConfigError`."""
-        settings = SamplingSettings(cfg=cfg, top_k=whole("top-k", top_k, 0, MAX_TOP_K), top_p=top_p)
         return cls(
-            str(name or "").strip(),
+            wish,
             whole("images", count, 1, MAX_COUNT),
             whole("seed", seed, 0, MAX_SEED),
-            settings,
+            settings(*sampling),
+            SamplingSettings.from_dict(own),
         )
+
+    def settings_of(self, pipe: Pipeline) -> SamplingSettings:
+        return self.settings if pipe.filled() == self.own else pipe.filled()
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,19 @@ class Drawing:
 
 def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
     """Emit a `Drawing` per scale and one with the facts."""
-    pipe = studio.models.get(entry)
+    pipe = request.wish.sized(studio.models.get(entry))
     shown = 0.0
-    asked = pipe.prompts([request.name] * request.count)
+    asked = request.wish.prompts(pipe, request.count)
     name = stem(asked.titles()[0], request.seed)
 
     def on_scale(event: ScaleEvent) -> None:
         nonlocal shown
-        job.progress("drawing", event.scale + 1, len(pipe.scales.sides))
+        job.progress("drawing", event.scale + 1, pipe.scales.num_scales)
         started = time.monotonic()
-        job.emit(Drawing(decoded(pipe, event.f_hat), name, event.scale, len(pipe.scales.sides)))
+        job.emit(Drawing(decoded(pipe, event.f_hat), name, event.scale, pipe.scales.num_scales))
         shown += time.monotonic() - started
 
-    sampling = request.settings.to_dict()
+    sampling = request.settings_of(pipe).to_dict()
     started = time.monotonic()
     output = generate(
         pipe,
@@ -111,7 +115,7 @@ def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
     )
     spent = time.monotonic() - started - shown
     assert output.images is not None
-    last = len(pipe.scales.sides)
+    last = pipe.scales.num_scales
     facts = facts_of(pipe, request.count, spent)
     job.emit(Drawing(to_pixels(output.images), name, last, last, facts))
 
@@ -229,6 +233,10 @@ def example(out: Path) -> str:
     return shlex.join([*words, "--out", str(folder)])
 
 
+def chosen_of(model: str, beside: str | None) -> list[str]:
+    return [model] if beside in (None, "", NOTHING) else [model, beside]
+
+
 class GenerateTab:
     """Builds the tab where it is made, with its events."""
 
@@ -254,13 +262,16 @@ class GenerateTab:
             concurrency_limit=None,
             show_progress="hidden",
         )
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        chosen, controls = [self.model, self.beside], self.asking.outputs
+        typed = self.asking.typed
         self.model.change(
-            self.classes,
-            self.model,
-            [self.name, self.about],
-            api_visibility="private",
-            show_progress="hidden",
+            self.follow,
+            [*chosen, self.sampling.last, *typed],
+            [self.about, *controls, *self.sampling.outputs],
+            **private,
         )
+        self.beside.change(self.follow_beside, [*chosen, *typed], controls, **private)
 
     def _controls(self) -> list[Any]:
         keys = self.studio.keys(*MODELS)
@@ -273,23 +284,16 @@ class GenerateTab:
                 elem_id="generate-beside",
             )
         )
-        known = about(self.studio.model(keys[0]))
-        self.name = gr.Dropdown(
-            class_choices(known),
-            label="Class",
-            info="Type to search; a name or an id",
-            allow_custom_value=True,
-            elem_id="generate-class",
-        )
+        known = self.studio.about(keys[0])
         self.about = gr.HTML(says(keys[0], known), elem_id="generate-about")
+        self.asking = Asking("generate", known, own="The model's own")
         with gr.Row():
             count = gr.Slider(1, MAX_COUNT, value=4, step=1, label="Images", min_width=120)
             seed = gr.Number(0, precision=0, label="Seed", min_width=120)
         with gr.Accordion("Sampling", open=False):
-            cfg = gr.Slider(0, 10, value=DEFAULTS.cfg, step=0.1, label="Guidance (cfg)")
-            top_k = gr.Slider(0, MAX_TOP_K, value=DEFAULTS.top_k, step=1, label="Top-k, 0 for all")
-            top_p = gr.Slider(0, 1, value=DEFAULTS.top_p, step=0.01, label="Top-p, 1 for all")
-        return [self.model, self.beside, self.name, count, seed, cfg, top_k, top_p]
+            self.sampling = Sampling(known)
+        drawn_by = [count, seed, self.sampling.last, *self.sampling.inputs]
+        return [self.model, self.beside, *self.asking.inputs, *drawn_by]
 
     def pickers(self, model: str | None, beside: str | None) -> Updates:
         """The pickers with the present models; a choice that still exists stays."""
@@ -301,10 +305,20 @@ class GenerateTab:
             self.missing: self._missing(),
         }
 
-    def classes(self, model: str) -> Updates:
+    def follow(self, model: str, beside: str, last: Any, *typed: Any) -> Updates:
+        """The controls that the chosen models want."""
         with toasts():
-            known = about(self.studio.model(model))
-        return {self.name: class_picker(known), self.about: says(model, known)}
+            known = [self.studio.about(key) for key in chosen_of(model, beside)]
+        return {
+            self.about: says(model, known[0]),
+            **self.asking.updates(known, *typed),
+            **self.sampling.updates(last, known[0]),
+        }
+
+    def follow_beside(self, model: str, beside: str, *typed: Any) -> Updates:
+        with toasts():
+            known = [self.studio.about(key) for key in chosen_of(model, beside)]
+            return self.asking.shown(known, *typed)
 
     def _missing(self) -> str:
         """How to make a quantized model, if there is none."""
@@ -314,23 +328,18 @@ class GenerateTab:
         self,
         model: str,
         beside: str,
-        name: str,
-        count: float,
-        seed: float,
-        cfg: float,
-        top_k: float,
-        top_p: float,
+        *rest: Any,
     ) -> AsyncIterator[Updates]:
         """Queue a drawing with `model`, then one with `beside`, and follow both."""
         with toasts():
-            request = Request.checked(name, count, seed, cfg, top_k, top_p)
-            chosen = [model] if beside in (None, "", NOTHING) else [model, beside]
-            entries = [self.studio.model(key) for key in chosen]
+            entries = [self.studio.model(key) for key in chosen_of(model, beside)]
+            request = Request.checked(Wish.of(*rest[:4]), *rest[4:])
             second = entries[1] if len(entries) > 1 else None
             panels = {**self.panels[0].clear(entries[0]), **self.panels[1].clear(second)}
             yield {self.hint: "", **panels}
             for panel, entry in zip(self.panels, entries, strict=False):
-                title = f"{request.count} of {request.name}"[:40]
+                known = await asyncio.to_thread(self.studio.about, entry.key)
+                title = f"{request.count} of {request.wish.title(known.texts)}"[:40]
                 job = self.studio.jobs.submit(
                     entry.key, title, partial(draw, self.studio, entry, request)
                 )

@@ -1,5 +1,6 @@
-"""Middleware for every request and response: the security headers, no addresses in place of files,
-and uploads that cannot be stored. Knows no page; `server.py` puts it around the app."""
+"""Middleware for every request and response: the security headers, what a browser keeps, no
+addresses in place of files, and uploads that cannot be stored. Knows no page; `server.py` puts it
+around the app."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ POLICY = (
 )
 API = "/gradio_api"
 UPLOAD = f"{API}/upload"
+ASSETS, FOR_GOOD = "/assets/", "public, max-age=31536000, immutable"
+ENCODINGS = b"accept-encoding"
 # Through these the app would fetch any address, or accept a film of any size.
 REFUSED = (
     *(f"{API}/{place}{scheme}" for place in ("file=", "file/") for scheme in ("http:", "https:")),
@@ -46,6 +49,30 @@ class PolicyHeaders:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+
+class QuickFiles:
+    """Lets the browser keep what the page is made of, whose names change with the content. To a
+    browser on this machine (`local`) nothing is compressed: it takes longer than sending it."""
+
+    def __init__(self, app: ASGIApp, local: bool) -> None:
+        self.app, self.local = app, local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        kept = scope["path"].startswith(ASSETS)
+
+        async def send_kept(message: Message) -> None:
+            if kept and message["type"] == "http.response.start" and message["status"] == 200:
+                MutableHeaders(scope=message)["Cache-Control"] = FOR_GOOD
+            await send(message)
+
+        if self.local:
+            headers = [(name, value) for name, value in scope["headers"] if name != ENCODINGS]
+            scope = {**scope, "headers": headers}
+        await self.app(scope, receive, send_kept)
 
 
 class OwnFilesOnly:

@@ -24,19 +24,24 @@ from varptq.calibrate.config import PRESETS as CALIBRATIONS
 from varptq.calibrate.methods import METHODS, Method, default_method
 from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError, OutputError
+from varptq.models.texts import TextPrompts
 from varptq.quant.config import QuantConfig
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.resolve import Choice, foreseen, told
 from varptq.web import parts
+from varptq.web.asking import PromptList
 from varptq.web.catalogue import Entry, Kind
-from varptq.web.files import offer
+from varptq.web.files import offer, prompts
 from varptq.web.jobs import Job
 from varptq.web.losses import Losses
 from varptq.web.runbar import RunBar, Updates
 from varptq.web.studio import MAX_SEED, Studio, checked_here, refilled, toasts, whole
 
 KIND = "quantize"
-CONFIGS = ("w4a4", "w4a8", "w6a6", "w8a8", "w4a4+litevar", "w6a6+litevar", "w4a4+paper", "best")
+CONFIGS = (
+    *("w4a4", "bops1", "best", "w2a8", "w3a8", "w4a8", "w6a6", "w8a8"),
+    *("w4a4+litevar", "w6a6+litevar", "w4a4+paper"),
+)
 # The choice that lets `default_method` decide.
 DEFAULT = "default"
 DEFAULT_SUMMARY = "the one these bits were measured with"
@@ -48,7 +53,8 @@ DRAW_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Request:
-    """What to make, checked before anything is calibrated."""
+    """What to make, checked before anything is calibrated. prompts: for a model that reads
+    texts."""
 
     config: QuantConfig
     method: str
@@ -56,6 +62,7 @@ class Request:
     seed: int
     name: str
     replace: bool
+    prompts: list[str] | TextPrompts | None = None
 
     @classmethod
     def checked(
@@ -68,6 +75,8 @@ class Request:
         seed: object,
         name: object,
         replace: object,
+        prompt_file: str | None = None,
+        typed: object = None,
     ) -> Request:
         """From what a page sent; 0 samples or steps mean those of the preset. Raises
         `ConfigError` or `InputError`."""
@@ -94,6 +103,7 @@ class Request:
             whole("seed", seed, 0, MAX_SEED),
             name,
             bool(replace),
+            prompts(prompt_file, typed),
         )
 
     def place(self, out: Path) -> Path:
@@ -138,6 +148,7 @@ def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
         method=request.method,
         calibration=request.calibration,
         seed=request.seed,
+        prompts=request.prompts if pipe.var.READS_TEXTS else None,
         progress=progress,
     )
     job.progress("saving", 0, 1)
@@ -153,9 +164,12 @@ def rows_of(pipe: QuantizedPipeline, spent: float) -> tuple[tuple[str, str], ...
     smaller = transformer.float32_bytes / transformer.bytes
     units = pipe.report.get("units", [])
     nearest = sum(unit["kept"] == "nearest" for unit in units)
+    drawn_for = pipe.report.get("prompts")
+    prompts_row = (("Prompts", f"{drawn_for['count']} texts"),) if drawn_for else ()
     return (
         ("Model", f"{pipe.name}, {pipe.config.name}, {pipe.method}"),
         ("Size", f"{readable.megabytes(transformer.bytes)}, {smaller:.1f}x smaller than float32"),
+        *prompts_row,
         ("Weights", f"{quantized_size(pipe).bits_per_element:.2f} bits each, with scales"),
         (
             "Units",
@@ -229,6 +243,7 @@ class QuantizeTab:
             label="Calibration",
             elem_id="quantize-calibration",
         )
+        self.prompts = PromptList("quantize", self.studio.about(keys[0]))
         with gr.Accordion("Single settings", open=False, elem_id="quantize-settings"):
             samples = gr.Number(
                 0, precision=0, label="Images, 0 as in the preset", elem_id="q-samples"
@@ -242,7 +257,8 @@ class QuantizeTab:
             elem_id="quantize-name",
         )
         replace = gr.Checkbox(label="Replace an artifact of that name")
-        return [self.config, self.method, calibration, samples, steps, seed, self.name, replace]
+        settings = [self.config, self.method, calibration, samples, steps, seed]
+        return [*settings, self.name, replace, *self.prompts.inputs]
 
     def _events(self, inputs: list[Any]) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -258,11 +274,17 @@ class QuantizeTab:
         chosen = [self.model, self.config, self.method]
         for picker in chosen:
             picker.change(suggested_name, chosen, self.name, **private)
+        self.model.change(self.follow, self.model, self.prompts.outputs, **private)
 
     def pickers(self, model: str | None) -> Updates:
         """The picker with the present models; a choice that still exists stays."""
         keys = self.studio.keys(Kind.float)
         return {self.model: refilled(keys, model, keys[0])}
+
+    def follow(self, model: str) -> Updates:
+        """The controls that the chosen model wants."""
+        with toasts():
+            return self.prompts.updates(self.studio.about(model))
 
     async def run(self, model: str, *rest: Any) -> AsyncIterator[Updates]:
         """Queue the calibration, and follow it."""

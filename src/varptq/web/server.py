@@ -27,7 +27,7 @@ from varptq.web import app, theme
 from varptq.web.catalogue import Catalogue
 from varptq.web.files import MAX_BYTES
 from varptq.web.jobs import Jobs
-from varptq.web.limits import KeptUploads, OwnFilesOnly, PolicyHeaders
+from varptq.web.limits import KeptUploads, OwnFilesOnly, PolicyHeaders, QuickFiles
 from varptq.web.loaded import LoadedModels
 from varptq.web.studio import Studio
 from varptq.web.surroundings import claim_cache
@@ -172,6 +172,7 @@ def _middleware(options: Options, uploads: Path) -> list[Middleware]:
     that a foreign page cannot reach the studio through a name that points to this machine."""
     used = [
         Middleware(PolicyHeaders),
+        Middleware(QuickFiles, local=is_local(options.host)),
         Middleware(OwnFilesOnly),
         Middleware(KeptUploads, folder=uploads),
     ]

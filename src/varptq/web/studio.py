@@ -18,11 +18,11 @@ from varptq.errors import InputError, VarptqError
 from varptq.web import parts
 from varptq.web.catalogue import Catalogue, Entry, Kind
 from varptq.web.jobs import Jobs
-from varptq.web.loaded import About, LoadedModels, class_choices
+from varptq.web.loaded import About, LoadedModels
 
 # The page of Gradio 6.31 reads a title from a field that it never fills and shows "Error".
 TITLE, TOAST_SECONDS = "That did not work", 12.0
-MAX_SEED = 2**32 - 1
+MAX_SEED, MAX_TOP_K = 2**32 - 1, 4096
 MODELS = (Kind.float, Kind.artifact)
 
 
@@ -41,6 +41,10 @@ class Studio:
 
     def model(self, key: object, *kinds: Kind) -> Entry:
         return self.catalogue.find(key, *(kinds or MODELS))
+
+    def about(self, key: object) -> About:
+        """What is known of a model; one from files is loaded for it."""
+        return self.models.about(self.model(key))
 
 
 def checked_here(picker: gr.Dropdown) -> gr.Dropdown:
@@ -62,17 +66,12 @@ def refilled(keys: list[str], value: str | None, otherwise: str) -> Any:
     return gr.update(choices=keys, value=otherwise)
 
 
-def class_picker(known: About | None) -> Any:
-    """The update that fills a picker with the classes of a model."""
-    names = class_choices(known)
-    return gr.update(choices=names, value=names[0] if names else "0")
-
-
-def says(key: str, known: About | None) -> str:
-    """One line about a model's classes and image size, shown below its picker."""
-    if known is None:
-        return ""
-    return parts.note(f"{key}: {known.classes} classes, {known.side} x {known.side} pixels.")
+def says(key: str, known: About) -> str:
+    """One line about what a model is asked for and the size of its images, shown below its
+    picker."""
+    height, width = known.size
+    asked = "reads texts" if known.texts else f"{known.classes} classes"
+    return parts.note(f"{key}: {asked}, {width} x {height} pixels.")
 
 
 @contextmanager

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from varptq.errors import CheckpointError, InputError, NonFiniteError
 from varptq.evaluate.networks import clip
-from varptq.evaluate.networks.clip import MEAN, STD, TransformersClip, class_prompts, clip_score
+from varptq.evaluate.networks.clip import MEAN, STD, TransformersClip, clip_score
+from varptq.models.prompts import ClassPrompts
+
+
+def captions(names: Sequence[str]) -> list[str]:
+    return ClassPrompts.pool(len(names), names).captions()
 
 
 def pixels(count: int, height: int, width: int) -> Tensor:
@@ -54,8 +59,8 @@ def test_every_image_wants_a_text() -> None:
 
 
 def test_class_names_become_prompts() -> None:
-    assert class_prompts(["sea_lion"]) == ["a photo of a sea lion"]
-    assert class_prompts(["cat"], "{}, painted") == ["cat, painted"]
+    assert captions(["sea_lion", "cat"]) == ["a photo of a sea lion", "a photo of a cat"]
+    assert ClassPrompts.pool(3, ()).captions() == []
 
 
 def test_without_transformers_the_message_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +144,7 @@ def tiny_clip(tmp_path: Path) -> Path:
 def test_a_clip_from_a_folder_scores_images(tiny_clip: Path) -> None:
     encoder = TransformersClip.load(str(tiny_clip))
     images = pixels(3, 20, 17)
-    scores = clip_score(images, class_prompts(["ant", "bee", "ant"]), encoder)
+    scores = clip_score(images, captions(["ant", "bee", "ant"]), encoder)
     assert scores.shape == (3,) and bool(((scores >= 0) & (scores <= 100)).all())
     one = clip_score(images[1:2], ["a photo of a bee"], encoder)
     torch.testing.assert_close(one, scores[1:2], rtol=1e-4, atol=1e-3)
@@ -152,7 +157,7 @@ def test_scores_are_those_of_the_whole_model(tiny_clip: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = transformers.CLIPModel.from_pretrained(tiny_clip).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_clip)
-    images, texts = pixels(3, 16, 16), class_prompts(["ant", "sea_lion", "bee"])
+    images, texts = pixels(3, 16, 16), captions(["ant", "sea_lion", "bee"])
     x = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
         STD
     ).view(3, 1, 1)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.studio_pages import STUDIO
 from varptq.evaluate.catalogue import METRICS, NEEDS
 from varptq.evaluate.report import choose_pairs, render, write_report
 from varptq.evaluate.report.charts import HEIGHT, Axis, Series, cloud, curves
@@ -26,7 +24,6 @@ from varptq.models.pipeline import Pipeline
 
 VOID = {"meta", "img"}
 HOSTILE = '<script>alert("1")</script>&amp;'
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
@@ -125,6 +122,18 @@ class Checker(HTMLParser):
     @property
     def anchors(self) -> list[str | None]:
         return [attrs["id"] for tag, attrs in self.tags if tag == "section"]
+
+
+def test_copies_of_texts_are_drawn_beside_those_of_tokens() -> None:
+    model = document()["model"]
+    tokens = Checker(render(document()))
+    assert tokens.text.count("Tokens duplicated") == 1 and "of the text" not in tokens.text
+    text_copies = [{**copy, "keys": 77, "duplicated": 6.25} for copy in model["copies"]]
+    both = Checker(render(document(model={**model, "text_copies": text_copies})))
+    assert "Tokens of the text duplicated" in both.text and "Tokens duplicated" in both.text
+    hints = [text for text in both.texts if "tokens of the text" in text]
+    assert "block 2: 6.2 of 77 tokens of the text, 1.50 copies each on average" in hints
+    assert hints.count("77 tokens of the text") == len(document()["per_scale"]["sides"])
 
 
 EVERYTHING = ["quality", "images", "scales", "codebook", "size", "bops", "theta", "provenance"]
@@ -270,22 +279,6 @@ def test_large_pictures_are_fewer(samples: SampleSet, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    try:
-        playwright = import_module("playwright.sync_api")
-    except ImportError:
-        pytest.skip("needs playwright (pip install playwright), which is not here")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium, which is not here")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(path, document(title="tiny w4a4+" + "long-" * 12 + "name"), pairs(40))
@@ -302,6 +295,7 @@ CLIPPED = (
 
 
 @pytest.mark.web
+@STUDIO  # where the browser is
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_wide_and_narrow(browser: Any, page_file: Path, width: int) -> None:
     colours = []
@@ -335,6 +329,7 @@ CONTRAST = """() => {
 
 
 @pytest.mark.web
+@STUDIO  # where the browser is
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out(browser: Any, page_file: Path, scheme: str) -> None:
     page = browser.new_page(color_scheme=scheme)

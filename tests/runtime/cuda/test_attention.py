@@ -9,12 +9,14 @@ from torch.nn import functional as F
 from varptq.models.scales import Scales
 from varptq.models.seams import spans_of
 from varptq.quant.attention import QuantMix, QuantScores
-from varptq.quant.config import AttentionSpec, TensorSpec
+from varptq.quant.config import USUAL_TYPE, AttentionSpec, TensorSpec
+from varptq.quant.quantizers import QUANTIZERS
 from varptq.runtime.cuda.kernels import CudaKernels
 from varptq.runtime.kernels import AttentionRule
 
 SIDES, ENDS, ROWS, HEADS = (1, 2), (1, 5), 2, 2
 # policy, bits of q and k, of v, theta, head width, unit vectors. Orders only where they fit int8.
+# On codebooks where a type is named and has the width.
 CASES = [
     ("token", 8, 8, None, 20, True),
     ("token", 4, 4, None, 64, True),
@@ -22,21 +24,36 @@ CASES = [
     ("segment", 6, 4, 0.05, 20, True),
     ("segment", 8, 8, None, 20, True),
     ("token", 8, 6, None, 20, False),
+    ("token", 4, 6, 0.05, 20, True, "codebook"),
+    ("token", 8, 3, None, 64, False, "codebook"),
+    ("token", 5, 8, None, 20, False, "codebook"),
 ]
 
 
 def rule_of(
-    policy: str, bits: int, value_bits: int, theta: float | None, head: int, unit: bool, device: str
+    policy: str,
+    bits: int,
+    value_bits: int,
+    theta: float | None,
+    head: int,
+    unit: bool,
+    kind: str = USUAL_TYPE,
+    *,
+    device: str,
 ) -> AttentionRule:
     def spec(n: int, strategy: str = "token") -> TensorSpec:
-        return TensorSpec(num_bits=n, strategy=strategy, range_rule="with_zero")
+        type_ = kind if n in QUANTIZERS[kind].widths else USUAL_TYPE
+        return TensorSpec(num_bits=n, type=type_, strategy=strategy, range_rule="with_zero")
 
+    value = spec(value_bits, "head" if policy == "segment" else "token")
+    orders = {} if QUANTIZERS[value.type].even_steps else {"max_order": 0}
     attention = AttentionSpec(
         policy=policy,
         query=spec(bits),
         key=spec(bits),
         probability=TensorSpec(num_bits=8, type="uniform"),
-        value=spec(value_bits, "head" if policy == "segment" else "token"),
+        value=value,
+        **orders,
     )
     generator = torch.Generator().manual_seed(1)
     q_bias, v_bias = torch.randn(2, HEADS * head, generator=generator).to(device)
@@ -94,7 +111,7 @@ def test_it_agrees_with_the_simulated_modules(case: tuple, device: str) -> None:
     ],
 )
 def test_what_it_lacks_is_named(changes: dict, reason: str, device: str) -> None:
-    rule = rule_of("token", 8, 8, None, 20, True, device)
+    rule = rule_of("token", 8, 8, None, 20, True, device=device)
     if changes.get("policy") == "release":
         head = rule.spec.value.replace(strategy="head")
         changes = {**changes, "value": head}

@@ -9,6 +9,7 @@ from varptq.quant.sign_split import sign_split_codes, sign_split_fake, sign_spli
 from varptq.quant.transforms import hadamard, signs
 from varptq.runtime.cuda.gemm import CudaWeight, linear, pack
 from varptq.runtime.cuda.quantize import quantize
+from varptq.runtime.kernels import Weight
 
 # width, group, bits, rotation: whole rows of no round size, groups, and both edges of the widths.
 INPUTS = [
@@ -112,7 +113,7 @@ def weight_of(outputs: int, inputs: int, group: int, bits: int) -> tuple[torch.T
 def packed(codes: torch.Tensor, grid: Grid, bits: int, segment: int, device: str) -> CudaWeight:
     flat = codes.flatten(1).to(torch.uint8).to(device)
     scale, zero = (x.squeeze(-1).to(device) for x in grid)
-    return pack(flat, scale, zero, bits, segment)
+    return pack(Weight(flat, scale, zero, bits), segment)
 
 
 @pytest.mark.parametrize("case", PRODUCTS)

@@ -2,8 +2,8 @@
 
     score = 100 max(0, cos(image embedding, text embedding))
 Hessel et al. 2021 without their factor 2.5, as in torchmetrics. The model is transformers' CLIP,
-read without pickle; transformers is not a dependency of varptq. For class-conditional
-models the texts are prompts made of class names. Images are resized with torch, not Pillow.
+read without pickle; transformers is not a dependency of varptq. The texts
+are the captions of the prompts (models/prompts.py). Images are resized with torch, not Pillow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from varptq.evaluate.features import planes
 from varptq.models.placement import checked_device
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-TEMPLATE = "a photo of a {}"
 # Images or texts in one batch of the model.
 AT_ONCE = 64
 
@@ -32,11 +31,6 @@ class ClipEncoder(Protocol):
     def __call__(self, pixels_BHW3: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, H, W, 3) uint8 and T texts -> embeddings (B, D) and (T, D) of any length."""
         ...
-
-
-def class_prompts(names: Sequence[str], template: str = TEMPLATE) -> list[str]:
-    """One text per class name; `template` has a {} for it."""
-    return [template.format(name.replace("_", " ")) for name in names]
 
 
 def clip_score(pixels_BHW3: Tensor, texts: Sequence[str], encoder: ClipEncoder) -> Tensor:

@@ -8,7 +8,6 @@ by name and shape. The networks' own files say what the tensors mean.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError, NonFiniteError
-from varptq.files import home, utf8_name, write_atomic
+from varptq.files import cache_folder, utf8_name, write_atomic
 from varptq.models.state_file import read_state
 from varptq.progress import Progress, silent
 
@@ -104,7 +103,13 @@ def download_inception(folder: str | Path | None = None, progress: Progress = si
 
     Raises `CheckpointError` if it cannot be downloaded or is not the expected file.
     """
-    target = (Path(folder) if folder else _user_cache()) / "inception-2015-12-05-trunk.pt"
+    place = Path(folder) if folder else cache_folder()
+    if place is None:
+        raise CheckpointError(
+            f"{TRUNK_URL}: no home folder to keep it in; set XDG_CACHE_HOME, or give "
+            "a file of your own"
+        )
+    target = place / "inception-2015-12-05-trunk.pt"
     if target.is_file():
         return target
     try:
@@ -116,17 +121,6 @@ def download_inception(folder: str | Path | None = None, progress: Progress = si
             f"{TRUNK_URL}: cannot be downloaded ({reason}); give a file of your own"
         ) from None
     return target
-
-
-def _user_cache() -> Path:
-    if found := os.environ.get("XDG_CACHE_HOME"):
-        return Path(found, "varptq")
-    if (place := home()) is None:
-        raise CheckpointError(
-            f"{TRUNK_URL}: no home folder to keep it in; set XDG_CACHE_HOME, or give "
-            "a file of your own"
-        )
-    return place / ".cache" / "varptq"
 
 
 def _copy_checked(answer: BinaryIO, file: BinaryIO, progress: Progress) -> None:

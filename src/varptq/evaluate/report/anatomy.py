@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from varptq import readable
 from varptq.evaluate.report.charts import heat_map
@@ -97,15 +97,30 @@ def bit_operations(document: Document) -> Markup | None:
     return section("bops", "Bit operations", table(head, rows, "bops"), note(says))
 
 
+class Keys(NamedTuple):
+    """What an attention reads, in the words of its chart: a title, the name of the row of their
+    numbers, and what they are."""
+
+    title: str
+    row: str
+    called: str
+
+
+CACHED = Keys("Tokens duplicated", "cached", "cached tokens")
+OF_TEXT = Keys("Tokens of the text duplicated", "text", "tokens of the text")
+
+
 def shift_and_sum(document: Document) -> Markup | None:
-    """theta, and how many cached tokens it duplicates in every block at every scale."""
+    """theta, and how many cached tokens and tokens of texts it duplicates in every block at every
+    scale."""
     model = document.get("model") or {}
     theta = model.get("theta")
     if theta is None:
         return None
     if theta["value"] is None:
         return section("theta", "Shift-and-sum", note("Off: no value token is duplicated."))
-    copies = model.get("copies") or []
+    sides, lists = document["per_scale"]["sides"], (("copies", CACHED), ("text_copies", OF_TEXT))
+    charts = [_heat(model[name], sides, keys) for name, keys in lists if model.get(name)]
     says = f"Keys with an attention mass above θ = {theta['value']:.4f} are duplicated"
     if "fraction" in theta:
         says += (
@@ -113,36 +128,39 @@ def shift_and_sum(document: Document) -> Markup | None:
             f"{theta['alpha']:.2%}"
         )
     parts = [note(f"{says}.")]
-    if copies:
-        parts.append(element("div", _heat(copies, document), class_="charts single"))
+    if charts:
+        style = "charts single" if len(charts) == 1 else "charts"
+        parts.append(element("div", *charts, class_=style))
     return section("theta", "Shift-and-sum", *parts)
 
 
-def _heat(copies: Sequence[Mapping[str, Any]], document: Document) -> Markup:
-    sides = document["per_scale"]["sides"]
+def _heat(copies: Sequence[Mapping[str, Any]], sides: Sequence[Any], keys: Keys) -> Markup:
     at = {(copy["block"], copy["scale"]): copy for copy in copies}
     blocks = sorted({block for block, _ in at})
     scales = sorted({scale for _, scale in at})
     grid = [[at[block, scale] for scale in scales] for block in blocks]
-    cached = [cell["keys"] for cell in grid[0]]
+    counts = [cell["keys"] for cell in grid[0]]
     picture = heat_map(
-        [*([cell["duplicated"] for cell in row] for row in grid), cached],
+        [*([cell["duplicated"] for cell in row] for row in grid), counts],
         [
             *([cell["duplicated"] / cell["keys"] for cell in row] for row in grid),
-            [0.0] * len(cached),
+            [0.0] * len(counts),
         ],
-        [f"block {blocks[0]}", *map(str, blocks[1:]), "cached"],
-        [str(sides[scale]) for scale in scales],
-        [*([_cell(cell) for cell in row] for row in grid), [f"{n} cached tokens" for n in cached]],
+        [f"block {blocks[0]}", *map(str, blocks[1:]), keys.row],
+        [readable.side(sides[scale]) for scale in scales],
+        [
+            *([_cell(cell, keys) for cell in row] for row in grid),
+            [f"{n} {keys.called}" for n in counts],
+        ],
         "side of the token map",
     )
-    says = "Shade: share of the tokens cached at that scale. Means over heads and images."
-    return figure("Tokens duplicated", picture, says=says)
+    says = f"Shade: share of the {keys.called} at that scale. Means over heads and images."
+    return figure(keys.title, picture, says=says)
 
 
-def _cell(copy: Mapping[str, Any]) -> str:
+def _cell(copy: Mapping[str, Any], keys: Keys) -> str:
     return (
-        f"block {copy['block']}: {copy['duplicated']:.1f} of {copy['keys']} cached tokens, "
+        f"block {copy['block']}: {copy['duplicated']:.1f} of {copy['keys']} {keys.called}, "
         f"{copy['mean_copies']:.2f} copies each on average"
     )
 

@@ -132,7 +132,7 @@ def _curve(
     if not series:
         return None
     top = max(value for line in series for value in line.values)
-    names = [str(side) for side in found["sides"]]
+    names = [readable.side(side) for side in found["sides"]]
     picture = curves(series, names, Axis.linear(top), form, "side of the token map")
     return figure(title, picture, series)
 
@@ -187,7 +187,7 @@ def _resampling(found: Document, sides: Sequence[int]) -> Markup:
     before = Series("as drawn", [scale["l1_before"] for scale in found["scales"]], "second")
     after = Series("resampled", [scale["l1_after"] for scale in found["scales"]], "quantized")
     axis = Axis.linear(max(*before.values, *after.values))
-    names = [str(side) for side in sides]
+    names = [readable.side(side) for side in sides]
     picture = curves([before, after], names, axis, readable.plain, "side of the token map")
     says = f"L1 distance. {found['moved']} calibration tokens were drawn again."
     title = "Calibration tokens: frequencies against predicted probabilities"

@@ -9,18 +9,20 @@ Every failure is one `CheckpointError` naming the tensor. `state_file.py` reads 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from varptq.errors import CheckpointError
+from varptq.models import tensors
 from varptq.models.blocks import MLP_RATIO
+from varptq.models.convolutions import NORM_GROUPS
 from varptq.models.scales import Scales
 from varptq.models.state_file import MASK, file_sha256, read_state, source_sha256
+from varptq.models.tensors import conv_fields, count_of, shape_of
 from varptq.models.var.transformer import VARArch
-from varptq.models.var.vqvae import IMAGE_CHANNELS, NORM_GROUPS, VQVAEArch
+from varptq.models.var.vqvae import VQVAEArch
 
 __all__ = [
     "check_pair",
@@ -66,32 +68,17 @@ def completed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def infer_vqvae(state: Mapping[str, Tensor]) -> VQVAEArch:
     """Architecture of a VQVAE from its tensors. Raises `CheckpointError` if they are not one's."""
-    ch = _shape(state, "encoder.conv_in.weight", "VQVAE", (None, IMAGE_CHANNELS, 3, 3))[0]
-    levels = _count(state, "encoder.down.", "VQVAE")
-    blocks = _count(state, "encoder.down.0.block.", "VQVAE")
-    channels = []
-    for i in range(levels):
-        name = f"encoder.down.{i}.block.0.conv1.weight"
-        before = channels[-1] if channels else ch
-        channels.append(_shape(state, name, "VQVAE", (None, before, 3, 3))[0])
-        if channels[-1] % ch or channels[-1] % NORM_GROUPS:
-            raise CheckpointError(
-                f"VQVAE: {name} has {channels[-1]} channels, expected a multiple of {ch} "
-                f"(the first convolution's) and of {NORM_GROUPS}"
-            )
-    codebook_size, code_dim = _shape(state, "quantize.embedding.weight", "VQVAE", (None, None))
-    kernel = _shape(state, "quant_conv.weight", "VQVAE", (code_dim, code_dim, None, None))[-1]
+    codebook_size, code_dim = shape_of(state, "quantize.embedding.weight", "VQVAE", (None, None))
+    kernel = shape_of(state, "quant_conv.weight", "VQVAE", (code_dim, code_dim, None, None))[-1]
     hits = state.get("quantize.ema_vocab_hit_SV")
+    fields = conv_fields(state, "VQVAE", NORM_GROUPS)
+    levels = range(len(fields["ch_mult"]))
     return VQVAEArch(
-        ch=ch,
-        ch_mult=tuple(width // ch for width in channels),
-        num_res_blocks=blocks,
+        **fields,
         code_dim=code_dim,
         codebook_size=codebook_size,
-        num_phi=_count(state, "quantize.quant_resi.qresi_ls.", "VQVAE"),
-        attn_levels=tuple(
-            i for i in range(levels) if f"encoder.down.{i}.attn.0.qkv.weight" in state
-        ),
+        num_phi=count_of(state, "quantize.quant_resi.qresi_ls.", "VQVAE"),
+        attn_levels=tuple(i for i in levels if f"encoder.down.{i}.attn.0.qkv.weight" in state),
         mid_attn="encoder.mid.attn_1.qkv.weight" in state,
         quant_kernel=kernel,
         hit_scales=0 if hits is None else len(hits),
@@ -105,18 +92,18 @@ def infer_var(state: Mapping[str, Tensor]) -> VARArch:
     width of 64. Raises `CheckpointError` if the tensors are not a VAR's.
     """
     scales = _scales(state)
-    width = _shape(state, "pos_1LC", "VAR", (1, scales.num_tokens, None))[-1]
-    rows = _shape(state, "class_emb.weight", "VAR", (None, width))[0]
+    width = shape_of(state, "pos_1LC", "VAR", (1, scales.num_tokens, None))[-1]
+    rows = shape_of(state, "class_emb.weight", "VAR", (None, width))[0]
     if rows < 2:
         raise CheckpointError(f"VAR: class_emb.weight has {rows} rows, expected classes + 1")
-    depth = _count(state, "blocks.", "VAR")
+    depth = count_of(state, "blocks.", "VAR")
     for i in range(depth):
         # The large tensors of every block, so that a module is never larger than its file suggests.
-        _shape(state, f"blocks.{i}.attn.mat_qkv.weight", "VAR", (3 * width, width))
-        _shape(state, f"blocks.{i}.ffn.fc1.weight", "VAR", (MLP_RATIO * width, width))
+        shape_of(state, f"blocks.{i}.attn.mat_qkv.weight", "VAR", (3 * width, width))
+        shape_of(state, f"blocks.{i}.ffn.fc1.weight", "VAR", (MLP_RATIO * width, width))
     l2_norm = "blocks.0.attn.scale_mul_1H11" in state
     if l2_norm:
-        heads = _shape(state, "blocks.0.attn.scale_mul_1H11", "VAR", (1, None, 1, 1))[1]
+        heads = shape_of(state, "blocks.0.attn.scale_mul_1H11", "VAR", (1, None, 1, 1))[1]
     else:
         heads = max(width // DEFAULT_HEAD_WIDTH, 1)
     if heads == 0 or width % heads:
@@ -127,8 +114,8 @@ def infer_var(state: Mapping[str, Tensor]) -> VARArch:
         width=width,
         num_heads=heads,
         scales=scales,
-        codebook_size=_shape(state, "head.weight", "VAR", (None, width))[0],
-        code_dim=_shape(state, "word_embed.weight", "VAR", (width, None))[1],
+        codebook_size=shape_of(state, "head.weight", "VAR", (None, width))[0],
+        code_dim=shape_of(state, "word_embed.weight", "VAR", (width, None))[1],
         l2_norm=l2_norm,
         shared_adaln="shared_ada_lin.1.weight" in state,
     )
@@ -136,7 +123,7 @@ def infer_var(state: Mapping[str, Tensor]) -> VARArch:
 
 def _scales(state: Mapping[str, Tensor]) -> Scales:
     """Sides from the number of tokens per level in `lvl_1L`, which must run 0, 1.. K-1 in order."""
-    num_tokens = _shape(state, "lvl_1L", "VAR", (1, None))[1]
+    num_tokens = shape_of(state, "lvl_1L", "VAR", (1, None))[1]
     levels = state["lvl_1L"].flatten().long()
     counts = torch.unique_consecutive(levels, return_counts=True)[1].tolist()
     sides = [round(count**0.5) for count in counts]
@@ -146,67 +133,16 @@ def _scales(state: Mapping[str, Tensor]) -> Scales:
         raise CheckpointError(
             f"VAR: lvl_1L does not number its {num_tokens} tokens 0, 1, 2.. scale by scale"
         )
-    return Scales.of(sides)
-
-
-def _shape(
-    state: Mapping[str, Tensor], name: str, what: str, expected: tuple[int | None, ...]
-) -> tuple[int, ...]:
-    """Shape of a tensor that must be there and fit `expected`, where None stands for any size."""
-    if name not in state:
-        raise CheckpointError(f"{what}: tensor {name!r} is missing, is this a {what} checkpoint?")
-    shape = tuple(state[name].shape)
-    fits = len(shape) == len(expected) and all(
-        size > 0 and want in (None, size) for size, want in zip(shape, expected, strict=True)
-    )
-    if not fits:
-        shown = ", ".join("any" if want is None else str(want) for want in expected)
-        raise CheckpointError(f"{what}: tensor {name!r} has shape {shape}, expected ({shown})")
-    return shape
-
-
-def _count(state: Mapping[str, Tensor], prefix: str, what: str) -> int:
-    """How many modules `prefix0.`, `prefix1.`, .. there are; their numbers must not skip one."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    found = {int(match[1]) for name in state if (match := pattern.match(name))}
-    if not found or found != set(range(len(found))):
-        missing = next(i for i in range(len(found) + 1) if i not in found)
-        raise CheckpointError(
-            f"{what}: tensors {prefix}{missing}.* are missing, is this a {what} checkpoint?"
-        )
-    return len(found)
+    return Scales(sides)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Give `module` the tensors of `state`; every name and shape must fit. `what` opens messages.
-
-    A module on the meta device takes the tensors themselves (their dtype too), another a copy. A
-    VAR's stored attention mask must be the block-causal one of its `lvl_1L` and is then left out:
-    the module needs none. Raises `CheckpointError` naming the first tensor that does not fit.
-    """
+    """`tensors.load_strict`. A stored attention mask must be the block-causal one of its `lvl_1L`
+    and is then left out: the module needs none."""
     state = dict(state)
     if MASK in state and "lvl_1L" in state:
         _check_mask(state.pop(MASK), state["lvl_1L"], what)
-    expected = module.state_dict()
-    for name, tensor in expected.items():
-        if name not in state:
-            raise CheckpointError(f"{what}: tensor {name!r} is missing")
-        if state[name].shape != tensor.shape:
-            found, shape = tuple(state[name].shape), tuple(tensor.shape)
-            raise CheckpointError(f"{what}: tensor {name!r} has shape {found}, expected {shape}")
-    unexpected = next((name for name in state if name not in expected), None)
-    if unexpected is not None:
-        raise CheckpointError(f"{what}: tensor {unexpected!r} is unexpected, this model has none")
-    for name, tensor in expected.items():
-        if not tensor.is_floating_point():
-            # An index buffer keeps its integer dtype whatever the file stored it as.
-            state[name] = state[name].to(tensor.dtype)
-        elif not state[name].is_floating_point():
-            raise CheckpointError(
-                f"{what}: tensor {name!r} is {state[name].dtype}, expected floating point"
-            )
-    is_empty = any(tensor.is_meta for tensor in expected.values())
-    module.load_state_dict(state, strict=True, assign=is_empty)
+    tensors.load_strict(module, state, what)
 
 
 def _check_mask(mask_11LL: Tensor, lvl_1L: Tensor, what: str) -> None:

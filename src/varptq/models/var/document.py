@@ -7,10 +7,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from varptq.models.convolutions import NORM_GROUPS
 from varptq.models.family import ArchitectureDocument
 from varptq.models.scales import Scales
 from varptq.models.var.transformer import VARArch
-from varptq.models.var.vqvae import NORM_GROUPS, VQVAEArch
+from varptq.models.var.vqvae import VQVAEArch
 from varptq.settings import Settings
 
 # Far above any model of this family, and small enough that empty modules are built in seconds.
@@ -41,7 +42,7 @@ class TransformerFields(Settings):
 
     @classmethod
     def of(cls, arch: VARArch) -> Self:
-        values: dict[str, Any] = {**asdict(arch), "scales": arch.scales.sides}
+        values: dict[str, Any] = {**asdict(arch), "scales": arch.scales.plain()}
         return cls(**values)
 
     def arch(self) -> VARArch:

@@ -1,16 +1,16 @@
-"""VAR as a row of the table of families."""
+"""The row of VAR in the table of families."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 
 import torch
 
-from varptq.errors import CheckpointError
 from varptq.models.autoencoder import Autoencoder
-from varptq.models.family import Family
+from varptq.models.family import Family, FileNames
+from varptq.models.meta import on_meta
+from varptq.models.tensors import naming
 from varptq.models.transformer import Transformer
 from varptq.models.var import checkpoint
 from varptq.models.var.document import VARDocument
@@ -24,32 +24,25 @@ def autoencoder_of(arch: VQVAEArch, transformer: VARArch) -> VQVAE:
     return VQVAE(arch, transformer.scales)
 
 
-def read(transformer_path: Path, autoencoder_path: Path) -> tuple[Transformer, Autoencoder]:
+def read(
+    transformer_path: Path, autoencoder_path: Path, dtype: torch.dtype | None
+) -> tuple[Transformer, Autoencoder]:
     """Both networks from checkpoint files. Raises `CheckpointError`."""
-    state = checkpoint.read_state(transformer_path, part="var")
-    with _naming(transformer_path):
+    state = checkpoint.read_state(transformer_path, "var", dtype)
+    with naming(transformer_path):
         state = checkpoint.completed(state)
         arch = checkpoint.infer_var(state)
-    with torch.device("meta"):
+    with on_meta():
         transformer = VAR(arch)
     checkpoint.load_strict(transformer, state, str(transformer_path))
-    state = checkpoint.read_state(autoencoder_path, part="vae")
-    with _naming(autoencoder_path):
+    state = checkpoint.read_state(autoencoder_path, "vae", dtype)
+    with naming(autoencoder_path):
         autoencoder_arch = checkpoint.infer_vqvae(state)
-    with torch.device("meta"):
+    with on_meta():
         autoencoder = autoencoder_of(autoencoder_arch, arch)
     checkpoint.load_strict(autoencoder, state, str(autoencoder_path))
     checkpoint.check_pair(arch, autoencoder_arch)
     return transformer, autoencoder
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the file before what is wrong with its tensors."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def fill(transformer: Transformer, autoencoder: Autoencoder, generator: torch.Generator) -> None:
@@ -59,4 +52,14 @@ def fill(transformer: Transformer, autoencoder: Autoencoder, generator: torch.Ge
     autoencoder.randomize(generator)
 
 
-VAR_FAMILY = Family("var", VAR, autoencoder_of, VARDocument, read, fill, PRESETS)
+VAR_FAMILY = Family(
+    "var",
+    VAR,
+    autoencoder_of,
+    VARDocument,
+    read,
+    fill,
+    PRESETS,
+    "var",
+    file_names=FileNames(re.compile("var"), re.compile("vae")),
+)

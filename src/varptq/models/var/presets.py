@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from varptq.models.class_names import imagenet_classes
 from varptq.models.family import ModelPreset
 from varptq.models.scales import Scales
 from varptq.models.var.transformer import VARArch
@@ -10,7 +11,6 @@ from varptq.models.var.vqvae import VQVAEArch
 HUB_REPO = "FoundationVision/var"
 SCALES_256 = Scales((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 SCALES_512 = Scales((1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
-IMAGENET_CLASSES = 1000
 CIFAR_CLASSES = (
     "airplane",
     "automobile",
@@ -41,7 +41,7 @@ RELEASED_VQVAE = VQVAEArch(
 def _released(depth: int, scales: Scales, shared_adaln: bool = False) -> ModelPreset:
     """A model of the VAR paper: width 64 per layer, one head per 64 channels."""
     arch = VARArch(
-        num_classes=IMAGENET_CLASSES,
+        num_classes=len(imagenet_classes()),
         depth=depth,
         width=64 * depth,
         num_heads=depth,
@@ -58,6 +58,7 @@ def _released(depth: int, scales: Scales, shared_adaln: bool = False) -> ModelPr
         repo=HUB_REPO,
         transformer_file=f"var_d{depth}.pth",
         autoencoder_file="vae_ch160v4096z32.pth",
+        class_names=imagenet_classes(),
     )
 
 

@@ -75,8 +75,9 @@ class TokenPyramid(nn.Module, Pyramid):
 
     def zeros(self, batch: int) -> Tensor:
         """f_hat before the first scale: (B, C, P, P), dtype and device of the codebook."""
-        side = self.scales.last_side
-        return self.embedding.weight.new_zeros(batch, self.embedding.embedding_dim, side, side)
+        return self.embedding.weight.new_zeros(
+            batch, self.embedding.embedding_dim, *self.scales.last
+        )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 ids of any shape -> codebook rows (..., C)."""
@@ -84,10 +85,10 @@ class TokenPyramid(nn.Module, Pyramid):
 
     def contribution(self, h_BlC: Tensor, scale: int) -> Tensor:
         """What the token embeddings (B, l, C) of one scale add to f_hat, (B, C, P, P)."""
-        side, last = self.scales.sides[scale], self.scales.last_side
-        h_BCPP = h_BlC.transpose(1, 2).unflatten(2, (side, side)).to(self.embedding.weight.dtype)
+        size, last = self.scales.sides[scale], self.scales.last
+        h_BCPP = h_BlC.transpose(1, 2).unflatten(2, size).to(self.embedding.weight.dtype)
         if scale != self.scales.num_scales - 1:
-            h_BCPP = F.interpolate(h_BCPP, size=(last, last), mode="bicubic", align_corners=False)
+            h_BCPP = F.interpolate(h_BCPP, size=last, mode="bicubic", align_corners=False)
         return cast(Tensor, self.quant_resi.qresi_ls[self.phi_of_scale[scale]](h_BCPP))
 
     def add_scale(self, f_hat: Tensor, h_BlC: Tensor, scale: int) -> Tensor:
@@ -96,8 +97,8 @@ class TokenPyramid(nn.Module, Pyramid):
 
     def next_input(self, f_hat: Tensor, scale: int) -> Tensor:
         """f_hat after `scale` -> input tokens of the next scale, (B, l_next, C)."""
-        side = self.scales.sides[scale + 1]
-        return F.interpolate(f_hat, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+        size = self.scales.sides[scale + 1]
+        return F.interpolate(f_hat, size=size, mode="area").flatten(2).transpose(1, 2)
 
     def nearest(self, z_BlC: Tensor) -> Tensor:
         """Index of the codebook entry nearest in squared distance: (B, l, C) -> (B, l) int64."""
@@ -110,9 +111,9 @@ class TokenPyramid(nn.Module, Pyramid):
     def encode(self, features_BCPP: Tensor) -> Tensor:
         """Features (B, C, P, P) -> ids (B, L) int64, greedily from coarse to fine."""
         residual, ids = features_BCPP, []
-        for scale, side in enumerate(self.scales.sides):
+        for scale, size in enumerate(self.scales.sides):
             is_last = scale == self.scales.num_scales - 1
-            z = residual if is_last else F.interpolate(residual, size=(side, side), mode="area")
+            z = residual if is_last else F.interpolate(residual, size=size, mode="area")
             ids.append(self.nearest(z.flatten(2).transpose(1, 2)))
             residual = residual - self.contribution(self.embed(ids[-1]), scale)
         return torch.cat(ids, dim=1)

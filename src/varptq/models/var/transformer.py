@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varptq.models.alphabet import Alphabet
-from varptq.models.blocks import Block, ada_lin
+from varptq.models.blocks import Block, HeadNorm, ada_lin
 from varptq.models.prompts import ClassPrompts
 from varptq.models.scales import Scales
 from varptq.models.seams import (
     ConditionLinear,
     Fold,
-    ModulatedNorm,
     NormFold,
     Span,
     Stage,
@@ -56,25 +55,8 @@ class VARArch:
         return self.width // self.num_heads
 
 
-class HeadNorm(nn.Module):
-    """LayerNorm before the head, modulated by its own AdaLN layer (scale, shift)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = ModulatedNorm()
-        self.ada_lin = ada_lin(width, 2)
-
-    def modulation(self, class_BC: Tensor) -> Tensor:
-        """(B, C) -> (B, 1, 2, C)."""
-        return self.ada_lin(class_BC).unflatten(-1, (1, 2, -1))
-
-    def forward(self, x_BLC: Tensor, ada_B12C: Tensor) -> Tensor:
-        scale, shift = ada_B12C.unbind(2)
-        return self.norm(x_BLC, scale, shift)
-
-
 class Condition(NamedTuple):
-    """What depends on the class alone: its embedding, and what `Block.modulation` takes."""
+    """All that depends on the class alone: its embedding, and the input of `Block.modulation`."""
 
     class_BC: Tensor
     shared: Tensor
@@ -104,41 +86,25 @@ class VAR(Transformer):
         self.register_buffer("lvl_1L", scales.scale_of_L().view(1, -1).to(self.pos_1LC.device))
 
     @property
-    def width(self) -> int:
-        return self.arch.width
-
-    @property
-    def num_heads(self) -> int:
-        return self.arch.num_heads
-
-    @property
-    def scales(self) -> Scales:
-        return self.arch.scales
-
-    @property
-    def device(self) -> torch.device:
-        return self.pos_1LC.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.pos_1LC.dtype
-
-    @property
     def alphabet(self) -> Alphabet:
         return Alphabet(1, self.arch.codebook_size)
 
-    def prompts(self, values: Any, names: Sequence[str]) -> ClassPrompts:
+    def prompts(self, values: Any, names: Sequence[str], encoder: Any) -> ClassPrompts:
         return ClassPrompts.parse(values, self.arch.num_classes, names)
 
-    def pool(self, names: Sequence[str]) -> ClassPrompts:
+    def pool(self, names: Sequence[str], encoder: Any) -> ClassPrompts:
         return ClassPrompts.pool(self.arch.num_classes, names)
 
+    @property
+    def num_prompts(self) -> int:
+        return self.arch.num_classes
+
     def facts(self) -> dict[str, str]:
-        arch, sides = self.arch, ", ".join(map(str, self.scales.sides))
+        arch = self.arch
         return {
             "transformer": f"depth {arch.depth}, width {arch.width}, {arch.num_heads} heads, "
             f"{arch.num_classes} classes",
-            "tokens": f"{self.scales.num_tokens} in sides {sides}; "
+            "tokens": f"{self.scales.num_tokens} in sides {self.scales}; "
             f"codebook {arch.codebook_size} x {arch.code_dim}",
         }
 
@@ -146,14 +112,14 @@ class VAR(Transformer):
         return {"lvl_1L": self.scales.scale_of_L().view(1, -1)}
 
     def condition(self, prompts: ClassPrompts | Tensor) -> Condition:
-        """What these classes, or labels (B,), say to every stage."""
+        """What the stages need to know of these classes, given as prompts or labels (B,)."""
         labels_B = prompts.labels_B if isinstance(prompts, ClassPrompts) else prompts
         class_BC = self.class_emb(labels_B.to(self.device))
         if not self.arch.shared_adaln:
             return Condition(class_BC, class_BC)
         return Condition(class_BC, self.shared_ada_lin(class_BC).unflatten(-1, (1, 6, -1)))
 
-    def condition_vectors(self) -> Tensor:
+    def condition_vectors(self, pool: Any) -> Tensor:
         """(classes + 1, C) float32: all that a `ConditionLinear` may read."""
         return F.silu(self.class_emb.weight.detach().float())
 

@@ -1,6 +1,6 @@
 // C interface of the native core: what all operators share, and the machine. Each operator has a
 // header in its folder: quantize/quantize.h, linear/linear.h, attention/attention.h,
-// sampler/sampler.h, phi/phi.h.
+// convolution/convolution.h, sampler/sampler.h, phi/phi.h.
 //
 // Plain structs of pointers and sizes, one per call; nothing is kept between calls but the threads.
 #pragma once
@@ -15,6 +15,15 @@ extern "C" {
 
 enum { VQ_OK = 0, VQ_NON_FINITE = 1, VQ_BAD_ARGUMENT = 2 };
 enum { VQ_FLOAT32 = 0, VQ_BFLOAT16 = 1 };
+
+// The positive half of a symmetric codebook, ascending integers up to 127, and the scale of a slice
+// over its deviation; count 0: no codebook.
+enum { VQ_MOST_ENTRIES = 32 };
+typedef struct {
+  float entries[VQ_MOST_ENTRIES];
+  int32_t count;
+  float reach;
+} vq_codebook;
 
 VQ_API const char* vq_isa(void);                 // the set in use
 VQ_API const char* vq_features(void);            // the sets this machine can run

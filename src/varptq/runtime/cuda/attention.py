@@ -6,7 +6,8 @@
     mix      probability codes rint(p rel / sp), times integer values, exact in int32
 
 The definition is `QuantScores` and `QuantMix` (quant/attention.py) for policies "token" and
-"segment" with uniform probabilities. 8-bit codes are stored less 128. Values wait in the cache at
+"segment" with uniform probabilities. 8-bit codes are stored less 128, entries of a codebook as they
+are, with zero point 0. Values wait in the cache at
 the finest order: a key of order n is read with a rounding shift (quant/shift_sum.fixed_codes).
 Shapes: B rows, H heads, L cached tokens, l new ones, c head width; pairs (row, head) are programs.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from varptq.runtime.cuda.codebook import on_codebook
 from varptq.runtime.cuda.quantize import ROUNDER, SCALE_FLOOR, step_of
 
 NORM_FLOOR = tl.constexpr(1e-12)
@@ -46,6 +48,19 @@ def _codes(x, scale, zero, TOP: tl.constexpr):
 
 
 @triton.jit
+def _coded(x, head, book_ptr, TOP: tl.constexpr, BOOK: tl.constexpr, WIDTH: tl.constexpr):
+    """Codes of one token's channels, with their scale and zero point; on a codebook its entries."""
+    if BOOK > 0:
+        entries, scales = on_codebook(tl.reshape(x, (1, WIDTH)), head, book_ptr, BOOK, 1, WIDTH)
+        codes, scale = tl.reshape(entries, (WIDTH,)), tl.sum(scales, axis=0)
+        zero = tl.zeros_like(scale)
+    else:
+        scale, zero = _grid(x, TOP)
+        codes = _codes(x, scale, zero, TOP)
+    return codes, scale, zero
+
+
+@triton.jit
 def _store_codes(
     codes, scale, zero, token, channel, inside, codes_ptr, scale_ptr, zero_ptr, sum_ptr, head,
     OFFSET: tl.constexpr,
@@ -59,11 +74,12 @@ def _store_codes(
 
 @triton.jit
 def append(
-    qkv_ptr, q_bias_ptr, v_bias_ptr, factor_ptr,
+    qkv_ptr, q_bias_ptr, v_bias_ptr, factor_ptr, q_book_ptr, k_book_ptr, v_book_ptr,
     q_ptr, qs_ptr, qz_ptr, qsum_ptr, k_ptr, ks_ptr, kz_ptr, ksum_ptr, v_ptr, vs_ptr, vd_ptr,
     new, heads, head, capacity, start,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, Q_TOP: tl.constexpr, K_TOP: tl.constexpr,
     V_TOP: tl.constexpr, V_OFFSET: tl.constexpr, V_COPIES: tl.constexpr, SEGMENT: tl.constexpr,
+    Q_BOOK: tl.constexpr, K_BOOK: tl.constexpr, V_BOOK: tl.constexpr,
 ):  # fmt: skip
     """One program per new token and head. With SEGMENT values are left to `append_segment`."""
     row, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -81,22 +97,24 @@ def append(
         q = tl.div_rn(q, q_norm)
         k = tl.div_rn(k, k_norm)
     q = q * tl.load(factor_ptr + h)
-    q_scale, q_zero = _grid(q, Q_TOP)
-    _store_codes(_codes(q, q_scale, q_zero, Q_TOP), q_scale, q_zero,
-                 (image * heads + h) * new + i, channel, inside, q_ptr, qs_ptr, qz_ptr, qsum_ptr,
-                 head, 128 if Q_TOP == 255 else 0)  # fmt: skip
+    codes, scale, zero = _coded(q, head, q_book_ptr, Q_TOP, Q_BOOK, WIDTH)
+    _store_codes(codes, scale, zero, (image * heads + h) * new + i, channel, inside,
+                 q_ptr, qs_ptr, qz_ptr, qsum_ptr, head, 128 if Q_TOP == 255 else 0)  # fmt: skip
     token = (image * heads + h) * capacity + start + i
-    k_scale, k_zero = _grid(k, K_TOP)
-    _store_codes(_codes(k, k_scale, k_zero, K_TOP), k_scale, k_zero, token, channel, inside,
+    codes, scale, zero = _coded(k, head, k_book_ptr, K_TOP, K_BOOK, WIDTH)
+    _store_codes(codes, scale, zero, token, channel, inside,
                  k_ptr, ks_ptr, kz_ptr, ksum_ptr, head, 128 if K_TOP == 255 else 0)  # fmt: skip
     if not SEGMENT:
         v = tl.load(base + 2 * width, mask=inside, other=0.0)
         v += tl.load(v_bias_ptr + bias, mask=inside, other=0.0)
-        v_scale, v_zero = _grid(v, V_TOP)
-        u = _value_steps(v, v_scale, v_zero, V_TOP, V_OFFSET, V_COPIES)
+        if V_BOOK > 0:
+            u, scale, zero = _coded(v, head, v_book_ptr, V_TOP, V_BOOK, WIDTH)
+        else:
+            scale, zero = _grid(v, V_TOP)
+            u = _value_steps(v, scale, zero, V_TOP, V_OFFSET, V_COPIES)
         tl.store(v_ptr + token * head + channel, u.to(tl.int8), mask=inside)
-        tl.store(vs_ptr + token, v_scale)
-        tl.store(vd_ptr + token, tl.where(V_OFFSET > 0, V_OFFSET - v_zero, 0.0).to(tl.int32))
+        tl.store(vs_ptr + token, scale)
+        tl.store(vd_ptr + token, tl.where(V_OFFSET > 0, V_OFFSET - zero, 0.0).to(tl.int32))
 
 
 @triton.jit

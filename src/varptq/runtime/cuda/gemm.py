@@ -6,9 +6,11 @@
 
 A segment is the finer of an activation and a weight group. Weights of 8 bits are stored less 128,
 below that as they are, 4 bits and below two to a byte: in a block of 128 inputs byte j holds input
-j in its low and j + 64 in its high half. One accumulator per output and no split over K, so a row's
-result does not depend on the batch. 4-bit groups save memory, not time, where tensor cores have no
-4-bit mode (Hopper): each group costs float work on the partial sums.
+j in its low and j + 64 in its high half. Codes of a table are multiplied as its entries, with zero
+point 0: two to a byte they are looked up tile by tile, others are stored as entries. One
+accumulator per output and no split over K, so a row's result does not depend on the batch. 4-bit
+groups save memory, not time, where tensor cores have no 4-bit mode (Hopper): each group costs float
+work on the partial sums.
 """
 
 # Kernels are written in Triton's language, whose values have no Python types.
@@ -24,7 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from varptq.runtime.cuda.codebook import looked_up, words
 from varptq.runtime.cuda.quantize import CodeRows
+from varptq.runtime.kernels import Weight
 
 NIBBLE_BLOCK, NIBBLE_HALF = 128, 64
 # The smallest K of an 8-bit tensor-core product; rows and columns are padded to 16 by masks.
@@ -33,7 +37,8 @@ MIN_K = 32
 
 class CudaWeight(NamedTuple):
     """A packed weight (N, K): codes int8 (N, K), or uint8 (N, K / 2) where `nibbles`; scale and
-    zero_point (N, Gw), sum of stored codes (N, S) int32."""
+    zero_point (N, Gw), sum (N, S) int32 of what is multiplied; words (2,) int64, the table that
+    nibbles are looked up in, if there is one."""
 
     codes: Tensor
     scale: Tensor
@@ -42,32 +47,38 @@ class CudaWeight(NamedTuple):
     inputs: int
     segment: int
     nibbles: bool
+    words: Tensor | None = None
 
 
-def pack(
-    codes_NK: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, segment: int
-) -> CudaWeight:
-    """Stored form of codes (N, K) uint8 with scale and zero_point (N, Gw), on their device."""
-    outputs, inputs = codes_NK.shape
-    offset = 128 if num_bits == 8 else 0
-    stored = (codes_NK.int() - offset).to(torch.int8)
+def pack(weight: Weight, segment: int) -> CudaWeight:
+    """Stored form of a weight, on its device. segment: inputs that share a scale on both sides."""
+    outputs, inputs = weight.codes.shape
+    whole = weight.in_bytes()
+    offset = 128 if whole.num_bits == 8 else 0
+    stored = (whole.codes.int() - offset).to(torch.int8)
     sums = stored.int().unflatten(1, (-1, segment)).sum(-1, dtype=torch.int32)
-    zero = (zero_point - offset).to(torch.int32)
-    nibbles = num_bits <= 4 and segment % NIBBLE_HALF == 0 and inputs % NIBBLE_BLOCK == 0
+    zero = (whole.zero_point - offset).to(torch.int32)
+    nibbles = weight.num_bits <= 4 and segment % NIBBLE_HALF == 0 and inputs % NIBBLE_BLOCK == 0
     if nibbles:
-        halves = codes_NK.view(outputs, -1, 2, NIBBLE_HALF)
+        halves = weight.codes.view(outputs, -1, 2, NIBBLE_HALF)
         stored = (halves[:, :, 0] | (halves[:, :, 1] << 4)).flatten(1).contiguous()
-    return CudaWeight(stored, scale.contiguous(), zero.contiguous(), sums, inputs, segment, nibbles)
+    table = words(weight.table) if nibbles and weight.table is not None else None
+    scale, zero = weight.scale.contiguous(), zero.contiguous()
+    return CudaWeight(stored, scale, zero, sums, inputs, segment, nibbles, table)
 
 
 @triton.jit
-def _load_weight(w_ptr, n, k, width, outputs, NIBBLES: tl.constexpr):
-    """(BK, BN) int8 tile of stored codes at inputs k and outputs n."""
+def _load_weight(
+    w_ptr, words_ptr, n, k, width, outputs, NIBBLES: tl.constexpr, TABLE: tl.constexpr
+):
+    """(BK, BN) int8 tile of what is multiplied at inputs k and outputs n."""
     inside = (n[None, :] < outputs) & (k[:, None] < width)
     if NIBBLES:
         place = (k // 128) * 64 + k % 64
         byte = tl.load(w_ptr + n[None, :] * (width // 2) + place[:, None], mask=inside, other=0)
         codes = (byte >> ((k // 64) % 2 * 4)[:, None].to(tl.uint8)) & 15
+        if TABLE:
+            codes = looked_up(codes, words_ptr)
     else:
         codes = tl.load(w_ptr + n[None, :] * width + k[:, None], mask=inside, other=0)
     return codes.to(tl.int8)
@@ -75,10 +86,12 @@ def _load_weight(w_ptr, n, k, width, outputs, NIBBLES: tl.constexpr):
 
 @triton.jit
 def _linear(
-    a_ptr, sa_ptr, za_ptr, a1_ptr, w_ptr, sw_ptr, zw_ptr, w1_ptr, bias_ptr, bias_row_ptr, y_ptr,
+    a_ptr, sa_ptr, za_ptr, a1_ptr, w_ptr, words_ptr, sw_ptr, zw_ptr, w1_ptr,
+    bias_ptr, bias_row_ptr, y_ptr,
     rows, outputs, width, row_groups, weight_groups, segments, segment, per,
     rows_per_image, GROUPED: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
-    NIBBLES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    NIBBLES: tl.constexpr, TABLE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """GROUPED: activations have more than one group a row. PER: segments of a weight group.
 
@@ -101,7 +114,8 @@ def _linear(
                 in_k = (start + tl.arange(0, BK)) < segment
                 a_at = m[:, None].to(tl.int64) * width + k[None, :]
                 a = tl.load(a_ptr + a_at, mask=in_m[:, None] & in_k[None, :], other=0)
-                w = _load_weight(w_ptr, n, tl.where(in_k, k, width), width, outputs, NIBBLES)
+                w = _load_weight(w_ptr, words_ptr, n, tl.where(in_k, k, width), width, outputs,
+                                 NIBBLES, TABLE)  # fmt: skip
                 acc += tl.dot(a, w, out_dtype=tl.int32)
             ga = (s * row_groups) // segments
             za = tl.load(za_ptr + m * row_groups + ga, mask=in_m, other=0)
@@ -155,10 +169,11 @@ def linear(
         bias_row = torch.zeros(rows_per_image, dtype=torch.int32, device=y.device)
     _linear[(triton.cdiv(count, tile_m), triton.cdiv(outputs, 64))](
         rows.codes, rows.scale, rows.zero_point, rows.sum,
-        weight.codes, weight.scale, weight.zero_point, weight.sum, bias, bias_row, y,
+        weight.codes, weight.words, weight.scale, weight.zero_point, weight.sum, bias, bias_row, y,
         count, outputs, weight.inputs, row_groups, weight_groups, segments, weight.segment,
         segments // weight_groups, rows_per_image, GROUPED=row_groups > 1,
-        BIAS=with_bias, EXACT=exact, NIBBLES=weight.nibbles, BM=tile_m, BN=64, BK=tile_k,
+        BIAS=with_bias, EXACT=exact, NIBBLES=weight.nibbles,
+        TABLE=weight.words is not None, BM=tile_m, BN=64, BK=tile_k,
     )  # fmt: skip
     if not pairs or exact:
         return y

@@ -18,12 +18,15 @@ import triton
 from torch import Tensor, nn
 
 from varptq.errors import NonFiniteError
+from varptq.models.rotary import Rotary
 from varptq.models.sampling import Sampler
 from varptq.models.seams import LAYER_NORM_EPS, Span
+from varptq.quant.affine import LEAST_SCALE
 from varptq.quant.config import MAX_STORED, largest_stored
 from varptq.quant.shift_sum import orders
 from varptq.quant.transforms import signs
 from varptq.runtime.cuda import attention, gemm
+from varptq.runtime.cuda.codebook import book, positive_entries
 from varptq.runtime.cuda.quantize import CodeRows, quantize
 from varptq.runtime.kernels import AttentionRule, InputRule, Pending, Weight
 
@@ -83,7 +86,7 @@ class CudaKernels:
         segment = min(
             rule.group or weight.codes.shape[1], rule.weight_group or weight.codes.shape[1]
         )
-        return gemm.pack(weight.codes, weight.scale, weight.zero_point, weight.num_bits, segment)
+        return gemm.pack(weight, segment)
 
     def quantize(
         self, x: Tensor | Pending, rule: InputRule, means: Tensor | None, rows: Tensor | None
@@ -93,7 +96,7 @@ class CudaKernels:
         values = x.x_BLC if isinstance(x, Pending) else x
         if isinstance(x, Pending):
             gain, shift = x.scale_B1C.squeeze(1), x.shift_B1C.squeeze(1)
-        width = values.shape[-1]
+        width, tokens = values.shape[-1], values.shape[1] if values.dim() == 3 else 1
         group = rule.group or width
         codes = quantize(
             values.reshape(-1, width),
@@ -103,12 +106,13 @@ class CudaKernels:
             gain=gain,
             shift=shift,
             gelu=rule.gelu,
-            rows_per_image=values.shape[1] if values.dim() == 3 else 1,
+            rows_per_image=tokens,
             eps=LAYER_NORM_EPS,
             means=means,
-            mean_row=rows,
+            mean_row=None if means is None else _per_token(rows, tokens, values.device),
             signs=signs(rule.block, values.device) if rule.block else None,
             sign_split=rule.sign_split,
+            book=book(rule.type, rule.num_bits, values.device),
         )
         if not bool(codes.scale.isfinite().all()):
             raise NonFiniteError(f"layer {rule.layer}: input holds NaN or infinity")
@@ -122,7 +126,7 @@ class CudaKernels:
             codes.codes,
             packed,
             bias=bias,
-            bias_row=rows,
+            bias_row=None if rows is None else rows.to(codes.codes.codes.device),
             rows_per_image=1 if rows is None else len(rows),
             pairs=codes.pairs,
         )
@@ -145,9 +149,15 @@ class CudaKernels:
         return Cache(codes(), scales(), ints(), ints(), codes(), scales(), ints())
 
     def attend(
-        self, qkv_BlD: Tensor, rule: AttentionRule, cache: Cache, spans: Sequence[Span]
+        self,
+        qkv_BlD: Tensor,
+        rule: AttentionRule,
+        cache: Cache,
+        spans: Sequence[Span],
+        tables: Rotary | None = None,
     ) -> Tensor:
         """Add the tokens of qkv (B, l, 3 C) to the cache, then float32 (B, l, C) by span."""
+        assert tables is None, "refused before"
         call = _Call(qkv_BlD.contiguous(), rule, cache)
         call.append(spans)
         for span in spans:
@@ -160,6 +170,14 @@ class CudaKernels:
 
     def sampler(self) -> Sampler:
         return Sampler()
+
+
+def _per_token(rows: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """(tokens,) int32 on the device: the row that each token takes. One row stands for all tokens
+    of a single scale, and None for the first row."""
+    if rows is None:
+        return torch.zeros(tokens, dtype=torch.int32, device=device)
+    return rows.to(device).expand(tokens).contiguous()
 
 
 class _Call:
@@ -192,13 +210,18 @@ class _Call:
         }
         sizes = (self.new, rule.num_heads, rule.head_width, cache.k.shape[1], cache.length)
         values = (cache.v, cache.v_scale, cache.v_extra)
+        books = [
+            book(x.type, x.num_bits, self.qkv.device) for x in (spec.query, spec.key, spec.value)
+        ]
+        q_book, k_book, v_book = map(positive_entries, books)
         attention.append[(self.rows * self.new, rule.num_heads)](
-            self.qkv, rule.q_bias, rule.v_bias, rule.q_factor,
+            self.qkv, rule.q_bias, rule.v_bias, rule.q_factor, *books,
             self.q, self.q_scale, self.q_zero, self.q_sum,
             cache.k, cache.k_scale, cache.k_zero, cache.k_sum, *values, *sizes,
             WIDTH=self.width, UNIT=rule.l2_norm,
             Q_TOP=float(2**spec.query.num_bits - 1), K_TOP=float(2**spec.key.num_bits - 1),
-            SEGMENT=by_segment, **value,
+            Q_BOOK=q_book, K_BOOK=k_book, V_BOOK=v_book, SEGMENT=by_segment,
+            enable_fp_fusion=False, **value,
         )  # fmt: skip
         for span in spans if by_segment else ():
             first, count = span.queries.start, span.length
@@ -247,6 +270,7 @@ class _Call:
             scales = cache.v_scale[:, last] / 2**self.order
             return torch.ones_like(cache.v_scale), scales.contiguous(), last.int() + 1
         step = cache.v_scale / torch.exp2(order.float())
-        largest = step[:, : span.keys].amax(dim=1, keepdim=True)
+        # A step of 0 belongs to values of 0.
+        largest = step[:, : span.keys].amax(dim=1, keepdim=True).clamp(min=LEAST_SCALE)
         ends_1 = torch.tensor([span.keys], dtype=torch.int32, device=order.device)
         return step / largest, largest.contiguous(), ends_1

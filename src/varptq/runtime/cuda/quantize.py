@@ -3,10 +3,11 @@
     x -> modulated LayerNorm or GELU -> minus the mean of its scale -> Hadamard blocks -> per group
     s = (hi - lo) / (2^b - 1)    z = clamp(rint(-lo / s))    a = clamp(rint(x / s) + z)
 
-One program a row, the row in registers. Codes leave as int8: as they are up to 7 bits, less 128 at
-8 bits, with zero points shifted alike, since tensor cores multiply signed by signed. The numeric
-definition is quant/affine.py, quant/sign_split.py and quant/transforms.py, step by step. Nothing
-here needs a GPU to be imported or, under TRITON_INTERPRET=1, to be run.
+or on a codebook (codebook.py). One program a row, the row in registers. Codes leave as int8: as
+they are up to 7 bits, less 128 at 8 bits, with zero points shifted alike, since tensor cores
+multiply signed by signed. The numeric definition is quant/affine.py, quant/sign_split.py and
+quant/transforms.py, step by step. Nothing here needs a GPU to be imported or, under
+TRITON_INTERPRET=1, to be run.
 """
 
 # Kernels are written in Triton's language, whose values have no Python types.
@@ -23,12 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from varptq.runtime.cuda.codebook import LEAST_SCALE, on_codebook, positive_entries
+
 NO_PROLOGUE, NORM, GELU = 0, 1, 2
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 half to even, on any device.
 ROUNDER = tl.constexpr(12582912.0)
 # As in quant/affine.py: a step that is no normal float is replaced; GELU and probabilities have
 # units of their own, and a floor.
-LEAST_SCALE, EMPTY_SCALE = tl.constexpr(2.0**-126), tl.constexpr(2.0**-64)
+EMPTY_SCALE = tl.constexpr(2.0**-64)
 SCALE_FLOOR = tl.constexpr(1e-6)
 GELU_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_CUBE = tl.constexpr(0.044715)
@@ -96,12 +99,12 @@ def _store_side(
 
 @triton.jit
 def _quantize(
-    x_ptr, gain_ptr, shift_ptr, means_ptr, mean_row_ptr, sign_ptr,
+    x_ptr, gain_ptr, shift_ptr, means_ptr, mean_row_ptr, sign_ptr, book_ptr,
     codes_ptr, scale_ptr, zero_ptr, sum_ptr,
     width, row_stride, modulation_stride, rows_per_image, eps, root,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
     PROLOGUE: tl.constexpr, CENTRED: tl.constexpr, SPLIT: tl.constexpr, TOP: tl.constexpr,
-    OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr, BOOK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
@@ -127,7 +130,11 @@ def _quantize(
     grouped = tl.reshape(x, (WIDTH // GROUP, GROUP))
     high = tl.maximum(tl.max(grouped, axis=1), 0.0)
     low = tl.minimum(tl.min(grouped, axis=1), 0.0)
-    if SPLIT:
+    if BOOK > 0:
+        entries, scale = on_codebook(grouped, width, book_ptr, BOOK, WIDTH // GROUP, GROUP)
+        _store_side(entries, scale, tl.zeros_like(scale), row, k, codes_ptr, scale_ptr,
+                    zero_ptr, sum_ptr, width, WIDTH, GROUP, SEGMENT, 0)  # fmt: skip
+    elif SPLIT:
         positive = tl.maximum(tl.div_rn(high, TOP), SCALE_FLOOR)
         negative = tl.maximum(tl.div_rn(-low, TOP), SCALE_FLOOR)
         up = tl.maximum(grouped, 0.0)
@@ -162,13 +169,14 @@ def quantize(
     mean_row: Tensor | None = None,
     signs: Tensor | None = None,
     sign_split: bool = False,
+    book: Tensor | None = None,
 ) -> CodeRows:
     """Codes of x (M, K) float32 or bfloat16, `group` channels a scale, sums per `segment`.
 
     gain, shift (images, K): the rows' LayerNorm is modulated with those of image
     m // rows_per_image. means (rows, K), mean_row (rows_per_image,) int32: centring. signs (n,):
-    rotation in blocks of n. group and segment divide K; where K is no power of two they must be K
-    or powers of two.
+    rotation in blocks of n. book: the codebook whose entries are the codes, from `codebook.book`.
+    group and segment divide K; where K is no power of two they must be K or powers of two.
     """
     rows, width = x_MK.shape
     # A group that is the whole row spans the padding too: zeros change no range that holds zero.
@@ -184,11 +192,12 @@ def quantize(
     block = 0 if signs is None else len(signs)
     top = 2 ** (num_bits - 1) - 1 if sign_split else 2**num_bits - 1
     _quantize[(rows,)](
-        x_MK, gain, shift, means, mean_row, signs, codes, scale, zero, sums,
+        x_MK, gain, shift, means, mean_row, signs, book, codes, scale, zero, sums,
         width, x_MK.stride(0), 0 if gain is None else gain.stride(0), rows_per_image, eps,
         float(torch.tensor(block or 1, dtype=torch.float32, device="cpu").pow(-0.5)),
         WIDTH=padded, GROUP=group_padded, SEGMENT=segment_padded, BLOCK=block,
         PROLOGUE=prologue, CENTRED=means is not None, SPLIT=sign_split, TOP=float(top),
-        OFFSET=128 if num_bits == 8 and not sign_split else 0, num_warps=4 if padded <= 2048 else 8,
+        OFFSET=128 if num_bits == 8 and not sign_split else 0, BOOK=positive_entries(book),
+        num_warps=4 if padded <= 2048 else 8, enable_fp_fusion=False,
     )  # fmt: skip
     return CodeRows(codes, scale, zero, sums)

@@ -55,7 +55,7 @@ bool bits_fit(int32_t bits) { return bits >= 2 && bits <= 8; }
 bool spans_fit(const vq_attention_args& args) {
   for (int64_t i = 0; i < args.num_spans; ++i) {
     const int64_t* span = args.spans + 3 * i;
-    if (span[0] < 0 || span[1] < span[0] || span[1] > args.tokens) return false;
+    if (span[0] < 0 || span[1] < span[0] || span[1] > args.queries) return false;
     if (span[2] < 1 || span[2] > args.start + args.tokens) return false;
   }
   return true;
@@ -77,13 +77,20 @@ bool segments_fit(const vq_attention_args& args) {
 
 bool acceptable(const vq_attention_args& args) {
   if (!sizes_fit(args.width, args.capacity, args.segments)) return false;
-  if (args.batch < 0 || args.heads < 1 || args.tokens < 0 || args.start < 0) return false;
+  if (args.batch < 0 || args.heads < 1 || args.start < 0) return false;
+  if (args.tokens < 0 || args.queries < 0) return false;
   if (args.start + args.tokens > args.capacity) return false;
+  if (args.cosine && (!args.sine || args.width % 2 || args.start + args.queries > args.capacity))
+    return false;
   if (args.policy != VQ_POLICY_TOKEN && args.policy != VQ_POLICY_SEGMENT) return false;
   if (!bits_fit(args.query_bits) || !bits_fit(args.key_bits) || !bits_fit(args.value_bits))
     return false;
   if (!bits_fit(args.probability_bits) || args.max_order < 0 || args.max_order > 3) return false;
   if (args.theta >= 0 && ((1 << args.value_bits) - 1) << args.max_order > 127) return false;
+  for (const vq_codebook* book : {&args.query_book, &args.key_book, &args.value_book})
+    if (book->count < 0 || book->count > VQ_MOST_ENTRIES) return false;
+  if (args.value_book.count && (args.policy != VQ_POLICY_TOKEN || args.max_order != 0))
+    return false;
   return segments_fit(args) && spans_fit(args);
 }
 
@@ -154,7 +161,7 @@ int run(const vq_attention_args& args) {
       on_vector_isa([](auto set) { return attention_kernels(set); });
   // With a few tasks a thread the threads end within a fraction of a task of each other.
   const bool whole_heads = threads == 1 || heads >= 4 * threads;
-  const std::vector<QueryBlock> blocks = blocks_of(args, whole_heads ? args.tokens : kBlockQueries);
+  const std::vector<QueryBlock> blocks = blocks_of(args, whole_heads ? args.queries : kBlockQueries);
   std::vector<Buffers> buffers;
   buffers.reserve(static_cast<size_t>(threads));
   for (int worker = 0; worker < threads; ++worker) buffers.emplace_back(call);

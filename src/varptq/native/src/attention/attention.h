@@ -1,7 +1,7 @@
 // C interface of attention on codes, from q, k and v to the outputs of all heads.
 //
-// Arrays are dense, in the order of the shapes given. Shapes: B rows, l tokens of a call, L tokens
-// of the cache, H heads, c head width, C = H c.
+// Arrays are dense, in the order of the shapes given. Shapes: B rows, l queries of a call, T tokens
+// whose keys and values enter the cache, L tokens of the cache, H heads, c head width, C = H c.
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +19,7 @@ typedef struct {
   uint8_t* query_codes;           // (B, H, l, c)
   float* query_scale;             // (B, H, l)
   int32_t* query_zero;            // (B, H, l)
-  uint8_t* key_codes;             // (B, H, L, c), as the four below, of the tokens of this call
+  uint8_t* key_codes;             // (B, H, L, c), as the five below, of the T tokens of this call
   float* key_scale;               // (B, H, L)
   int32_t* key_zero;              // (B, H, L)
   int32_t* value_codes;           // (B, H, L, c); with theta 2^max_order times code - zero point
@@ -31,8 +31,10 @@ typedef struct {
   float* row_scale;               // (B, H, l): what the integer sum of a row is multiplied by
 } vq_attention_trace;
 
-// Appends the keys and values of l tokens to a cache of codes, and answers their queries.
-//   q, k, v = split(qkv + bias);  l2_norm: q = q / |q|, k = k / |k|;  q = q query_factor[h]
+// Appends the keys and values of T tokens to a cache of codes, and answers l queries. Tokens of an
+// image bring both; a text is entered once, without queries, and asked by calls without tokens.
+//   q = q + bias, v = v + bias;  l2_norm: q = q / |q|, k = k / |k|;  q = q query_factor[h]
+//   cosine: q and k turned by the tables' rows, pair (2n, 2n + 1) of channels by column n
 //   q, k: codes per token;  v: codes per token, or per segment (from ends[i - 1] to ends[i])
 //   score = (float)(sum (q - zq)(k - zk)) (sq sk);  p = softmax(score)
 //   token:    code = rint(p rel / sp), rel_j = step_j / max step, out = (sum code u) (sp max step)
@@ -42,7 +44,8 @@ typedef struct {
 // holds the finest integer and a coarser one is its rounding shift.
 typedef struct {
   int64_t batch, heads, width;    // B, H, c <= 128
-  int64_t tokens, start;          // l; how many the cache holds already
+  int64_t queries;                // l
+  int64_t tokens, start;          // T; how many the cache holds already
   int64_t capacity;               // L
   const int64_t* ends;            // (segments): tokens after each segment
   int64_t segments;
@@ -50,13 +53,19 @@ typedef struct {
   int64_t num_spans;
   int32_t policy;
   int32_t query_bits, key_bits, value_bits, probability_bits;  // 2 .. 8
+  vq_codebook query_book, key_book, value_book;  // codes are entries, zero points 0; token policy
   int32_t l2_norm;
   int32_t max_order;
   float theta;                    // below 0: none
-  const float* qkv;               // (B, l, 3 C)
-  const float* query_bias;        // (C)
+  const float* query;             // (B, l, C), tokens query_stride floats apart
+  const float* key;               // (B, T, C) and
+  const float* value;             // (B, T, C), tokens key_stride floats apart
+  int64_t query_stride, key_stride;
+  const float* query_bias;        // (C), or NULL
   const float* value_bias;        // (C)
   const float* query_factor;      // (H)
+  const float* cosine;            // (L, c / 2) of the cache's tokens, query i being token
+  const float* sine;              //   start + i; both NULL: nothing is turned
   uint8_t* cache;                 // (B, H, vq_attention_cache_bytes)
   float* out;                     // (B, l, C)
   const vq_attention_trace* trace;

@@ -1,13 +1,13 @@
-// Queries, keys and values to codes: bias, unit vectors, affine ranges per token or per segment,
-// and the entry of keys and values into the cache. Written on lanes.h, compiled once per
-// instruction set.
+// Queries, keys and values to codes: bias, unit vectors, rotary positions, affine ranges per token
+// or per segment, and the entry of keys and values into the cache. Written on lanes.h, compiled once
+// per instruction set.
 //
 //   s = (hi - lo) / (2^b - 1)   z = clamp(rint(-lo / s))   a = clamp(rint(x / s) + z)
 #pragma once
 
 #include "attention/kernel.h"
 #include "lanes/lanes.h"
-#include "quantize/scales.h"
+#include "quantize/codebook.h"
 
 namespace vq {
 namespace {
@@ -17,6 +17,7 @@ constexpr int64_t kAhead = 4;  // tokens whose input is fetched in advance
 struct Grid {
   float scale;
   int32_t zero;
+  float start = 0.0f;  // of a codebook: what divides x when entries are chosen
 };
 
 // One token's channels, padded with zeros, which no range that contains zero notices.
@@ -80,10 +81,32 @@ inline Grid grid_of(const Range& range, int32_t num_bits) {
   return {scale, static_cast<int32_t>(zero)};
 }
 
-// Codes of 16 channels.
-inline Ints codes_of(Floats x, Grid grid, int32_t num_bits) {
+// How one operand becomes codes; with a codebook they are its entries plus 128.
+struct Coding {
+  int32_t num_bits;
+  Codebook book;
+
+  Grid grid(const Range& range, const Channels& x, int64_t width) const {
+    if (!book) return grid_of(range, num_bits);
+    const float low = smallest_of(range.low), high = largest_of(range.high);
+    alignas(64) float room[kMaxHeadWidth];
+    const Fit fit = codebook_fit(width, -low > high ? -low : high, book, room,
+                                 [&](int64_t i) { return load(x.v + i); },
+                                 [](int64_t, Floats) {});
+    return {fit.scale, kCodebookZero, fit.start};
+  }
+  // Of 16 channels.
+  Ints codes(Floats x, Grid grid) const;
+};
+
+inline Ints affine_codes_of(Floats x, Grid grid, int32_t num_bits) {
   const Ints steps = to_int(x / all(grid.scale)) + all_int(grid.zero);
   return smaller(larger(steps, all_int(0)), all_int((1 << num_bits) - 1));
+}
+
+inline Ints Coding::codes(Floats x, Grid grid) const {
+  if (!book) return affine_codes_of(x, grid, num_bits);
+  return to_int(book.nearest(x, all(divisor_of(grid.start)))) + all_int(kCodebookZero);
 }
 
 // code - zero point on a grid 2^order times finer, in its units.
@@ -95,32 +118,59 @@ inline Ints fine_steps(Floats x, Grid grid, int32_t num_bits, int32_t order) {
   return smaller(larger(steps, all_int(low)), all_int(high));
 }
 
+// One head's channels of the tokens of one operand.
+struct Operand {
+  const float* first = nullptr;
+  int64_t stride = 0, tokens = 0;
+  const float* token(int64_t t) const { return first + t * stride; }
+};
+
 struct Head {
   const AttentionCall& call;
   const vq_attention_args& args;
   int64_t row, head;
   uint8_t* cache;
+  Operand query, key, value;
+  Coding query_coding, key_coding, value_coding;
 
   Head(const AttentionCall& all_of, int64_t b, int64_t h)
-      : call(all_of), args(*all_of.args), row(b), head(h) {
+      : call(all_of), args(*all_of.args), row(b), head(h),
+        query_coding{args.query_bits, Codebook(args.query_book)},
+        key_coding{args.key_bits, Codebook(args.key_book)},
+        value_coding{args.value_bits, Codebook(args.value_book)} {
     cache = args.cache + (b * args.heads + h) * call.layout.bytes;
+    query = operand(args.query, args.query_stride, args.queries);
+    key = operand(args.key, args.key_stride, args.tokens);
+    value = operand(args.value, args.key_stride, args.tokens);
+  }
+  Operand operand(const float* all_heads, int64_t stride, int64_t tokens) const {
+    if (tokens == 0) return {};
+    return {all_heads + row * tokens * stride + head * args.width, stride, tokens};
   }
   template <class T>
   T* at(int64_t offset) const {
     return reinterpret_cast<T*>(cache + offset);
   }
-  // part 0, 1, 2: query, key, value of token t of the call.
-  const float* input(int64_t t, int part) const {
-    const int64_t width = args.heads * args.width;
-    return args.qkv + ((row * args.tokens + t) * 3 + part) * width + head * args.width;
-  }
   // Rows of a head lie a multiple of a page apart, where no hardware fetches ahead.
-  void fetch(int64_t t, int part) const {
-    if (t >= args.tokens) return;
-    for (int64_t c = 0; c < args.width; c += kLanes) __builtin_prefetch(input(t, part) + c);
+  void fetch(const Operand& operand, int64_t t) const {
+    if (t >= operand.tokens) return;
+    for (int64_t c = 0; c < args.width; c += kLanes) __builtin_prefetch(operand.token(t) + c);
   }
   int64_t index() const { return row * args.heads + head; }
 };
+
+// Pairs of channels turned by the angles of token `token` of the cache, where there are any.
+inline void turn(Channels& x, const vq_attention_args& args, int64_t token) {
+  if (!args.cosine) return;
+  const int64_t pairs = args.width / 2;
+  const float* cosine = args.cosine + token * pairs;
+  const float* sine = args.sine + token * pairs;
+  for (int64_t n = 0; n < pairs; ++n) {
+    const float even = x.v[2 * n], odd = x.v[2 * n + 1];
+    x.v[2 * n] = even * cosine[n] - odd * sine[n];
+    x.v[2 * n + 1] = even * sine[n] + odd * cosine[n];
+  }
+}
 
 // Place of cached token `token` in values.
 inline int64_t place_of(const AttentionCall& call, int64_t token) {
@@ -133,7 +183,7 @@ inline void put_key(const Head& head, int64_t token, const Channels& x, Grid gri
   const CacheLayout& layout = head.call.layout;
   alignas(64) uint8_t codes[kMaxHeadWidth];
   for (int64_t c = 0; c < layout.channels; c += kLanes)
-    store_bytes(codes + c, codes_of(load(x.v + c), grid, head.args.key_bits));
+    store_bytes(codes + c, head.key_coding.codes(load(x.v + c), grid));
   int32_t sum = 0;
   for (int64_t c = 0; c < head.args.width; ++c) sum += codes[c];
   // Channels beyond c must not count: their stored code is 0.
@@ -151,11 +201,12 @@ inline void put_key(const Head& head, int64_t token, const Channels& x, Grid gri
 // The byte of place % 4 in each channel's group of four.
 template <int byte>
 inline void put_value_bytes(int32_t* group, const Channels& x, Grid grid, const Head& head) {
-  const bool fine = head.args.theta >= 0;
+  // A codebook has no finer grid: its entries are what either way stores.
+  const bool fine = head.args.theta >= 0 && !head.value_coding.book;
   for (int64_t c = 0; c < head.call.layout.channels; c += kLanes) {
     const Floats y = load(x.v + c);
     const Ints code = fine ? fine_steps(y, grid, head.args.value_bits, head.args.max_order)
-                           : codes_of(y, grid, head.args.value_bits) - all_int(128);
+                           : head.value_coding.codes(y, grid) - all_int(128);
     const Ints others = load(group + c) & all_int(static_cast<int32_t>(~(0xFFu << (8 * byte))));
     store(group + c, others | shift_left<8 * byte>(code & all_int(0xFF)));
   }
@@ -213,12 +264,13 @@ inline bool append_keys(const Head& head) {
   const int64_t channels = head.call.layout.channels;
   Channels x;
   for (int64_t t = 0; t < args.tokens; ++t) {
-    head.fetch(t + kAhead, 1);
-    if (!load_channels(x, head.input(t, 1), nullptr, args.width, channels)) return false;
+    head.fetch(head.key, t + kAhead);
+    if (!load_channels(x, head.key.token(t), nullptr, args.width, channels)) return false;
     if (args.l2_norm) make_unit(x, channels);
+    turn(x, args, args.start + t);
     Range range;
     widen(range, x, channels);
-    const Grid grid = grid_of(range, args.key_bits);
+    const Grid grid = head.key_coding.grid(range, x, args.width);
     put_key(head, args.start + t, x, grid);
     if (args.trace) trace_key(head, args.start + t, grid);
   }
@@ -241,19 +293,19 @@ inline bool append_values(const Head& head) {
     if (segments) {
       Range range;
       for (int64_t i = t; i < last; ++i) {
-        head.fetch(i + kAhead, 2);
-        if (!load_channels(x, head.input(i, 2), bias, args.width, channels)) return false;
+        head.fetch(head.value, i + kAhead);
+        if (!load_channels(x, head.value.token(i), bias, args.width, channels)) return false;
         widen(range, x, channels);
       }
       grid = grid_of(range, args.value_bits);
     }
     for (; t < last; ++t) {
-      head.fetch(t + kAhead, 2);
-      if (!load_channels(x, head.input(t, 2), bias, args.width, channels)) return false;
+      head.fetch(head.value, t + kAhead);
+      if (!load_channels(x, head.value.token(t), bias, args.width, channels)) return false;
       if (!segments) {
         Range range;
         widen(range, x, channels);
-        grid = grid_of(range, args.value_bits);
+        grid = head.value_coding.grid(range, x, args.width);
       }
       put_value(head, args.start + t, x, grid);
       if (args.trace) trace_value(head, args.start + t, grid);

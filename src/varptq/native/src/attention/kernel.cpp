@@ -22,7 +22,7 @@ inline bool with_theta(const Task& task) { return task.head.args.theta >= 0; }
 inline bool folded(const Task& task) { return task.head.args.policy == VQ_POLICY_TOKEN; }
 
 inline int64_t trace_at(const Task& task, int64_t query) {
-  return task.head.index() * task.head.args.tokens + query;
+  return task.head.index() * task.head.args.queries + query;
 }
 
 // Scores of up to kQueryTile queries and, in their place, exponentials: as they are with theta,
@@ -141,7 +141,8 @@ inline void find_relative(Task& task) {
     best = larger(best, step);
     store(relative + j, step);
   }
-  task.largest_step = largest_of(best);
+  // Steps of 0 belong to values of 0.
+  task.largest_step = largest_of(best) > kLeastScale ? largest_of(best) : kLeastScale;
   const Floats divisor = all(task.largest_step);
   for (int64_t j = 0; j < task.padded; j += kLanes)
     store(relative + j, load(relative + j) / divisor);
@@ -150,7 +151,7 @@ inline void find_relative(Task& task) {
 inline void write_rows(const Task& task, const float* rows, int64_t first, int count) {
   const vq_attention_args& args = task.head.args;
   for (int i = 0; i < count; ++i) {
-    const int64_t token = task.head.row * args.tokens + first + i;
+    const int64_t token = task.head.row * args.queries + first + i;
     float* out = args.out + (token * args.heads + task.head.head) * args.width;
     std::memcpy(out, rows + i * kMaxHeadWidth, static_cast<size_t>(args.width) * sizeof(float));
   }

@@ -53,17 +53,18 @@ inline bool quantize_queries(const Head& head, int64_t first, int count, Queries
   const Floats factor = all(args.query_factor[head.head]);
   Channels x;
   for (int i = 0; i < count; ++i) {
-    const float* bias = args.query_bias + head.head * width;
-    head.fetch(first + i + kAhead, 0);
-    if (!load_channels(x, head.input(first + i, 0), bias, width, channels)) return false;
+    const float* bias = args.query_bias ? args.query_bias + head.head * width : nullptr;
+    head.fetch(head.query, first + i + kAhead);
+    if (!load_channels(x, head.query.token(first + i), bias, width, channels)) return false;
     if (args.l2_norm) make_unit(x, channels);
     for (int64_t c = 0; c < channels; c += kLanes) store(x.v + c, load(x.v + c) * factor);
+    turn(x, args, args.start + first + i);
     Range range;
     widen(range, x, channels);
-    const Grid grid = grid_of(range, args.query_bits);
+    const Grid grid = head.query_coding.grid(range, x, width);
     uint8_t* codes = queries.codes[i];
     for (int64_t c = 0; c < channels; c += kLanes)
-      store_bytes(codes + c, codes_of(load(x.v + c), grid, args.query_bits));
+      store_bytes(codes + c, head.query_coding.codes(load(x.v + c), grid));
     int32_t sum = 0;
     for (int64_t c = 0; c < width; ++c) sum += codes[c];
     std::memset(codes + width, 0, static_cast<size_t>(channels - width));
@@ -72,7 +73,7 @@ inline bool quantize_queries(const Head& head, int64_t first, int count, Queries
     std::memcpy(&queries.pair[i], pair, sizeof pair);
     queries.scale[i] = grid.scale;
     if (args.trace) {
-      const int64_t at = head.index() * args.tokens + first + i;
+      const int64_t at = head.index() * args.queries + first + i;
       args.trace->query_scale[at] = grid.scale;
       args.trace->query_zero[at] = grid.zero;
       std::memcpy(args.trace->query_codes + at * width, codes, static_cast<size_t>(width));

@@ -11,6 +11,7 @@ struct Ints {
   __m256i v, w;
 };
 
+inline void pin(Ints& x) { asm("" : "+x"(x.v), "+x"(x.w)); }  // in registers here
 inline Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Ints all_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -106,6 +107,15 @@ inline void store_bytes(void* p, Ints x) {
 inline Ints load_u8(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
+}
+// Entries of a table of 16 bytes, repeated by `all_entries`, at 64 indices below 16.
+inline Ints all_entries(const int8_t* table) {
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {twice, twice};
+}
+inline Ints entries_at(Ints table, Ints indices) {
+  return {_mm256_shuffle_epi8(table.v, indices.v), _mm256_shuffle_epi8(table.w, indices.w)};
 }
 // Widened to 16 bits, since the byte product saturates at two of 255 x 127.
 inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {

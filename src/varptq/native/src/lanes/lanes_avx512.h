@@ -11,6 +11,7 @@ struct Ints {
   __m512i v;
 };
 
+inline void pin(Ints& x) { asm("" : "+v"(x.v)); }  // in a register here
 inline Floats all(float x) { return {_mm512_set1_ps(x)}; }
 inline Ints all_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -62,6 +63,13 @@ inline void store_bytes(void* p, Ints x) {
 }
 inline Ints load_u8(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// Entries of a table of 16 bytes, repeated by `all_entries`, at 64 indices below 16.
+inline Ints all_entries(const int8_t* table) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)))};
+}
+inline Ints entries_at(Ints table, Ints indices) {
+  return {_mm512_shuffle_epi8(table.v, indices.v)};
 }
 inline Ints dot4(Ints sum, Ints u8, Ints s8) { return {_mm512_dpbusd_epi32(sum.v, u8.v, s8.v)}; }
 inline Ints dot2(Ints sum, Ints a, Ints b) {  // int16 pairs

@@ -11,6 +11,7 @@ struct Floats {
 struct Ints {
   int32_t v[kLanes];
 };
+inline void pin(Ints&) {}  // registers are the compiler's business here
 
 template <class To, class Function>
 inline To lanewise(Function function) {
@@ -114,6 +115,21 @@ inline void store_bytes(void* p, Ints x) {
 }
 inline Ints load_u8(const uint8_t* p) {
   return lanewise<Ints>([&](int i) { return static_cast<int32_t>(p[i]); });
+}
+// Entries of a table of 16 bytes, repeated by `all_entries`, at 64 indices below 16.
+inline Ints all_entries(const int8_t* table) {
+  Ints all;
+  for (int i = 0; i < 4; ++i) std::memcpy(all.v + 4 * i, table, 16);
+  return all;
+}
+inline Ints entries_at(Ints table, Ints indices) {
+  uint8_t entries[4 * kLanes], at[4 * kLanes];
+  std::memcpy(entries, &table, sizeof entries);
+  std::memcpy(at, &indices, sizeof at);
+  for (int i = 0; i < 4 * kLanes; ++i) at[i] = entries[at[i]];
+  Ints found;
+  std::memcpy(&found, at, sizeof at);
+  return found;
 }
 inline Ints dot4(Ints sum, Ints u8, Ints s8) {
   uint8_t a[4 * kLanes];

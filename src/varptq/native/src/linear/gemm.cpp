@@ -39,7 +39,8 @@ bool valid(const vq_linear_args* a) {
          nests(a->weight_group, a->segment) &&
          a->segment == std::min(a->row_group, a->weight_group) &&
          a->segment <= kLongestSegment && a->row_bits >= 2 &&
-         a->row_bits <= 8 && a->weight_bits >= 2 && a->weight_bits <= 8 && a->codes && a->scale &&
+         a->row_bits <= 8 && a->weight_bits >= 2 &&
+         a->weight_bits <= (a->table ? 4 : 8) && a->codes && a->scale &&
          a->zero_point && a->sum && a->packed && a->panel_scale && a->panel_zero && a->panel_sum &&
          (!a->pairs || a->rows % 2 == 0) && a->rows_per_image > 0;
 }
@@ -57,7 +58,8 @@ Job make_job(const vq_linear_args* a) {
   job.code_stride = job.blocks * kBlock;
   job.panel_bytes = kPanel * kBlock * (a->weight_bits <= 4 ? (job.blocks + 1) / 2 : job.blocks);
   job.short_segments = is_short(a->segment, a->inputs);
-  const int largest = a->weight_bits == 8 ? 128 : (1 << a->weight_bits) - 1;
+  const bool bytes = a->weight_bits == 8 || a->table;
+  const int largest = bytes ? 128 : (1 << a->weight_bits) - 1;
   job.narrow = 2 * largest * ((1 << a->row_bits) - 1) <= INT16_MAX;
   return job;
 }

@@ -13,7 +13,10 @@ int32_t weight_at(const Job& job, int64_t panel, int64_t block, int64_t inside, 
   const uint8_t* step = job.args->packed + panel * job.panel_bytes +
                         ((nibbles ? block / 2 : block) * (kBlock / 4) + inside / 4) * kStep;
   const uint8_t byte = step[column * 4 + inside % 4];
-  if (nibbles) return block % 2 ? byte >> 4 : byte & 15;
+  if (nibbles) {
+    const int32_t code = block % 2 ? byte >> 4 : byte & 15;
+    return job.args->table ? job.args->table[code] : code;
+  }
   return static_cast<int8_t>(byte);
 }
 
@@ -22,12 +25,12 @@ int32_t product(const Job& job, int64_t m, int64_t n, int64_t s) {
   const vq_linear_args& a = *job.args;
   const uint8_t* codes = a.codes + m * job.code_stride;
   int32_t sum = 0, weights = 0;
-  for (int64_t b = s * job.segment_blocks; b < (s + 1) * job.segment_blocks; ++b)
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const int32_t w = weight_at(job, n / kPanel, b, i, n % kPanel);
-      sum += w * codes[b * kBlock + i];
-      weights += w;
-    }
+  for (int64_t i = 0; i < a.segment; ++i) {
+    const int64_t b = s * job.segment_blocks + i / kBlock;
+    const int32_t w = weight_at(job, n / kPanel, b, i % kBlock, n % kPanel);
+    sum += w * codes[b * kBlock + i % kBlock];
+    weights += w;
+  }
   const int32_t za = a.zero_point[m * job.row_groups + s / job.row_span];
   const int32_t zc = a.panel_zero[panel_index(n, s / job.weight_span, job.weight_groups)];
   const int32_t rest = a.sum[m * job.segments + s] - static_cast<int32_t>(a.segment) * za;

@@ -15,13 +15,15 @@ extern "C" {
 // Weight codes to the layout of the kernels: panels of 64 outputs; in a panel, for every 4 inputs,
 // 64 columns of 4 bytes. Stored value w: the code up to 7 bits, code - 128 at 8, where zero points
 // are shifted alike. 4 bits and below: bytes hold two codes, of input k in the low and k + 64 in
-// the high half. Padding has stored value 0.
+// the high half. Padding has stored value 0. With a table of 16 entries the stored value is the
+// code's entry; bytes then hold codes (up to 4 bits), those of padding 0, which meet inputs of 0.
 typedef struct {
   int64_t outputs, inputs;        // N, K
   const uint8_t* codes;           // (N, K)
   const int32_t* zero_point;      // (N, Gw) of the codes
   const float* scale;             // (N, Gw)
   int32_t num_bits;
+  const int8_t* table;            // NULL or 16 entries
   int64_t group, segment;
   uint8_t* packed;                // vq_packed_bytes
   float* panel_scale;             // (ceil(N / 64), Gw, 64)
@@ -46,6 +48,7 @@ typedef struct {
   const int32_t* zero_point;
   const int32_t* sum;
   const uint8_t* packed;
+  const int8_t* table;            // of vq_pack
   const float* panel_scale;
   const int32_t* panel_zero;
   const int32_t* panel_sum;

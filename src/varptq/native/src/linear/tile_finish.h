@@ -7,12 +7,14 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "lanes/lanes_more.h"
 #include "linear/gemm.h"
 
 // Sums stay in registers only where everything that touches them is one function.
 #define VQ_INLINE __attribute__((always_inline)) inline
+#define VQ_INLINED __attribute__((always_inline))  // of a lambda
 
 namespace vq {
 namespace {
@@ -35,9 +37,9 @@ struct alignas(64) Totals {
 // function(row, vector) for all of a tile, unrolled.
 template <int R, int V, class Function>
 VQ_INLINE void each(Function function) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) function(r, v);
 }
 
@@ -57,21 +59,21 @@ VQ_INLINE void store_row(const vq_linear_args& a, int64_t row, int64_t column, i
   const float* bias = bias_of(a, row, column);
   if (count >= V * kLanes && a.y_type == VQ_FLOAT32) {
     float* y = static_cast<float*>(a.y) + at;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(y + v * kLanes, output(v, load(bias + v * kLanes)));
     return;
   }
   float last[V * kLanes] = {}, lanes[V * kLanes];
   count = count < V * kLanes ? count : V * kLanes;
   std::memcpy(last, bias, count * sizeof(float));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v) store(lanes + v * kLanes, output(v, load(last + v * kLanes)));
   if (a.y_type == VQ_FLOAT32) {
     std::memcpy(static_cast<float*>(a.y) + at, lanes, count * sizeof(float));
     return;
   }
   uint16_t half[V * kLanes];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v) store_bfloat16(half + v * kLanes, load(lanes + v * kLanes));
   std::memcpy(static_cast<uint16_t*>(a.y) + at, half, count * sizeof(uint16_t));
 }
@@ -84,7 +86,7 @@ VQ_INLINE void store_tile(const Job& job, int64_t m, int64_t column, Finish fini
   if (count <= 0) return;
   if (a.pairs) {
     if constexpr (R % 2 == 0) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < R; r += 2)
         store_row<V>(a, (m + r) / 2, column, count, [&](int v, Floats bias) {
           return (finish(r, v, all(0.0f)) + finish(r + 1, v, all(0.0f))) + bias;
@@ -92,7 +94,7 @@ VQ_INLINE void store_tile(const Job& job, int64_t m, int64_t column, Finish fini
     }
     return;
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     store_row<V>(a, m + r, column, count, [&](int v, Floats bias) { return finish(r, v, bias); });
 }
@@ -122,43 +124,53 @@ struct Position {
   }
 };
 
+// Where a segment of activation groups stands in its weight group.
+enum class Place { only, first, middle, last };
+template <Place place>
+using At = std::integral_constant<Place, place>;
+
+// function(At<...>{}): code that is made for each place has no branches, across which compilers
+// would move sums to memory.
+template <Scheme scheme, class Function>
+VQ_INLINE void at_place(const Job& job, const Position& p, Function function) {
+  if (scheme == Scheme::weight_groups || (p.starts() && p.ends(job)))
+    function(At<Place::only>{});
+  else if (p.starts())
+    function(At<Place::first>{});
+  else if (!p.ends(job))
+    function(At<Place::middle>{});
+  else
+    function(At<Place::last>{});
+}
+
 // What one segment adds to the totals of a tile. With activation groups, parts are their sums over
 // an unfinished weight group.
-template <Scheme scheme, int R, int V>
+template <Scheme scheme, Place place, int R, int V, class Found>
 VQ_INLINE void add_segment(const Job& job, int64_t m, int64_t column, const Position& p,
-                        const Sums<R, V>& sums, Totals<R, V>& parts, Totals<R, V>& totals) {
+                        const Found& sums, Totals<R, V>& parts, Totals<R, V>& totals) {
   const vq_linear_args& a = *job.args;
   const float* scale = a.panel_scale + panel_index(column, p.weight_group, job.weight_groups);
   Floats sw[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v)
     sw[v] = load(scale + v * kLanes);
   const auto product = [&](int r, int v) { return to_float(sums.at(r, v)); };
-  if constexpr (scheme == Scheme::weight_groups) {
-    each<R, V>([&](int r, int v) {
+  const auto row_scale = [&](int r) {
+    return all(a.scale[(m + r) * job.row_groups + p.row_group]);
+  };
+  each<R, V>([&](int r, int v) {
+    if constexpr (scheme == Scheme::weight_groups)
       totals.set(r, v, fused(product(r, v), sw[v], totals.at(r, v)));
-    });
-    return;
-  }
-  Floats sa[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) sa[r] = all(a.scale[(m + r) * job.row_groups + p.row_group]);
-  if (p.starts() && p.ends(job)) {
-    each<R, V>([&](int r, int v) {
-      totals.set(r, v, fused(product(r, v) * sa[r], sw[v], totals.at(r, v)));
-    });
-  } else if (p.starts()) {
-    each<R, V>([&](int r, int v) { parts.set(r, v, product(r, v) * sa[r]); });
-  } else if (!p.ends(job)) {
-    each<R, V>([&](int r, int v) {
-      parts.set(r, v, fused(product(r, v), sa[r], parts.at(r, v)));
-    });
-  } else {
-    each<R, V>([&](int r, int v) {
-      const Floats part = fused(product(r, v), sa[r], parts.at(r, v));
-      totals.set(r, v, fused(part, sw[v], totals.at(r, v)));
-    });
-  }
+    else if constexpr (place == Place::only)
+      totals.set(r, v, fused(product(r, v) * row_scale(r), sw[v], totals.at(r, v)));
+    else if constexpr (place == Place::first)
+      parts.set(r, v, product(r, v) * row_scale(r));
+    else if constexpr (place == Place::middle)
+      parts.set(r, v, fused(product(r, v), row_scale(r), parts.at(r, v)));
+    else
+      totals.set(r, v, fused(fused(product(r, v), row_scale(r), parts.at(r, v)), sw[v],
+                             totals.at(r, v)));
+  });
 }
 
 // sums += -za W1 - zc (A1 - L za), the correction for zero points, where it was not the start.

@@ -12,6 +12,7 @@
 
 #include "lanes/lanes_more.h"
 #include "lanes/vmath.h"
+#include "quantize/codebook.h"
 #include "quantize/scales.h"
 
 namespace vq {
@@ -149,13 +150,8 @@ struct Target {
 };
 
 // The codes of one segment, its padding and its sum.
-inline void segment_codes(const float* x, int64_t n, uint8_t* codes, int32_t* sum,
-                          const Target& t) {
-  const Floats scale = all(t.scale), zero = all(t.zero), low = all(t.low), high = all(t.high);
-  const auto code_of = [&](Floats v) {
-    const Floats q = larger(smaller(rounded(v / scale) + zero, high), low);
-    return t.negate ? to_int(all(0.0f) - q) : to_int(q);
-  };
+template <class CodeOf>
+inline void segment_codes(const float* x, int64_t n, uint8_t* codes, int32_t* sum, CodeOf code_of) {
   Ints sums = all_int(0);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -176,10 +172,21 @@ inline void segment_codes(const float* x, int64_t n, uint8_t* codes, int32_t* su
   *sum = sum_of(sums) + rest;
 }
 
-inline void group_codes(const vq_quantize_args& a, const float* x, const Target& t) {
+// Those of a group, whose first segment has these codes and this sum.
+template <class CodeOf>
+inline void segments(const vq_quantize_args& a, const float* x, uint8_t* codes, int32_t* sum,
+                     CodeOf code_of) {
   const int64_t stride = (a.segment + 63) / 64 * 64;
   for (int64_t s = 0; s < a.group / a.segment; ++s)
-    segment_codes(x + s * a.segment, a.segment, t.codes + s * stride, t.sum + s, t);
+    segment_codes(x + s * a.segment, a.segment, codes + s * stride, sum + s, code_of);
+}
+
+inline void group_codes(const vq_quantize_args& a, const float* x, const Target& t) {
+  const Floats scale = all(t.scale), zero = all(t.zero), low = all(t.low), high = all(t.high);
+  segments(a, x, t.codes, t.sum, [&](Floats v) {
+    const Floats q = larger(smaller(rounded(v / scale) + zero, high), low);
+    return t.negate ? to_int(all(0.0f) - q) : to_int(q);
+  });
 }
 
 struct Range {
@@ -236,9 +243,42 @@ inline void sign_split_group(const vq_quantize_args& a, const Place& p, int64_t 
   }
 }
 
+inline void codebook_group(const vq_quantize_args& a, const Place& p, int64_t g, const float* x,
+                           const Range& range, const Codebook& book, float* room) {
+  const float largest = -range.low > range.high ? -range.low : range.high;
+  const int64_t first = p.row * p.segments + g * (a.group / a.segment), n = a.group;
+  uint8_t* codes = a.codes + first * p.stride;
+  const Ints zero = all_int(kCodebookZero);
+  Ints sums = all_int(0);
+  const auto load_at = [&](int64_t i) {
+    return i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, 0.0f);
+  };
+  // Where a group is one segment, entries go straight to their place, which has room to 64.
+  const bool direct = a.group == a.segment;
+  const auto chosen = [&](int64_t i, Floats entries) {
+    if (!direct) return;
+    const Ints code = to_int(entries) + zero;
+    sums = sums + code;
+    store_bytes(codes + i, code);
+  };
+  const Fit fit = codebook_fit(n, largest, book, room, load_at, chosen);
+  a.scale[p.row * p.groups + g] = fit.scale;
+  a.zero_point[p.row * p.groups + g] = kCodebookZero;
+  if (!direct || fit.scale == 0.0f) {
+    const Floats divisor = all(divisor_of(fit.start));
+    return segments(a, x, codes, a.sum + first,
+                    [&](Floats v) { return to_int(book.nearest(v, divisor)) + zero; });
+  }
+  // Behind the end are zeros on the smallest entry.
+  const int32_t behind = static_cast<int32_t>((kLanes - n % kLanes) % kLanes);
+  a.sum[first] = sum_of(sums) - behind * (kCodebookZero + static_cast<int32_t>(book.entries[0]));
+  for (int64_t j = n; j % 64; ++j) codes[j] = 0;
+}
+
 inline bool quantize_row(const vq_quantize_args& a, int64_t m, float* room, const float* signs) {
   const float* row = prepared(a, m, room, signs);
   if (a.values) std::memcpy(a.values + m * a.width, row, a.width * sizeof(float));
+  const Codebook book(a.codebook);
   Place place{};
   place.row = m * (a.sign_split ? 2 : 1);
   place.groups = a.width / a.group;
@@ -248,7 +288,9 @@ inline bool quantize_row(const vq_quantize_args& a, int64_t m, float* room, cons
     const float* x = row + g * a.group;
     const Range range = range_of(x, a.group);
     if (!range.finite) return false;
-    if (a.sign_split)
+    if (book)
+      codebook_group(a, place, g, x, range, book, room + a.width + kLanes);
+    else if (a.sign_split)
       sign_split_group(a, place, g, x, range);
     else
       affine_group(a, place, g, x, range);

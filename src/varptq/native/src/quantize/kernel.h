@@ -10,7 +10,8 @@ namespace vq {
 
 constexpr int64_t kLongestRotation = 1024;
 
-// Quantizes row m. room: 64-byte aligned, for width + 16 floats; signs: of the rotation, -0 for -1,
+// Quantizes row m. room: 64-byte aligned, for width + 16 floats, and behind them, with a codebook,
+// as many as codebook.h asks for; signs: of the rotation, -0 for -1,
 // for one block and at least 16 positions. False on NaN or infinity.
 using RowKernel = bool (*)(const vq_quantize_args&, int64_t m, float* room, const float* signs);
 

@@ -9,6 +9,7 @@
 #include "machine/isa.h"
 #include "machine/pool.h"
 #include "machine/scratch.h"
+#include "quantize/codebook.h"
 #include "quantize/kernel.h"
 
 namespace vq {
@@ -22,6 +23,8 @@ bool valid(const vq_quantize_args* a) {
   if (!a || a->rows < 0 || !nests(a->width, a->group) || !nests(a->group, a->segment)) return false;
   if (!a->x || a->row_stride < a->width || a->rows_per_image < 1) return false;
   if (a->num_bits < 2 || a->num_bits > 8) return false;
+  const vq_codebook& book = a->codebook;
+  if (book.count < 0 || book.count > VQ_MOST_ENTRIES || (book.count && a->sign_split)) return false;
   if (a->prologue == VQ_NORM && (!a->gain || !a->shift)) return false;
   const int64_t block = a->hadamard;
   if (block < 0 || block > kLongestRotation || (block & (block - 1))) return false;
@@ -50,7 +53,9 @@ extern "C" int vq_quantize(const vq_quantize_args* a) {
   std::atomic<bool> finite{true};
   auto task = [&](int64_t index, int) {
     thread_local vq::Scratch scratch;
-    auto* room = static_cast<float*>(scratch.at_least((a->width + vq::kLanes) * sizeof(float)));
+    const int64_t more = a->codebook.count ? vq::codebook_room(a->group) : 0;
+    const int64_t floats = a->width + vq::kLanes + more;
+    auto* room = static_cast<float*>(scratch.at_least(floats * sizeof(float)));
     const int64_t first = index * vq::kRowsOfTask;
     for (int64_t m = first; m < std::min(a->rows, first + vq::kRowsOfTask); ++m)
       if (!row(*a, m, room, signs)) finite.store(false, std::memory_order_relaxed);

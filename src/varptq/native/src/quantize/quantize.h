@@ -18,7 +18,8 @@ enum { VQ_NONE = 0, VQ_NORM = 1, VQ_GELU = 2 };
 //   s = (hi - lo) / (2^b - 1)   z = clamp(rint(-lo / s))   a = clamp(rint(x / s) + z)
 // with lo = min(0, min x), hi = max(0, max x). Sign-split rows become two: row 2m holds the codes
 // of the positive values and row 2m + 1 those of the negative ones, whose scale is negative; their
-// zero points are 0.
+// zero points are 0. With a codebook (quantize/codebook.h) codes are its entries plus 128 and zero
+// points 128: to a product, rows of 8 bits.
 typedef struct {
   int64_t rows, width;            // M, K
   const void* x;                  // (M, K), rows row_stride elements apart
@@ -35,6 +36,7 @@ typedef struct {
   const int32_t* mean_row;        // (rows_per_image) which row of means; NULL: row 0
   int32_t num_bits;               // 2 .. 8
   int32_t sign_split;
+  vq_codebook codebook;
   int64_t group;                  // channels per scale, divides K
   int64_t segment;                // channels per segment, divides group
   uint8_t* codes;                 // (M or 2M, S Lp); padding is set to 0

@@ -1,0 +1,99 @@
+"""Rounding of a unit in closed form: second moments of what its layers read, and GPTQ on them.
+
+    H = sum_t w_t x_t x_t^T       x what meets the weight: transformed, quantized, behind the
+                                  quantized layers before it
+    C = sum_t w_t x'_t x_t^T      x' what the float model's layer reads, transformed
+
+gptq.py says what is made of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.gptq import corrected, solved_rows
+from varptq.calibrate.prefix import HeardError, heard
+from varptq.calibrate.record import ROWS_PER_BATCH, Unit
+from varptq.quant.layers import QuantLinear
+
+
+@torch.no_grad()
+def solve(unit: Unit, layers: list[QuantLinear], config: CalibrationConfig) -> None:
+    """GPTQ of every layer in order; a layer's inputs come from the quantized layers before it."""
+    for layer in layers:
+        weight, spec, grid = layer.float_weight, layer.spec.weight, layer.grid
+        assert weight is not None and spec is not None
+        rows = weight.float().unflatten(1, (layer.scale.shape[1], -1))
+        moments = input_moments(unit, layer)
+        if unit.behind is not None and config.corrects(layer.spec):
+            target = corrected(weight.float(), moments, cross_moments(unit, layer))
+            rows = target.view_as(rows)
+            if layer.quantizer.table is not None:
+                grid = layer.quantizer.grid_of(rows, spec)
+        codes, grid = solved_rows(rows, grid, spec.num_bits, moments, layer.quantizer)
+        codes, scale = codes.flatten(1).to(torch.uint8), grid.scale.squeeze(-1)
+        layer.load_codes(codes, scale, layer.zero_point)
+
+
+def _position_weights(unit: Unit, layer: QuantLinear) -> Tensor | None:
+    """w_t: those of the loss, 1 / l_k. Where a codebook's moments are taken, their roots, half way
+    to counting every token once: closer in tokens and as good in images (docs/log.md)."""
+    weights = unit.token_weights
+    return weights if weights is None or layer.quantizer.table is None else weights.sqrt()
+
+
+def _weighted_rows(x: Tensor, weights: Tensor | None) -> Tensor:
+    """(rows, in) float32 of inputs (..., tokens, in), each times the root of its token's weight."""
+    x = x.float()
+    if weights is not None:
+        x = x * weights.sqrt().to(x.device).unsqueeze(-1)
+    return x.flatten(0, -2)
+
+
+def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
+    """(in, in) float64 sum of w_t x_t x_t^T over all inputs of the layer's weight: every row of the
+    unit once; tokens of texts count the same."""
+    width, device = layer.in_features, layer.codes.device
+    total = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        over_tokens = len(arguments) > 1
+        weights = _position_weights(unit, layer) if over_tokens else None
+        x = _weighted_rows(layer.quantized_input(*arguments), weights)
+        total.add_(x.T @ x)
+        # A layer that reads texts is called once for each of their lengths.
+        if over_tokens:
+            raise HeardError
+
+    handle = layer.register_forward_pre_hook(add)
+    try:
+        numbers = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
+        for rows in numbers.split(ROWS_PER_BATCH):
+            with suppress(HeardError):
+                unit.run(unit.met[rows])
+    finally:
+        handle.remove()
+    return total
+
+
+def cross_moments(unit: Unit, layer: QuantLinear) -> Tensor:
+    """(in, in) float64 sum of w_t x'_t x_t^T: x' what the layer of the float model reads on the
+    float model's inputs, x what meets the weight behind the quantized layers."""
+    assert unit.float_module is not None and unit.behind is not None
+    width, device = layer.in_features, layer.codes.device
+    total = torch.zeros(width, width, dtype=torch.float64, device=device)
+    inside = layer.layer.removeprefix(unit.name).removeprefix(".")
+    float_layer = unit.float_module.get_submodule(inside)
+    weights = _position_weights(unit, layer)
+    numbers = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
+    for rows in numbers.split(ROWS_PER_BATCH):
+        said = heard(float_layer, lambda rows=rows: unit.reference(unit.inputs[rows]))
+        plain = _weighted_rows(layer.plain_input(*said), weights)
+        said = heard(layer, lambda rows=rows: unit.run(unit.met[rows]))
+        total.add_(plain.T @ _weighted_rows(layer.quantized_input(*said), weights))
+    return total

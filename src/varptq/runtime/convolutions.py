@@ -1,0 +1,122 @@
+"""Modules on integers for the seams of an autoencoder's decoder, the same for every runtime.
+
+    DeferredMapNorm   passes the map on; the convolution's codes are made while the norm is computed
+    IntConvolution    codes of the map x packed codes of the weight, then scale and bias
+
+What is computed is defined by `quant.convolution.QuantConvolution`, which `IntConvolution`
+replaces. A runtime without kernels for it (`ImageKernels`) decodes in float on the values of the
+weights' codes, and so does every runtime where the config has no codes for a convolution's input.
+An encoder stays as it is stored: `QuantConvolution` needs no memory for its values between calls.
+Shapes as in models/convolutions.py; NHWC is the layout of the kernels, channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from varptq.models.autoencoder import Autoencoder
+from varptq.models.convolutions import Convolution, MapNorm, feeds
+from varptq.quant.buffers import TypedBuffers
+from varptq.quant.convolution import QuantConvolution
+from varptq.quant.find import quant_convolutions
+from varptq.runtime.kernels import ImageKernels, Kernels, Map, NormRule, PendingMap
+from varptq.runtime.layers import replace_module, tensors_of
+
+# Attribute of a map that an `IntConvolution` made: `Map.found`. Nobody changes such a map in place,
+# and whatever is computed from it is another tensor, without the attribute.
+FOUND = "varptq_found"
+
+
+class DeferredMapNorm(TypedBuffers):
+    """The norm before an `IntConvolution`, left for that layer to compute."""
+
+    def __init__(self, norm: MapNorm) -> None:
+        super().__init__()
+        self.groups, self.eps, self.silu = norm.num_groups, norm.eps, norm.silu
+        self.register_buffer("weight", norm.weight.detach().float())
+        self.register_buffer("bias", norm.bias.detach().float())
+
+    def forward(self, x_BCHW: Tensor) -> PendingMap:
+        weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
+        return PendingMap(x_BCHW, NormRule(self.groups, weight, bias, self.eps, self.silu))
+
+
+class IntConvolution(TypedBuffers):
+    """A `QuantConvolution` on integers. Its input is a map or a `PendingMap` (B, C, H, W), its
+    output is a float32 map, channels last. The packed weight belongs to the kernels."""
+
+    bias: Tensor | None
+
+    def __init__(self, conv: QuantConvolution, kernels: ImageKernels) -> None:
+        super().__init__()
+        assert conv.weight_scale is not None
+        self.layer, self.taps, self.kernels = conv.layer, conv.taps, kernels
+        self.packed = kernels.pack_convolution(conv.weight, conv.weight_scale, conv.taps)
+        # Also as buffers, so that a state dict holds all that takes part in the result.
+        for name, tensor in tensors_of(self.packed).items():
+            self.register_buffer(f"packed_{name}", tensor)
+        bias = conv.bias
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        names = tensors_of(self.packed)
+        self.packed = self.packed._replace(**{n: self._buffers[f"packed_{n}"] for n in names})
+        return self
+
+    def forward(self, x: Tensor | PendingMap, skip: Tensor | None = None) -> Tensor:
+        x_BCHW, norm = x if isinstance(x, PendingMap) else (x, None)
+        read = Map(_channels_last(x_BCHW), getattr(x_BCHW, FOUND, None))
+        codes = self.kernels.map_codes(read, norm, self.layer)
+        added = None if skip is None else _channels_last(skip)
+        made = self.kernels.convolution(codes, self.packed, self.bias, self.taps, added)
+        y_BOHW = made.x_NHWC.permute(0, 3, 1, 2)
+        setattr(y_BOHW, FOUND, made.found)
+        return y_BOHW
+
+    def extra_repr(self) -> str:
+        return f"{self.layer}, {self.kernels.name}"
+
+
+def _channels_last(x_BCHW: Tensor) -> Tensor:
+    """(B, H, W, C) float32, contiguous."""
+    return x_BCHW.permute(0, 2, 3, 1).float().contiguous()
+
+
+def decode_on(vae: Autoencoder, kernels: Kernels) -> None:
+    """Replace, in place, what only decoding needs of the quantized convolutions of `vae`."""
+    decoding = tuple(f"{name}." for name in vae.DECODING)
+    for layer, conv in quant_convolutions(vae).items():
+        if not layer.startswith(decoding):
+            continue
+        if (
+            conv.on_codes
+            and isinstance(kernels, ImageKernels)
+            and kernels.takes_convolution(conv.weight, conv.taps)
+        ):
+            replace_module(vae, layer, IntConvolution(conv, kernels))
+        else:
+            replace_module(vae, layer, _float_convolution(conv))
+    for layer, source in feeds(vae).items():
+        if isinstance(vae.get_submodule(layer), IntConvolution):
+            replace_module(vae, source, DeferredMapNorm(cast(MapNorm, vae.get_submodule(source))))
+
+
+def _float_convolution(conv: QuantConvolution) -> Convolution:
+    """The convolution with the values of the codes, in float32."""
+    channels_out, channels_in, kernel, _ = conv.weight.shape
+    with torch.device("meta"):
+        found = Convolution(channels_in, channels_out, kernel, conv.taps)
+    found.weight = nn.Parameter(conv.values(torch.float32), requires_grad=False)
+    found.bias = conv.bias
+    return found.eval()
+
+
+def decodes_on_integers(vae: Autoencoder) -> bool:
+    """Whether some convolution of the decoder computes on integers."""
+    parts = (vae.get_submodule(name) for name in vae.DECODING)
+    return any(isinstance(module, IntConvolution) for part in parts for module in part.modules())

@@ -1,0 +1,82 @@
+"""Convolutions on integers in plain torch, for runtime "reference"; native ones equal them.
+
+    y[n, o] = float(P') * (t[n] s[o]) + b[o],    P' = sum of (q - z) c
+
+P' is exact and rounded once, to float32; then come a product of scales, a product and a sum, each
+rounded, none fused. Maps are channels last: NHWC.
+
+    v = x a + b,    a = weight / sqrt(variance + eps),    b = bias - mean a       by channel
+    SiLU: v / (1 + e^-v)
+
+Mean and variance come from sums in double, which leave no trace of their order when they are
+rounded; all else is float32, each operation rounded, e^x the polynomial of the native core
+(src/lanes/vmath.h). The range of SiLU is what the ends of v leave possible: it falls to its lowest
+point and rises from there, so nothing else has to be known of a map before it is coded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varptq.models.convolutions import Taps
+from varptq.quant.convolution import MapCodes, check_finite, codes_on, image_grid
+from varptq.runtime.kernels import NormRule
+
+# Where SiLU is lowest; below NOTHING it is nothing beside any step.
+LOWEST, NOTHING = -1.2784645, -87.0
+# Adding 1.5 2^23 rounds to an integer and leaves it in the low bits.
+SHIFT = 12582912.0
+# 2^f for |f| <= 1/2, the highest power first.
+POWERS = ("0x1.5bba18p-10", "0x1.3cea88p-7", "0x1.c6b752p-5", "0x1.ebf9bcp-3", "0x1.62e42ap-1")
+
+
+def exp_within(x: Tensor) -> Tensor:
+    """e^x of float32 for -87 <= x <= 88, to 2e-7 + 8e-8 |x|."""
+    y = x * 1.44269504
+    shifted = y + SHIFT
+    f = y - (shifted - SHIFT)
+    p = torch.full_like(x, float.fromhex(POWERS[0]))
+    for power in (*map(float.fromhex, POWERS[1:]), 1.0):
+        p = p * f + power
+    return (p.view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)
+
+
+def silu(x: Tensor) -> Tensor:
+    within = x.clamp(min=NOTHING)
+    return within / (1.0 + exp_within((-within).clamp(min=NOTHING)))
+
+
+def norm_codes(x_NHWC: Tensor, norm: NormRule, layer: str) -> MapCodes:
+    """Codes (N, H, W, C) of the norm of maps, one range per image. Raises `NonFiniteError`."""
+    check_finite(x_NHWC, layer)
+    groups, weight_C, bias_C, eps, silu_too = norm
+    parts = x_NHWC.double().unflatten(-1, (groups, -1))
+    mean_NG = parts.mean((1, 2, 4))
+    variance_NG = ((parts * parts).mean((1, 2, 4)) - mean_NG * mean_NG).clamp(min=0.0)
+    rate_NG = (1.0 / (variance_NG + eps).sqrt()).float()
+    width = x_NHWC.shape[-1] // groups
+    gain = weight_C * rate_NG.repeat_interleave(width, -1)
+    shift = bias_C - mean_NG.float().repeat_interleave(width, -1) * gain
+    v = x_NHWC * gain[:, None, None] + shift[:, None, None]
+    if not silu_too:
+        return codes_on(v, image_grid(v))
+    low, high = v.amin((1, 2, 3), keepdim=True), v.amax((1, 2, 3), keepdim=True)
+    lowest = torch.full_like(low, LOWEST)
+    grid = image_grid(silu(torch.cat((torch.minimum(lowest.maximum(low), high), high), -1)))
+    return codes_on(silu(v), grid)
+
+
+def products(codes_NHWC: Tensor, zero_point_N: Tensor, weight_OIkk: Tensor, taps: Taps) -> Tensor:
+    """P' (N, H', W', O), exact."""
+    # Integers of float64 are exact up to 2^53, and torch has no convolution of integers.
+    centred = codes_NHWC.permute(0, 3, 1, 2).double() - zero_point_N.view(-1, 1, 1, 1)
+    return taps.convolve(centred, weight_OIkk.double(), None).permute(0, 2, 3, 1)
+
+
+def scaled(
+    products_NHWO: Tensor, scale_N: Tensor, scale_O: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    """float32 (N, H', W', O), contiguous."""
+    y_NHWO = products_NHWO.float() * (scale_N.view(-1, 1, 1, 1) * scale_O)
+    return y_NHWO.contiguous() if bias_O is None else (y_NHWO + bias_O).contiguous()
