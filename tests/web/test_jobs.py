@@ -105,10 +105,23 @@ def test_a_failure_reaches_the_follower_and_the_next_job_runs() -> None:
     assert asyncio.run(parts_of(jobs, good)) == [] and good.result == 3
 
 
-def test_every_part_arrives_once_and_in_order() -> None:
+def test_every_part_arrives_once_and_in_order_at_every_follower() -> None:
     jobs = Jobs()
     job = jobs.submit("m", "", lambda job: [job.emit(i) for i in range(50)])
-    assert asyncio.run(parts_of(jobs, job)) == list(range(50))
+
+    async def two() -> list[list[Any]]:
+        return await asyncio.gather(parts_of(jobs, job), parts_of(jobs, job))
+
+    assert asyncio.run(two()) == [list(range(50))] * 2
+
+
+def test_a_part_that_changes_is_kept_once() -> None:
+    job, growing, other = Job("m", "", lambda job: None), [1], [1]
+    for part in (growing, other, growing):
+        job.emit(part)
+    number, parts = job.parts(0)
+    assert [id(part) for part in parts] == [id(other), id(growing)]
+    assert job.parts(number) == (number, [])
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -44,20 +44,6 @@ def is_dark(page: Any) -> bool:
     return max(map(int, re.findall(r"\d+", colour)[:3])) < 80
 
 
-def drawn(page: Any, panel: str) -> None:
-    """Wait for four pictures. On a busy machine a page was seen that showed none although the
-    server had sent them; drawing once more brings them."""
-    from playwright.sync_api import TimeoutError as StillMissing
-
-    last = page.locator(f"#generate-{panel} img").nth(3)
-    try:
-        last.wait_for(timeout=20_000)
-    except StillMissing:
-        page.locator("#generate-start").click()
-        last.wait_for()
-    page.locator(f"#generate-{panel}-scales img").nth(5).wait_for()
-
-
 def test_two_models_draw_side_by_side_and_scale_by_scale(
     open_page: Callable[..., Any], served: Any, artifact: None
 ) -> None:
@@ -67,7 +53,8 @@ def test_two_models_draw_side_by_side_and_scale_by_scale(
     page.locator("#generate-start").click()
     for panel in ("first", "second"):
         page.locator(f"#generate-{panel}-facts dl").wait_for()
-        drawn(page, panel)
+        page.locator(f"#generate-{panel} img").nth(3).wait_for()
+        page.locator(f"#generate-{panel}-scales img").nth(5).wait_for()
         facts = page.locator(f"#generate-{panel}-facts").inner_text()
         assert all(word in facts for word in ("Time", "Memory", "Bits"))
         assert page.locator(f"#generate-{panel} img").count() == 4
@@ -237,6 +224,7 @@ def test_a_calibration_is_stopped_by_its_button_and_seen_by_another_page(
     for shown in (other, page):
         shown.locator("#quantize-status .stopped").wait_for()
         shown.locator("#quantize-start:enabled").wait_for()
+        shown.locator("#quantize-curves figure").first.wait_for()
     assert not (served.out / "never").exists()
 
 

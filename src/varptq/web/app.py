@@ -59,4 +59,32 @@ def build(studio: Studio) -> gr.Blocks:
         )
     for block in blocks.blocks.values():
         only_cached(block)
+    send_whole(blocks)
     return blocks.queue(default_concurrency_limit=None, max_size=MAX_EVENTS, api_open=False)
+
+
+def send_whole(blocks: gr.Blocks) -> None:
+    """Let an event that yields send whole values, in place of their differences from the values
+    before.
+
+    The page of Gradio 6 changes the object of one message into that of the next. Of messages that
+    arrive together it then sees the last alone: buttons stayed grey, and pictures were missing.
+    """
+    differences = blocks.handle_streaming_diffs
+
+    def whole(
+        block_fn: Any,
+        data: list[Any],
+        session_hash: str | None,
+        run: Any,
+        final: bool,
+        simple_format: bool = False,
+    ) -> list[Any]:
+        known = session_hash in blocks.pending_diff_streams
+        first = not (known and run in blocks.pending_diff_streams[session_hash])
+        sent = differences(block_fn, data, session_hash, run, final, simple_format=True)
+        if first or final or simple_format:
+            return sent
+        return [[["replace", [], value]] for value in sent]
+
+    blocks.handle_streaming_diffs = whole

@@ -10,13 +10,11 @@ file knows neither pages nor models.
 from __future__ import annotations
 
 import asyncio
-import queue
 import secrets
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -63,7 +61,9 @@ class Job:
     error: BaseException | None = None
 
     def __post_init__(self) -> None:
-        self._parts: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._parts: list[tuple[int, Any]] = []
+        self._emitted = 0
         self._stop = threading.Event()
         self._finished = threading.Event()
 
@@ -91,21 +91,23 @@ class Job:
         self.stage, self.done, self.total, self.info = stage, done, total, info
 
     def emit(self, part: Any) -> None:
-        """Pass a part of the result to the follower."""
+        """Pass a part of the result to every follower; one that is emitted again, changed, takes
+        the place of its earlier self."""
         self.check()
-        self._parts.put(part)
+        with self._lock:
+            self._emitted += 1
+            earlier = [entry for entry in self._parts if entry[1] is not part]
+            self._parts = [*earlier, (self._emitted, part)]
 
     def stop(self) -> None:
         """Ask the work to stop; a waiting job never starts."""
         self._stop.set()
 
-    def parts(self) -> list[Any]:
-        """The parts emitted since the last call."""
-        found: list[Any] = []
-        with suppress(queue.Empty):
-            while True:
-                found.append(self._parts.get_nowait())
-        return found
+    def parts(self, after: int) -> tuple[int, list[Any]]:
+        """The number of the last part emitted, and the parts from behind number `after`, 0 at
+        first."""
+        with self._lock:
+            return self._emitted, [part for number, part in self._parts if number > after]
 
     def run(self) -> None:
         """Do the work; its result or its exception stays in the job."""
@@ -202,11 +204,12 @@ async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncIterator[A
     Ends with the job; raises what its work raised. Unless `keep`, a follower that leaves stops the
     job, so that nothing is computed for a closed page.
     """
-    seen, said = (), 0.0
+    seen, said, number = (), 0.0, 0
     try:
         while True:
             finished = job.finished
-            for part in job.parts():
+            number, parts = job.parts(number)
+            for part in parts:
                 yield part
             now = (job.state, jobs.ahead(job), job.stage, job.done, job.info, int(job.seconds))
             if now != seen or time.monotonic() - said >= SIGN_OF_LIFE_SECONDS:
