@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from varptq.artifact import save
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.quantize import quantize
 from varptq.errors import ConfigError, InputError, VarptqError
 from varptq.models.generate import ScaleEvent, generate
 from varptq.models.pipeline import Pipeline
-from varptq.models.reading import guided_logits
+from varptq.models.reading import guided_logits, listening
 from varptq.models.sampling import filter_logits, gumbel_noise, image_randoms, smooth_embedding
 from varptq.models.scales import Scales
 from varptq.models.seams import LayerCache
@@ -25,6 +29,7 @@ from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 from varptq.quant.find import set_theta
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.runtime import load
 
 LABELS = [0, 3, 1, 4, 2]
 # Cached and uncached float32 logits, and those of other batch sizes, differ by summation order.
@@ -80,6 +85,41 @@ def test_guidance_zero_computes_no_unconditional_rows(tiny: Pipeline) -> None:
     finally:
         hook.remove()
     assert rows == [5, 10]
+
+
+@pytest.mark.parametrize("kind", ["float", "reference", "cpu"])
+def test_no_unconditional_rows_behind_the_guided_scales(
+    kind: str, tiny: Pipeline, tmp_path: Path
+) -> None:
+    """The logits are those of a guidance too small to count, to the last bit on integers."""
+    pipe = tiny
+    if kind != "float":
+        settings = CalibrationConfig(num_samples=2)
+        config = QuantConfig.preset("w8a8")
+        save(quantize(tiny, config, method="rtn", calibration=settings), tmp_path / "artifact")
+        pipe = load(tmp_path / "artifact", runtime=kind)
+    rows: list[int] = []
+    block = {"": pipe.var.get_submodule("blocks.0")}
+
+    def logits(**options: Any) -> list[Tensor]:
+        rows.clear()
+        found: list[Tensor] = []
+        options |= {"top_k": 0, "top_p": 0, "on_scale": lambda e: found.append(e.logits_BlV)}
+        with listening(block, lambda _, x, *rest: rows.append(len(x))):
+            tokens(pipe, **options)
+        return found
+
+    tolerance = LOGITS if kind == "float" else 0
+    everywhere = logits(cfg=2.0)
+    for guided, expected in ((0, [5, 5, 5]), (1, [5, 5, 5]), (2, [10, 10, 5]), (3, [10, 10, 10])):
+        strengths = [0.0, 1.0, 2.0][:guided] + [1e-30] * (3 - guided)
+        both = logits(cfg=strengths)
+        assert rows == [10, 10, 10]
+        alone = logits(cfg=2.0, guided_scales=guided)
+        assert rows == expected
+        for one, other in zip(alone, both, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+        assert guided == 3 or not torch.equal(alone[2], everywhere[2])
 
 
 def test_draws_depend_on_seed_and_index_only(tiny: Pipeline) -> None:
@@ -334,6 +374,8 @@ def test_progress_counts_images_from_zero_to_all(tiny: Pipeline) -> None:
         (dict(forced=torch.zeros(2, 14)), r"forced: torch.float32, expected torch.int64"),
         (dict(forced=torch.ones(2, 14).bool()), r"forced: torch.bool, expected torch.int64"),
         (dict(cfg=-1.0), "cfg is -1.0"),
+        (dict(guided_scales=4), "guided_scales 4: expected 0 to 3, the model's scales"),
+        (dict(guided_scales=-1), "guided_scales is -1"),
         (dict(cfg=float("nan")), "cfg"),
         (dict(top_k=-1), "top_k is -1"),
         (dict(top_p=1.5), "top_p is 1.5"),

@@ -83,7 +83,8 @@ def drawn(pipe: Pipeline, lengths: tuple[int, ...] = LENGTHS, **options: Any) ->
         logits.setdefault(event.scale, []).append(event.logits_BlV.clone())
 
     asked = prompts(*LENGTHS)[options.get("first_index", 0) :][: len(lengths)]
-    out = generate(pipe, asked, seed=1, cfg=2.0, decode=False, on_scale=keep, **options)
+    options = {"seed": 1, "cfg": 2.0, "decode": False, **options}
+    out = generate(pipe, asked, on_scale=keep, **options)
     return [*(torch.cat(logits[k]) for k in sorted(logits)), out.tokens]
 
 
@@ -206,6 +207,21 @@ def test_guidance_of_hidden_states_does_not_depend_on_the_batch(
     for batch in (1, 3):
         found = drawn(pipe, guide_at=places, batch_size=batch)
         assert all(map(torch.equal, found, expected)), batch
+
+
+@pytest.mark.parametrize("make", [REFERENCE, NATIVE])
+@pytest.mark.parametrize("places", [(0,), (-1,), (0, -2)])
+def test_scales_that_are_not_guided_read_the_asked_texts_alone(
+    places: tuple[int, ...], make: Make
+) -> None:
+    """The logits are those of a guidance too small to count."""
+    pipe = on_integers(quantized("w4a4"), make())
+    some, count = {"guide_at": places, "top_k": 0, "top_p": 0.0}, pipe.scales.num_scales
+    for guided in range(count):
+        neutral = [2.0] * guided + [1 + 1e-15] * (count - guided)
+        expected = drawn(pipe, cfg=neutral, **some)
+        found = drawn(pipe, guided_scales=guided, **some)
+        assert all(map(torch.equal, found, expected)), guided
 
 
 @pytest.mark.parametrize("make", [REFERENCE, NATIVE])

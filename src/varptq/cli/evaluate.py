@@ -79,6 +79,7 @@ def command(
     tau: options.Tau = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
+    guided_scales: options.GuidedScales = None,
     metrics: Metrics = None,
     network: Network = None,
     reference: Reference = None,
@@ -98,7 +99,8 @@ def command(
     from varptq.models.sampling import SamplingSettings
 
     started, ranks, device = time.monotonic(), Ranks.from_environment(), local_device(device)
-    settings = SamplingSettings(cfg=cfg, tau=tau, top_k=top_k, top_p=top_p)
+    filters = SamplingSettings(top_k=top_k, top_p=top_p)
+    settings = filters.replace(cfg=cfg, tau=tau, guided_scales=guided_scales)
     asked = Asked.of(prompts=prompts, encoder=encoder, download=download, option=None)
     choices = Choices.of(
         source, against, (var, vae, random), download=download, device=device, dtype=dtype

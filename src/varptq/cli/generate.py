@@ -57,6 +57,7 @@ def command(
     seed: options.Seed = 0,
     cfg: options.Guidance = None,
     tau: options.Tau = None,
+    guided_scales: options.GuidedScales = None,
     guide_at: options.GuideAt = "0",
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -76,8 +77,9 @@ def command(
     """Draw images of the given classes or texts from a float model or an artifact."""
     from varptq.models.sampling import SamplingSettings
 
-    settings = SamplingSettings(
-        cfg=cfg, tau=tau, top_k=top_k, top_p=top_p, temperature=temperature, more_smooth=more_smooth
+    filters = SamplingSettings(top_k=top_k, top_p=top_p, temperature=temperature)
+    settings = filters.replace(
+        cfg=cfg, tau=tau, more_smooth=more_smooth, guided_scales=guided_scales
     )
     asked = Asked.of(classes, prompt, prompts, negative, encoder, download=download)
     asked.check_any()

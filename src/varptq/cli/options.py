@@ -114,6 +114,14 @@ Tau = Annotated[
         "model's own.",
     ),
 ]
+GuidedScales = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="How many scales are guided, from the first on; the others take less time. Without "
+        "it, all.",
+    ),
+]
 GuideAt = Annotated[
     Any,
     typer.Option(

@@ -171,6 +171,7 @@ class _Run:
                 settings.top_p,
                 TOKEN_CHUNK,
                 tau=settings.tau,
+                guided_scales=settings.guided_scales,
             )
             weight = chunk.num_images / len(labels)
             rows = [(getattr(chunk, n), *getattr(chunk, f"{n}_per_scale")) for n in names]

@@ -66,6 +66,7 @@ def token_fidelity(
     batch_size: int = DEFAULT_BATCH,
     *,
     tau: PerScale | None = None,
+    guided_scales: int | None = None,
 ) -> TokenFidelity:
     """Compare two pipelines on given tokens.
 
@@ -75,12 +76,13 @@ def token_fidelity(
     models that do not speak the same tokens, and for tokens, prompts or settings out of range.
     """
     float_pipe, quant_pipe = bare(float_pipe), bare(quant_pipe)
-    plan = float_pipe.plan(SamplingSettings(cfg=cfg, tau=tau, top_k=top_k, top_p=top_p))
+    guidance = (cfg, tau, guided_scales)
+    plan = float_pipe.plan(SamplingSettings(cfg=cfg, top_k=top_k, top_p=top_p))
     asked, alphabet = float_pipe.prompts(prompts), float_pipe.alphabet
     _check(float_pipe, quant_pipe, len(asked), tokens, batch_size)
     sums_K3 = torch.zeros(float_pipe.scales.num_scales, 3, dtype=torch.float64, device="cpu")
     for part, ids in zip(asked.split(batch_size), tokens.split(batch_size), strict=True):
-        streams = [guided_logits(pipe, part, ids, cfg, tau) for pipe in (float_pipe, quant_pipe)]
+        streams = [guided_logits(pipe, part, ids, *guidance) for pipe in (float_pipe, quant_pipe)]
         for (scale, p_blV), (_, q_blV) in zip(*streams, strict=True):
             sums_K3[scale] += _sums(p_blV, q_blV.to(p_blV.device), plan.top_k, plan.top_p).cpu()
     # Agreement is a share of the draws, a divergence the sum over those of a token.

@@ -69,6 +69,10 @@ class TextCache:
     def __init__(self) -> None:
         self.keys: list[Any] | None = None
 
+    def first_rows(self, rows: int) -> TextCache:
+        """An empty one: texts are grouped over all rows, so fewer rows group and read anew."""
+        return TextCache()
+
 
 class CrossAttention(nn.Module):
     """Queries of the tokens over keys and values of a text. room: where a cache keeps these."""

@@ -71,6 +71,7 @@ def generate(
     top_p: float | None = None,
     temperature: float = 1.0,
     more_smooth: bool = False,
+    guided_scales: int | None = None,
     guide_at: Sequence[int] = (LOGITS,),
     forced: Tensor | None = None,
     first_index: int = 0,
@@ -84,7 +85,7 @@ def generate(
     prompts, negative: B class ids or names, or texts, as `Pipeline.prompts` takes them. size: as
     `Pipeline.sized` takes it; None is the model's own. forced: int64 tokens to use instead of
     sampling, shaped as those of the output, -1 where free. Image i draws from (seed, first_index +
-    i) only. cfg .. more_smooth: fields of `SamplingSettings`. guide_at: where guidance mixes its
+    i) only. cfg .. guided_scales: fields of `SamplingSettings`. guide_at: where guidance mixes its
     two rows: 0 the logits; -m, for Infinity, hidden states after the m-th last block; without 0 the
     asked row alone gives the logits. Source: VAR paper (sampling), docs/method.md section 1. Raises
     `InputError` for prompts, a size, forced tokens or batch_size that cannot be used, `ConfigError`
@@ -92,7 +93,7 @@ def generate(
     """
     shared: dict[str, Any] = {"cfg": listed(cfg), "tau": listed(tau), "top_k": top_k}
     rest: dict[str, Any] = {"temperature": temperature, "more_smooth": more_smooth}
-    settings = SamplingSettings(top_p=top_p, **shared, **rest)
+    settings = SamplingSettings(top_p=top_p, guided_scales=guided_scales, **shared, **rest)
     pipe = bare(pipe).sized(size)
     asked, plan = pipe.prompts(prompts, negative), pipe.plan(settings, guide_at)
     forced = _check_forced(pipe, forced, len(asked))
@@ -189,30 +190,42 @@ def _codebook(pipe: Pipeline) -> Tensor:
 
 
 class _Stepper:
-    """Logits scale by scale; rows are [asked; nothing], the latter only when guidance needs it."""
+    """Logits scale by scale; rows are [asked; nothing], the latter as long as guidance needs it."""
 
     def __init__(self, pipe: Pipeline, prompts: Prompts, plan: DrawPlan) -> None:
-        self.pipe, self.plan = pipe, plan
-        rows = prompts.guided() if plan.is_guided else prompts
-        self.condition = pipe.var.condition(rows)
-        self.stages = pipe.var.stages(self.condition)
-        if plan.is_guided:
+        self.pipe, self.plan, self.prompts = pipe, plan, prompts
+        self.two_rows = plan.is_guided
+        self._ask(prompts.guided() if self.two_rows else prompts)
+        if self.two_rows:
             self.stages = pipe.var.mixed(self.stages, plan.strengths, plan.guide_at)
-        self.cache = pipe.var.new_cache(len(rows))
+        self.cache = pipe.var.new_cache(len(prompts) * (1 + self.two_rows))
+
+    def _ask(self, rows: Prompts) -> None:
+        self.condition = self.pipe.var.condition(rows)
+        self.stages = self.pipe.var.stages(self.condition)
+
+    @property
+    def mixes_logits(self) -> bool:
+        """Whether the logits are those of two rows in the end."""
+        return self.two_rows and LOGITS in self.plan.guide_at
 
     def logits(self, scale: int, f_hat: Tensor) -> Tensor:
         """(rows, l, V) float32 logits of `scale` divided by tau, given f_hat of the scales before
         it; of the asked rows alone where the logits are not to be mixed."""
         var, spans = self.pipe.var, spans_of(self.pipe.scales, scale, scale + 1)
+        if self.two_rows and not self.plan.is_guided_from(scale):
+            self.two_rows = False
+            self._ask(self.prompts)
+            self.cache = [cache.first_rows(len(self.prompts)) for cache in self.cache]
         if scale == 0:
             x_BlC = var.embed_first(self.condition)
         else:
             x_BlC = var.embed_inputs(self.pipe.vae.next_input(f_hat, scale - 1), spans)
-            if self.plan.is_guided:
+            if self.two_rows:
                 x_BlC = x_BlC.repeat(2, 1, 1)
         logits = at_tau(run_stages(self.stages, x_BlC, spans, self.cache), self.plan.taus[scale])
-        return logits if self.plan.mixes_logits else logits[: len(f_hat)]
+        return logits if self.mixes_logits else logits[: len(f_hat)]
 
     def guidance(self, scale: int) -> float | None:
         """Strength at `scale`, None where all rows are images."""
-        return self.plan.strengths[scale] if self.plan.mixes_logits else None
+        return self.plan.strengths[scale] if self.mixes_logits else None

@@ -130,15 +130,19 @@ class Pipeline:
 
     def plan(self, settings: SamplingSettings, guide_at: Sequence[int] = (LOGITS,)) -> DrawPlan:
         """These settings as numbers per scale for this model. Raises `InputError` for another
-        number of values than of scales, `ConfigError` for a place that it cannot be guided at."""
+        number of values than of scales and for more guided scales, `ConfigError` for a place that
+        it cannot be guided at."""
         filled = self.filled(settings)
         assert filled.cfg is not None and filled.tau is not None
         assert filled.top_k is not None and filled.top_p is not None
-        places = tuple(guide_at)
+        places, count = tuple(guide_at), self.scales.num_scales
+        guided = count if filled.guided_scales is None else filled.guided_scales
+        if guided > count:
+            raise InputError(f"guided_scales {guided}: expected 0 to {count}, the model's scales")
         with self._named():
             self.var.check_guidance(places)
         return DrawPlan(
-            self.var.strengths(filled.cfg),
+            (*self.var.strengths(filled.cfg)[:guided], *(0.0,) * (count - guided)),
             per_scale("tau", filled.tau, self.scales),
             filled.top_k,
             filled.top_p,

@@ -31,10 +31,11 @@ def guided_logits(
     tokens: Tensor,
     cfg: PerScale | None = None,
     tau: PerScale | None = None,
+    guided_scales: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Float32 logits after tau and guidance per scale and draw, (B, l draws, V), coarse to fine,
-    nothing filtered. cfg, tau: as in `SamplingSettings`."""
-    plan = pipe.plan(SamplingSettings(cfg=cfg, tau=tau))
+    nothing filtered. cfg, tau, guided_scales: as in `SamplingSettings`."""
+    plan = pipe.plan(SamplingSettings(cfg=cfg, tau=tau, guided_scales=guided_scales))
     logits_2BLV = read(pipe, prompts, tokens)
     for scale, part in enumerate(pipe.scales.slices()):
         logits = at_tau(logits_2BLV[:, part], plan.taus[scale])

@@ -92,6 +92,12 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def first_rows(self, rows: int) -> LayerCache:
+        """The same for the first `rows` rows, which it shares."""
+        shared = LayerCache(self.keys[:rows], self.values[:rows], self.room)
+        shared.length = self.length
+        return shared
+
 
 class TokenLinear(nn.Linear):
     """Seam: a Linear over the tokens of the scales from `first_scale` on. What scale each token is

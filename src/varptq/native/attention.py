@@ -14,6 +14,7 @@ Shapes: B rows, L tokens, l tokens of a call, T tokens of a text, H heads, c hea
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
@@ -143,6 +144,12 @@ class AttentionCache:
         size = _cache_bytes(scheme)
         self.data = torch.empty((rows, scheme.heads, size), dtype=torch.uint8, device="cpu")
         self.length = 0
+
+    def first_rows(self, rows: int) -> AttentionCache:
+        """The same for the first `rows` rows, which it shares."""
+        shared = copy.copy(self)
+        shared.data = self.data[:rows]
+        return shared
 
 
 class AttentionTrace(NamedTuple):

@@ -76,6 +76,9 @@ class NativeCache(NamedTuple):
     scheme: attention.AttentionScheme
     codes: attention.AttentionCache
 
+    def first_rows(self, rows: int) -> NativeCache:
+        return NativeCache(self.scheme, self.codes.first_rows(rows))
+
 
 class NativeKernels:
     """The native core: fused kernels, results independent of batch, threads and instruction set."""

@@ -67,6 +67,13 @@ class PerImage(nn.Module):
         return torch.cat([self.inner(image, *args) for image in images])
 
 
+class RowCaches(list[LayerCache]):
+    """A cache for each row."""
+
+    def first_rows(self, rows: int) -> RowCaches:
+        return RowCaches(self[:rows])
+
+
 class PerRowAttention(nn.Module):
     """An `Attention` whose products stay in float, run on one row of the batch at a time."""
 
@@ -74,14 +81,14 @@ class PerRowAttention(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def new_cache(self, rows: int, scales: Scales) -> list[LayerCache]:
-        return [self.inner.new_cache(1, scales) for _ in range(rows)]
+    def new_cache(self, rows: int, scales: Scales) -> RowCaches:
+        return RowCaches(self.inner.new_cache(1, scales) for _ in range(rows))
 
     def forward(
         self,
         x_BLC: Tensor,
         spans: list[Span],
-        caches: list[LayerCache] | None = None,
+        caches: RowCaches | None = None,
         tables: Rotary | None = None,
     ) -> Tensor:
         rows = zip(x_BLC.split(1), caches or [None] * len(x_BLC), strict=True)

@@ -52,6 +52,12 @@ class Cache:
         self.rows: list[dict[str, list[Tensor]]] = [{} for _ in range(rows)]
         self.length = 0
 
+    def first_rows(self, rows: int) -> Cache:
+        """The same for the first `rows` rows, which it shares."""
+        shared = Cache(0)
+        shared.rows, shared.length = self.rows[:rows], self.length
+        return shared
+
     def append(self, row: int, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             self.rows[row].setdefault(name, []).append(tensor)

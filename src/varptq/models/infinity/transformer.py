@@ -106,6 +106,9 @@ class BlockCache(NamedTuple):
     tokens: LayerCache
     text: TextCache
 
+    def first_rows(self, rows: int) -> BlockCache:
+        return BlockCache(self.tokens.first_rows(rows), self.text.first_rows(rows))
+
 
 class InfinityBlock(nn.Module):
     """One block. Its AdaLN vectors are `ada_gss` plus the output of the shared layer."""

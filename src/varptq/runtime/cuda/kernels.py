@@ -53,7 +53,15 @@ class Cache:
     v: Tensor
     v_scale: Tensor
     v_extra: Tensor
+    heads: int
     length: int = 0
+
+    def first_rows(self, rows: int) -> Cache:
+        """The same for the first `rows` rows, which it shares."""
+        kept = slice(0, rows * self.heads)
+        keys = (self.k[kept], self.k_scale[kept], self.k_zero[kept], self.k_sum[kept])
+        values = (self.v[kept], self.v_scale[kept], self.v_extra[kept])
+        return Cache(*keys, *values, self.heads, self.length)
 
 
 class CudaKernels:
@@ -146,7 +154,8 @@ class CudaKernels:
         def scales() -> Tensor:
             return torch.zeros(pairs, num_tokens, dtype=torch.float32, device=device)
 
-        return Cache(codes(), scales(), ints(), ints(), codes(), scales(), ints())
+        keys, values = (codes(), scales(), ints(), ints()), (codes(), scales(), ints())
+        return Cache(*keys, *values, rule.num_heads)
 
     def attend(
         self,
