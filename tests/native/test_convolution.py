@@ -117,6 +117,9 @@ def test_the_result_is_that_of_plain_torch(
         sums = torch.stack((wide.sum((1, 2)), (wide * wide).sum((1, 2))))
         torch.testing.assert_close(moments.sums, sums, rtol=STATISTICS_ERROR, atol=1e-9)
         assert torch.equal(run(c, found, residual=residual), want + residual), name
+        taken = residual.clone()
+        made = run(c, found, residual=taken, in_place=True)
+        assert made is taken and torch.equal(made, want + residual), name
 
 
 @settings(max_examples=30, deadline=None)

@@ -99,12 +99,12 @@ def command(
     from varptq.models.sampling import SamplingSettings
 
     started, ranks, device = time.monotonic(), Ranks.from_environment(), local_device(device)
-    filters = SamplingSettings(top_k=top_k, top_p=top_p)
-    settings = filters.replace(cfg=cfg, tau=tau, guided_scales=guided_scales)
-    asked = Asked.of(prompts=prompts, encoder=encoder, download=download, option=None)
-    choices = Choices.of(
-        source, against, (var, vae, random), download=download, device=device, dtype=dtype
+    settings = SamplingSettings(
+        cfg=cfg, tau=tau, guided_scales=guided_scales, top_k=top_k, top_p=top_p
     )
+    asked = Asked.of(prompts=prompts, encoder=encoder, download=download, option=None)
+    places: dict[str, Any] = {"download": download, "device": device, "dtype": dtype}
+    choices = Choices.of(source, against, (var, vae, random), **places)
     asked.check(choices.subject)
     models = choices.load(runtime).drawing(asked, size)
     tools = load_instruments(network, reference, lpips, clip, models.pipe)
@@ -112,9 +112,9 @@ def command(
     exported = Exported.of(export, out, models, asked, count)
     check(models, tools, names, count, exported)
     said = warn_of_reference(tools, ranks)
+    drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size, force)
     files = file_checksums(network, reference, lpips)
-    sampling = (out / SAMPLES_NAME, count, seed, settings, batch_size, force)
-    document = run(models, tools, names, files, sampling, exported, ranks)
+    document = run(models, tools, names, files, drawn, exported, ranks)
     if document is None:
         return
     if names == []:

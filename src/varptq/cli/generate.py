@@ -77,10 +77,9 @@ def command(
     """Draw images of the given classes or texts from a float model or an artifact."""
     from varptq.models.sampling import SamplingSettings
 
-    filters = SamplingSettings(top_k=top_k, top_p=top_p, temperature=temperature)
-    settings = filters.replace(
-        cfg=cfg, tau=tau, more_smooth=more_smooth, guided_scales=guided_scales
-    )
+    guidance: dict[str, Any] = {"cfg": cfg, "tau": tau, "guided_scales": guided_scales}
+    filters: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+    settings = SamplingSettings(more_smooth=more_smooth, **guidance, **filters)
     asked = Asked.of(classes, prompt, prompts, negative, encoder, download=download)
     asked.check_any()
     choice = ModelChoice(source, var, vae, random, download, device, dtype, class_names)

@@ -95,7 +95,8 @@ class Convolution(nn.Conv2d):
         self.taps = taps
 
     def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
-        """`skip`, of the shape of the result, is added to it."""
+        """`skip`, of the shape of the result, is added to it. Nobody reads `skip` afterwards: a
+        runtime may put the result in its place."""
         y = self.taps.convolve(input, self.weight, self.bias)
         return y if skip is None else skip + y
 

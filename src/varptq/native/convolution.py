@@ -258,6 +258,7 @@ def convolution(
     padding: Padding = (0, 0, 0, 0),
     upsample: bool = False,
     residual: Tensor | None = None,
+    in_place: bool = False,
     moments: Moments | None = None,
     room: Room | None = None,
 ) -> Tensor:
@@ -265,8 +266,9 @@ def convolution(
     exact sum of (code - zero point) weight.
 
     padding: left, right, top and bottom, 0 or 1, with the value 0. upsample: nearest, to twice the
-    sides, before padding. residual (N, Ho, Wo, O) float32. moments: `new_moments`, filled with
-    those of the result. The result lies in `room`, if there is one."""
+    sides, before padding. residual (N, Ho, Wo, O) float32, which with `in_place` becomes the
+    result. moments: `new_moments`, filled with those of the result. A new result lies in `room`, if
+    there is one."""
     (images, height, width, inputs), (outputs, _, *kernel) = codes.shape, weight.shape
     if inputs != weight.shape[1]:
         raise InputError(f"convolution: a map of {inputs} channels, expected {weight.shape[1]}")
@@ -281,7 +283,10 @@ def convolution(
         (width * (1 + upsample) + left + right - kernel[1]) // stride + 1,
         outputs,
     )
-    y, bias = (room or Room()).empty(shape), _panels(bias_O, outputs)
+    bias = _panels(bias_O, outputs)
+    if residual is not None:
+        a.residual = pointer(residual, "residual of a convolution", torch.float32, *shape)
+    y = residual if in_place and residual is not None else (room or Room()).empty(shape)
     size = library().vq_map_bytes(images, height, width, inputs)
     a.codes = pointer(codes.data, "codes", torch.uint8, size)
     a.scale = pointer(codes.scale, "scale", torch.float32, images)
@@ -291,8 +296,6 @@ def convolution(
     a.panel_sum = pointer(weight.sums, "sums of a weight", torch.int32, *bias.shape)
     a.panel_scale = pointer(weight.scale, "scale of a weight", torch.float32, *bias.shape)
     a.panel_bias, a.y = bias.data_ptr(), y.data_ptr()
-    if residual is not None:
-        a.residual = pointer(residual, "residual of a convolution", torch.float32, *shape)
     if moments is not None:
         a.moments = moments.arguments(images, outputs)
     a.threads = torch.get_num_threads()

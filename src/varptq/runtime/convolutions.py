@@ -2,6 +2,7 @@
 
     DeferredMapNorm   passes the map on; the convolution's codes are made while the norm is computed
     IntConvolution    codes of the map x packed codes of the weight, then scale and bias
+    NormedConvolution a convolution in float and the norm before it, some rows at a time
 
 What is computed is defined by `quant.convolution.QuantConvolution`, which `IntConvolution`
 replaces. A runtime without kernels for it (`ImageKernels`) decodes in float on the values of the
@@ -13,13 +14,14 @@ Shapes as in models/convolutions.py; NHWC is the layout of the kernels, channels
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from varptq.models.autoencoder import Autoencoder
-from varptq.models.convolutions import Convolution, MapNorm, feeds
+from varptq.models.convolutions import Convolution, MapNorm, Taps, feeds
 from varptq.quant.buffers import TypedBuffers
 from varptq.quant.convolution import QuantConvolution
 from varptq.quant.find import quant_convolutions
@@ -29,6 +31,8 @@ from varptq.runtime.layers import replace_module, tensors_of
 # Attribute of a map that an `IntConvolution` made: `Map.found`. Nobody changes such a map in place,
 # and whatever is computed from it is another tensor, without the attribute.
 FOUND = "varptq_found"
+# So much of a map is normed at once for a convolution in float.
+PART_ELEMENTS = 2**18
 
 
 class DeferredMapNorm(TypedBuffers):
@@ -82,6 +86,41 @@ class IntConvolution(TypedBuffers):
         return f"{self.layer}, {self.kernels.name}"
 
 
+class NormedConvolution(Convolution):
+    """A convolution in float of a `PendingMap`, whose norm is computed some rows at a time: as a
+    whole it would be one more map of the decoder's largest size."""
+
+    kernels: ImageKernels
+
+    @classmethod
+    def of(cls, conv: Convolution, kernels: ImageKernels) -> Self:
+        """The same convolution, which keeps the side of its input."""
+        with torch.device("meta"):
+            found = cls(conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.taps)
+        found.weight, found.bias, found.kernels = conv.weight, conv.bias, kernels
+        return found.eval()
+
+    def forward(self, input: Any, skip: Tensor | None = None) -> Tensor:
+        """As `Convolution`, of a `PendingMap`."""
+        x_BHWC, norm = _channels_last(input.x_BCHW), input.norm
+        read = Map(x_BHWC, getattr(input.x_BCHW, FOUND, None))
+        gain_BC, shift_BC = self.kernels.affine(read, norm)
+        height, reach = x_BHWC.shape[1], self.taps.pads[2]
+        rows = max(1, PART_ELEMENTS // x_BHWC[0, 0].numel())
+        parts: list[Tensor] = []
+        for start in range(0, height, rows):
+            end = min(start + rows, height)
+            low, high = max(start - reach, 0), min(end + reach, height)
+            y_BHWC = x_BHWC[:, low:high] * gain_BC[:, None, None] + shift_BC[:, None, None]
+            y_BCHW = y_BHWC.permute(0, 3, 1, 2)
+            if norm.silu:
+                y_BCHW = F.silu(y_BCHW, inplace=True)
+            made = super().forward(y_BCHW)
+            parts.append(made[:, :, start - low : end - low])
+        whole = torch.cat(parts, dim=2)
+        return whole if skip is None else skip + whole
+
+
 def _channels_last(x_BCHW: Tensor) -> Tensor:
     """(B, H, W, C) float32, contiguous."""
     return x_BCHW.permute(0, 2, 3, 1).float().contiguous()
@@ -101,9 +140,20 @@ def decode_on(vae: Autoencoder, kernels: Kernels) -> None:
             replace_module(vae, layer, IntConvolution(conv, kernels))
         else:
             replace_module(vae, layer, _float_convolution(conv))
+    integers = decodes_on_integers(vae)
     for layer, source in feeds(vae).items():
-        if isinstance(vae.get_submodule(layer), IntConvolution):
+        conv = vae.get_submodule(layer)
+        if integers and layer.startswith(decoding) and _keeps_side(conv):
+            assert isinstance(kernels, ImageKernels)
+            conv = NormedConvolution.of(cast(Convolution, conv), kernels)
+            replace_module(vae, layer, conv)
+        if isinstance(conv, IntConvolution | NormedConvolution):
             replace_module(vae, source, DeferredMapNorm(cast(MapNorm, vae.get_submodule(source))))
+
+
+def _keeps_side(module: nn.Module) -> bool:
+    """Whether this is a convolution in float, of plain 3x3 taps."""
+    return type(module) is Convolution and module.taps == Taps(pads=(1, 1, 1, 1))
 
 
 def _float_convolution(conv: QuantConvolution) -> Convolution:

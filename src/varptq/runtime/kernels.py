@@ -227,8 +227,13 @@ class ImageKernels(Protocol):
         infinity."""
         ...
 
+    def affine(self, x: Map, norm: NormRule) -> tuple[Tensor, Tensor]:
+        """Gain and shift (N, C) float32: what the norm multiplies a map with and adds."""
+        ...
+
     def convolution(
         self, codes: Any, packed: Any, bias_O: Tensor | None, taps: Taps, skip: Tensor | None
     ) -> Map:
-        """(N, H', W', O), with skip (N, H', W', O) float32 added."""
+        """(N, H', W', O), with skip (N, H', W', O) float32 added, whose memory the result may
+        take."""
         ...

@@ -40,7 +40,7 @@ from varptq.runtime.kernels import (
     Weight,
 )
 from varptq.runtime.layers import PerImage, by_rows
-from varptq.runtime.reference_convolution import norm_codes, products, scaled
+from varptq.runtime.reference_convolution import affine, norm_codes, products, scaled
 
 INT32_END = 2**31
 
@@ -191,6 +191,9 @@ class ReferenceKernels:
 
     def map_codes(self, x: Map, norm: NormRule | None, layer: str) -> MapCodes:
         return norm_codes(x.x_NHWC, norm, layer) if norm else map_codes(x.x_NHWC, layer)
+
+    def affine(self, x: Map, norm: NormRule) -> tuple[Tensor, Tensor]:
+        return affine(x.x_NHWC, norm)
 
     def convolution(
         self, codes: MapCodes, packed: Any, bias_O: Tensor | None, taps: Taps, skip: Tensor | None

@@ -47,19 +47,29 @@ def silu(x: Tensor) -> Tensor:
     return within / (1.0 + exp_within((-within).clamp(min=NOTHING)))
 
 
+def affine(x_NHWC: Tensor, norm: NormRule) -> tuple[Tensor, Tensor]:
+    """`ImageKernels.affine`, its statistics in double, rounded once."""
+    wide = x_NHWC.double()
+    return affine_of(torch.stack((wide.sum((1, 2)), (wide * wide).sum((1, 2)))), x_NHWC, norm)
+
+
+def affine_of(sums_2NC: Tensor, x_NHWC: Tensor, norm: NormRule) -> tuple[Tensor, Tensor]:
+    """The same from the sums of each channel's values and squares, float64."""
+    width = x_NHWC.shape[-1] // norm.groups
+    count = x_NHWC.shape[1] * x_NHWC.shape[2] * width
+    mean_NG, square_NG = sums_2NC.unflatten(-1, (norm.groups, width)).sum(-1) / count
+    variance_NG = (square_NG - mean_NG * mean_NG).clamp(min=0.0)
+    rate_NG = (1.0 / (variance_NG + norm.eps).sqrt()).float()
+    gain_NC = norm.weight_C * rate_NG.repeat_interleave(width, -1)
+    return gain_NC, norm.bias_C - mean_NG.float().repeat_interleave(width, -1) * gain_NC
+
+
 def norm_codes(x_NHWC: Tensor, norm: NormRule, layer: str) -> MapCodes:
     """Codes (N, H, W, C) of the norm of maps, one range per image. Raises `NonFiniteError`."""
     check_finite(x_NHWC, layer)
-    groups, weight_C, bias_C, eps, silu_too = norm
-    parts = x_NHWC.double().unflatten(-1, (groups, -1))
-    mean_NG = parts.mean((1, 2, 4))
-    variance_NG = ((parts * parts).mean((1, 2, 4)) - mean_NG * mean_NG).clamp(min=0.0)
-    rate_NG = (1.0 / (variance_NG + eps).sqrt()).float()
-    width = x_NHWC.shape[-1] // groups
-    gain = weight_C * rate_NG.repeat_interleave(width, -1)
-    shift = bias_C - mean_NG.float().repeat_interleave(width, -1) * gain
-    v = x_NHWC * gain[:, None, None] + shift[:, None, None]
-    if not silu_too:
+    gain_NC, shift_NC = affine(x_NHWC, norm)
+    v = x_NHWC * gain_NC[:, None, None] + shift_NC[:, None, None]
+    if not norm.silu:
         return codes_on(v, image_grid(v))
     low, high = v.amin((1, 2, 3), keepdim=True), v.amax((1, 2, 3), keepdim=True)
     lowest = torch.full_like(low, LOWEST)
