@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ ROOM = "free some space, or set HF_HOME to a folder on another disk"
 LATER = "check the network, or try again later"
 HTTP_REMEDIES = {
     401: f"its token was refused: {TOKEN}",
-    403: f"your token does not allow it: {TOKEN} with one that does",
+    403: f"your token does not allow it; take one that does: {TOKEN}",
     429: "too many requests: try again later",
 }
 
@@ -92,22 +93,21 @@ def fetch(
     *,
     check: Check = lambda remote: None,
 ) -> Path:
-    """The file in the cache, fetched if it is not there, or if a branch has moved on since. The
-    parent folder's name begins with the commit's.
+    """The file in the cache, fetched if it is not there, or if a branch has moved on since.
 
     Where the hub cannot be reached the cache is taken, with a warning; under HF_HUB_OFFLINE it is
     all there is. check: called before anything large is fetched; what it raises passes through.
     Raises `HubError` for a repository, revision or file that cannot be had, and `OutputError` where
     the disk of the cache is full.
     """
-    kept = cached(repo, file, cache_dir)
-    if kept is not None and repo.revision and COMMIT.fullmatch(repo.revision):
-        return kept
     with _one_line(repo, file):
-        remote = _described(repo, file, kept)
-        if remote is None:
-            assert kept is not None
+        kept = cached(repo, file, cache_dir)
+        if kept is not None and repo.revision and COMMIT.fullmatch(repo.revision):
             return kept
+        remote = _described(repo, file, kept)
+        if kept is not None and (remote is None or commit_of(kept, file) == remote.commit_hash):
+            return kept
+        assert remote is not None
         large = SHA256.fullmatch(remote.etag or "")
         check(Remote(remote.size, large and large.group()))
         blob = _blob(repo, remote, cache_dir)
@@ -264,13 +264,10 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _one_line(repo: Repo, file: str | None) -> Iterator[None]:
-    """Turn what the library raises into one `HubError`, and keep its own warnings from standing
-    before it."""
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Turn what the library raises into one `HubError`."""
     try:
-        yield
+        with _quiet():
+            yield
     except Exception as error:
         if isinstance(error, VarptqError) or is_out_of_memory(error):
             raise
@@ -282,8 +279,28 @@ def _one_line(repo: Repo, file: str | None) -> Iterator[None]:
             raise  # of this machine; those of the hub have no number
         kind = NoFileError if _is_no_file(error) else HubError
         raise kind(_told(error, repo, file)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's warnings, which would stand before our line, and without its bars where
+    nobody sees them."""
+    from huggingface_hub import constants
+    from huggingface_hub import utils as its
+
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not its.are_progress_bars_disabled()
+    hidden = bars and not (sys.stderr is not None and sys.stderr.isatty())
+    log.setLevel(logging.ERROR)
+    if hidden:
+        its.disable_progress_bars()
+    try:
+        yield
     finally:
         log.setLevel(level)
+        if hidden:
+            its.enable_progress_bars()
 
 
 def _is_no_file(error: Exception) -> bool:
@@ -324,5 +341,6 @@ def _status(error: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    # What the hub said, where it said something, is shorter than what the client makes of it.
+    lines = str(getattr(error, "server_message", None) or error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:120]

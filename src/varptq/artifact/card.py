@@ -2,11 +2,13 @@
 hub reads it.
 
 `save` writes one without a repository and an evaluation, `push` one with both. The same facts give
-the same text. Nothing reads it again.
+the same text. Its last line, which pages do not show, tells whether somebody has edited it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,7 @@ from varptq.readable import megabytes
 CARD_FILE, PICTURE_FILE = "README.md", "samples.png"
 HERE = "path/to/this/folder"
 RANDOM = "random"
-SHOWN_CLASSES = 10
+SHOWN_CLASSES, SEAL_DIGITS = 10, 16
 TEXT = "a red kettle on a stove"
 NO_LICENCE = (
     "not known: that of the model it was made from, which has to be added here before it is passed "
@@ -50,7 +52,18 @@ def card(document: Document, name: str = HERE, quality: Quality | None = None) -
     if quality is not None:
         parts.append(_measured(quality))
     parts += [_use(document, name), _files(quality)]
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts)
+    return f"{text}\n\n{_seal(text)}\n"
+
+
+def is_edited(text: str) -> bool:
+    """Whether a card is not as some version of varptq wrote it."""
+    body, _, seal = text.rstrip("\n").rpartition("\n\n")
+    return seal != _seal(body)
+
+
+def _seal(text: str) -> str:
+    return f"<!-- varptq {hashlib.sha256(text.encode()).hexdigest()[:SEAL_DIGITS]} -->"
 
 
 def _metadata(document: Document) -> str:
@@ -159,11 +172,16 @@ def _use(document: Document, name: str) -> str:
         "## Use",
         "```python",
         "import varptq",
-        f"pipe = varptq.load({name!r})  # on integers where this machine can",
-        f"images = varptq.generate(pipe, {asked!r}, seed=0).images  # (1, 3, H, W) in [0, 1]",
+        f"pipe = varptq.load({_quoted(name)})  # on integers where this machine can",
+        f"images = varptq.generate(pipe, {_quoted(asked)}, seed=0).images  # (1, 3, H, W), 0 to 1",
         "```",
     )
     return "{}\n\n{}\n{}\n{}\n{}\n{}".format(*lines)
+
+
+def _quoted(value: object) -> str:
+    """As Python reads it, with double quotes."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _files(quality: Quality | None) -> str:

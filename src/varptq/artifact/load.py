@@ -147,6 +147,14 @@ def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
         raise ArtifactError(f"{path}: {_line(error)}") from None
 
 
+def check_files(folder: str | Path) -> None:
+    """Raise `ArtifactError` for an artifact whose files are not those that were saved; the contents
+    of the tensors are not looked at."""
+    document, seal, var, vae = read_blank(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    _open_tensors(path, document, seal, lambda names: _slots(var, vae, names))
+
+
 def _parse(path: Path) -> dict[str, Any]:
     _check_file(path)
     try:
