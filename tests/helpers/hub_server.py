@@ -1,7 +1,7 @@
 """A hub on this machine: the endpoints that huggingface_hub calls, with answers as the real one
 gives them, for its real client in the tests.
 
-Files that are large there (.safetensors, .png) are here too: their address redirects to another
+Files of the kinds that are large there (`LARGE`) are here too: their address redirects to another
 host name, which takes ranges and refuses a token. A repository keeps its commits; a private one is
 hidden from all but `TOKEN`. What goes wrong is set on the server: `cut`, `slow_after`, `failing`.
 """
@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from helpers.cli_calls import Ran
 
 TOKEN = "hf_tests"
-LARGE = (".safetensors", ".png")
+LARGE = (".safetensors", ".pth", ".png")
 INVALID_TOKEN = "Invalid credentials in Authorization header"
 
 
