@@ -150,7 +150,7 @@ def test_cut_connections_and_damage_on_the_way(hub: Client) -> None:
         line.startswith("HubError: org/name: model.safetensors arrived damaged") and not hub.blobs()
     )
     hub.hub.damage = bytes
-    hub.hub.cut = [STEP] * 9
+    hub.hub.cut = [STEP] * 99
     (line,) = hub.python(told)
     assert line.startswith("HubError: org/name: model.safetensors: the hub cannot be reached (")
     hub.hub.cut = [2 * STEP]

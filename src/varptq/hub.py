@@ -36,6 +36,8 @@ NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 TOKEN = "set HF_TOKEN, or run hf auth login"
 ROOM = "free some space, or set HF_HOME to a folder on another disk"
 LATER = "check the network, or try again later"
+# What the library speaks HTTP with, in one version or another.
+CLIENTS = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 HTTP_REMEDIES = {
     401: f"its token was refused: {TOKEN}",
     403: f"your token does not allow it; take one that does: {TOKEN}",
@@ -199,8 +201,7 @@ def _download(repo: Repo, file: str, remote: HfFileMetadata, blob: Path) -> None
     may be used at the same time.
     """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    from huggingface_hub.utils import WeakFileLock
 
     lock = blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"
     partial = blob.with_name(f"{blob.name}.incomplete")
@@ -209,25 +210,13 @@ def _download(repo: Repo, file: str, remote: HfFileMetadata, blob: Path) -> None
     with WeakFileLock(lock):
         if blob.exists():
             return
-        done = partial.stat().st_size if partial.exists() else 0
-        if remote.size is not None and done > remote.size:
+        if _bytes(partial) > (remote.size or sys.maxsize):
             partial.unlink()
-            done = 0
         if remote.size is not None:
-            _check_room(blob, remote.size - done)
-        with _space_given_back(partial), open(partial, "ab") as sink:
+            _check_room(blob, remote.size - _bytes(partial))
+        with _space_given_back(partial):
             # The address of the commit: a branch may move on meanwhile.
-            url = hf_hub_url(repo.name, file, revision=remote.commit_hash)
-            http_get(
-                url,
-                sink,
-                resume_size=done,
-                headers=build_hf_headers(),
-                expected_size=remote.size,
-                displayed_filename=file,
-            )
-            sink.flush()
-            fsync(sink.fileno())
+            _go_on(hf_hub_url(repo.name, file, revision=remote.commit_hash), remote, partial, file)
         if _sha256(partial) != blob.name:
             partial.unlink()
             raise HubError(
@@ -235,6 +224,36 @@ def _download(repo: Repo, file: str, remote: HfFileMetadata, blob: Path) -> None
                 "again"
             )
         os.replace(partial, blob)
+
+
+def _go_on(url: str, remote: HfFileMetadata, partial: Path, file: str) -> None:
+    """Fetch what is missing of a file, for as long as something comes."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    while True:
+        done = _bytes(partial)
+        try:
+            with open(partial, "ab") as sink:
+                http_get(
+                    url,
+                    sink,
+                    resume_size=done,
+                    headers=build_hf_headers(),
+                    expected_size=remote.size,
+                    displayed_filename=file,
+                )
+                sink.flush()
+                fsync(sink.fileno())
+            return
+        except Exception as error:
+            # Some versions of the library try again by themselves, and some do not.
+            if is_disk_full(error) or _bytes(partial) <= done:
+                raise
+
+
+def _bytes(partial: Path) -> int:
+    return partial.stat().st_size if partial.exists() else 0
 
 
 def _check_room(blob: Path, needed: int) -> None:
@@ -277,6 +296,8 @@ def _one_line(repo: Repo, file: str | None) -> Iterator[None]:
             ) from None
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of this machine; those of the hub have no number
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # of one upload among several
         kind = NoFileError if _is_no_file(error) else HubError
         raise kind(_told(error, repo, file)) from None
 
@@ -333,7 +354,10 @@ def _told(error: Exception, repo: Repo, file: str | None) -> str:
         return f"{what}{why}"
     if isinstance(error, its.HFValidationError):
         return f"{repo.name}: no name of a repository ({_reason(error)})"
-    return f"{what}the hub cannot be reached ({_reason(error)}); {LATER}"
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS:
+        return f"{what}the hub cannot be reached ({_reason(error)}); {LATER}"
+    said = f"{type(error).__name__}: {_reason(error)}"
+    return f"{what}its answer cannot be used ({said}); check HF_ENDPOINT, or {LATER}"
 
 
 def _status(error: Any) -> int:

@@ -246,9 +246,8 @@ class Handler(BaseHTTPRequestHandler):
         if (found := self._at(name, revision or "main")) is not None:
             repository, commit = found
             siblings = [{"rfilename": path} for path in repository.commits[commit]]
-            self._json(
-                {"id": name, "sha": commit, "private": repository.private, "siblings": siblings}
-            )
+            more = {"downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
+            self._json({"id": name, "sha": commit, "private": repository.private, **more})
 
     def resolve(self, name: str, revision: str, file: str) -> None:
         if (found := self._at(name, revision)) is None:
