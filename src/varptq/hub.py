@@ -10,7 +10,6 @@ that takes a moment.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -125,11 +124,27 @@ def commit_of(path: Path, file: str) -> str:
     return path.parents[file.count("/")].name
 
 
+class Snapshot(NamedTuple):
+    """What a folder of the cache is: of which repository, whose contents lie below `storage`."""
+
+    name: str
+    storage: Path
+
+
+def snapshot_at(folder: Path) -> Snapshot | None:
+    """The commit that a folder of the cache, models--<org>--<name>/snapshots/<commit>, has; None
+    for any other folder."""
+    if folder.parent.name != "snapshots" or not COMMIT.fullmatch(folder.name):
+        return None
+    kind, _, name = folder.parents[1].name.partition("--")
+    return Snapshot(name.replace("--", "/"), folder.parents[1]) if kind == "models" else None
+
+
 def remedy(path: Path) -> str | None:
     """What to do about a damaged file that lies in the cache; None for one that does not."""
-    inside = path.parent.parent.name == "snapshots" and COMMIT.fullmatch(path.parent.name)
-    place = os.path.realpath(path)
-    return f"damaged in the hub's cache, delete {place} and run again" if inside else None
+    if snapshot_at(path.parent) is None:
+        return None
+    return f"damaged in the hub's cache, delete {os.path.realpath(path)} and run again"
 
 
 def send(
@@ -309,17 +324,16 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub import utils as its
 
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
+    level = its.logging.get_verbosity()
     bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not its.are_progress_bars_disabled()
     hidden = bars and not (sys.stderr is not None and sys.stderr.isatty())
-    log.setLevel(logging.ERROR)
+    its.logging.set_verbosity_error()
     if hidden:
         its.disable_progress_bars()
     try:
         yield
     finally:
-        log.setLevel(level)
+        its.logging.set_verbosity(level)
         if hidden:
             its.enable_progress_bars()
 

@@ -45,8 +45,10 @@ def test_it_is_the_model_of_the_folder(hub: Client, pristine: Path, tmp_path: Pa
     names = ("org/name@v1", f"org/name@{first}", str(pristine))
     found = hub.python(LOAD + "".join(f"told({name!r})\n" for name in names))
     assert found[0].startswith("0 ") and len(set(found)) == 1
-    # One download for both names, and of two files alone.
+    # One download for both names, of the commit that was read first, and of two files alone.
     assert len(hub.hub.ranges()) == 1
+    asked = [path for _, path, _ in hub.hub.asked if path.endswith("model.safetensors")]
+    assert set(asked) == {f"/org/name/resolve/{first}/model.safetensors"}
     kept = hub.home / "hub/models--org--name/snapshots"
     assert {path.name for path in kept.rglob("*") if path.is_file()} == set(files(pristine)) - {
         "README.md"

@@ -130,9 +130,9 @@ class Client:
         return self.run("varptq", *words, **settings)
 
     def python(self, code: str, **settings: Any) -> list[str]:
-        """The lines that a program prints."""
+        """The lines that a program prints, which ends well and writes nothing to stderr."""
         ran = self.run("python", "-c", textwrap.dedent(code), **settings)
-        assert ran.code == 0, ran.err
+        assert (ran.code, ran.err) == (0, ""), ran.err
         return ran.out.splitlines()
 
     def blobs(self) -> list[Path]:

@@ -13,7 +13,7 @@ from varptq import hub
 from varptq.artifact.format import CONFIG_FILE, WEIGHTS_FILE
 from varptq.artifact.load import read_config
 from varptq.artifact.schema import FileEntry
-from varptq.errors import ArtifactError
+from varptq.errors import ArtifactError, HubError
 from varptq.hub import NoFileError, Remote, Repo
 
 
@@ -36,12 +36,22 @@ def artifact_folder(source: str | Path) -> Path:
 
 def _fetched(repo: Repo) -> Path:
     try:
-        config = hub.fetch(repo, CONFIG_FILE)
+        config = _config(repo)
         commit = Repo(repo.name, hub.commit_of(config, CONFIG_FILE))
         entry = _entry(repo, config)
         return hub.fetch(commit, WEIGHTS_FILE, check=lambda it: _check(repo, it, entry)).parent
     except NoFileError as error:
         raise ArtifactError(f"{error}; not an artifact of varptq, or not a whole one") from None
+
+
+def _config(repo: Repo) -> Path:
+    try:
+        return hub.fetch(repo, CONFIG_FILE)
+    except NoFileError:
+        raise
+    except HubError as error:
+        # It may have been meant as a path.
+        raise HubError(f"{error} (and no folder here has that name)") from None
 
 
 def _entry(repo: Repo, config: Path) -> FileEntry:
