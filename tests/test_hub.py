@@ -92,15 +92,12 @@ def test_a_hub_that_is_away(hub: Client) -> None:
     hub.hub.add("org/name", {"config.json": b"new"})
     hub.hub.failing = True
     away = hub.run("python", "-c", ask)
-    assert away.err == (
-        "warning: org/name: the hub cannot be reached (the hub is being repaired); config.json is "
-        f"that of the cache, of commit {old[:8]}\n"
-    )
-    assert away.out.splitlines() == [
-        "old",
-        "HubError: org/other: config.json: answered 503 (the hub is being repaired); check the "
-        "network, or try again later",
-    ]
+    assert away.err.startswith("warning: org/name: the hub cannot be reached (")
+    assert away.err.endswith(f"config.json is that of the cache, of commit {old[:8]}\n")
+    assert away.err.count("\n") == 1
+    kept, refused = away.out.splitlines()
+    assert kept == "old"
+    assert refused.startswith("HubError: org/other: config.json: answered 503 (")
     hub.hub.failing = False
     offline = hub.run("python", "-c", ask, HF_HUB_OFFLINE="1")
     assert offline.err == ""

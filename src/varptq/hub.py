@@ -263,7 +263,8 @@ def _go_on(url: str, remote: HfFileMetadata, partial: Path, file: str) -> None:
             return
         except Exception as error:
             # Some versions of the library try again by themselves, and some do not.
-            if is_disk_full(error) or _bytes(partial) <= done:
+            came = _bytes(partial)
+            if is_disk_full(error) or not done < came < (remote.size or sys.maxsize):
                 raise
 
 
