@@ -56,6 +56,12 @@ def card(document: Document, name: str = HERE, quality: Quality | None = None) -
     return f"{text}\n\n{_seal(text)}\n"
 
 
+def titles(document: Document) -> list[str]:
+    """Classes without their synonyms, or the texts that a model comes with."""
+    texts = family(document.architecture.family).reads_texts
+    return [name if texts else title_of(name) for name in document.class_names]
+
+
 def is_edited(text: str) -> bool:
     """Whether a card is not as some version of varptq wrote it."""
     body, _, seal = text.rstrip("\n").rpartition("\n\n")
@@ -87,10 +93,10 @@ def _is_random(document: Document) -> bool:
 
 
 def _summary(document: Document) -> str:
-    draws = "texts" if family(document.architecture.family).reads_texts else "classes"
+    draws = "from texts" if family(document.architecture.family).reads_texts else "of classes"
     return (
-        f"An image model of the family {document.architecture.family!r}, which draws {draws}, with "
-        "its weights as packed integers. It runs without the checkpoint it was made from."
+        f"An image model of the family {document.architecture.family!r}, which draws images {draws}, "
+        "with its weights as packed integers. It runs without the checkpoint it was made from."
     )
 
 
@@ -121,7 +127,7 @@ def _table(document: Document) -> str:
         bits = f"{packed.bits_per_element:.2f} bits each, with scales and zero points"
         rows.append(("quantized weights", bits))
     if not family(document.architecture.family).reads_texts and document.class_names:
-        rows.append(("classes", _classes(document.class_names)))
+        rows.append(("classes", _classes(titles(document))))
     rows += [(f"SHA-256 of {part}", f"`{source}`") for part, source in document.sources.items()]
     rows.append(("made by", f"varptq {document.varptq_version}"))
     return _as_table(("", ""), rows)
@@ -151,7 +157,7 @@ def _licence(document: Document) -> str:
 
 
 def _classes(names: Sequence[str]) -> str:
-    shown = ", ".join(title_of(name) for name in names[:SHOWN_CLASSES])
+    shown = ", ".join(names[:SHOWN_CLASSES])
     more = ", ..." if len(names) > SHOWN_CLASSES else ""
     return _cell(f"{len(names)}: {shown}{more}")
 
@@ -160,23 +166,24 @@ def _measured(quality: Quality) -> str:
     columns = ("metric", "this model", "float model")
     parts = ["## Quality", _as_table(columns, quality.rows), _cell(quality.how)]
     if quality.picture:
-        parts.append(f"![images of the float model and of this one]({PICTURE_FILE})")
+        parts.append(
+            f"![above: images of the float model; below: of this one, from the same noise]({PICTURE_FILE})"
+        )
     return "\n\n".join(parts)
 
 
 def _use(document: Document, name: str) -> str:
-    asked: list[object] = [title_of(entry) for entry in document.class_names[:1]]
+    asked: list[object] = [*titles(document)[:1]]
     if not asked:
         asked = [TEXT if family(document.architecture.family).reads_texts else 0]
     lines = (
-        "## Use",
         "```python",
         "import varptq",
         f"pipe = varptq.load({_quoted(name)})  # on integers where this machine can",
         f"images = varptq.generate(pipe, {_quoted(asked)}, seed=0).images  # (1, 3, H, W), 0 to 1",
         "```",
     )
-    return "{}\n\n{}\n{}\n{}\n{}\n{}".format(*lines)
+    return "\n".join(("## Use", "", "After `pip install varptq`:", "", *lines))
 
 
 def _quoted(value: object) -> str:

@@ -96,8 +96,8 @@ def _picture(folder: Path, found: dict[str, Any], document: Document) -> bytes |
     samples = _samples(folder / "quantized", count)
     if samples is None:
         return None
-    titles = _titles(samples, document)
-    chosen = choose_pairs(samples, _samples(folder / "float", count), titles)
+    names = _titles(samples, document)
+    chosen = choose_pairs(samples, _samples(folder / "float", count), names)
     columns = list({pair.title or place: pair for place, pair in enumerate(chosen)}.values())
     side = max(VISIBLE_SIDE, *columns[0].image.shape[:2])
     blocks = []
@@ -118,11 +118,11 @@ def _samples(folder: Path, count: int) -> SampleSet | None:
 
 def _titles(samples: SampleSet, document: Document) -> list[str]:
     """Names by label; "" where images were drawn for prompts that the artifact does not know."""
+    from varptq.artifact.card import titles
     from varptq.evaluate.sampling import PROMPTS
-    from varptq.models.class_names import title_of
 
     labels, _ = samples.head(len(samples))
     wanted = int(labels.max()) + 1
-    names = [title_of(name) for name in document.class_names]
+    names = titles(document)
     known = PROMPTS not in samples.identity and len(names) >= wanted
     return names if known else [""] * wanted
