@@ -27,6 +27,7 @@ CARD_FILE, PICTURE_FILE = "README.md", "samples.png"
 HERE = "path/to/this/folder"
 RANDOM = "random"
 SHOWN_CLASSES, SEAL_DIGITS = 10, 16
+ALT = "above: images of the float model; below: of this one, from the same noise"
 TEXT = "a red kettle on a stove"
 NO_LICENCE = (
     "not known: that of the model it was made from, which has to be added here before it is passed "
@@ -95,8 +96,8 @@ def _is_random(document: Document) -> bool:
 def _summary(document: Document) -> str:
     draws = "from texts" if family(document.architecture.family).reads_texts else "of classes"
     return (
-        f"An image model of the family {document.architecture.family!r}, which draws images {draws}, "
-        "with its weights as packed integers. It runs without the checkpoint it was made from."
+        f"A model of the family {document.architecture.family!r}, which draws images {draws}, with "
+        "its weights as packed integers. It runs without the checkpoint it was made from."
     )
 
 
@@ -166,9 +167,7 @@ def _measured(quality: Quality) -> str:
     columns = ("metric", "this model", "float model")
     parts = ["## Quality", _as_table(columns, quality.rows), _cell(quality.how)]
     if quality.picture:
-        parts.append(
-            f"![above: images of the float model; below: of this one, from the same noise]({PICTURE_FILE})"
-        )
+        parts.append(f"![{ALT}]({PICTURE_FILE})")
     return "\n\n".join(parts)
 
 
