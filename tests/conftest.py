@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from helpers.hub_server import Client, running
 from helpers.studio_pages import CHROMIUM, FLAGS
 from helpers.warm import commands
 from varptq.models.pipeline import Pipeline
@@ -80,6 +81,13 @@ def warm() -> Iterator[Path]:
     # Not below tmp_path, whose length sockets may not take.
     with tempfile.TemporaryDirectory() as folder, commands(Path(folder)) as filled:
         yield filled
+
+
+@pytest.fixture
+def hub(warm: Path, tmp_path: Path) -> Iterator[Client]:
+    """Processes that take a server of this test for the Hugging Face hub."""
+    with running() as server:
+        yield Client(warm, server, tmp_path / "hub home")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -26,6 +26,10 @@ class ArtifactError(VarptqError):
     """A quantized artifact is missing, damaged, of another version or of another model."""
 
 
+class HubError(VarptqError):
+    """A repository of the Hugging Face hub, or a file of it, cannot be had or sent."""
+
+
 class OutputError(VarptqError):
     """A result cannot be written to the chosen place."""
 

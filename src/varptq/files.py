@@ -64,7 +64,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
                 else:
                     content(file)
                 file.flush()
-                _fsync(file.fileno())
+                fsync(file.fileno())
             os.replace(temporary, target)
         finally:
             with suppress(OSError):
@@ -341,7 +341,8 @@ def _inside(folder: Path, kind: str) -> Path:
     return folder / f"{PREFIX}{secrets.token_hex(8)}.{kind}"
 
 
-def _fsync(descriptor: int) -> None:
+def fsync(descriptor: int) -> None:
+    """Flush a file to its disk; nothing where the file system cannot."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -352,7 +353,7 @@ def _fsync(descriptor: int) -> None:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _fsync(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -383,8 +384,14 @@ def _concerns(error: OSError | SafetensorError, folder: Path) -> bool:
     return not isinstance(named, str | os.PathLike) or Path(named).is_relative_to(folder)
 
 
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed because the disk, or the user's share of it, is full."""
+    return getattr(error, "errno", None) in _DISK_FULL or "No space left" in str(error)
+
+
 def _output_error(target: Path, error: OSError | SafetensorError) -> OutputError:
     reason = getattr(error, "strerror", None) or error
-    full = getattr(error, "errno", None) in _DISK_FULL or "No space left" in str(error)
-    remedy = "free some space or choose another disk" if full else "choose another place"
+    remedy = "free some space or choose another disk"
+    if not is_disk_full(error):
+        remedy = "choose another place"
     return OutputError(f"{target}: cannot be written ({reason}); {remedy}")

@@ -48,7 +48,8 @@ def artifact(quantized: tuple[Path, dict[str, Any]]) -> Path:
 
 def test_quantize_says_what_it_made(quantized: tuple[Path, dict[str, Any]]) -> None:
     folder, document = quantized
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
     assert (document["model"], document["config"]) == ("demo", "w4a4+groups")
     assert document["method"] == "sas"
     assert document["calibration"]["num_samples"] == document["calibration"]["steps"] == 2

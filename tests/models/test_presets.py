@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 
+from helpers.hub_server import Client
 from varptq.errors import CheckpointError, InputError
 from varptq.models.pipeline import build_model, load_model
 from varptq.models.presets import PRESETS, preset, resolve
@@ -107,26 +103,6 @@ def test_not_cached_is_one_line_that_says_what_to_do(tmp_path: Path, name: str) 
     assert "download=True (--download)" in message
 
 
-def test_offline_is_one_line(tmp_path: Path) -> None:
-    """In a process of its own: the hub's library reads HF_HUB_OFFLINE when it is imported."""
-    code = (
-        "from varptq.errors import CheckpointError\n"
-        "from varptq.models.presets import resolve\n"
-        "try:\n"
-        f"    resolve('var-d16', download=True, cache_dir={str(tmp_path)!r})\n"
-        "except CheckpointError as error:\n"
-        "    print(error)\n"
-    )
-    source = Path(__file__).resolve().parents[2] / "src"
-    path = os.pathsep.join((str(source), os.environ.get("PYTHONPATH", "")))
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.count("\n") == 1
-    assert "var_d16.pth" in done.stdout
-    assert "HF_HUB_OFFLINE" in done.stdout
-
-
 def test_cached_files_need_no_network(tmp_path: Path) -> None:
     entry = preset("var-d16")
     expected = tuple(
@@ -137,58 +113,47 @@ def test_cached_files_need_no_network(tmp_path: Path) -> None:
     assert resolve("var-d16", download=True, cache_dir=tmp_path) == expected
 
 
-class FakeHub:
-    """Stands in for `hf_hub_download`: writes what it was given into the cache, or fails."""
-
-    def __init__(self, content: bytes, etag: str, failure: Exception | None = None) -> None:
-        self.content, self.etag, self.failure = content, etag, failure
-        self.asked: list[str] = []
-
-    def __call__(self, repo: str, file: str, *, cache_dir: Path) -> str:
-        self.asked.append(file)
-        if self.failure is not None:
-            raise self.failure
-        return str(put(cache_dir, file, self.content, self.etag))
+RESOLVE = """
+from varptq.errors import CheckpointError
+from varptq.models.presets import resolve
+try:
+    print(*resolve("var-d20", download=True), sep="\\n")
+except CheckpointError as error:
+    print(error)
+"""
 
 
-def use(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+def published(hub: Client, name: str = "var-d20") -> dict[str, bytes]:
+    entry = preset(name)
+    files = {entry.transformer_file: b"var" * 99, entry.autoencoder_file: b"vae" * 99}
+    hub.hub.add(HUB_REPO, files)
+    return files
 
 
-def test_download_fetches_what_is_missing_and_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entry = preset("var-d20")
-    put(tmp_path, entry.autoencoder_file, b"vae", "etag")
-    hub = FakeHub(b"var", hashlib.sha256(b"var").hexdigest())
-    use(hub, monkeypatch)
-    first = resolve("var-d20", download=True, cache_dir=tmp_path)
-    assert first[0].read_bytes() == b"var"
-    assert resolve("var-d20", download=True, cache_dir=tmp_path) == first
-    assert hub.asked == [entry.transformer_file]
+def test_download_fetches_what_is_missing_and_keeps_it(hub: Client) -> None:
+    files = published(hub)
+    first = hub.python(RESOLVE)
+    assert [Path(path).read_bytes() for path in first] == list(files.values())
+    hub.hub.asked.clear()
+    assert hub.python(RESOLVE, HF_HUB_OFFLINE="1") == first
+    assert not hub.hub.asked
 
 
-def test_damaged_download_is_refused_and_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(FakeHub(b"damaged", hashlib.sha256(b"whole").hexdigest()), monkeypatch)
-    with pytest.raises(CheckpointError) as caught:
-        resolve("var-d20", download=True, cache_dir=tmp_path)
-    assert "\n" not in str(caught.value)
-    assert "SHA-256" in str(caught.value)
-    assert not list((hub_folder(tmp_path) / "blobs").iterdir())
-    with pytest.raises(CheckpointError, match="is not in the Hugging Face cache"):
-        resolve("var-d20", cache_dir=tmp_path)
+def test_damaged_download_is_refused_and_removed(hub: Client) -> None:
+    published(hub)
+    hub.hub.damage = lambda content: content[:-1] + b"?"
+    (line,) = hub.python(RESOLVE)
+    assert "var_d20.pth arrived damaged (SHA-256 is not" in line and not hub.blobs()
 
 
-def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failure = RuntimeError("no route to host\nand a second line")
-    use(FakeHub(b"", "", failure), monkeypatch)
-    with pytest.raises(CheckpointError) as caught:
-        resolve("var-d24", download=True, cache_dir=tmp_path)
-    assert "\n" not in str(caught.value)
-    assert "no route to host" in str(caught.value)
+def test_what_cannot_be_had_is_one_line(hub: Client) -> None:
+    (line,) = hub.python(RESOLVE)
+    assert line == (
+        f"{HUB_REPO}: no such repository, or a private one; check the name, or set HF_TOKEN, or "
+        "run hf auth login, or give files"
+    )
+    (line,) = hub.python(RESOLVE, HF_HUB_OFFLINE="1")
+    assert "var_d20.pth" in line and "HF_HUB_OFFLINE" in line
 
 
 def test_the_text_demo_reads_strings_and_has_its_own_pool() -> None:

@@ -136,6 +136,22 @@ def test_symbolic_links_lead_nowhere_outside(root: Path, tmp_path: Path) -> None
     assert keys(Catalogue([root]), Kind.artifact) == ["root/deep/w4a4"]
 
 
+def test_an_artifact_of_the_hub_has_its_name_there(root: Path, tmp_path: Path) -> None:
+    """Its files are links to the contents of its own repository in the cache, and no others."""
+    storage = tmp_path / "models--org--w4a4"
+    snapshot = storage / "snapshots" / ("0" * 40)
+    for folder in (snapshot, storage / "blobs"):
+        folder.mkdir(parents=True)
+    for file in (root / "deep" / "w4a4").iterdir():
+        blob = storage / "blobs" / f"{file.name} content"
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
+    assert keys(Catalogue([snapshot, root]), Kind.artifact) == ["org/w4a4", "root/deep/w4a4"]
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(root / "deep" / "w4a4" / "config.json")
+    assert keys(Catalogue([snapshot]), Kind.artifact) == []
+
+
 def test_hidden_and_very_deep_folders_are_left_out(root: Path) -> None:
     artifact(root / ".varptq-0.staging")
     artifact(root / "/".join("abcdefgh"[: MAX_DEPTH + 1]))

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from varptq import hub
 from varptq.artifact.format import (
     AUTOENCODER,
     CONFIG_FILE,
@@ -57,7 +58,6 @@ from varptq.quant.find import quant_convolutions, release_float_weights, set_the
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.torch_state import plain_torch
 
-DAMAGED = "damaged or altered, copy the artifact again"
 Adopt = Callable[[Transformer, str], None]
 
 
@@ -147,6 +147,14 @@ def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
         raise ArtifactError(f"{path}: {_line(error)}") from None
 
 
+def check_files(folder: str | Path) -> None:
+    """Raise `ArtifactError` for an artifact whose files are not those that were saved; the contents
+    of the tensors are not looked at."""
+    document, seal, var, vae = read_blank(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    _open_tensors(path, document, seal, lambda names: _slots(var, vae, names))
+
+
 def _parse(path: Path) -> dict[str, Any]:
     _check_file(path)
     try:
@@ -161,7 +169,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not valid JSON ({_line(error)}); {DAMAGED}") from None
+        raise ArtifactError(f"{path}: not valid JSON ({_line(error)}); {_damaged(path)}") from None
     if not isinstance(content, dict):
         raise ArtifactError(f"{path}: holds a {type(content).__name__}, expected an object")
     return content
@@ -204,7 +212,9 @@ def _empty_modules(folder: Path, document: SealedDocument) -> tuple[Transformer,
     release_float_weights(var)
     set_theta(var, document.varptq.theta)
     if document.quantization_config != compressed_tensors_block(var):
-        raise ArtifactError(f"{path}: quantization_config contradicts varptq.config; {DAMAGED}")
+        raise ArtifactError(
+            f"{path}: quantization_config contradicts varptq.config; {_damaged(path)}"
+        )
     return var, vae
 
 
@@ -222,22 +232,24 @@ def _open_tensors(
         if found != entry.bytes:
             raise ArtifactError(
                 f"{path}: has {found} bytes, {CONFIG_FILE} says {entry.bytes}; "
-                "truncated or of another artifact"
+                + _damaged(path, "truncated or of another artifact")
             )
         with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             _check_header(path, file, expected(set(file.keys())))
             if file_sha256(path) != entry.sha256:
-                raise ArtifactError(f"{path}: SHA-256 is not that of {CONFIG_FILE}; {DAMAGED}")
+                raise ArtifactError(
+                    f"{path}: SHA-256 is not that of {CONFIG_FILE}; {_damaged(path)}"
+                )
             if (file.metadata() or {}).get(SEAL) != seal:
                 config = path.with_name(CONFIG_FILE)
                 raise ArtifactError(
-                    f"{config}: not the config that {WEIGHTS_FILE} was saved with; {DAMAGED}"
+                    f"{config}: not the config that {WEIGHTS_FILE} was saved with; {_damaged(path)}"
                 )
         return MappedTensors(path)
     except (SafetensorError, CheckpointError, OSError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise ArtifactError(f"{path}: cannot be read ({_line(error)}); {DAMAGED}") from None
+        raise ArtifactError(f"{path}: cannot be read ({_line(error)}); {_damaged(path)}") from None
 
 
 def _slots(var: Transformer, vae: Autoencoder, names: set[str]) -> dict[str, Slot]:
@@ -322,6 +334,11 @@ def _fill_linears(
         if adopt is not None:
             adopt(var, layer)
             return_free_memory()
+
+
+def _damaged(path: Path, usual: str = "damaged or altered, copy the artifact again") -> str:
+    """What is wrong with a file that is not the one that was saved, and what to do."""
+    return hub.remedy(path) or usual
 
 
 def _line(error: Exception) -> str:

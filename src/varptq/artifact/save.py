@@ -1,4 +1,4 @@
-"""Write a quantized pipeline as an artifact: packed tensors, then config.json, then one rename.
+"""Write a quantized pipeline as an artifact: packed tensors, config.json, a card, then one rename.
 
 The folder appears whole or not at all (files.py). The same pipeline gives the same bytes: they hold
 no time stamp and no machine name. The format is in format.py and schema.py.
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from varptq.artifact.card import CARD_FILE, card
 from varptq.artifact.format import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -75,7 +76,8 @@ def write(
 ) -> Path:
     """`save` for a pipeline whose transformer may be shapes alone, with the tensors of the artifact
     from elsewhere; they are asked for once the folder can be written."""
-    document = describe(pipeline)
+    described = document_of(pipeline)
+    document = described.to_dict()
     with StagedFolder(folder, force=force, marker=CONFIG_FILE) as staging:
         weights = staging / WEIGHTS_FILE
         # A single entry: safetensors writes several in an order that changes from run to run.
@@ -84,13 +86,14 @@ def write(
         text = _encoded({**document, "files": {WEIGHTS_FILE: entry}})
         config = staging / CONFIG_FILE
         config.write_bytes(text)
+        (staging / CARD_FILE).write_text(card(described), encoding="utf-8", newline="\n")
         # Some versions of safetensors write files that only the owner can read.
         weights.chmod(config.stat().st_mode)
     return Path(folder)
 
 
-def describe(pipeline: QuantizedPipeline) -> dict[str, Any]:
-    """config.json as plain values, without `files`."""
+def document_of(pipeline: QuantizedPipeline) -> Document:
+    """config.json without `files`."""
     architecture = Architecture.of(pipeline.family, pipeline.var.arch, pipeline.vae.arch)
     recipe = Recipe(
         config=pipeline.config,
@@ -110,7 +113,7 @@ def describe(pipeline: QuantizedPipeline) -> dict[str, Any]:
         varptq=recipe,
         sources=pipeline.sources,
         sizes={kind: size.to_dict() for kind, size in sizes(pipeline).items()},
-    ).to_dict()
+    )
 
 
 def packed_tensors(pipeline: QuantizedPipeline) -> dict[str, Tensor]:

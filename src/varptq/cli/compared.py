@@ -58,19 +58,19 @@ class Choices:
                 )
             return cls(ModelChoice(None, *files, **placement), None)
         subject = ModelChoice(source, **placement)
-        if subject.folder is None and given:
+        if subject.is_float and given:
             raise InputError(
                 f"model {source!r}: a float model, which is compared with nothing; give an "
                 "artifact, or leave out --against, --var, --vae and --random"
             )
         beside = ModelChoice(against, *files, **placement) if given else None
-        if beside is not None and beside.folder is not None:
-            raise InputError(f"against {against!r}: a folder, expected a float model")
+        if beside is not None:
+            beside.check_float()
         return cls(subject, beside)
 
     def load(self, runtime: str) -> Models:
         pipe = self.subject.load(runtime)
-        if self.subject.folder is None:
+        if self.subject.is_float:
             return Models(pipe)
         if self.beside is None:
             return self._with_own(pipe)

@@ -35,7 +35,7 @@ Model = Annotated[
         "--model",
         "--artifact",
         metavar="MODEL_OR_ARTIFACT",
-        help="Folder of an artifact, or a model: demo, var-d16, ...",
+        help="Folder of an artifact, or its name on the hub, or a model: demo, var-d16, ...",
     ),
 ]
 Task = Annotated[

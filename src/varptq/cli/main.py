@@ -32,6 +32,7 @@ from varptq.cli import (
     failures,
     generate,
     info,
+    push,
     quantize,
     serve,
 )
@@ -205,4 +206,5 @@ app.command("evaluate")(evaluate.command)
 app.command("info")(info.command)
 app.command("analyze")(analyze.command)
 app.command("demo")(demo.command)
+app.command("push")(push.command)
 app.command("serve")(serve.command)

@@ -1,10 +1,11 @@
 """The model that a command line names: a published one, two checkpoint files, random weights of an
-architecture, or the folder of an artifact."""
+architecture, or an artifact: its folder, or its name on the hub."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from varptq.cli.options import DEVICE, DTYPE, RUNTIME
 from varptq.errors import InputError
 
 if TYPE_CHECKING:
+    from varptq.hub import Repo
     from varptq.models.pipeline import Pipeline
 
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
@@ -39,25 +41,44 @@ class ModelChoice:
             raise InputError("model: give one of a name or folder, --var with --vae, or --random")
 
     @property
-    def folder(self) -> Path | None:
-        """The artifact's folder, None for a float model; model names take precedence over
-        folders."""
+    def is_float(self) -> bool:
+        """Whether a float model is named; model names take precedence over folders."""
         from varptq.models.presets import PRESETS
 
-        if self.source is None or self.source in PRESETS:
-            return None
-        folder = Path(self.source)
-        if folder.is_file() or folder.suffix.lower() in CHECKPOINT_SUFFIXES:
+        return self.source is None or self.source in PRESETS
+
+    def place(self) -> Path | Repo:
+        """Where the artifact is; nothing is fetched. Raises `InputError` for what names none."""
+        from varptq.artifact.remote import place_of
+        from varptq.models.presets import PRESETS
+
+        assert self.source is not None
+        place = place_of(self.source)
+        path = Path(self.source)
+        if path.is_file() or path.suffix.lower() in CHECKPOINT_SUFFIXES:
             raise InputError(
                 f"model {self.source!r}: a single file, but a model is two: give transformer "
                 "and VQVAE as --var var.pth --vae vae.pth"
             )
-        if not folder.is_dir():
-            names = ", ".join(PRESETS)
+        if isinstance(place, Path) and not place.is_dir():
             raise InputError(
-                f"model {self.source!r}: neither an artifact folder nor a model; models: {names}"
+                f"model {self.source!r}: neither an artifact folder nor a model, and no name on "
+                f"the hub (org/name); models: {', '.join(PRESETS)}"
             )
-        return folder
+        return place
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """The artifact's folder, None for a float model. One that is on the hub is fetched into its
+        cache first."""
+        if self.is_float:
+            return None
+        place = self.place()
+        if isinstance(place, Path):
+            return place
+        from varptq.artifact.remote import artifact_folder
+
+        return artifact_folder(str(place))
 
     def about(self) -> tuple[str, bool]:
         """The model's name, and whether it reads texts; no weights are read. Raises as `load`
@@ -92,10 +113,8 @@ class ModelChoice:
 
     def check_float(self) -> None:
         """Raise `InputError` for an artifact."""
-        if self.folder is not None:
-            raise InputError(
-                f"model {str(self.folder)!r}: an artifact folder, expected a float model"
-            )
+        if not self.is_float:
+            raise InputError(f"model {str(self.place())!r}: an artifact, expected a float model")
 
     def load_float(self, *, mapped: bool = False) -> Pipeline:
         """The float model; raises as `load_model` and `build_model` do."""

@@ -23,8 +23,9 @@ Source = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL_OR_ARTIFACT",
-        help="Folder of an artifact, or a model: demo, var-d16, var-d20, var-d24, var-d30, "
-        "var-d36, infinity-125m, infinity-2b, infinity-8b, infinity-8b-512.",
+        help="Folder of an artifact, or its name on the hub (org/name, org/name@revision), or a "
+        "model: demo, var-d16, var-d20, var-d24, var-d30, var-d36, infinity-125m, infinity-2b, "
+        "infinity-8b, infinity-8b-512.",
     ),
 ]
 FloatSource = Annotated[

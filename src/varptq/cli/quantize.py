@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 Save = Callable[..., Path]
 # Name of the piece in a work folder that marks that the artifact may have been written.
 PUBLISHED = "published"
+# The keys of the table of methods.
+METHODS = ("rtn", "gptq", "brecq", "sas")
 # Name of a work folder inside the artifact's; our hidden names do not count as its content.
 WORK_NAME = ".varptq-work"
 
@@ -80,15 +83,15 @@ WorkFolder = Annotated[
 
 
 class Command(TyperCommand):
-    """The verb, whose help names the methods there are: their table needs torch, so it is read when
-    help is asked for."""
+    """The verb, whose help names the methods there are."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from varptq.calibrate.methods import METHODS
-
+        # Importing the table takes seconds, since it needs torch. Whoever adds a method has.
+        table = sys.modules.get("varptq.calibrate.methods")
+        names = METHODS if table is None else table.METHODS
         for option in self.params:
             if option.name == "method" and isinstance(option, TyperOption) and option.help:
-                option.help = option.help.format(methods=", ".join(METHODS))
+                option.help = option.help.format(methods=", ".join(names))
         super().format_help(ctx, formatter)
 
 

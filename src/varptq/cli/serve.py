@@ -1,7 +1,7 @@
 """`varptq serve`: the studio in the browser, on this machine.
 
-Opens files under the given folders and the published models on this machine; results go to --out.
-Runs until Ctrl-C.
+Opens files under the given folders, the artifacts on the hub that are named, and the published
+models on this machine; results go to --out. Runs until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from varptq.errors import InputError
 
 def command(
     folders: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Folders with artifacts, checkpoints and reports to open."),
+        list[str] | None,
+        typer.Argument(
+            help="Folders with artifacts, checkpoints and reports to open, or artifacts by their "
+            "names on the hub."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for new artifacts and reports.")] = Path(
         "out/studio"
@@ -42,8 +45,10 @@ def command(
     """Open the studio in the browser: generate, edit, quantize, read reports."""
     if find_spec("gradio") is None:
         raise InputError("serve: needs gradio; install it with pip install 'varptq[web]'")
+    from varptq.artifact.remote import artifact_folder
     from varptq.web.surroundings import without_proxies
 
+    opened = [artifact_folder(folder) for folder in folders or []]
     with without_proxies():
         from varptq.web.loaded import LoadedModels
         from varptq.web.server import Options, make_studio, parse_auth, serve
@@ -56,5 +61,5 @@ def command(
 
         reader = T5Encoder(encoder, device=device)
     models = LoadedModels(device=device, dtype=dtype, runtime=runtime, encoder=reader)
-    studio = make_studio(folders or [], out, models)
+    studio = make_studio(opened, out, models)
     serve(studio, served, lambda address: typer.echo(f"varptq studio: {address}", err=True))

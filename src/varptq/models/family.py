@@ -41,7 +41,8 @@ class ArchitectureDocument(Settings):
 
 @dataclass(frozen=True)
 class ModelPreset:
-    """One published pair of networks. `repo` None: the files are in the package. `size`: of the
+    """One published pair of networks. `repo` None: the files are in the package. `licence`: of the
+    weights, as SPDX calls it; None where it is not known. `size`: of the
     images it is for, where its tensors do not say; None is what the family takes then. `encoder`: a
     `TextEncoder` for its prompts, maybe with a download."""
 
@@ -53,6 +54,7 @@ class ModelPreset:
     autoencoder_file: str
     class_names: tuple[str, ...] | None = None
     family: str = "var"
+    licence: str | None = None
     size: Any = None
     encoder: Callable[[bool], Any] | None = None
 

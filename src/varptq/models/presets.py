@@ -8,15 +8,14 @@ here; `checkpoint.py` does that and checks what it finds.
 from __future__ import annotations
 
 import difflib
-import os
-import re
 from pathlib import Path
 
-from varptq.errors import CheckpointError, InputError
+from varptq import hub
+from varptq.errors import CheckpointError, HubError, InputError
+from varptq.hub import Repo
 from varptq.models.families import FAMILIES
 from varptq.models.family import ModelPreset
 from varptq.models.shards import INDEX_SUFFIX, files_of
-from varptq.models.state_file import file_sha256
 from varptq.models.texts import TextEncoder
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -73,63 +72,15 @@ def _locate_all(
 def _locate(chosen: ModelPreset, file: str, download: bool, cache_dir: str | Path | None) -> Path:
     if chosen.repo is None:
         return ASSETS / file
-    # Slow to import, and only these presets need it.
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(chosen.repo, file, cache_dir=cache_dir)
-    if isinstance(cached, str):
-        return Path(cached)
+    repo = Repo(chosen.repo)
+    if (found := hub.cached(repo, file, cache_dir)) is not None:
+        return found
     if not download:
         raise CheckpointError(
             f"{chosen.name}: {file} of {chosen.repo} is not in the Hugging Face cache, "
             "run again with download=True (--download)"
         )
-    path = _download(chosen.repo, file, cache_dir)
-    _verify(path, chosen.repo, file)
-    return path
-
-
-def _download(repo: str, file: str, cache_dir: str | Path | None) -> Path:
-    from huggingface_hub import constants, hf_hub_download
-
-    if constants.HF_HUB_OFFLINE:
-        raise CheckpointError(
-            f"{file} of {repo} cannot be downloaded: HF_HUB_OFFLINE is set, unset it"
-        )
     try:
-        return Path(hf_hub_download(repo, file, cache_dir=cache_dir))
-    except Exception as error:
-        # The library's errors come from several HTTP clients and differ between its versions.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{file} of {repo} cannot be downloaded ({reason}): check the network, or give files"
-        ) from None
-
-
-def _verify(path: Path, repo: str, file: str) -> None:
-    """Compare a fresh download with the hub's SHA-256; a file that differs leaves the cache."""
-    expected = _hub_sha256(path, repo, file)
-    if expected is None or file_sha256(path) == expected:
-        return
-    blob = path.resolve()
-    path.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
-    raise CheckpointError(
-        f"{file} of {repo} arrived damaged (SHA-256 is not {expected}) and was removed: run again"
-    )
-
-
-def _hub_sha256(path: Path, repo: str, file: str) -> str | None:
-    """SHA-256 in the hub's large-file metadata, None where it is not known."""
-    if path.is_symlink():
-        # The cache names a blob by its etag; one step only, a blob may itself be a link elsewhere.
-        etag = Path(os.readlink(path)).name
-    else:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-        try:
-            etag = get_hf_file_metadata(hf_hub_url(repo, file)).etag or ""
-        except Exception:
-            # As in `_download`; the file is here, and strict loading still checks what it holds.
-            return None
-    return etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
+        return hub.fetch(repo, file, cache_dir)
+    except HubError as error:
+        raise CheckpointError(f"{error}, or give files") from None

@@ -16,6 +16,7 @@ from pathlib import Path
 from varptq.artifact.format import CONFIG_FILE, WEIGHTS_FILE
 from varptq.errors import CheckpointError, InputError
 from varptq.files import is_whole
+from varptq.hub import snapshot_at
 from varptq.models.families import FAMILIES
 from varptq.models.presets import PRESETS, resolve
 
@@ -63,7 +64,9 @@ class Catalogue:
             if not root.is_dir():
                 raise InputError(f"folder {str(folder)!r}: no such folder; give one that exists")
             if root not in self.folders.values():
-                self.folders[self._free_name(root.name or "root")] = root
+                snapshot = snapshot_at(root)
+                name = snapshot.name if snapshot else root.name or "root"
+                self.folders[self._free_name(name)] = root
 
     def _free_name(self, name: str) -> str:
         """A folder with the name of a model gets "./" before it, as on the command line."""
@@ -90,10 +93,13 @@ class Catalogue:
 
     def _under_folders(self) -> Iterator[Entry]:
         for name, root in self.folders.items():
+            snapshot = snapshot_at(root)
+            # In the hub's cache files are links to contents that lie beside the snapshots.
+            reach = snapshot.storage if snapshot else root
             for folder in _walk(root):
                 inside = folder.relative_to(root).as_posix()
                 key = name if inside == "." else f"{name}/{inside}"
-                yield from _entries_in(folder, key, root)
+                yield from _entries_in(folder, key, reach)
 
 
 def _published() -> Iterator[Entry]:
@@ -126,14 +132,14 @@ def _is_open_folder(entry: os.DirEntry[str]) -> bool:
     return not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
 
 
-def _entries_in(folder: Path, key: str, root: Path) -> Iterator[Entry]:
+def _entries_in(folder: Path, key: str, reach: Path) -> Iterator[Entry]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError:
         return
     if not is_whole(folder):
         return
-    files = {name for name in names if _inside(folder / name, root)}
+    files = {name for name in names if _inside(folder / name, reach)}
     if {CONFIG_FILE, WEIGHTS_FILE} <= files:
         yield Entry(key, Kind.artifact, (folder,))
     if REPORT_FILE in files:
@@ -143,9 +149,9 @@ def _entries_in(folder: Path, key: str, root: Path) -> Iterator[Entry]:
     yield from _checkpoints(folder, key, [name for name in names if name in files])
 
 
-def _inside(path: Path, root: Path) -> bool:
+def _inside(path: Path, reach: Path) -> bool:
     real = Path(os.path.realpath(path))
-    return real.is_file() and real.is_relative_to(root)
+    return real.is_file() and real.is_relative_to(reach)
 
 
 def _checkpoints(folder: Path, key: str, names: list[str]) -> Iterator[Entry]:

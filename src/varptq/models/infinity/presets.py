@@ -14,7 +14,8 @@ from varptq.models.infinity.words import HashedWords
 from varptq.models.scales import Scales
 from varptq.models.text_encoder import T5Encoder
 
-HUB_REPO = "FoundationVision/Infinity"
+# Of the released weights, and of the demo's.
+HUB_REPO, LICENCE = "FoundationVision/Infinity", "MIT"
 TEXT_CHANNELS, TEXT_MAXLEN, POOL_HEADS, LEVELS = 2048, 512, 16, 15
 MLP_RATIO = 4
 ASSETS, DEMO_FOLDER = Path(__file__).resolve().parents[2] / "assets", "demo_text"
@@ -68,7 +69,7 @@ def _preset(
     )
     files = (transformer_file, f"{autoencoder_file}.pth")
     about: dict[str, Any] = {"family": "infinity", "size": size, "encoder": flan_t5_xl}
-    return ModelPreset(name, arch, vae, HUB_REPO, *files, **about)
+    return ModelPreset(name, arch, vae, HUB_REPO, *files, licence=LICENCE, **about)
 
 
 def _demo() -> ModelPreset:
@@ -87,10 +88,13 @@ def _demo() -> ModelPreset:
         levels=LEVELS,
         scales=scales,
     )
-    names = ("infinity_demo_text.safetensors", "vae_demo_text.safetensors")
-    files = (f"{DEMO_FOLDER}/{name}" for name in names)
+    parts = ("infinity_demo_text.safetensors", "vae_demo_text.safetensors")
+    files = (f"{DEMO_FOLDER}/{part}" for part in parts)
     about: dict[str, Any] = {"family": "infinity", "size": scales, "encoder": hashed_words}
-    return ModelPreset("demo-text", arch, vae, None, *files, class_names=_demo_prompts(), **about)
+    names = _demo_prompts()
+    return ModelPreset(
+        "demo-text", arch, vae, None, *files, class_names=names, licence=LICENCE, **about
+    )
 
 
 def _demo_prompts() -> tuple[str, ...]:

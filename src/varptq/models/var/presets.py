@@ -8,7 +8,8 @@ from varptq.models.scales import Scales
 from varptq.models.var.transformer import VARArch
 from varptq.models.var.vqvae import VQVAEArch
 
-HUB_REPO = "FoundationVision/var"
+# Of the released weights, and of the demo's.
+HUB_REPO, LICENCE = "FoundationVision/var", "MIT"
 SCALES_256 = Scales((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 SCALES_512 = Scales((1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 CIFAR_CLASSES = (
@@ -59,6 +60,7 @@ def _released(depth: int, scales: Scales, shared_adaln: bool = False) -> ModelPr
         transformer_file=f"var_d{depth}.pth",
         autoencoder_file="vae_ch160v4096z32.pth",
         class_names=imagenet_classes(),
+        licence=LICENCE,
     )
 
 
@@ -87,7 +89,7 @@ def _demo() -> ModelPreset:
         shared_adaln=False,
     )
     files = ("demo/var_demo.safetensors", "demo/vae_demo.safetensors")
-    return ModelPreset("demo", var, vae, None, *files, class_names=CIFAR_CLASSES)
+    return ModelPreset("demo", var, vae, None, *files, class_names=CIFAR_CLASSES, licence=LICENCE)
 
 
 PRESETS: tuple[ModelPreset, ...] = (
