@@ -1,0 +1,267 @@
+"""What the rows will take on this machine: one step of everything, timed on random weights.
+
+    row = calibration + images * (drawing + decoding) + images * features
+
+A model is timed with one and with two blocks of its real shape; the line through both gives the
+others, as all blocks cost the same. Where attention over all tokens would not fit many times into
+memory, a smaller size is timed and multiplied by the multiply-adds. Nothing is kept. Processes
+share the work, and each times it beside the others, as it will be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import varptq
+from benchmarks.common.calibration_steps import random_samples
+from benchmarks.common.paper.job import SETTINGS, Job
+from benchmarks.common.paper.models import Shape
+from benchmarks.common.paper.protocol import images_bytes, layout_of
+from benchmarks.common.paper.rows import EDITS, IMAGES, PRESET, Row
+from benchmarks.common.runtime_variants import simulated
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.reconstruct import (
+    reconstruct_unit,
+    start,
+    train,
+    unit_generator,
+    unit_layers,
+)
+from varptq.calibrate.record import Recorder
+from varptq.evaluate.features import FeatureNetwork, InceptionFeatures
+from varptq.evaluate.networks.inception import Inception
+from varptq.models.generate import generate
+from varptq.models.memory import free_bytes
+from varptq.models.pipeline import Pipeline
+from varptq.models.presets import preset
+from varptq.quant.config import QuantConfig
+from varptq.quant.convert import convert
+
+# Steps of a unit, the first of which sets things up; calls shorter than this are repeated.
+TIMED_STEPS, SHORT = 3, 2.0
+# Copies of the attention scores that a step has, and the share of memory they may take.
+SCORE_COPIES, SCORE_SHARE = 6, 1 / 8
+# Smoothing and centring read the samples once each.
+PASSES_OF_PRESETS = 3
+Seconds = dict[str, float]
+DRAW, DECODE, RECORD, STEP, SOLVE, SOLVED, STORED = (
+    *("draw", "decode", "record", "step", "solve", "solved", "bytes"),
+)
+
+
+class Parts(NamedTuple):
+    """Hours of a row, and bytes on disk: what it leaves, and its images."""
+
+    calibration: float
+    images: float
+    measuring: float
+    kept: float
+    samples: float
+
+    @property
+    def hours(self) -> float:
+        return self.calibration + self.images + self.measuring
+
+
+@dataclass
+class Planner:
+    """`row` for one row after the other: what an earlier one made is there for the next."""
+
+    job: Job
+    shape: Shape
+    network: FeatureNetwork | None
+    notes: list[str] = field(default_factory=list)
+    _timed: dict[tuple[str, str], Seconds] = field(default_factory=dict)
+    _features: dict[tuple[int, int], float] = field(default_factory=dict)
+    _made: set[str] = field(default_factory=set)
+
+    def row(self, row: Row) -> Parts:
+        job, layout = self.job, layout_of(self.job, row.model)
+        own = self.timed(row)
+        kept = own[STORED] if self._first(f"{row.model}/{row.assignment}") else 0.0
+        calibration = 0.0 if row.is_float or not kept else self._calibration(row, own)
+        image, samples = own[DRAW] + own[DECODE], float(images_bytes(job, row, layout))
+        images, measuring = 0.0, 0.0
+        if row.kind == IMAGES:
+            images = job.count * image
+            per_image = self._seconds_of_features(layout.vae.image_size)
+            measuring = job.count * per_image * (1 if row.is_float else 2)
+            if not row.is_float and self._first(f"{row.model}/float/{IMAGES}"):
+                floats = self.timed(Row(row.table, row.model, "float"))
+                images += job.count * (floats[DRAW] + floats[DECODE])
+            self._made |= {f"{row.model}/float/{IMAGES}"} if row.is_float else set()
+        elif row.kind in EDITS:
+            # The encoder costs about what the decoder does.
+            images = job.edits * (image + own[DECODE])
+        else:
+            images = sum(suite.count for suite in job.suites) * image
+        ranks = job.ranks.size
+        parts = (calibration, images / ranks, measuring / ranks)
+        return Parts(*(seconds / 3600 for seconds in parts), kept, samples)
+
+    def _first(self, what: str) -> bool:
+        """Whether no row before needed it."""
+        fresh = what not in self._made
+        self._made.add(what)
+        return fresh
+
+    def _calibration(self, row: Row, own: Seconds) -> float:
+        config, ranks = self.job.calibration(row), self.job.ranks.size
+        count = config.num_samples
+        drawn = count * self.timed(Row(row.table, row.model, "float"))[DRAW]
+        if row.method == PRESET:
+            units = own[SOLVE] + own[SOLVED] * count
+            return (drawn + units) / ranks + PASSES_OF_PRESETS * own[RECORD] * count
+        theta = 2 * config.theta_samples * own[DRAW] if "sas" in row.method else 0.0
+        return (drawn + config.steps * own[STEP]) / ranks + own[RECORD] * count + theta
+
+    def timed(self, row: Row) -> Seconds:
+        """Of the whole model that the row measures; widths do not differ, kinds of quantizers
+        do."""
+        kind = "float" if row.is_float else PRESET if row.method == PRESET else "paper"
+        if (row.model, kind) not in self._timed:
+            arch, _ = self.job.source.archs(preset(row.model))
+            one, two = (self._at(row, blocks) for blocks in (1, 2))
+            self._timed[row.model, kind] = {
+                name: value + (arch.depth - 1) * max(0.0, two[name] - value)
+                for name, value in one.items()
+            }
+        return self._timed[row.model, kind]
+
+    def _at(self, row: Row, blocks: int) -> Seconds:
+        shape = dataclasses.replace(self.shape, blocks=blocks)
+        whole = shape.build(row.model).to(device=self.job.device, dtype=self.job.dtype)
+        pipe = self._small_enough(whole)
+        ratio, area = _costs(whole) / _costs(pipe), _area(whole) / _area(pipe)
+        if row.is_float:
+            return {**self._drawing(pipe, ratio, area), STORED: 0.0}
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = Path(folder) / "model"
+            varptq.save(simulated(pipe, row.preset), path)
+            placement = {"device": self.job.device, "dtype": self.job.dtype}
+            made = varptq.load(path, runtime=row.runtime, **placement)
+            made.encoder = pipe.encoder
+            stored = sum(file.stat().st_size for file in path.iterdir())
+        found = self._learning(pipe, row)
+        found = {name: ratio * seconds for name, seconds in found.items()}
+        return {**found, **self._drawing(made, ratio, area), STORED: float(stored)}
+
+    def _small_enough(self, pipe: Pipeline) -> Pipeline:
+        """The model at the largest of its sizes at which attention is small in memory."""
+        room = free_bytes(pipe.device)
+        for name in (None, *reversed([n for n in pipe.var.sizes() if ":" not in n])):
+            sized = pipe if name is None else pipe.sized(name)
+            scores = 2 * pipe.var.num_heads * sized.scales.num_tokens**2 * 4 * SCORE_COPIES
+            if room is None or scores < SCORE_SHARE * room:
+                break
+        if name is not None:
+            note = f"{pipe.name}: timed at {name} and multiplied by multiply-adds and pixels"
+            self.notes += [note] if note not in self.notes else []
+        return sized
+
+    def _drawing(self, pipe: Pipeline, ratio: float, area: float) -> Seconds:
+        count = 1 if pipe.device.type == "cpu" else self.job.batch
+        pool = pipe.pool()
+        asked = pool[torch.arange(count) % len(pool)]
+        settings = {} if pipe.var.READS_TEXTS else SETTINGS.to_dict()
+        maps = pipe.vae.zeros(count)
+
+        def decode() -> None:
+            with torch.inference_mode():
+                pipe.vae.decode_features(maps)
+
+        decoding = self._seconds(decode)
+        drawing = self._seconds(lambda: generate(pipe, asked, decode=False, **settings))
+        return {DRAW: ratio * drawing / count, DECODE: area * decoding / count}
+
+    def _learning(self, pipe: Pipeline, row: Row) -> Seconds:
+        """Of recording a sample, of a step of all units, and of solving them."""
+        calibration = self.job.calibration(row)
+        if row.method == PRESET:
+            calibration = calibration.replace(rounding="gptq")
+            one, two = (self._walk(pipe, row, calibration, samples) for samples in (1, 2))
+            solved = max(0.0, two[SOLVE] - one[SOLVE])
+            return {RECORD: one[RECORD], SOLVE: one[SOLVE] - solved, SOLVED: solved}
+        return self._walk(pipe, row, calibration, 1)
+
+    def _walk(
+        self, pipe: Pipeline, row: Row, calibration: CalibrationConfig, samples: int
+    ) -> Seconds:
+        model = convert(pipe.var, QuantConfig.preset(row.preset))
+        chosen = random_samples(pipe, samples)
+        recorder = Recorder(pipe, model.get_submodule, chosen, calibration)
+        found, began, rows = {STEP: 0.0, SOLVE: 0.0}, self._now(), 2 * samples
+        spent = 0.0
+        for unit in recorder.units():
+            before = self._now()
+            if calibration.solves:
+                reconstruct_unit(unit, calibration, 0)
+                found[SOLVE] += self._now() - before
+            elif unit_layers(unit):
+                # The batch of a step is larger than the rows here, but for single vectors.
+                more = 1.0 if unit.sees_vectors else max(1.0, calibration.batch_size / rows)
+                stamps: list[float] = []
+                train(
+                    unit,
+                    [start(layer, calibration) for layer in unit_layers(unit)],
+                    calibration.replace(steps=TIMED_STEPS),
+                    unit_generator(0, unit.name),
+                    lambda *_, stamps=stamps: stamps.append(self._now()),
+                )
+                found[STEP] += more * min(b - a for a, b in pairwise(stamps))
+            spent += self._now() - before
+        return {**found, RECORD: (self._now() - began - spent) / samples}
+
+    def _seconds_of_features(self, size: tuple[int, int]) -> float:
+        """Of an image."""
+        if size not in self._features:
+            network = self.network or self._inception()
+            count = 1 if self.job.device == "cpu" else self.job.batch
+            pixels = torch.zeros(count, *size, 3, dtype=torch.uint8)
+            self._features[size] = self._seconds(lambda: network(pixels)) / count
+        return self._features[size]
+
+    def _inception(self) -> FeatureNetwork:
+        """Of no weights, which takes as long."""
+        with torch.random.fork_rng(devices=[]):
+            network = Inception(with_fc=True).eval().requires_grad_(False)
+        network.fold()
+        return InceptionFeatures(network, self.job.device, legacy_resize=True)
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        """Of a call that is not the first, where that is short."""
+        found: list[float] = []
+        while len(found) < 1 or (len(found) < 2 and found[0] < SHORT):
+            before = self._now()
+            call()
+            found.append(self._now() - before)
+        return min(found)
+
+    def _now(self) -> float:
+        if torch.device(self.job.device).type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _costs(pipe: Pipeline) -> float:
+    """Multiply-adds of the transformer for an image."""
+    recorder = Recorder(
+        pipe, pipe.var.get_submodule, random_samples(pipe, 1), CalibrationConfig(num_samples=1)
+    )
+    return sum(recorder.costs().values())
+
+
+def _area(pipe: Pipeline) -> int:
+    height, width = pipe.vae.image_size
+    return height * width
