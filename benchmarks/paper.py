@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,7 +37,6 @@ from benchmarks.common.paper.protocol import COUNT, checked, layout_of
 from benchmarks.common.paper.rows import Row, picked, rows
 from benchmarks.common.results import RESULTS, append_line, read_lines
 from varptq.cli import failures
-from varptq.cli.common import print_table
 from varptq.distributed import Ranks, local_device
 from varptq.errors import InputError
 from varptq.models.generate import DEFAULT_BATCH
@@ -48,6 +48,9 @@ EDITS = 1000
 # Of a dry run, where no others are given.
 TRIAL_BLOCKS, TRIAL_IMAGES, TRIAL_SAMPLES, TRIAL_STEPS, TRIAL_PROMPTS = 2, 8, 4, 2, 2
 USER_ERROR, INTERRUPTED = 2, 130
+# Of the table of a plan, in a log file too.
+WIDE = 120
+HEAD = ("row", "calibration", "images", "measuring", "hours", "GB kept", "GB of images")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -104,7 +107,7 @@ def shape_of(asked: argparse.Namespace) -> Shape:
     return Shape(blocks, asked.width, sides, asked.channels)
 
 
-def job_of(asked: argparse.Namespace, ranks: Ranks) -> Job:
+def job_of(asked: argparse.Namespace, files: Files, ranks: Ranks) -> Job:
     """Settings of a run, of a dry run, or of a plan."""
     shape, trial = shape_of(asked), asked.dry_run
     if not (trial or asked.plan) and shape != Shape():
@@ -129,6 +132,7 @@ def job_of(asked: argparse.Namespace, ranks: Ranks) -> Job:
         TRIAL_SAMPLES if trial and asked.samples is None else asked.samples,
         TRIAL_STEPS if trial and asked.steps is None else asked.steps,
         tuple(suite.or_from(prompts) for suite in suites),
+        files.names(),
         asked.batch_size,
         **placement,
         # Rows of a dry run are of one model, whose images the next one finds.
@@ -145,8 +149,8 @@ def done(job: Job, row: Row, results: Path) -> bool:
 def plan(job: Job, shape: Shape, chosen: Sequence[Row], files: Files) -> None:
     """Print what each row takes, and all of them."""
     planner = Planner(job, shape, files.load(job.device).network)
-    table = Table(title="hours on this machine, GB of disk", title_justify="left")
-    for head in ("row", "calibration", "images", "measuring", "hours", "kept", "images, GB"):
+    table = Table(title="hours on this machine, and GB of disk", title_justify="left")
+    for head in HEAD:
         table.add_column(head, justify="left" if head == "row" else "right", no_wrap=True)
     found: list[Parts] = []
     with RichProgress() as progress:
@@ -161,7 +165,7 @@ def plan(job: Job, shape: Shape, chosen: Sequence[Row], files: Files) -> None:
         table.add_row(name, *(f"{h:.2f}" for h in hours), *(f"{g:.2f}" for g in gigabytes))
     if not job.ranks.first:
         return
-    print_table(table)
+    Console(width=WIDE, markup=False, highlight=False).print(table)
     most = 2 * max(parts.samples for parts in found)
     peak = total.kept + (total.samples if job.keep else most)
     print(f"{job.ranks.size} processes; at most {peak / 1e9:.1f} GB at once in {job.out}")
@@ -212,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     ranks = Ranks.from_environment()
-    job, chosen = job_of(asked, ranks), picked(asked.rows, rows())
     files = Files.found(asked.network, asked.reference, asked.lpips, asked.clip)
+    job, chosen = job_of(asked, files, ranks), picked(asked.rows, rows())
     if asked.plan:
         plan(job, shape_of(asked), chosen, files)
         return

@@ -56,6 +56,15 @@ class Files:
             lpips = Path(folder) / LPIPS
         return cls(network, reference, lpips, clip)
 
+    def names(self) -> dict[str, str | None]:
+        """What was given, without the folders it lies in."""
+        return {
+            "network": self.network and self.network.partition(":")[0],
+            "reference": self.reference and self.reference.name,
+            "lpips": self.lpips and self.lpips.name,
+            "clip": self.clip and Path(self.clip).name,
+        }
+
     def load(self, device: str) -> Instruments:
         """Those that were given. Raises `VarptqError` for one that cannot be used."""
         return Instruments(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.paper.models import Source
-from benchmarks.common.paper.rows import Row
+from benchmarks.common.paper.rows import CLASS, IMAGES, TEXTS, Row
 from varptq.calibrate.config import CalibrationConfig
 from varptq.distributed import Ranks
 from varptq.errors import InputError
@@ -23,6 +24,14 @@ from varptq.models.sampling import SamplingSettings
 SETTINGS = SamplingSettings(cfg=1.5, top_k=900, top_p=0.96)
 # The square that edits redraw, or keep, relative to the image.
 BOX = (0.25, 0.25, 0.75, 0.75)
+# What measures a row of each kind, by the options of `instruments.Files`.
+JUDGES: Mapping[str, tuple[str, ...]] = {
+    IMAGES: ("network", "reference"),
+    "inpaint": ("lpips", "reference"),
+    "outpaint": ("lpips", "reference"),
+    CLASS: ("clip", "reference"),
+    TEXTS: (),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,8 @@ class Suite:
 class Job:
     """out: for artifacts, images and what measuring leaves. count: images of a row of the main
     table; edits: real images that are edited. samples, steps: of calibration, None for those of the
-    row's effort. keep: the images of a row stay after it was measured."""
+    row's effort. judges: names of what measures, by the options that name it. keep: the images of a
+    row stay after it was measured."""
 
     out: Path
     source: Source
@@ -80,6 +90,7 @@ class Job:
     samples: int | None = None
     steps: int | None = None
     suites: tuple[Suite, ...] = ()
+    judges: Mapping[str, str | None] = field(default_factory=dict)
     batch: int = DEFAULT_BATCH
     device: str = "cpu"
     dtype: str = "float32"
@@ -89,26 +100,22 @@ class Job:
     def calibration(self, row: Row) -> CalibrationConfig:
         return row.calibration(self.samples, self.steps)
 
+    def made(self, row: Row) -> dict[str, Any]:
+        """What the model of a row depends on besides its weights, as plain values."""
+        facts = {"weights": self.source.kind, "seed": self.seed, "dtype": self.dtype}
+        return facts if row.is_float else {**facts, "calibration": self.calibration(row).to_dict()}
+
     def settings(self, row: Row) -> dict[str, Any]:
         """What a result depends on besides the row, as plain values. A row with a result of these
         is done."""
-        counts = {"images": self.count, "infinity": [suite.count for suite in self.suites]}
-        calibration = None if row.is_float else self.calibration(row).to_dict()
-        return {
-            "count": counts.get(row.kind, self.edits),
-            "seed": self.seed,
-            "dtype": self.dtype,
-            "calibration": calibration,
-        }
+        counts = {IMAGES: self.count, TEXTS: [suite.count for suite in self.suites]}
+        judges = {name: self.judges.get(name) for name in JUDGES[row.kind]}
+        return {**self.made(row), "count": counts.get(row.kind, self.edits), **judges}
 
     def folder(self, row: Row, sources: dict[str, str]) -> Path:
         """Of the model that a row measures, made from these weights. Rows of several tables share
         it; other settings have another one."""
-        if row.is_float:
-            name, facts = row.assignment, [self.seed, self.dtype, sources]
-        else:
-            settings = self.settings(row)
-            del settings["count"]
-            name, facts = row.assignment.replace("/", "-"), [settings, sources]
+        facts = [self.made(row), sources]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return self.out / self.source.stands_for(row.model) / f"{name}-{digest[:8]}"
+        name = f"{row.assignment.replace('/', '-')}-{digest[:8]}"
+        return self.out / self.source.stands_for(row.model) / name

@@ -84,6 +84,11 @@ def heads_of(width: int, usual: int) -> int:
 class Source(Protocol):
     """Where float models come from."""
 
+    @property
+    def kind(self) -> str:
+        """What tells this source's results from another's."""
+        ...
+
     def check(self, name: str) -> str:
         """What `load` will read, in words. Raises `CheckpointError` where it is not there."""
         ...
@@ -109,6 +114,10 @@ class Random:
     stands_in: bool = True
     device: str = "cpu"
     dtype: str = "float32"
+
+    @property
+    def kind(self) -> str:
+        return f"random {self.shape}"
 
     def check(self, name: str) -> str:
         arch, _ = self.archs(preset(self.stands_for(name)))
@@ -136,6 +145,10 @@ class Published:
     device: str = "cpu"
     dtype: str = "float32"
 
+    @property
+    def kind(self) -> str:
+        return "published"
+
     def check(self, name: str) -> str:
         if self.folder is None:
             files = resolve(name, download=True)
@@ -144,7 +157,7 @@ class Published:
         missing = [path for path in found if not path.is_file()]
         if missing:
             raise CheckpointError(
-                f"weights {self.folder}: no {missing[0].relative_to(self.folder)}, one of the two "
+                f"{self.folder}: no {missing[0].relative_to(self.folder)}, one of the two "
                 f"files of {name}; put it there, or leave out --weights to take it from the hub"
             )
         return " and ".join(str(path) for path in found)

@@ -27,7 +27,7 @@ from benchmarks.common.calibration_steps import random_samples
 from benchmarks.common.paper.job import SETTINGS, Job
 from benchmarks.common.paper.models import Shape
 from benchmarks.common.paper.protocol import images_bytes, layout_of
-from benchmarks.common.paper.rows import EDITS, IMAGES, PRESET, Row
+from benchmarks.common.paper.rows import EDITS, FLOAT, IMAGES, PRESET, Row
 from benchmarks.common.runtime_variants import simulated
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.reconstruct import (
@@ -84,9 +84,16 @@ class Planner:
     _timed: dict[tuple[str, str], Seconds] = field(default_factory=dict)
     _features: dict[tuple[int, int], float] = field(default_factory=dict)
     _made: set[str] = field(default_factory=set)
+    _layouts: dict[str, Pipeline] = field(default_factory=dict)
 
     def row(self, row: Row) -> Parts:
-        job, layout = self.job, layout_of(self.job, row.model)
+        """What it adds: nothing, where its measurement stands in a table before."""
+        job = self.job
+        if not self._first(row.key):
+            return Parts(0.0, 0.0, 0.0, 0.0, 0.0)
+        if row.model not in self._layouts:
+            self._layouts[row.model] = layout_of(job, row.model)
+        layout = self._layouts[row.model]
         own = self.timed(row)
         kept = own[STORED] if self._first(f"{row.model}/{row.assignment}") else 0.0
         calibration = 0.0 if row.is_float or not kept else self._calibration(row, own)
@@ -96,10 +103,10 @@ class Planner:
             images = job.count * image
             per_image = self._seconds_of_features(layout.vae.image_size)
             measuring = job.count * per_image * (1 if row.is_float else 2)
-            if not row.is_float and self._first(f"{row.model}/float/{IMAGES}"):
-                floats = self.timed(Row(row.table, row.model, "float"))
-                images += job.count * (floats[DRAW] + floats[DECODE])
-            self._made |= {f"{row.model}/float/{IMAGES}"} if row.is_float else set()
+            floats = Row(row.table, row.model, FLOAT)
+            if not row.is_float and self._first(floats.key):
+                beside = self.timed(floats)
+                images += job.count * (beside[DRAW] + beside[DECODE])
         elif row.kind in EDITS:
             # The encoder costs about what the decoder does.
             images = job.edits * (image + own[DECODE])
@@ -118,7 +125,7 @@ class Planner:
     def _calibration(self, row: Row, own: Seconds) -> float:
         config, ranks = self.job.calibration(row), self.job.ranks.size
         count = config.num_samples
-        drawn = count * self.timed(Row(row.table, row.model, "float"))[DRAW]
+        drawn = count * self.timed(Row(row.table, row.model, FLOAT))[DRAW]
         if row.method == PRESET:
             units = own[SOLVE] + own[SOLVED] * count
             return (drawn + units) / ranks + PASSES_OF_PRESETS * own[RECORD] * count

@@ -237,8 +237,8 @@ def present(name: str, tool: object, remedy: str) -> Finding:
 
 def disk(job: Job, rows: Sequence[Row]) -> Finding:
     """Room for the images that lie there at once."""
-    models = {row.model: layout_of(job, row.model) for row in rows}
-    most = [images_bytes(job, row, models[row.model]) for row in rows]
+    layouts = {model: layout_of(job, model) for model in {row.model for row in rows}}
+    most = [images_bytes(job, row, layouts[row.model]) for row in rows]
     needed = sum(most) if job.keep else 2 * max(most)
     free = shutil.disk_usage(job.out).free
     text = f"{needed / 1e9:.1f} GB of images at once in {job.out}, {free / 1e9:.1f} GB free"
