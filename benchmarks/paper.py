@@ -152,12 +152,9 @@ def plan(job: Job, shape: Shape, chosen: Sequence[Row], files: Files) -> None:
     table = Table(title="hours on this machine, and GB of disk", title_justify="left")
     for head in HEAD:
         table.add_column(head, justify="left" if head == "row" else "right", no_wrap=True)
-    found: list[Parts] = []
     with RichProgress() as progress:
-        for index, row in enumerate(chosen):
-            progress("time steps", index, len(chosen), row.name)
-            found.append(planner.row(row))
-        progress("time steps", len(chosen), len(chosen))
+        planner.time(chosen, progress if job.ranks.first else silent)
+    found = [planner.row(row) for row in chosen]
     total = Parts(*map(sum, zip(*found, strict=True)))
     for name, parts in (*((r.name, p) for r, p in zip(chosen, found, strict=True)), ("all", total)):
         hours = (parts.calibration, parts.images, parts.measuring, parts.hours)

@@ -3,7 +3,8 @@
     row = calibration + images * (drawing + decoding) + images * features
 
 A model is timed with one and with two blocks of its real shape; the line through both gives the
-others, as all blocks cost the same. Where attention over all tokens would not fit many times into
+others, as all blocks cost the same. A unit is trained for a few steps, or solved from one image.
+Where attention over all tokens would not fit many times into
 memory, a smaller size is timed and multiplied by the multiply-adds. Nothing is kept. Processes
 share the work, and each times it beside the others, as it will be.
 """
@@ -14,7 +15,7 @@ import dataclasses
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -37,13 +38,14 @@ from varptq.calibrate.reconstruct import (
     unit_generator,
     unit_layers,
 )
-from varptq.calibrate.record import Recorder
+from varptq.calibrate.record import Recorder, Unit
 from varptq.evaluate.features import FeatureNetwork, InceptionFeatures
 from varptq.evaluate.networks.inception import Inception
 from varptq.models.generate import generate
 from varptq.models.memory import free_bytes
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import preset
+from varptq.progress import Progress
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 
@@ -51,12 +53,12 @@ from varptq.quant.convert import convert
 TIMED_STEPS, SHORT = 3, 2.0
 # Copies of the attention scores that a step has, and the share of memory they may take.
 SCORE_COPIES, SCORE_SHARE = 6, 1 / 8
-# Smoothing and centring read the samples once each.
-PASSES_OF_PRESETS = 3
+# A unit is passed once per layer, two at most, and once more to add up the moments; smoothing and
+# centring read the samples once each.
+PASSES_OF_UNITS, PASSES_OF_PRESETS = 3, 3
+ROWS = 2
 Seconds = dict[str, float]
-DRAW, DECODE, RECORD, STEP, SOLVE, SOLVED, STORED = (
-    *("draw", "decode", "record", "step", "solve", "solved", "bytes"),
-)
+DRAW, DECODE, RECORD, STEP, SOLVE, STORED = "draw", "decode", "record", "step", "solve", "bytes"
 
 
 class Parts(NamedTuple):
@@ -73,9 +75,17 @@ class Parts(NamedTuple):
         return self.calibration + self.images + self.measuring
 
 
+def kind_of(row: Row) -> str:
+    """Which quantizers a row has; the same ones take the same time."""
+    if row.is_float:
+        return FLOAT
+    return PRESET if row.method == PRESET else "paper"
+
+
 @dataclass
 class Planner:
-    """`row` for one row after the other: what an earlier one made is there for the next."""
+    """`row` for one row after the other: what an earlier one made is there for the next. What it
+    adds up is timed when it is first asked for, or by `time`."""
 
     job: Job
     shape: Shape
@@ -85,6 +95,15 @@ class Planner:
     _features: dict[tuple[int, int], float] = field(default_factory=dict)
     _made: set[str] = field(default_factory=set)
     _layouts: dict[str, Pipeline] = field(default_factory=dict)
+
+    def time(self, rows: Sequence[Row], progress: Progress) -> None:
+        """All that these rows need."""
+        floats = [Row(row.table, row.model, FLOAT) for row in rows]
+        needed = {(row.model, kind_of(row)): row for row in (*rows, *floats)}
+        for index, row in enumerate(needed.values()):
+            progress("time steps", index, len(needed), row.name)
+            self.timed(row)
+        progress("time steps", len(needed), len(needed))
 
     def row(self, row: Row) -> Parts:
         """What it adds: nothing, where its measurement stands in a table before."""
@@ -127,7 +146,7 @@ class Planner:
         count = config.num_samples
         drawn = count * self.timed(Row(row.table, row.model, FLOAT))[DRAW]
         if row.method == PRESET:
-            units = own[SOLVE] + own[SOLVED] * count
+            units = own[SOLVE] + PASSES_OF_UNITS * own[RECORD] * count
             return (drawn + units) / ranks + PASSES_OF_PRESETS * own[RECORD] * count
         theta = 2 * config.theta_samples * own[DRAW] if "sas" in row.method else 0.0
         return (drawn + config.steps * own[STEP]) / ranks + own[RECORD] * count + theta
@@ -135,23 +154,41 @@ class Planner:
     def timed(self, row: Row) -> Seconds:
         """Of the whole model that the row measures; widths do not differ, kinds of quantizers
         do."""
-        kind = "float" if row.is_float else PRESET if row.method == PRESET else "paper"
+        kind = kind_of(row)
         if (row.model, kind) not in self._timed:
             arch, _ = self.job.source.archs(preset(row.model))
             one, two = (self._at(row, blocks) for blocks in (1, 2))
-            self._timed[row.model, kind] = {
+            found = {
                 name: value + (arch.depth - 1) * max(0.0, two[name] - value)
                 for name, value in one.items()
             }
+            if not row.is_float:
+                found |= self._rounding(row, arch.depth)
+            self._timed[row.model, kind] = found
         return self._timed[row.model, kind]
 
     def _at(self, row: Row, blocks: int) -> Seconds:
-        shape = dataclasses.replace(self.shape, blocks=blocks)
-        whole = shape.build(row.model).to(device=self.job.device, dtype=self.job.dtype)
-        pipe = self._small_enough(whole)
+        """Of drawing, decoding and recording an image with so many blocks, and bytes of the
+        artifact."""
+        whole, pipe = self._models(row, blocks)
         ratio, area = _costs(whole) / _costs(pipe), _area(whole) / _area(pipe)
-        if row.is_float:
-            return {**self._drawing(pipe, ratio, area), STORED: 0.0}
+        made, stored = (pipe, 0.0) if row.is_float else self._artifact(row, pipe)
+        drawing, decoding = self._drawing(made)
+        recorder = _recorder(pipe)
+        record = self._seconds(lambda: list(recorder.units()))
+        return {
+            **{DRAW: ratio * drawing, DECODE: area * decoding},
+            **{RECORD: ratio * record, STORED: stored},
+        }
+
+    def _models(self, row: Row, blocks: int) -> tuple[Pipeline, Pipeline]:
+        """The model at its own size, and at the one that is timed."""
+        whole = dataclasses.replace(self.shape, blocks=blocks).build(row.model)
+        whole = whole.to(device=self.job.device, dtype=self.job.dtype)
+        return whole, self._small_enough(whole)
+
+    def _artifact(self, row: Row, pipe: Pipeline) -> tuple[Pipeline, float]:
+        """The model of a row on its runtime, rounded to nearest, and bytes on disk."""
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             path = Path(folder) / "model"
@@ -159,10 +196,7 @@ class Planner:
             placement = {"device": self.job.device, "dtype": self.job.dtype}
             made = varptq.load(path, runtime=row.runtime, **placement)
             made.encoder = pipe.encoder
-            stored = sum(file.stat().st_size for file in path.iterdir())
-        found = self._learning(pipe, row)
-        found = {name: ratio * seconds for name, seconds in found.items()}
-        return {**found, **self._drawing(made, ratio, area), STORED: float(stored)}
+            return made, float(sum(file.stat().st_size for file in path.iterdir()))
 
     def _small_enough(self, pipe: Pipeline) -> Pipeline:
         """The model at the largest of its sizes at which attention is small in memory."""
@@ -177,7 +211,8 @@ class Planner:
             self.notes += [note] if note not in self.notes else []
         return sized
 
-    def _drawing(self, pipe: Pipeline, ratio: float, area: float) -> Seconds:
+    def _drawing(self, pipe: Pipeline) -> tuple[float, float]:
+        """Seconds of the tokens of an image, and of its pixels."""
         count = 1 if pipe.device.type == "cpu" else self.job.batch
         pool = pipe.pool()
         asked = pool[torch.arange(count) % len(pool)]
@@ -188,47 +223,39 @@ class Planner:
             with torch.inference_mode():
                 pipe.vae.decode_features(maps)
 
-        decoding = self._seconds(decode)
         drawing = self._seconds(lambda: generate(pipe, asked, decode=False, **settings))
-        return {DRAW: ratio * drawing / count, DECODE: area * decoding / count}
+        return drawing / count, self._seconds(decode) / count
 
-    def _learning(self, pipe: Pipeline, row: Row) -> Seconds:
-        """Of recording a sample, of a step of all units, and of solving them."""
+    def _rounding(self, row: Row, depth: int) -> Seconds:
+        """Of a step of all units, or of solving them, by the units of one block."""
+        whole, pipe = self._models(row, 1)
         calibration = self.job.calibration(row)
-        if row.method == PRESET:
-            calibration = calibration.replace(rounding="gptq")
-            one, two = (self._walk(pipe, row, calibration, samples) for samples in (1, 2))
-            solved = max(0.0, two[SOLVE] - one[SOLVE])
-            return {RECORD: one[RECORD], SOLVE: one[SOLVE] - solved, SOLVED: solved}
-        return self._walk(pipe, row, calibration, 1)
+        # One image has two rows. Equations are as many at every size.
+        more = calibration.batch_size / ROWS * _costs(whole) / _costs(pipe)
+        name, call = (SOLVE, self._solved) if row.method == PRESET else (STEP, self._stepped)
+        total = 0.0
+        for unit in _recorder(pipe, QuantConfig.preset(row.preset)).units():
+            if unit_layers(unit):
+                seconds = call(unit, calibration)
+                seconds *= more if name == STEP and not unit.sees_vectors else 1.0
+                total += seconds * (depth if unit.name.startswith("blocks.") else 1)
+        return {name: total}
 
-    def _walk(
-        self, pipe: Pipeline, row: Row, calibration: CalibrationConfig, samples: int
-    ) -> Seconds:
-        model = convert(pipe.var, QuantConfig.preset(row.preset))
-        chosen = random_samples(pipe, samples)
-        recorder = Recorder(pipe, model.get_submodule, chosen, calibration)
-        found, began, rows = {STEP: 0.0, SOLVE: 0.0}, self._now(), 2 * samples
-        spent = 0.0
-        for unit in recorder.units():
-            before = self._now()
-            if calibration.solves:
-                reconstruct_unit(unit, calibration, 0)
-                found[SOLVE] += self._now() - before
-            elif unit_layers(unit):
-                # The batch of a step is larger than the rows here, but for single vectors.
-                more = 1.0 if unit.sees_vectors else max(1.0, calibration.batch_size / rows)
-                stamps: list[float] = []
-                train(
-                    unit,
-                    [start(layer, calibration) for layer in unit_layers(unit)],
-                    calibration.replace(steps=TIMED_STEPS),
-                    unit_generator(0, unit.name),
-                    lambda *_, stamps=stamps: stamps.append(self._now()),
-                )
-                found[STEP] += more * min(b - a for a, b in pairwise(stamps))
-            spent += self._now() - before
-        return {**found, RECORD: (self._now() - began - spent) / samples}
+    def _stepped(self, unit: Unit, calibration: CalibrationConfig) -> float:
+        stamps: list[float] = []
+        train(
+            unit,
+            [start(layer, calibration) for layer in unit_layers(unit)],
+            calibration.replace(steps=TIMED_STEPS),
+            unit_generator(0, unit.name),
+            lambda *_: stamps.append(self._now()),
+        )
+        return min(b - a for a, b in pairwise(stamps))
+
+    def _solved(self, unit: Unit, calibration: CalibrationConfig) -> float:
+        before = self._now()
+        reconstruct_unit(unit, calibration.replace(rounding="gptq"), 0)
+        return self._now() - before
 
     def _seconds_of_features(self, size: tuple[int, int]) -> float:
         """Of an image."""
@@ -261,12 +288,16 @@ class Planner:
         return time.perf_counter()
 
 
+def _recorder(pipe: Pipeline, config: QuantConfig | None = None) -> Recorder:
+    """Over one image of random tokens; its units are those of the converted model, if any."""
+    model = pipe.var if config is None else convert(pipe.var, config)
+    settings = CalibrationConfig(num_samples=1)
+    return Recorder(pipe, model.get_submodule, random_samples(pipe, 1), settings)
+
+
 def _costs(pipe: Pipeline) -> float:
     """Multiply-adds of the transformer for an image."""
-    recorder = Recorder(
-        pipe, pipe.var.get_submodule, random_samples(pipe, 1), CalibrationConfig(num_samples=1)
-    )
-    return sum(recorder.costs().values())
+    return sum(_recorder(pipe).costs().values())
 
 
 def _area(pipe: Pipeline) -> int:

@@ -37,6 +37,8 @@ from varptq.models.scales import Size
 from varptq.pictures import Pixels
 
 COUNT, CLASSES = 50_000, 1000
+# What the sampler must come to, beside the settings that are given to it.
+CFG, TOP_K, TOP_P = 1.5, 900, 0.96
 JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 # Images of the trial of files; sorted by class as no file may be.
 TRIED = 16
@@ -118,14 +120,15 @@ def guidance(layout: Pipeline) -> Finding:
     """What the sampler will make of the settings."""
     plan, name = layout.plan(SETTINGS), "sampling"
     ramp, entries = plan.strengths, layout.alphabet.size
-    expected = tuple(SETTINGS.cfg * layout.scales.ratio(k) for k in range(len(ramp)))
+    expected = tuple(CFG * layout.scales.ratio(k) for k in range(len(ramp)))
     plain = set(plan.taus) == {1.0} and plan.temperature == 1 and not plan.more_smooth
     text = (
         f"cfg {ramp[-1]:g} from {ramp[0]:g} at the first scale, top-k {plan.top_k} of {entries:,} "
         f"entries, top-p {plan.top_p:g}, {'no' if plain else 'with'} temperature or smoothing"
     )
-    if ramp != expected or not plain or (plan.top_k, plan.top_p) != (900, 0.96):
-        return Finding(name, "refused", f"{text}; expected a ramp to 1.5, top-k 900, top-p 0.96")
+    if ramp != expected or not plain or (plan.top_k, plan.top_p) != (TOP_K, TOP_P):
+        wanted = f"a ramp from 0 to {CFG}, top-k {TOP_K}, top-p {TOP_P}, neither of the others"
+        return Finding(name, "refused", f"{text}; expected {wanted}")
     return Finding(name, "ok" if entries > plan.top_k else "differs", text)
 
 

@@ -1,0 +1,407 @@
+"""benchmarks/paper.py: its rows, its protocol, a dry run that goes on, and the page it writes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import varptq
+from benchmarks import paper
+from benchmarks.common.methods_rows import PRESET
+from benchmarks.common.paper import instruments, job, page, protocol
+from benchmarks.common.paper.bench import Bench
+from benchmarks.common.paper.instruments import Colours
+from benchmarks.common.paper.models import Published, Random, Shape
+from benchmarks.common.paper.plan import Planner
+from benchmarks.common.paper.rows import COLUMNS, TABLES, TEXTS, Row, picked, rows
+from benchmarks.common.results import append_line, read_lines
+from varptq.calibrate.methods import Method
+from varptq.distributed import Ranks
+from varptq.errors import CheckpointError, InputError
+from varptq.evaluate.features import ModuleFeatures
+from varptq.evaluate.image_files import ImageFiles
+from varptq.evaluate.preflight import Instruments
+from varptq.evaluate.sampling import SampleSet
+from varptq.models.presets import ASSETS
+
+ROOT = Path(__file__).parents[2]
+SMALL = Shape(blocks=2, width=128, sides=(1, 2, 3), channels=32)
+OPTIONS = ["--width", "128", "--sides", "1,2,3", "--channels", "32"]
+# One row of each kind, and two of the table with images.
+FEW = ["main/var-d16/float", "main/var-d20/w4a4/sas", "class/*/float", "outpaint/*/brecq"]
+FEW += ["infinity/*/float"]
+
+
+def dry_run(folder: Path, *words: str) -> list[dict[str, Any]]:
+    paper.main(["--dry-run", *OPTIONS, "--out", str(folder), *words])
+    return read_lines("paper", folder)
+
+
+@pytest.fixture(scope="module")
+def layout() -> Any:
+    asked = job.Job(Path("nowhere"), Random(SMALL), 8, 8)
+    return protocol.layout_of(asked, "var-d16")
+
+
+def command(warm: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The script as a process of its own."""
+    program = [str(warm / "python"), *words]
+    return subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("paper")
+    return folder, dry_run(folder, "--rows", *FEW)
+
+
+def test_every_row_is_a_preset_a_method_and_a_cell() -> None:
+    every = rows()
+    # Per model a float row and four widths of four methods and a preset; two ablations of four;
+    # three edits of a float row, three methods and a preset; of Infinity one method more.
+    assert len(every) == len({row.name for row in every}) == 4 * 21 + 2 * 4 + 3 * 5 + 6
+    assert len({row.key for row in every}) == len(every) - 4
+    assert {row.table for row in every} == set(TABLES)
+    for row in every:
+        if row.paper is not None:
+            assert len(row.paper) == len(COLUMNS[row.kind]), row.name
+        elif not row.is_float:
+            assert row.method == PRESET, row.name
+        if not row.is_float:
+            config = varptq.QuantConfig.preset(row.preset)
+            assert (config.linear_for("blocks.0.ffn.fc2").weight is None) == (
+                "litevar" in row.method
+            )
+            Method.parse(row.calibration_method)
+            assert row.calibration(None, None).steps == (2000 if row.method == PRESET else 5000)
+
+
+def test_rows_are_picked_by_patterns() -> None:
+    every = rows()
+    assert picked([], every) == every
+    found = picked(["*/w4a6/sas", "class/*"], every)
+    assert [row.name for row in found if row.table in ("main", "class")] == [
+        *(f"main/var-d{depth}/w4a6/sas" for depth in (16, 20, 24, 30)),
+        *(row.name for row in every if row.table == "class"),
+    ]
+    with pytest.raises(InputError, match=r"rows 'main/d16/\*': fits none of 113 rows"):
+        picked(["main/*/float", "main/d16/*"], every)
+
+
+def test_the_page_is_what_the_script_makes_of_the_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected, other = page.PAGE.read_text(), tmp_path / "page.md"
+    other.write_text(expected.replace("not run |", "|"))
+    monkeypatch.setattr(page, "PAGE", other)
+    page.write_page()
+    assert other.read_text() == expected
+
+
+def test_a_cell_says_what_makes_it_another_number(ran: tuple[Path, Any]) -> None:
+    lines = page.by_key(ran[1])
+    row = Row("ablation", "var-d20", "w4a6", "sas")
+    assert page.our_cell(row, lines) == "not run"
+    found = copy.deepcopy(lines[Row("main", "var-d20", "w4a4", "sas").key])
+    found |= {
+        "row": row.key,
+        "values": {"is": 200.04, "fid": 5.0, "fid2fp": 4.996},
+        "differs": ["images"],
+    }
+    # The end of the ablation is the row of the main table.
+    same = Row("main", "var-d20", "w4a6", "sas")
+    for name in (row, same):
+        assert page.our_cell(name, {row.key: found}) == "200.0 / 5.00 / 5.00 (8 images)"
+    found["settings"]["count"], found["differs"] = 50_000, ["network"]
+    assert page.our_cell(row, {row.key: found}) == "200.0 / 5.00 / 5.00 (network)"
+    assert page.paper_cell(same) == "202.2 / 5.36 / 5.09"
+    text = "\n".join(page.page({row.key: found}))
+    assert text.count("200.0 / 5.00") == 2 and "1 of 109 measurements" in text
+
+
+# Protocol
+
+
+@given(st.integers(1, 4000))
+def test_labels_are_balanced_or_refused(layout: Any, count: int) -> None:
+    found = protocol.labels(layout, count, seed=3)
+    expected = "ok" if count % 1000 == 0 else "differs" if count < 1000 else "refused"
+    assert found.status == expected, found
+
+
+def test_guidance_is_the_papers(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert protocol.guidance(layout).status == "ok"
+    # As an option that is an integer would make of it; and what an image of a demo looks best with.
+    for change in ({"cfg": 1}, {"top_k": 0}, {"temperature": 0.9}, {"more_smooth": True}):
+        monkeypatch.setattr(protocol, "SETTINGS", job.SETTINGS.replace(**change))
+        assert protocol.guidance(layout).status == "refused", change
+
+
+def test_files_for_the_suite_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {one.status for one in protocol.files(tmp_path, (48, 32))} == {"ok"}
+    assert not list(tmp_path.iterdir())
+
+    def sorted_npz(samples: SampleSet, path: Path) -> None:
+        (shard,) = samples.shards()
+        np.savez(path, arr_0=shard.images, arr_1=shard.labels)
+
+    def darker(samples: SampleSet, folder: Path) -> None:
+        folder.mkdir()
+        (shard,) = samples.shards()
+        for index, image in enumerate(shard.images):
+            Image.fromarray(image // 2 * 2).save(folder / f"{index:02}.png")
+
+    monkeypatch.setattr(SampleSet, "export_npz", sorted_npz)
+    monkeypatch.setattr(SampleSet, "export_png", darker)
+    found = {one.name: one for one in protocol.files(tmp_path, (48, 32))}
+    assert {one.status for one in found.values()} == {"refused"}
+    assert "sorted by label" in found["npz"].text
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Instruments:
+    files = instruments.Files(None, None, None, None)
+    return files.or_stand_ins(tmp_path, (48, 48), 8, "cpu")
+
+
+def test_references_that_give_other_numbers(
+    tools: Instruments, tmp_path: Path, layout: Any
+) -> None:
+    assert protocol.reference(tools).status == "ok"
+    assert protocol.network(tools).status == "differs"
+    assert protocol._tried("metrics", lambda: protocol._possible(layout, tools, 8)).status == "ok"
+    assert tools.reference is not None and tools.network is not None
+    with np.load(tools.reference.path) as arrays:
+        content = dict(arrays)
+    folder = tmp_path / "jpeg"
+    folder.mkdir()
+    for index, image in enumerate(content["arr_0"][:2]):
+        Image.fromarray(image).save(folder / f"{index}.jpg")
+    found = protocol.reference(replace(tools, reference=ImageFiles.open(folder)))
+    assert found.status == "differs" and "2 of them JPEG" in found.text
+
+    def with_file(**changes: Any) -> Instruments:
+        path = tmp_path / "other.npz"
+        np.savez(path, **{k: v for k, v in {**content, **changes}.items() if v is not None})
+        return replace(tools, reference=ImageFiles.open(path))
+
+    spatial = with_file(mu_s=np.zeros(7), sigma_s=np.eye(7))
+    tools.network.name = "inception"
+    assert "resizes otherwise" in protocol.reference(spatial).text
+    assert protocol.reference(spatial).status == "refused"
+    tools.network.name = "inception-adm"
+    assert protocol.network(tools).status == protocol.reference(spatial).status == "ok"
+    bad = with_file(sigma=-content["sigma"])
+    finding = protocol._tried("metrics", lambda: protocol._possible(layout, bad, 8))
+    assert finding.status == "refused" and "no covariance" in finding.text
+    assert protocol.originals(tools, 16, layout).status == "ok"
+    assert "16 real images, expected 17" in protocol.originals(tools, 17, layout).text
+
+
+def test_every_check_is_said_before_one_ends_the_run(tmp_path: Path) -> None:
+    asked = job.Job(tmp_path, Published(tmp_path), 1500, 8)
+    said: list[str] = []
+    with pytest.raises(InputError, match=r"^weights: .*no var_d16.pth.*\(and 4 more refused\)$"):
+        protocol.checked(asked, picked(["main/var-d16/*"], rows()), Instruments(), said.append)
+    assert sum(line.startswith("refused") for line in said) == 5
+    assert all("\n" not in line for line in said)
+
+
+# Weights
+
+
+def test_published_weights_lie_in_a_folder(tmp_path: Path) -> None:
+    source = Published(ASSETS)
+    found, usual = source.load("demo"), varptq.load_model("demo")
+    assert (found.name, found.class_names, found.sources) == (
+        "demo",
+        usual.class_names,
+        usual.sources,
+    )
+    text = source.load("demo-text")
+    assert text.scales == varptq.load_model("demo-text").scales and text.encoder is not None
+    with pytest.raises(CheckpointError, match=r"no var_d16.pth, one of the two files of var-d16"):
+        Published(tmp_path).check("var-d16")
+    for name, own in (("var_d16.pth", "var"), ("vae_ch160v4096z32.pth", "vae")):
+        (tmp_path / name).symlink_to(ASSETS / "demo" / f"{own}_demo.safetensors")
+    Published(tmp_path).check("var-d16")
+    with pytest.raises(CheckpointError, match=r"var_d16.pth: depth 6, expected 16 of var-d16"):
+        Published(tmp_path).load("var-d16")
+
+
+@pytest.mark.parametrize("name", ["var-d16", "infinity-2b"])
+def test_random_models_have_the_shape_that_was_asked_for(name: str) -> None:
+    # Odd sizes: three heads of 64, eight of 40 or so.
+    shape = Shape(blocks=3, width=192, sides=(1, 2, 5), channels=32)
+    pipe = Random(shape).load(name)
+    arch = pipe.var.arch
+    assert (arch.depth, arch.width) == (3, 192) and arch.width % arch.num_heads == 0
+    assert pipe.scales.num_scales == 3
+    assert varptq.generate(pipe, pipe.pool()[:1]).images.isfinite().all()
+    with pytest.raises(InputError, match="width 6: expected a multiple of 4"):
+        Shape(width=6).build("var-d16")
+
+
+# Runs
+
+
+def test_a_dry_run_measures_a_row_of_each_kind(ran: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, lines = ran
+    assert [line["row"] for line in lines] == [row.key for row in picked(FEW, rows())]
+    for line in lines:
+        kind = line["row"].split("/")[0]
+        values = line["values"]
+        assert tuple(values) == COLUMNS[kind]
+        assert all(v is not None for n, v in values.items() if n != "fid2fp")
+        assert {"labels", "images", "network"} <= set(line["differs"])
+        json.dumps(line, allow_nan=False)
+    by_row = page.by_key(lines)
+    quantized, plain = (
+        by_row[key]["values"] for key in ("images/var-d20/w4a4/sas", "images/var-d16/float")
+    )
+    # Both are of the same stand-in, whose samples the quantized one changes.
+    assert plain["fid2fp"] is None and quantized["fid2fp"] > 0
+    assert quantized["fid"] != plain["fid"]
+    pictures = sorted((folder / "infinity-125m").rglob("*.png"))
+    assert len(pictures) == 2 * 10 + 2 * 4
+
+
+def test_what_is_measured_is_skipped_and_the_rest_goes_on(
+    ran: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder, lines = ran
+    before = (folder / "paper.jsonl").read_bytes()
+    assert dry_run(folder, "--rows", *FEW) == lines
+    assert "5 of them measured already" in capsys.readouterr().out
+    # As after a kill in the last row but one: what was kept stays, its numbers come again.
+    kept = b"".join(before.splitlines(keepends=True)[:3])
+    (folder / "paper.jsonl").write_bytes(kept)
+    again = dry_run(folder, "--rows", *FEW)
+    assert (folder / "paper.jsonl").read_bytes().startswith(kept)
+    assert [line["values"] for line in again] == [line["values"] for line in lines]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(Bench, "measure", full)
+    with pytest.raises(OSError, match="No space left"):
+        dry_run(folder, "--rows", *FEW, "--seed", "1")
+    assert read_lines("paper", folder) == again
+    assert dry_run(folder, "--rows", *FEW) == again
+
+
+def test_scores_come_from_a_file(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in COLUMNS[TEXTS]}
+    assert instruments.from_file(folders) is None
+    place = tmp_path / instruments.SCORES
+    place.write_text('{"image_reward": 0.5, "geneval": 1}')
+    assert instruments.from_file(folders) == {"image_reward": 0.5, "geneval": 1.0}
+    for text in ('{"geneval": 1}', "[]", "{", '{"image_reward": null, "geneval": 1}'):
+        place.write_text(text)
+        with pytest.raises(InputError, match="expected a JSON object with image_reward, geneval"):
+            instruments.from_file(folders)
+
+
+def test_a_line_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append_line("some", {"row": 1}, tmp_path)
+    with pytest.raises(TypeError):
+        append_line("some", {"row": object()}, tmp_path)
+    append_line("some", {"row": 2}, tmp_path)
+    assert read_lines("some", tmp_path) == [{"row": 1}, {"row": 2}]
+    assert [path.name for path in tmp_path.iterdir()] == ["some.jsonl"]
+
+
+# Plan
+
+
+def test_a_plan_counts_every_measurement_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job.Job(Path("nowhere"), Random(replace(SMALL, blocks=3), stands_in=False), 1000, 8)
+    chosen = picked(["main/var-d16/w4a6/*", "ablation/var-d16/*", "inpaint/*/sas"], rows())
+    plan = Planner(asked, replace(SMALL, blocks=3), ModuleFeatures(Colours(), "colours"))
+
+    def timed(row: Row, blocks: int) -> dict[str, float]:
+        stored = 0.0 if row.is_float else 100.0 * blocks
+        return {"draw": 2.0, "decode": 1.0, "record": 3.0, "bytes": stored}
+
+    monkeypatch.setattr(plan, "_at", timed)
+    monkeypatch.setattr(plan, "_rounding", lambda *_: {"step": 4.0, "solve": 5.0})
+    parts = dict(zip((row.name for row in chosen), map(plan.row, chosen), strict=True))
+    for name, part in parts.items():
+        again = name in ("ablation/var-d16/w4a6/brecq", "ablation/var-d16/w4a6/sas")
+        assert (part.hours == 0) == again, name
+        assert (part.kept == 0) == again, name
+    # 48 x 48 pixels and 14 tokens.
+    first = parts["main/var-d16/w4a6/brecq"]
+    assert first.samples == 1000 * (48 * 48 * 3 + 14 * 8)
+    assert parts["inpaint/var-d30/w4a4/sas"].samples == 0
+    # The first row makes the float model's images too; all blocks take room.
+    assert first.images * 3600 == 1000 * (2 + 1) * 2 and first.kept == 300
+    assert parts["main/var-d16/w4a6/sas"].images * 3600 == 1000 * (2 + 1)
+    assert first.calibration * 3600 == 256 * 2 + 5000 * 4 + 256 * 3
+    preset = parts["main/var-d16/w4a6/preset"].calibration
+    # Three passes over the units, and three over the samples.
+    assert preset * 3600 == 256 * 2 + 5 + 3 * 256 * 3 + 3 * 256 * 3
+    plan.job, plan._made = replace(asked, ranks=Ranks(0, 2)), set()
+    shared = plan.row(chosen[0])
+    # All but the pass over the samples is shared.
+    assert shared.calibration * 3600 == (256 * 2 + 5000 * 4) / 2 + 256 * 3
+    assert shared.images == first.images / 2 and shared.measuring == first.measuring / 2
+    assert shared.samples == first.samples
+
+
+def test_deeper_models_are_on_the_line_through_two_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job.Job(Path("nowhere"), Random(replace(SMALL, blocks=7), stands_in=False), 8, 8)
+    plan = Planner(asked, SMALL, None)
+    monkeypatch.setattr(plan, "_at", lambda _, blocks: {"draw": 5.0 + 3 * blocks, "decode": 4.0})
+    assert plan.timed(rows()[0]) == {"draw": 26.0, "decode": 4.0}
+
+
+# As people call it
+
+
+def test_the_command_plans_and_refuses(warm: Path) -> None:
+    words = ("benchmarks/paper.py", "--plan", *OPTIONS, "--blocks", "2", "--count", "1000")
+    found = command(warm, *words, "--rows", "class/var-d30/w4a4/sas")
+    assert found.returncode == 0, found.stderr
+    assert "class/var-d30/w4a4/sas" in found.stdout and "GB at once" in found.stdout
+    wrong = command(warm, "benchmarks/paper.py", "--rows", "main/d16/*")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    (line,) = wrong.stderr.splitlines()
+    assert line.startswith("error: rows 'main/d16/*': fits none of 113 rows")
+    wrong = command(warm, "benchmarks/paper.py", "--blocks", "2")
+    assert wrong.returncode == 2 and "for --plan and --dry-run" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_processes_share_a_row(
+    warm: Path, tmp_path: Path, ran: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    options = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    words = ("benchmarks/paper.py", "--dry-run", *OPTIONS, "--out", str(tmp_path))
+    found = command(warm, *options, *words, "--rows", *FEW)
+    assert found.returncode == 0, found.stderr
+    lines = read_lines("paper", tmp_path)
+    assert [line["values"] for line in lines] == [line["values"] for line in ran[1]]
+    assert {line["processes"] for line in lines} == {2}
+    assert not list(tmp_path.rglob("work*"))
+
+
+@pytest.mark.slow
+def test_every_row_of_the_paper_runs(tmp_path: Path) -> None:
+    """On random d16 weights cut to two blocks, with eight images of four maps."""
+    paper.main(["--dry-run", "--sides", "1,2,3", "--channels", "32", "--out", str(tmp_path)])
+    lines = read_lines("paper", tmp_path)
+    assert {line["row"] for line in lines} == {row.key for row in rows()}
+    assert all(line["settings"]["count"] for line in lines)
