@@ -31,7 +31,7 @@ from benchmarks.common.paper.bench import Bench
 from benchmarks.common.paper.instruments import SCORES, Files, brightness, from_file
 from benchmarks.common.paper.job import Job, Suite
 from benchmarks.common.paper.models import Published, Random, Shape, Source
-from benchmarks.common.paper.page import NAME, by_key, write_page
+from benchmarks.common.paper.page import by_key, write_page
 from benchmarks.common.paper.plan import Parts, Planner
 from benchmarks.common.paper.protocol import COUNT, checked, layout_of
 from benchmarks.common.paper.rows import Row, picked, rows
@@ -44,6 +44,8 @@ from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.prompt_files import BUNDLED
 from varptq.progress import RichProgress, silent
 
+# Of the results, and of the section of the page.
+NAME = "paper"
 EDITS = 1000
 # Of a dry run, where no others are given.
 TRIAL_BLOCKS, TRIAL_IMAGES, TRIAL_SAMPLES, TRIAL_STEPS, TRIAL_PROMPTS = 2, 8, 4, 2, 2
@@ -208,7 +210,7 @@ def run(job: Job, chosen: Sequence[Row], files: Files, results: Path, *, trial: 
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = parsed(arguments)
     if asked.report:
-        write_page()
+        write_page(NAME)
         return
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
@@ -221,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = asked.results or (job.out if asked.dry_run else RESULTS)
     run(job, chosen, files, results, trial=asked.dry_run)
     if ranks.first and results == RESULTS:
-        write_page()
+        write_page(NAME)
 
 
 def fail(text: str, code: int) -> None:

@@ -61,7 +61,7 @@ def random_samples(pipe: Pipeline, count: int) -> CalibrationSet:
     generator = torch.Generator().manual_seed(0)
     pool, shape = pipe.pool(), pipe.alphabet.shape(count, pipe.scales.num_tokens)
     ids = torch.randint(pipe.alphabet.size, shape, generator=generator)
-    return CalibrationSet(pool[torch.arange(count) % len(pool)], ids)
+    return CalibrationSet(pool[torch.arange(count) % len(pool)], ids.to(pipe.device))
 
 
 def seconds(call: Callable[[], object]) -> float:

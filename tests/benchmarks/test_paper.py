@@ -38,8 +38,10 @@ ROOT = Path(__file__).parents[2]
 SMALL = Shape(blocks=2, width=128, sides=(1, 2, 3), channels=32)
 OPTIONS = ["--width", "128", "--sides", "1,2,3", "--channels", "32"]
 # One row of each kind, and two of the table with images.
-FEW = ["main/var-d16/float", "main/var-d20/w4a4/sas", "class/*/float", "outpaint/*/brecq"]
-FEW += ["infinity/*/float"]
+FEW = (
+    *("main/var-d16/float", "main/var-d20/w4a4/sas", "class/*/float", "outpaint/*/brecq"),
+    "infinity/*/float",
+)
 
 
 def dry_run(folder: Path, *words: str) -> list[dict[str, Any]]:
@@ -104,7 +106,7 @@ def test_the_page_is_what_the_script_makes_of_the_results(
     expected, other = page.PAGE.read_text(), tmp_path / "page.md"
     other.write_text(expected.replace("not run |", "|"))
     monkeypatch.setattr(page, "PAGE", other)
-    page.write_page()
+    page.write_page(paper.NAME)
     assert other.read_text() == expected
 
 
@@ -179,7 +181,7 @@ def test_references_that_give_other_numbers(
 ) -> None:
     assert protocol.reference(tools).status == "ok"
     assert protocol.network(tools).status == "differs"
-    assert protocol._tried("metrics", lambda: protocol._possible(layout, tools, 8)).status == "ok"
+    assert protocol.tried("metrics", lambda: protocol.possible(layout, tools, 8)).status == "ok"
     assert tools.reference is not None and tools.network is not None
     with np.load(tools.reference.path) as arrays:
         content = dict(arrays)
@@ -202,7 +204,7 @@ def test_references_that_give_other_numbers(
     tools.network.name = "inception-adm"
     assert protocol.network(tools).status == protocol.reference(spatial).status == "ok"
     bad = with_file(sigma=-content["sigma"])
-    finding = protocol._tried("metrics", lambda: protocol._possible(layout, bad, 8))
+    finding = protocol.tried("metrics", lambda: protocol.possible(layout, bad, 8))
     assert finding.status == "refused" and "no covariance" in finding.text
     assert protocol.originals(tools, 16, layout).status == "ok"
     assert "16 real images, expected 17" in protocol.originals(tools, 17, layout).text
@@ -247,7 +249,8 @@ def test_random_models_have_the_shape_that_was_asked_for(name: str) -> None:
     arch = pipe.var.arch
     assert (arch.depth, arch.width) == (3, 192) and arch.width % arch.num_heads == 0
     assert pipe.scales.num_scales == 3
-    assert varptq.generate(pipe, pipe.pool()[:1]).images.isfinite().all()
+    images = varptq.generate(pipe, pipe.pool()[:1]).images
+    assert images is not None and bool(images.isfinite().all())
     with pytest.raises(InputError, match="width 6: expected a multiple of 4"):
         Shape(width=6).build("var-d16")
 
@@ -329,14 +332,15 @@ def test_a_line_is_there_whole_or_not_at_all(
 def test_a_plan_counts_every_measurement_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = job.Job(Path("nowhere"), Random(replace(SMALL, blocks=3), stands_in=False), 1000, 8)
     chosen = picked(["main/var-d16/w4a6/*", "ablation/var-d16/*", "inpaint/*/sas"], rows())
-    plan = Planner(asked, replace(SMALL, blocks=3), ModuleFeatures(Colours(), "colours"))
 
-    def timed(row: Row, blocks: int) -> dict[str, float]:
+    def timed(_: Planner, row: Row, blocks: int) -> dict[str, float]:
         stored = 0.0 if row.is_float else 100.0 * blocks
         return {"draw": 2.0, "decode": 1.0, "record": 3.0, "bytes": stored}
 
-    monkeypatch.setattr(plan, "_at", timed)
-    monkeypatch.setattr(plan, "_rounding", lambda *_: {"step": 4.0, "solve": 5.0})
+    monkeypatch.setattr(Planner, "_at", timed)
+    monkeypatch.setattr(Planner, "_rounding", lambda *_: {"step": 4.0, "solve": 5.0})
+    network = ModuleFeatures(Colours(), "colours")
+    plan = Planner(asked, replace(SMALL, blocks=3), network)
     parts = dict(zip((row.name for row in chosen), map(plan.row, chosen), strict=True))
     for name, part in parts.items():
         again = name in ("ablation/var-d16/w4a6/brecq", "ablation/var-d16/w4a6/sas")
@@ -353,12 +357,11 @@ def test_a_plan_counts_every_measurement_once(monkeypatch: pytest.MonkeyPatch) -
     preset = parts["main/var-d16/w4a6/preset"].calibration
     # Three passes over the units, and three over the samples.
     assert preset * 3600 == 256 * 2 + 5 + 3 * 256 * 3 + 3 * 256 * 3
-    plan.job, plan._made = replace(asked, ranks=Ranks(0, 2)), set()
-    shared = plan.row(chosen[0])
+    two = replace(asked, ranks=Ranks(0, 2))
+    shared = Planner(two, replace(SMALL, blocks=3), network).row(chosen[0])
     # All but the pass over the samples is shared.
     assert shared.calibration * 3600 == (256 * 2 + 5000 * 4) / 2 + 256 * 3
-    assert shared.images == first.images / 2 and shared.measuring == first.measuring / 2
-    assert shared.samples == first.samples
+    assert shared.images == first.images / 2 and shared.samples == first.samples
 
 
 def test_deeper_models_are_on_the_line_through_two_depths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from benchmarks.common.judges import INCEPTION, LPIPS
 from varptq.errors import InputError
-from varptq.evaluate.features import ModuleFeatures, load_network
+from varptq.evaluate.features import FeatureNetwork, ModuleFeatures, load_network
 from varptq.evaluate.frechet import Gaussian
 from varptq.evaluate.image_files import ImageFiles
 from varptq.evaluate.networks.clip import ClipEncoder, TransformersClip
 from varptq.evaluate.networks.lpips import LAYERS, Lpips
 from varptq.evaluate.preflight import Instruments
+from varptq.files import write_atomic
 from varptq.models.scales import Size
 
 NETWORK = "inception-adm"
@@ -131,15 +132,16 @@ def random_lpips() -> dict[str, Tensor]:
     return state
 
 
-def _reference(folder: Path, size: Size, count: int, network: ModuleFeatures) -> Path:
+def _reference(folder: Path, size: Size, count: int, network: FeatureNetwork) -> Path:
     """Noise of several colours with its statistics, as the suite's own files have them."""
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (max(count, 16), *size, 3), dtype=np.uint8)
     images //= draw.integers(1, 5, (len(images), 1, 1, 3), dtype=np.uint8)
     found = Gaussian.of(network(torch.from_numpy(images)).pooled)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "reference.npz"
-    np.savez(path, arr_0=images, mu=found.mean.cpu().numpy(), sigma=found.covariance.cpu().numpy())
+    path, moments = folder / "reference.npz", (found.mean.cpu(), found.covariance.cpu())
+    mu, sigma = (tensor.numpy() for tensor in moments)
+    # Every process writes the same.
+    write_atomic(path, lambda file: np.savez(file, arr_0=images, mu=mu, sigma=sigma))
     return path
 
 

@@ -170,12 +170,12 @@ class Published:
 
     def load(self, name: str) -> Pipeline:
         """Raises `CheckpointError` for weights of another model than their file is named after."""
-        published, placement = preset(name), {"device": self.device, "dtype": self.dtype}
+        published, device, dtype = preset(name), self.device, self.dtype
         if self.folder is None:
-            pipe = load_model(name, download=True, **placement)
+            pipe = load_model(name, download=True, device=device, dtype=dtype)
         else:
             var, vae = self._files(name)
-            pipe = load_model(var=var, vae=vae, **placement).sized(published.size)
+            pipe = load_model(var=var, vae=vae, device=device, dtype=dtype).sized(published.size)
             names = tuple(published.class_names or ())
             pipe = replace(pipe, name=name, class_names=names)
             pipe.encoder = encoder_of(name, download=True)

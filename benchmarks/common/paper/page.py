@@ -21,7 +21,6 @@ from benchmarks.common.paper.rows import (
 from benchmarks.common.results import Line, read_lines
 
 PAGE = DOCS / "paper.md"
-NAME = "paper"
 NOT_RUN, NOT_REPORTED = "not run", "-"
 HEADINGS: Mapping[str, tuple[str, str]] = {
     MAIN: ("Main table", "IS / FID / FID2FP."),
@@ -67,7 +66,7 @@ def section(name: str, lines: Mapping[str, Line]) -> list[str]:
     for model in models:
         head += [f"{model}, paper", f"{model}, ours"]
     return [
-        f"## {heading}",
+        f"### {heading}",
         "",
         numbers + hint,
         "",
@@ -109,6 +108,6 @@ def page(lines: Mapping[str, Line]) -> list[str]:
     return text
 
 
-def write_page() -> None:
-    """Of the results that are there."""
-    replace(PAGE, "paper", page(by_key(read_lines(NAME))))
+def write_page(name: str) -> None:
+    """The section `name` of the page, of the results of that name."""
+    replace(PAGE, name, page(by_key(read_lines(name))))

@@ -132,8 +132,9 @@ class Planner:
         else:
             images = sum(suite.count for suite in job.suites) * image
         ranks = job.ranks.size
-        parts = (calibration, images / ranks, measuring / ranks)
-        return Parts(*(seconds / 3600 for seconds in parts), kept, samples)
+        return Parts(
+            calibration / 3600, images / ranks / 3600, measuring / ranks / 3600, kept, samples
+        )
 
     def _first(self, what: str) -> bool:
         """Whether no row before needed it."""
@@ -200,15 +201,16 @@ class Planner:
 
     def _small_enough(self, pipe: Pipeline) -> Pipeline:
         """The model at the largest of its sizes at which attention is small in memory."""
-        room = free_bytes(pipe.device)
-        for name in (None, *reversed([n for n in pipe.var.sizes() if ":" not in n])):
-            sized = pipe if name is None else pipe.sized(name)
-            scores = 2 * pipe.var.num_heads * sized.scales.num_tokens**2 * 4 * SCORE_COPIES
-            if room is None or scores < SCORE_SHARE * room:
+        room, sized = free_bytes(pipe.device), pipe
+        smaller = reversed([size for size in pipe.var.sizes() if ":" not in size])
+        while room is not None and _scores(sized) > SCORE_SHARE * room:
+            if (name := next(smaller, None)) is None:
                 break
-        if name is not None:
-            note = f"{pipe.name}: timed at {name} and multiplied by multiply-adds and pixels"
-            self.notes += [note] if note not in self.notes else []
+            sized = pipe.sized(name)
+        height, width = sized.vae.image_size
+        note = f"{pipe.name}: timed at {height} x {width}, multiplied by multiply-adds and pixels"
+        if sized is not pipe and note not in self.notes:
+            self.notes.append(note)
         return sized
 
     def _drawing(self, pipe: Pipeline) -> tuple[float, float]:
@@ -298,6 +300,11 @@ def _recorder(pipe: Pipeline, config: QuantConfig | None = None) -> Recorder:
 def _costs(pipe: Pipeline) -> float:
     """Multiply-adds of the transformer for an image."""
     return sum(_recorder(pipe).costs().values())
+
+
+def _scores(pipe: Pipeline) -> int:
+    """Bytes of the attention scores of a step on one image."""
+    return ROWS * pipe.var.num_heads * pipe.scales.num_tokens**2 * 4 * SCORE_COPIES
 
 
 def _area(pipe: Pipeline) -> int:

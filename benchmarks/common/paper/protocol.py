@@ -61,14 +61,14 @@ def findings(job: Job, rows: Sequence[Row], tools: Instruments) -> Iterator[Find
     """Every check that these rows need, as it is done."""
     kinds = {row.kind for row in rows}
     for model in dict.fromkeys(row.model for row in rows):
-        yield _tried("weights", lambda model=model: f"{model}: {job.source.check(model)}")
+        yield tried("weights", lambda model=model: f"{model}: {job.source.check(model)}")
     ofclasses = [row.model for row in rows if row.kind != TEXTS]
     if ofclasses:
         layout = layout_of(job, ofclasses[0])
         yield guidance(layout)
         yield from of_classes(job, kinds, tools, layout)
     if TEXTS in kinds:
-        yield from (_tried(suite.name, suite.described) for suite in job.suites)
+        yield from (tried(suite.name, suite.described) for suite in job.suites)
     yield disk(job, rows)
 
 
@@ -82,7 +82,7 @@ def of_classes(
         yield from files(job.out, layout.vae.image_size)
         yield network(tools)
         yield reference(tools)
-        yield _tried("metrics", lambda: _possible(layout, tools, job.count))
+        yield tried("metrics", lambda: possible(layout, tools, job.count))
     if set(kinds) & set(EDITS):
         yield originals(tools, job.edits, layout)
     if set(kinds) & set(PAINTING):
@@ -213,7 +213,7 @@ def reference(tools: Instruments) -> Finding:
     return Finding(name, "ok", f"mu and sigma of {what} beside them; FID is taken to the former")
 
 
-def _possible(layout: Pipeline, tools: Instruments, count: int) -> str:
+def possible(layout: Pipeline, tools: Instruments, count: int) -> str:
     """The check of `evaluate` itself: sizes, widths, values of the statistics."""
     chosen, _ = plan(layout, layout, tools, COLUMNS[IMAGES], count)
     return f"{', '.join(chosen)} can be computed"
@@ -258,7 +258,7 @@ def images_bytes(job: Job, row: Row, layout: Pipeline) -> int:
     return count * (3 * height * width + tokens)
 
 
-def _tried(name: str, call: Callable[[], str]) -> Finding:
+def tried(name: str, call: Callable[[], str]) -> Finding:
     try:
         return Finding(name, "ok", call())
     except VarptqError as error:
