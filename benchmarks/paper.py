@@ -186,7 +186,7 @@ def run(job: Job, chosen: Sequence[Row], files: Files, results: Path, *, trial: 
         tools = files.or_stand_ins(job.out, size, job.edits, job.device)
     else:
         tools = files.load(job.device)
-    differs = checked(job, left, tools, say)
+    findings = checked(job, left, tools, say)
     with RichProgress() as progress:
         shown = progress if job.ranks.first else silent
         bench = Bench(job, tools, brightness if trial else from_file, shown)
@@ -199,6 +199,7 @@ def run(job: Job, chosen: Sequence[Row], files: Files, results: Path, *, trial: 
             if found is None:
                 say(f"{row.name}: pictures are in {bench.folder(row)}; put {SCORES} beside them")
                 continue
+            differs = [one.name for one in findings if one.kind in (None, row.kind)]
             line = {"row": row.key, "settings": job.settings(row), "differs": differs, **found}
             if job.ranks.first:
                 append_line(NAME, line, results)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,11 +47,12 @@ Status = Literal["ok", "differs", "refused"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found, in one line."""
+    """What a check found, in one line. kind: of the rows that it is about, None for all."""
 
     name: str
     status: Status
     text: str
+    kind: str | None = None
 
     def __str__(self) -> str:
         return f"{self.status:8} {self.name}: {self.text}"
@@ -77,12 +78,7 @@ def of_classes(
 ) -> Iterator[Finding]:
     """What rows of these kinds need, whose models draw classes."""
     if IMAGES in kinds:
-        yield labels(layout, job.count, job.seed)
-        yield number(job.count)
-        yield from files(job.out, layout.vae.image_size)
-        yield network(tools)
-        yield reference(tools)
-        yield tried("metrics", lambda: possible(layout, tools, job.count))
+        yield from (replace(one, kind=IMAGES) for one in of_images(job, tools, layout))
     if set(kinds) & set(EDITS):
         yield originals(tools, job.edits, layout)
     if set(kinds) & set(PAINTING):
@@ -91,11 +87,21 @@ def of_classes(
         yield present("CLIP", tools.clip, "--clip MODEL, a folder or a name on the hub")
 
 
+def of_images(job: Job, tools: Instruments, layout: Pipeline) -> Iterator[Finding]:
+    """What FID and the Inception Score need."""
+    yield labels(layout, job.count, job.seed)
+    yield number(job.count)
+    yield from files(job.out, layout.vae.image_size)
+    yield network(tools)
+    yield reference(tools)
+    yield tried("metrics", lambda: possible(layout, tools, job.count))
+
+
 def checked(
     job: Job, rows: Sequence[Row], tools: Instruments, say: Callable[[str], None]
-) -> list[str]:
-    """Says every finding; returns the names of those that differ from the paper. Raises
-    `InputError` where one was refused."""
+) -> list[Finding]:
+    """Says every finding; returns those that differ from the paper. Raises `InputError` where one
+    was refused."""
     found = []
     for finding in findings(job, rows, tools):
         say(str(finding))
@@ -104,7 +110,7 @@ def checked(
     if refused:
         more = f" (and {len(refused) - 1} more refused)" if len(refused) > 1 else ""
         raise InputError(f"{refused[0].name}: {refused[0].text}{more}")
-    return [finding.name for finding in found if finding.status == "differs"]
+    return [finding for finding in found if finding.status == "differs"]
 
 
 def layout_of(job: Job, model: str) -> Pipeline:
