@@ -33,7 +33,7 @@ from benchmarks.common.paper.job import Job, Suite
 from benchmarks.common.paper.models import Published, Random, Shape, Source
 from benchmarks.common.paper.page import by_key, write_page
 from benchmarks.common.paper.plan import Parts, Planner
-from benchmarks.common.paper.protocol import COUNT, checked, layout_of
+from benchmarks.common.paper.protocol import COUNT, at_once, checked, layout_of
 from benchmarks.common.paper.rows import Row, picked, rows
 from benchmarks.common.results import RESULTS, append_line, read_lines
 from varptq.cli import failures
@@ -165,8 +165,8 @@ def plan(job: Job, shape: Shape, chosen: Sequence[Row], files: Files) -> None:
     if not job.ranks.first:
         return
     Console(width=WIDE, markup=False, highlight=False).print(table)
-    most = 2 * max(parts.samples for parts in found)
-    peak = total.kept + (total.samples if job.keep else most)
+    images = {row: parts.samples for row, parts in zip(chosen, found, strict=True)}
+    peak = total.kept + at_once(job, chosen, images)
     print(f"{job.ranks.size} processes; at most {peak / 1e9:.1f} GB at once in {job.out}")
     for note in planner.notes:
         print(note)
@@ -205,7 +205,6 @@ def run(job: Job, chosen: Sequence[Row], files: Files, results: Path, *, trial: 
                 append_line(NAME, line, results)
             say(f"{row.name}: {line['values']}")
             bench.release(row)
-        bench.finish()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

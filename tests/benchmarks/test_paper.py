@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,23 @@ def test_what_is_measured_is_skipped_and_the_rest_goes_on(
         dry_run(folder, "--rows", *FEW, "--seed", "1")
     assert read_lines("paper", folder) == again
     assert dry_run(folder, "--rows", *FEW) == again
+
+
+def test_images_of_a_measured_row_are_removed(
+    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(ran[0], tmp_path / "copy")
+    files = instruments.Files(None, None, None, None)
+    words = ["--dry-run", *OPTIONS, "--out", str(folder)]
+    asked = replace(paper.job_of(paper.parsed(words), files, Ranks()), keep=False)
+    bench = Bench(asked, files.or_stand_ins(folder, (48, 48), 8, "cpu"), instruments.brightness)
+    chosen = picked(["main/var-d16/float", "main/var-d20/w4a4/sas"], rows())
+    for row in chosen:
+        assert bench.measure(row) is not None
+        bench.release(row)
+    floats, quantized = map(bench.folder, chosen)
+    assert (floats / "samples").is_dir()
+    assert [path.name for path in quantized.iterdir()] == ["model"]
 
 
 def test_scores_come_from_a_file(tmp_path: Path) -> None:

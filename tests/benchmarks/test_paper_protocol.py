@@ -116,6 +116,16 @@ def test_every_check_is_said_before_one_ends_the_run(tmp_path: Path) -> None:
     assert all("\n" not in line for line in said)
 
 
+def test_images_that_lie_there_at_once(tmp_path: Path) -> None:
+    asked = job.Job(tmp_path, Random(SMALL), 8, 8)
+    chosen = picked(["main/*/float", "main/*/w4a4/sas", "class/*/sas"], rows())
+    images = {row: 0.0 if row.table == "class" else 10.0 for row in chosen}
+    # Four float models and one more row; with all rows kept, four more.
+    assert protocol.at_once(asked, chosen, images) == 50
+    assert protocol.at_once(replace(asked, keep=True), chosen, images) == 80
+    assert protocol.at_once(asked, chosen[:1], images) == 10
+
+
 # Weights
 
 

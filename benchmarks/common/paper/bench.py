@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import varptq
 from benchmarks.common.edits import edited
 from benchmarks.common.paper.instruments import Scorer
 from benchmarks.common.paper.job import BOX, SETTINGS, Job, Suite
-from benchmarks.common.paper.rows import CLASS, COLUMNS, IMAGES, TEXTS, Row
+from benchmarks.common.paper.rows import CLASS, COLUMNS, FLOAT, IMAGES, TEXTS, Row
 from varptq.evaluate.evaluate import Subject, evaluate, machine, versions
 from varptq.evaluate.layouts import export_layout
 from varptq.evaluate.networks.clip import clip_score
@@ -42,7 +42,7 @@ Values = dict[str, float]
 
 @dataclass
 class Bench:
-    """`measure` is all that a caller needs, and `finish` at the end."""
+    """`measure` for one row after the other, and `release` once its line is written."""
 
     job: Job
     tools: Instruments
@@ -50,8 +50,6 @@ class Bench:
     progress: Progress = silent
     _name: str = ""
     _pipe: Pipeline | None = None
-    _float: Row | None = None
-    _made: list[Path] = field(default_factory=list)
 
     def measure(self, row: Row) -> dict[str, Any] | None:
         """What was found of a row, as plain values; None where numbers of a suite are still to
@@ -76,22 +74,16 @@ class Bench:
         }
 
     def release(self, row: Row) -> None:
-        """Remove what the row needed alone, once its numbers are kept."""
+        """Remove what the row needed alone, once its numbers are kept. The float model's images
+        stay: all rows are compared with them, also those of a later run."""
         self.job.ranks.barrier()
-        if self.job.keep or row.is_float or not self.job.ranks.first:
-            return
-        shutil.rmtree(self.folder(row) / SAMPLES, ignore_errors=True)
-
-    def finish(self) -> None:
-        """Leave the model at hand: no row that comes needs its float images."""
-        self.job.ranks.barrier()
-        if self._float is not None and not self.job.keep and self.job.ranks.first:
-            shutil.rmtree(self.folder(self._float) / SAMPLES, ignore_errors=True)
-        self._name, self._pipe, self._float = "", None, None
+        if self.job.ranks.first and not self.job.keep and not row.is_float:
+            shutil.rmtree(self.folder(row) / SAMPLES, ignore_errors=True)
 
     def _loaded(self, name: str) -> Pipeline:
         if self._pipe is None or self._name != name:
-            self.finish()
+            # Two large models need not fit.
+            self._pipe = None
             self._name, self._pipe = name, self.job.source.load(name)
         return self._pipe
 
@@ -123,6 +115,9 @@ class Bench:
                 if job.ranks.first:
                     varptq.save(made, folder)
                 work.remove()
+        elif job.ranks.first:
+            # Of a run that was killed between the two.
+            shutil.rmtree(self.folder(row) / f"{WORK}-{MODEL}", ignore_errors=True)
         placement = {"device": job.device, "dtype": job.dtype}
         with warnings.catch_warnings():
             # The runtime stands in the result.
@@ -136,8 +131,8 @@ class Bench:
         subject = self._subject(row, pipe)
         beside = None
         if not row.is_float:
-            self._float = Row(row.table, row.model, "float")
-            beside = self._subject(self._float, self._loaded(row.model))
+            floats = Row(row.table, row.model, FLOAT)
+            beside = self._subject(floats, self._loaded(row.model))
         names = [name for name in COLUMNS[IMAGES] if beside is not None or name != "fid2fp"]
         with self._work(row, IMAGES) as work:
             work.begin(self._identity(row, subject, beside), self.progress)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -247,11 +247,23 @@ def present(name: str, tool: object, remedy: str) -> Finding:
 def disk(job: Job, rows: Sequence[Row]) -> Finding:
     """Room for the images that lie there at once."""
     layouts = {model: layout_of(job, model) for model in {row.model for row in rows}}
-    most = [images_bytes(job, row, layouts[row.model]) for row in rows]
-    needed = sum(most) if job.keep else 2 * max(most)
+    needed = at_once(job, rows, {row: images_bytes(job, row, layouts[row.model]) for row in rows})
     free = shutil.disk_usage(job.out).free
     text = f"{needed / 1e9:.1f} GB of images at once in {job.out}, {free / 1e9:.1f} GB free"
     return Finding("disk", "ok" if needed < free else "refused", text)
+
+
+def at_once(job: Job, rows: Sequence[Row], images: Mapping[Row, float]) -> float:
+    """Bytes of images there are at most: those of every float model, and of one more row, or of
+    all that are kept."""
+    floats: dict[str, float] = {}
+    for row in rows:
+        if row.kind == IMAGES:
+            # A plan counts none for a row that stands in a table before.
+            floats[row.model] = max(images[row], floats.get(row.model, 0.0))
+    own = [images[row] for row in rows if not row.is_float]
+    texts = sum(images[row] for row in rows if row.kind == TEXTS)
+    return sum(floats.values()) + texts + (sum(own) if job.keep else max(own, default=0.0))
 
 
 def images_bytes(job: Job, row: Row, layout: Pipeline) -> int:
