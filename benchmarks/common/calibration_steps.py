@@ -59,9 +59,9 @@ def model_of(name: str, depth: int = BLOCKS) -> Pipeline:
 
 def random_samples(pipe: Pipeline, count: int) -> CalibrationSet:
     generator = torch.Generator().manual_seed(0)
-    shape = (count, pipe.scales.num_tokens)
-    ids = torch.randint(pipe.var.arch.codebook_size, shape, generator=generator)
-    return CalibrationSet(pipe.prompts(torch.arange(count) % len(pipe.pool())), ids)
+    pool, shape = pipe.pool(), pipe.alphabet.shape(count, pipe.scales.num_tokens)
+    ids = torch.randint(pipe.alphabet.size, shape, generator=generator)
+    return CalibrationSet(pool[torch.arange(count) % len(pool)], ids.to(pipe.device))
 
 
 def seconds(call: Callable[[], object]) -> float:

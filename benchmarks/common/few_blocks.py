@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from benchmarks.common.runtime_variants import simulated
 from varptq.artifact.format import slots
 from varptq.artifact.save import packed_tensors, write
 from varptq.models.families import family
+from varptq.models.family import ModelPreset
 from varptq.models.meta import on_meta
 from varptq.models.pipeline import Pipeline
 from varptq.models.presets import preset
@@ -24,15 +26,20 @@ A_BLOCK = re.compile(r"\.blocks\.\d+\.")
 def build(model: str, depth: int, dtype: torch.dtype) -> Pipeline:
     """`build_model` of the preset with `depth` blocks."""
     published = preset(model)
-    row = family(published.family)
     arch = dataclasses.replace(published.transformer_arch, depth=depth)
-    networks = row.build(arch, published.autoencoder_arch)
+    return with_archs(published, (arch, published.autoencoder_arch), dtype)
+
+
+def with_archs(published: ModelPreset, archs: tuple[Any, Any], dtype: torch.dtype) -> Pipeline:
+    """`build_model` of the preset with these architectures of transformer and autoencoder."""
+    row = family(published.family)
+    networks = row.build(*archs)
     for network in networks:
         network.to(dtype=dtype).eval().requires_grad_(False)
     row.randomize(*networks, torch.Generator().manual_seed(0))
     for network in networks:
         network.requires_grad_(False)
-    return Pipeline(*networks, model, family=row.name)
+    return Pipeline(*networks, published.name, family=row.name)
 
 
 def save_repeated(model: str, size: str, config: str, folder: Path) -> int:

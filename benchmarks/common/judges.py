@@ -6,4 +6,5 @@ REFERENCE = "cifar10_test_2000.npz"
 CLASSIFIER = "resnet56_cifar10.safetensors"
 LPIPS = "lpips_alex.safetensors"
 RESNET56 = "resnet56"
+INCEPTION = "inception.safetensors"
 FEATURE_BATCH = 32

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import pstdev
 
+from benchmarks.common.paper.cells import ABLATION as PAPER_ABLATION
+from benchmarks.common.paper.cells import INFINITY, MAIN, Cell
+
 WIDTHS = ("w4a4", "w4a6", "w6a6", "w4a8", "w8a8")
 # Takes nothing from calibration, so one row says all.
 NEAREST = "rtn"
@@ -44,51 +47,34 @@ class Study:
         )
 
 
-# FID2FP16 of the paper's table, 50,000 images: VAR-d16 and VAR-d30.
-PAPER_FID2FP = {
-    "w6a6": {
-        "brecq": (4.29, 2.55),
-        "litevar": (4.05, 2.48),
-        "sas": (3.14, 2.09),
-        "sas+litevar": (2.64, 1.85),
-    },
-    "w4a8": {
-        "brecq": (4.76, 1.96),
-        "litevar": (3.85, 2.03),
-        "sas": (4.05, 1.81),
-        "sas+litevar": (3.00, 1.76),
-    },
-    "w4a6": {
-        "brecq": (10.57, 4.17),
-        "litevar": (9.09, 4.60),
-        "sas": (8.44, 3.74),
-        "sas+litevar": (5.28, 3.56),
-    },
-    "w4a4": {
-        "brecq": (32.82, 14.66),
-        "litevar": (36.67, 11.11),
-        "sas": (24.35, 8.68),
-        "sas+litevar": (18.32, 8.48),
-    },
-}
-# Its ablation at W4A6, FID2FP16: VAR-d16 and VAR-d20.
-PAPER_ABLATION = {
-    "w4a6": {
-        "brecq": (10.57, 6.62),
-        "brecq+shift": (9.55, 6.03),
-        "brecq+resample": (9.74, 5.61),
-        "sas": (8.44, 5.09),
+def preset_of(width: str, method: str) -> str:
+    """The preset of a row: the paper's quantizers at that width, unless the method says others."""
+    if method == PRESET:
+        return width
+    # Methods differ in the transformer; the autoencoder is the float one.
+    if method == BARE:
+        return f"{width}{OURS}+vae32"
+    return width + PAPER + ("+litevar" if "litevar" in method else "")
+
+
+def calibration_method(method: str) -> str:
+    """LiteVAR is learned rounding with fc2 in float, so a preset and not a method."""
+    if method in (BARE, PRESET):
+        return BARE_METHOD
+    return "brecq" if method == "litevar" else method.removesuffix("+litevar")
+
+
+def fid2fp(table: Mapping[str, Mapping[str, Sequence[Cell]]], *places: int) -> Cells:
+    """FID2FP16 of these columns of a table of the paper."""
+    return {
+        width: {
+            method: [value for place in places if (value := cells[place].fid2fp) is not None]
+            for method, cells in rows.items()
+        }
+        for width, rows in table.items()
     }
-}
-# Infinity-2B at W4A4: ImageReward and GenEval, of which more is better.
-PAPER_INFINITY = {
-    "w4a4": {
-        "brecq": (0.346, 0.563),
-        "litevar": (0.407, 0.626),
-        "sas": (0.575, 0.653),
-        "sas+litevar": (0.748, 0.672),
-    }
-}
+
+
 STUDIES = {
     "demo": Study(
         "methods",
@@ -96,9 +82,9 @@ STUDIES = {
         METHODS,
         ("w4a4", "w4a6"),
         ("FID2FP, d16", "FID2FP, d30"),
-        PAPER_FID2FP,
+        fid2fp(MAIN, 0, 3),
         ("FID2FP, d16", "FID2FP, d20"),
-        PAPER_ABLATION,
+        fid2fp(PAPER_ABLATION, 0, 1),
     ),
     "demo-text": Study(
         "methods_text",
@@ -106,7 +92,7 @@ STUDIES = {
         (*METHODS, BARE),
         ("w4a4",),
         ("ImageReward", "GenEval"),
-        PAPER_INFINITY,
+        {"w4a4": INFINITY},
     ),
 }
 

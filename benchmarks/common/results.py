@@ -9,19 +9,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from varptq.files import write_atomic
+
 RESULTS = Path(__file__).parents[1] / "results"
 Line = dict[str, Any]
 
 
-def read_lines(name: str) -> list[Line]:
-    """All lines of results/`name`.jsonl, none where the file is not there yet."""
-    path = RESULTS / f"{name}.jsonl"
+def read_lines(name: str, folder: Path = RESULTS) -> list[Line]:
+    """All lines of `folder`/`name`.jsonl, none where the file is not there yet."""
+    path = folder / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def append_line(name: str, line: Line) -> None:
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+def append_line(name: str, line: Line, folder: Path = RESULTS) -> None:
+    """The file has the whole line or none of it, also after a kill or on a full disk."""
+    path = folder / f"{name}.jsonl"
+    before = path.read_bytes() if path.exists() else b""
+    write_atomic(path, before + json.dumps(line).encode() + b"\n")
 
 
 def read_document(name: str) -> Any:

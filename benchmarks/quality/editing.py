@@ -27,13 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import varptq
+from benchmarks.common.edits import Box, edited
 from benchmarks.common.judges import CLASSIFIER, LPIPS, REFERENCE, RESNET56
 from benchmarks.common.pages import DOCS, replace
 from benchmarks.common.results import Line, append_line, read_lines
 from varptq.calibrate.config import CalibrationConfig
 from varptq.editing.edit import encode
-from varptq.editing.frame import Frame
-from varptq.editing.masks import box_mask, feather_width, feathered, forced_ids, keep_mask
 from varptq.evaluate.features import FeatureNetwork, load_network
 from varptq.evaluate.frechet import Gaussian, frechet_distance
 from varptq.evaluate.networks.lpips import Lpips
@@ -61,7 +60,7 @@ class Task:
 
     name: str
     heading: str
-    box: tuple[float, float, float, float]
+    box: Box
     cfg: float = 0.0
 
     def asked(self, labels_N: Tensor) -> Tensor:
@@ -135,20 +134,8 @@ def model(pipe: Pipeline, preset: str, method: str) -> Pipeline:
 
 
 def edited_images(pipe: Pipeline, measures: Measures, task: Task) -> Pixels:
-    """What `varptq.edit` does, for one image each and in batches."""
-    size = pipe.vae.image_size
-    originals = [Image.fromarray(image) for image in measures.images]
-    frame = Frame.of(originals[0].size, size, "crop")
-    mask = box_mask(task.box, frame, pipe.scales.last, inside=True)
-    weight = feathered(mask.pixels, feather_width(None, frame, pipe.scales.last), frame)
-    given = torch.cat([encode(pipe, originals[i : i + BATCH]) for i in range(0, IMAGES, BATCH)])
-    forced = forced_ids(given, keep_mask(mask.cells_PQ, pipe.scales))
     classes = task.asked(measures.labels) if task.cfg else [UNCONDITIONAL] * IMAGES
-    drawn = varptq.generate(pipe, classes, seed=SEED, cfg=task.cfg, forced=forced, batch_size=BATCH)
-    assert drawn.images is not None
-    pairs = zip(originals, to_pixels(drawn.images), strict=True)
-    pasted = [frame.paste(a, Image.fromarray(b), weight) for a, b in pairs]
-    return np.stack([np.asarray(image) for image in pasted])
+    return edited(pipe, measures.images, classes, task.box, cfg=task.cfg, seed=SEED, batch=BATCH)
 
 
 def round_trip(pipe: Pipeline, images: Pixels) -> Pixels:
@@ -162,17 +149,17 @@ def round_trip(pipe: Pipeline, images: Pixels) -> Pixels:
 def one(pipe: Pipeline, measures: Measures, preset: str, method: str, task: Task) -> Line:
     quantized = model(pipe, preset, method)
     started = time.monotonic()
-    edited = edited_images(quantized, measures, task)
+    made = edited_images(quantized, measures, task)
     seconds = time.monotonic() - started
     CACHE.mkdir(parents=True, exist_ok=True)
-    np.savez(CACHE / f"{task.name}-{preset}-{method}.npz", images=edited[:SHOWN])
+    np.savez(CACHE / f"{task.name}-{preset}-{method}.npz", images=made[:SHOWN])
     return {
         "preset": preset,
         "method": method,
         "task": task.name,
         "images": IMAGES,
         "seconds": round(seconds, 1),
-        **measures.of(edited, task),
+        **measures.of(made, task),
         "calibration": CALIBRATION.to_dict() if method else None,
         "version": varptq.__version__,
         "torch": torch.__version__,

@@ -47,17 +47,15 @@ from benchmarks.common.held_out import CALIBRATION, held_out
 from benchmarks.common.judges import CLASSIFIER, FEATURE_BATCH, LPIPS, REFERENCE, RESNET56
 from benchmarks.common.methods_rows import (
     ABLATION,
-    BARE,
-    BARE_METHOD,
     FLOAT,
     NEAREST,
-    OURS,
-    PAPER,
     PRESET,
     PRESET_IMAGES,
     STUDIES,
     VQVAE,
     Study,
+    calibration_method,
+    preset_of,
 )
 from benchmarks.common.results import append_line, read_lines
 from varptq.evaluate.features import load_network, part_of
@@ -90,19 +88,11 @@ class Row(NamedTuple):
 
     @property
     def preset(self) -> str:
-        if self.method == PRESET:
-            return self.width
-        # Methods differ in the transformer; the autoencoder is the float one.
-        if self.method == BARE:
-            return f"{self.width}{OURS}+vae32"
-        return self.width + PAPER + ("+litevar" if "litevar" in self.method else "")
+        return preset_of(self.width, self.method)
 
     @property
     def calibration_method(self) -> str:
-        """LiteVAR is learned rounding with fc2 in float, so a preset and not a method."""
-        if self.method in (BARE, PRESET):
-            return BARE_METHOD
-        return "brecq" if self.method == "litevar" else self.method.removesuffix("+litevar")
+        return calibration_method(self.method)
 
 
 def rows(

@@ -1,0 +1,1 @@
+"""The experiments of the paper: its tables, the rows, what measures them, what they take."""
