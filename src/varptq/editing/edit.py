@@ -119,7 +119,7 @@ def edit(
     found = prepare(pipe, image, task=task, size=size, fit=fit, feather=feather, **chosen, **guided)
     output = generate(
         found.pipe,
-        found.prompt[torch.zeros(candidates, dtype=torch.int64, device="cpu")],
+        found.prompts(candidates),
         seed=seed,
         **found.sampling.to_dict(),
         forced=found.given().repeat_interleave(candidates, 0),
@@ -216,6 +216,10 @@ class PreparedEdit:
     asked: str | None
     view: _View
     feather: int | None
+
+    def prompts(self, candidates: int) -> Prompts:
+        """One for each candidate."""
+        return self.prompt[torch.zeros(candidates, dtype=torch.int64, device="cpu")]
 
     @plain_torch()
     def given(self) -> Tensor:

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -79,6 +79,11 @@ class Job:
     @property
     def stopped(self) -> bool:
         return self.state is State.stopped
+
+    @property
+    def wanted(self) -> bool:
+        """Whether nobody asked it to stop."""
+        return not self._stop.is_set()
 
     def check(self) -> None:
         """Raise `StoppedError` if the job was asked to stop."""
@@ -195,7 +200,7 @@ class Jobs:
             job.run()
 
 
-async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncIterator[Any]:
+async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncGenerator[Any]:
     """The parts of a job as they come, and None whenever its state or progress has changed, and at
     intervals besides, since a follower learns only between two items that its page is closed.
 
