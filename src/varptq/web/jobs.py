@@ -15,8 +15,8 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from varptq.errors import InputError
 
 MAX_WAITING = 100
-# How often a follower looks.
+# How often a follower looks where nothing was emitted.
 POLL_SECONDS = 0.1
 SIGN_OF_LIFE_SECONDS = 1.0
 
@@ -66,6 +66,7 @@ class Job:
         self._parts: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._finished = threading.Event()
+        self._listeners: list[Callable[[], object]] = []
 
     @property
     def finished(self) -> bool:
@@ -99,6 +100,22 @@ class Job:
         """Pass a part of the result to the follower."""
         self.check()
         self._parts.put(part)
+        self._tell()
+
+    @contextmanager
+    def heard(self, listener: Callable[[], object]) -> Iterator[None]:
+        """Call `listener` after every emitted part and at the end, in the thread of the work."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def _tell(self) -> None:
+        for listener in list(self._listeners):
+            # Its event loop has ended.
+            with suppress(RuntimeError):
+                listener()
 
     def stop(self) -> None:
         """Ask the work to stop; a waiting job never starts."""
@@ -128,6 +145,7 @@ class Job:
         finally:
             self.ended = time.monotonic()
             self._finished.set()
+            self._tell()
 
 
 class Jobs:
@@ -208,8 +226,13 @@ async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncGenerator[
     job, so that nothing is computed for a closed page.
     """
     seen, said = (), 0.0
-    try:
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    with ExitStack() as stack:
+        stack.enter_context(job.heard(lambda: loop.call_soon_threadsafe(news.set)))
+        if not keep:
+            stack.callback(lambda: job.finished or jobs.stop(job.id))
         while True:
+            news.clear()
             finished = job.finished
             for part in job.parts():
                 yield part
@@ -219,9 +242,8 @@ async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncGenerator[
                 yield None
             if finished:
                 break
-            await asyncio.sleep(POLL_SECONDS)
-    finally:
-        if not keep and not job.finished:
-            jobs.stop(job.id)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await news.wait()
     if job.error is not None:
         raise job.error

@@ -105,7 +105,9 @@ class Gate:
             async with asyncio.timeout_at(deadline) as passage.limit:
                 await self.app(scope, passage.receive, passage.send)
         except TimeoutError:
-            raise too_late(self.limits.deadline) from None
+            # An answer that has begun in this very moment remains unfinished.
+            if not passage.status:
+                raise too_late(self.limits.deadline) from None
         finally:
             self.under_way -= 1
 
@@ -137,7 +139,7 @@ class _Passage:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.limit is not None:
+            if self.limit is not None and not self.limit.expired():
                 self.limit.reschedule(None)
         await self._send(message)
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from varptq.errors import InputError, OutOfMemoryError, VarptqError
+from varptq.errors import ConfigError, InputError, OutOfMemoryError, VarptqError
 from varptq.settings import SettingError
 
 BAD_REQUEST, SERVER, BUSY = "invalid_request_error", "server_error", "rate_limit_error"
@@ -60,8 +60,7 @@ def refusal_of(error: Exception) -> RefusalError:
     if isinstance(error, SettingError):
         param = str(error.path[0]) if error.path else None
         return RefusalError(400, str(error), param=param, code="invalid_value")
-    if isinstance(error, InputError):
-        # Messages begin with the thing: "class 'kat': unknown".
+    if isinstance(error, InputError | ConfigError):
         return RefusalError(400, str(error), code="invalid_value")
     if isinstance(error, VarptqError):
         return RefusalError(500, str(error), SERVER, headers=NOT_AGAIN)
