@@ -6,7 +6,7 @@ import base64
 import io
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,12 +58,16 @@ class Running:
 
 
 @contextmanager
-def running(models: dict[str, Pipeline], **options: Any) -> Iterator[Running]:
+def running(
+    models: dict[str, Pipeline], stopping: Callable[[], bool] | None = None, **options: Any
+) -> Iterator[Running]:
+    """stopping: in place of what uvicorn says of itself."""
     served = [Served.of(name, pipe) for name, pipe in models.items()]
     wanted = Options(port=0, **options)
     wanted.check()
     listening = listen(wanted.host, wanted.port)
-    server = server_of(api(served, wanted, lambda: server.should_exit), grace=60)
+    app = api(served, wanted, stopping or (lambda: server.should_exit))
+    server = server_of(app, grace=60)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

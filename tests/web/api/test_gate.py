@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -225,16 +226,24 @@ def test_the_work_of_a_client_that_hangs_up_stops(
     assert sampler.scales == 1 + pipe.scales.num_scales
 
 
-def test_told_to_end_it_finishes_and_takes_nothing_new(
+def test_told_to_end_it_finishes_what_it_has(
     waiting: tuple[Pipeline, Held], people: ThreadPoolExecutor
 ) -> None:
     pipe, sampler = waiting
-    with running({"tiny": pipe}) as server:
+    with running({"tiny": pipe}, batch_size=2) as server:
         asked = [ask(people, server, n=2) for _ in range(3)]
         until(lambda: server.measured("requests_under_way") == 3)
-        server.uvicorn.handle_exit(15, None)
-        # 503 to a connection that was open before.
-        with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
-            server.client().images.generate(prompt="cat")
+        server.uvicorn.handle_exit(signal.SIGTERM, None)
         sampler.free.set()
         assert all(len(files(answer.result(PATIENCE))) == 2 for answer in asked)
+    with pytest.raises(openai.APIConnectionError):
+        server.client().images.generate(prompt="cat")
+
+
+def test_told_to_end_it_takes_nothing_new(on_integers: Pipeline) -> None:
+    """Of those whose connection was open before."""
+    with running({"tiny": on_integers}, stopping=lambda: True) as server:
+        answer = server.post(GENERATIONS, json={"prompt": "cat"})
+        assert refused(answer, 503)["code"] == "stopping" and "retry-after" in answer.headers
+        assert httpx.get(f"{server.address}/health", trust_env=False).status_code == 503
+        assert server.client().models.list().data
