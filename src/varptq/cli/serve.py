@@ -27,67 +27,78 @@ STUDIO, API = "only for the studio", "only for the API, --api"
 API_PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 
 
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FOLDER|MODEL]...",
+        help="Folders with artifacts, checkpoints and reports to open. With --api: models to "
+        "serve, folders of artifacts or names.",
+    ),
+]
+Api = Annotated[
+    bool, typer.Option("--api", help="Serve images in the shape of the OpenAI images API.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help=f"Folder for new artifacts and reports, {STUDIO}; default: {OUT}."),
+]
+Host = Annotated[
+    str, typer.Option(help="Address to listen on; 0.0.0.0 requires --auth or --token.")
+]
+Port = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=65535,
+        help="Port to listen on; 0 takes a free one; default: "
+        f"{STUDIO_PORT}, with --api {defaults.PORT}.",
+    ),
+]
+Auth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="USER:PASSWORD", envvar=VARIABLES["auth"], help=f"Require this login, {STUDIO}."
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar=VARIABLES["token"], help=f"Require this bearer token, {API}."),
+]
+Queue = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help=f"Requests under way at a time, others get 429, {API}; default: {defaults.QUEUE}.",
+    ),
+]
+Deadline = Annotated[
+    float | None,
+    typer.Option(
+        min=1,
+        help=f"Seconds after which a request is given up, {API}; default: {defaults.DEADLINE:g}.",
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Images of several requests computed at a time, "
+        f"{API}; default: {defaults.BATCH_SIZE}.",
+    ),
+]
+
+
 def command(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[FOLDER|MODEL]...",
-            help="Folders with artifacts, checkpoints and reports to open. With --api: models to "
-            "serve, folders of artifacts or names.",
-        ),
-    ] = None,
-    api: Annotated[
-        bool, typer.Option("--api", help="Serve images in the shape of the OpenAI images API.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help=f"Folder for new artifacts and reports, {STUDIO}; default: {OUT}."),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 requires --auth or --token.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=65535,
-            help="Port to listen on; 0 takes a free one; default: "
-            f"{STUDIO_PORT}, with --api {defaults.PORT}.",
-        ),
-    ] = None,
-    auth: Annotated[
-        str | None,
-        typer.Option(
-            metavar="USER:PASSWORD", envvar=VARIABLES["auth"], help=f"Require this login, {STUDIO}."
-        ),
-    ] = None,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar=VARIABLES["token"], help=f"Require this bearer token, {API}."),
-    ] = None,
-    queue: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=f"Requests under way at a time, others get 429, {API}; default: {defaults.QUEUE}.",
-        ),
-    ] = None,
-    deadline: Annotated[
-        float | None,
-        typer.Option(
-            min=1,
-            help="Seconds after which a request is given up, "
-            f"{API}; default: {defaults.DEADLINE:g}.",
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Images of several requests computed at a time, "
-            f"{API}; default: {defaults.BATCH_SIZE}.",
-        ),
-    ] = None,
+    sources: Sources = None,
+    api: Api = False,
+    out: Out = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    auth: Auth = None,
+    token: Token = None,
+    queue: Queue = None,
+    deadline: Deadline = None,
+    batch_size: BatchSize = None,
     encoder: options.Encoder = None,
     runtime: options.Runtime = options.RUNTIME,
     device: options.Device = options.DEVICE,

@@ -145,3 +145,18 @@ def test_images_that_nobody_waits_for_leave_the_line(on_integers: Pipeline) -> N
     sampler.free.set()
     assert len(room.parts([jobs[0]])[0]) == len(room.parts([jobs[2]])[0]) == 1
     assert room.sizes == [1, 1] and room.batches.waiting() == 0
+
+
+def test_texts_of_many_lengths_share_a_batch(text_on_integers: Pipeline) -> None:
+    texts = ("a boat", "a boat on a blue lake", "", "two red boats")
+    pipe, sampler = held(text_on_integers)
+    settings = pipe.filled()
+    wishes = [Order(pipe, pipe.prompts([text]), settings, i) for i, text in enumerate(texts)]
+    wishes[1] = replace(wishes[1], prompts=pipe.prompts([texts[1]], "rain"))
+    room = Room.of(8)
+    jobs = submitted(room, wishes, sampler)
+    sampler.free.set()
+    parts = room.parts(jobs)
+    assert room.sizes == [1, 3]
+    for wish, told in zip(wishes, parts, strict=True):
+        assert torch.equal(images(told), alone(wish))

@@ -113,8 +113,6 @@ class Service:
             async for part in parts:
                 if part is not None:
                     files[part.index] = await _encoded(asked, task, part)
-                elif await request.is_disconnected():
-                    raise ClientGoneError
         data = [{"b64_json": file} for file in files]
         said = common(asked, task.size, task.order.seed)
         usage = usage_of(task.order.prompts, task.order.pipe.scales.num_tokens)
@@ -140,6 +138,8 @@ class Service:
                     else:
                         place = sorted(order.previews).index(part.scale)
                         yield event(f"{kind}.partial_image", {**file, "partial_image_index": place})
+        except ClientGoneError:
+            return
         except (RefusalError, VarptqError) as error:
             yield event("error", refusal_of(error).body)
         except Exception as error:
@@ -147,14 +147,18 @@ class Service:
             raise
 
     async def _parts(self, request: Request, job: Job, images: int) -> AsyncGenerator[Part | None]:
-        """What is drawn for a job until all its images are there, and None now and then. Raises
-        why one cannot be drawn, and `RefusalError` at the deadline. Leaving it stops the job."""
+        """What is drawn for a job until all its images are there, and None now and then. Raises why
+        one cannot be drawn, `RefusalError` at the deadline, and `ClientGoneError` once nobody
+        waits. Leaving it stops the job."""
         async with aclosing(follow(self.jobs, job)) as parts:
             async for part in parts:
                 if isinstance(part, Failure):
                     raise part.error
                 if asyncio.get_running_loop().time() > request.state.deadline:
                     raise too_late(self.limits.deadline)
+                # Not every server tells a stream that its client has gone.
+                if part is None and await request.is_disconnected():
+                    raise ClientGoneError
                 yield part
                 images -= part is not None and part.scale is None
                 if images == 0:

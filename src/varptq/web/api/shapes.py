@@ -102,7 +102,6 @@ def common(asked: ImageRequest, size: tuple[int, int], seed: int) -> dict[str, A
     return {
         "background": "opaque",
         "output_format": asked.output_format,
-        "quality": "auto",
         "size": f"{size[0]}x{size[1]}",
         "seed": seed,
     }
