@@ -208,14 +208,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="*", default=MODELS)
+    parser.add_argument("--model", nargs="*", default=list(MODELS))
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=numbers, default=[1, 8, 50])
     parser.add_argument("--batch-sizes", type=numbers, default=[1, 8])
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--quick", action="store_true", help="the demo, few images")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--json", type=Path, help="file for the numbers; other models stay in it")
     parser.add_argument("--machine", default="", help="what CPU this is, for the page")
     parser.add_argument("--report", action="store_true", help="only write docs/serving.md")
     options = parser.parse_args()
@@ -225,11 +225,15 @@ def main() -> None:
     if options.quick:
         options.model, options.clients, options.images = ["demo"], [1, 8], 8
     loads = (options.threads, options.clients, options.batch_sizes, options.images)
-    models = [measure(model, options.config, *loads) for model in options.model]
-    document = {"machine": options.machine, "models": models}
+    document: dict[str, Any] = {"machine": options.machine, "models": []}
+    if options.json and options.json.exists():
+        kept = json.loads(options.json.read_text())["models"]
+        document["models"] = [found for found in kept if found["model"] not in options.model]
+    for model in options.model:
+        document["models"].append(measure(model, options.config, *loads))
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
     print("\n".join(report(document)))
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
