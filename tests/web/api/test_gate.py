@@ -188,6 +188,17 @@ def test_beyond_the_queue_comes_429(
         assert files(server.client().images.generate(prompt="cat"))
 
 
+def test_a_body_that_does_not_come_ends_at_the_deadline(on_integers: Pipeline) -> None:
+    with running({"tiny": on_integers}, deadline=0.3) as server:
+        line = http.client.HTTPConnection(server.address.removeprefix("http://"))
+        line.putrequest("POST", GENERATIONS)
+        line.putheader("content-length", "100")
+        line.endheaders(b"{")
+        answer = line.getresponse()
+        assert answer.status == 504 and b"deadline_exceeded" in answer.read()
+        line.close()
+
+
 def test_a_request_ends_at_its_deadline_and_so_does_its_work(
     waiting: tuple[Pipeline, Held],
 ) -> None:
@@ -212,8 +223,7 @@ def test_the_work_of_a_client_that_hangs_up_stops(
     pipe, sampler = waiting
     wish = {"prompt": "cat", "n": 10, "stream": stream}
     with running({"tiny": pipe}, batch_size=2) as server:
-        address = server.address.removeprefix("http://").split(":")
-        line = http.client.HTTPConnection(address[0], int(address[1]))
+        line = http.client.HTTPConnection(server.address.removeprefix("http://"))
         line.request("POST", GENERATIONS, json.dumps(wish))
         until(lambda: sampler.scales == 1)
         assert server.measured("requests_under_way") == 1
