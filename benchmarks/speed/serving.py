@@ -8,10 +8,9 @@
 For each model an artifact with random weights is made (of `demo` with its own), rounded to nearest,
 whose time is that of any rounding, and served by `varptq serve --api` in a process of its own. C
 clients, each OpenAI's own, ask for one image after another until --images are drawn (at least one
-for each client). `alone` is `varptq.generate` in a process without a server, an image at a time:
-what is lost to HTTP, PNG and waiting shows against it. Times are of the wall, which other programs
-make longer; the CPU time of an image is the server's own. --quick: the demo, few images. --report:
-only write docs/serving.md, from the file of results.
+for each client). Times are of the wall, which other programs make longer; the CPU time of an image
+is the server's own. --quick: the demo, few images. --report: only write docs/serving.md, from the
+file of results.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ ADDRESS = re.compile(r"varptq api: (http://\S+)/v1$", re.MULTILINE)
 COUNTS = ("batch_images_sum", "batch_images_count", "cpu_seconds_total")
 COUNTED = re.compile(rf"^(?:varptq|process)_({'|'.join(COUNTS)})(?:{{.*}})? (\S+)$", re.MULTILINE)
 START_SECONDS = 300
-ALONE = 5
 Level = dict[str, float]
 
 
@@ -61,19 +59,6 @@ def make(model: str, config: str, folder: Path) -> None:
         depth = preset(model).transformer_arch.depth
         pipe = few_blocks.build(model, depth, torch.float32)
     varptq.save(simulated(pipe, config), folder)
-
-
-def alone(folder: Path, images: int) -> Level:
-    """Median seconds of one image without a server, of the wall and of the CPU."""
-    pipe = varptq.load(folder)
-    clocks = {"median": time.perf_counter, "CPU an image": time.process_time}
-    times: dict[str, list[float]] = {name: [] for name in clocks}
-    for number in range(images + 1):
-        started = {name: clock() for name, clock in clocks.items()}
-        varptq.generate(pipe, [number % 10], seed=number)
-        for name, clock in clocks.items():
-            times[name].append(clock() - started[name])
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 @contextmanager
@@ -160,9 +145,7 @@ def measure(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "served"
         make(model, config, folder)
-        torch.set_num_threads(threads)
         found: dict[str, Any] = {"model": model, "config": config, "threads": threads}
-        found["alone"] = alone(folder, min(ALONE, images))
         for size in batch_sizes:
             with serving(folder, threads, size) as address:
                 asyncio.run(load(address, 1, 1))  # what a first image sets up
@@ -177,11 +160,9 @@ def report(document: dict[str, Any]) -> Iterator[str]:
     head += ["CPU s an image"]
     columns = ("images a second", "median", "95%", "longest", "CPU an image")
     for found in document["models"]:
-        alone = found["alone"]
         yield (
             f"**{found['model']}, {found['config']}, {found['threads']} threads**, "
-            f"{document['machine']}; without a server an image takes {alone['median']:.2f} s, "
-            f"{alone['CPU an image']:.2f} s of the CPU:"
+            f"{document['machine']}:"
         )
         yield ""
         rows = [

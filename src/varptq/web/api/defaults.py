@@ -1,6 +1,6 @@
 """How the API serves where nobody says otherwise. Without imports, so that --help stays quick.
 
-On a CPU a batch takes about as long as its images one by one, so small batches answer sooner.
+An image is answered with its whole batch, so small batches answer sooner.
 """
 
 PORT = 8000
