@@ -32,7 +32,7 @@ from varptq.editing.masks import (
 from varptq.editing.reading import MaskLike
 from varptq.errors import InputError
 from varptq.models.bare import bare
-from varptq.models.generate import DEFAULT_BATCH, Output, generate
+from varptq.models.generate import DEFAULT_BATCH, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts
 from varptq.models.sampling import PerScale, SamplingSettings, listed
@@ -112,30 +112,57 @@ def edit(
     new are mixed, None is half a token. raw: the model's own image, not pasted. Candidate i draws
     from (seed, first_index + i) alone. Raises `InputError` and `ConfigError`.
     """
+    if candidates < 1:
+        raise InputError(f"candidates {candidates}: must be at least 1")
+    guided: dict[str, Any] = {"cfg": cfg, "tau": tau, "top_k": top_k, "top_p": top_p}
+    chosen: dict[str, Any] = {"mask": mask, "box": box, "to": to, "negative": negative}
+    found = prepare(pipe, image, task=task, size=size, fit=fit, feather=feather, **chosen, **guided)
+    output = generate(
+        found.pipe,
+        found.prompts(candidates),
+        seed=seed,
+        **found.sampling.to_dict(),
+        forced=found.given().repeat_interleave(candidates, 0),
+        first_index=first_index,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    assert output.images is not None
+    images, before, mask = found.pictures(output.images, raw=raw)
+    said = (found.keep_L, found.asked, found.sampling, seed, first_index)
+    return EditResult(images, output.tokens, before, mask, *said)
+
+
+@plain_torch()
+def prepare(
+    pipe: Pipeline,
+    image: ImageLike,
+    *,
+    task: str = "inpaint",
+    mask: MaskLike | None = None,
+    box: Sequence[float] | None = None,
+    to: Any = None,
+    negative: Any = None,
+    size: Any = None,
+    fit: str = "crop",
+    cfg: float | Sequence[float] | None = None,
+    tau: float | Sequence[float] | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    feather: int | None = None,
+) -> PreparedEdit:
+    """An edit that is checked and not drawn yet; arguments and errors are those of `edit`."""
     pipe = bare(pipe)
     wanted = SamplingSettings(cfg=listed(cfg), tau=listed(tau), top_k=top_k, top_p=top_p)
-    _check(pipe, task, to, candidates, feather)
+    _check(pipe, task, to, feather)
     before = read_image(image)
     pipe = _sized(pipe, size, before)
     sampling = _sampling(pipe, task, wanted, asks=to is not None or negative is not None)
     view = _View.of(before, pipe, task, mask, box, fit)
     keep_L = keep_mask(view.mask.cells_PQ, pipe.scales)
     prompt = pipe.prompts(_one(pipe, to), negative)
-    output = generate(
-        pipe,
-        prompt[torch.zeros(candidates, dtype=torch.int64, device="cpu")],
-        seed=seed,
-        **sampling.to_dict(),
-        forced=forced_ids(encode(pipe, [view.seen]), keep_L).repeat_interleave(candidates, 0),
-        first_index=first_index,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    pictures = view.raw(output) if raw else view.pasted(output, feather)
     asked = None if to is None else prompt.titles()[0]
-    return EditResult(
-        pictures[0], output.tokens, *pictures[1:], keep_L, asked, sampling, seed, first_index
-    )
+    return PreparedEdit(pipe, prompt, sampling, keep_L, asked, view, feather)
 
 
 @dataclass(frozen=True)
@@ -164,22 +191,47 @@ class _View:
     def seen(self) -> Image.Image:
         return self.frame.to_model(flattened(self.image))
 
-    def raw(self, output: Output) -> Pictures:
+    def raw(self, drawn: list[Image.Image]) -> Pictures:
         """The model's own images, its input, and the mask as it sees it."""
         mask = self.frame.mask_to_model(self.mask.pixels)
-        return _images(output), self.seen, Image.fromarray(mask).convert("L")
+        return drawn, self.seen, Image.fromarray(mask).convert("L")
 
-    def pasted(self, output: Output, feather: int | None) -> Pictures:
+    def pasted(self, drawn: list[Image.Image], feather: int | None) -> Pictures:
         """The image with what was drawn laid over it, the image, and the weight of that."""
         width = feather_width(feather, self.frame, self.last)
         weight = feathered(self.mask.pixels, width, self.frame)
-        found = [self.frame.paste(self.image, drawn, weight) for drawn in _images(output)]
-        return found, self.image, weight
+        return [self.frame.paste(self.image, one, weight) for one in drawn], self.image, weight
 
 
-def _images(output: Output) -> list[Image.Image]:
-    assert output.images is not None
-    return [Image.fromarray(pixels) for pixels in to_pixels(output.images)]
+@dataclass(frozen=True)
+class PreparedEdit:
+    """An edit that is checked and not drawn yet, so that its candidates can be drawn in a batch
+    with other images. pipe: the model at the size it draws; prompt: one; keep_L, asked, sampling:
+    as in `EditResult`. Pixels go to `pictures` as they come, unfinished ones too."""
+
+    pipe: Pipeline
+    prompt: Prompts
+    sampling: SamplingSettings
+    keep_L: Tensor
+    asked: str | None
+    view: _View
+    feather: int | None
+
+    def prompts(self, candidates: int) -> Prompts:
+        """One for each candidate."""
+        return self.prompt[torch.zeros(candidates, dtype=torch.int64, device="cpu")]
+
+    @plain_torch()
+    def given(self) -> Tensor:
+        """Tokens of the image as `generate(forced=...)` takes them, for one candidate: int64 (1, L)
+        or (1, L, draws), -1 where they are drawn. The image is encoded for it."""
+        return forced_ids(encode(self.pipe, [self.view.seen]), self.keep_L)
+
+    def pictures(self, images_B3HW: Tensor, *, raw: bool = False) -> Pictures:
+        """Candidates, what they are compared with, and where they differ, of the B images in [0, 1]
+        that the model drew; raw: not pasted."""
+        drawn = [Image.fromarray(pixels) for pixels in to_pixels(images_B3HW)]
+        return self.view.raw(drawn) if raw else self.view.pasted(drawn, self.feather)
 
 
 def encode(pipe: Pipeline, images: Sequence[Image.Image]) -> Tensor:
@@ -190,11 +242,9 @@ def encode(pipe: Pipeline, images: Sequence[Image.Image]) -> Tensor:
     return pipe.vae.encode(x_B3SS.to(pipe.device))
 
 
-def _check(pipe: Pipeline, task: str, to: Any, candidates: int, feather: int | None) -> None:
-    """Raise `InputError` for counts, and for a task that is unknown, of another kind of model, or
+def _check(pipe: Pipeline, task: str, to: Any, feather: int | None) -> None:
+    """Raise `InputError` for a width, and for a task that is unknown, of another kind of model, or
     lacks what it is towards."""
-    if candidates < 1:
-        raise InputError(f"candidates {candidates}: must be at least 1")
     if feather is not None and feather < 0:
         raise InputError(f"feather {feather}: must be 0 pixels or more")
     if task not in TASKS:

@@ -26,7 +26,6 @@ from varptq.models.sampling import (
     ImageRandom,
     SamplingSettings,
     at_tau,
-    image_randoms,
     listed,
 )
 from varptq.models.seams import run_stages, spans_of
@@ -34,6 +33,8 @@ from varptq.progress import Progress, silent
 from varptq.torch_state import plain_torch
 
 DEFAULT_BATCH = 16
+# The random numbers of an image: seed, and index among the images of that seed.
+Stream = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def generate(
     guide_at: Sequence[int] = (LOGITS,),
     forced: Tensor | None = None,
     first_index: int = 0,
+    streams: Sequence[Stream] | None = None,
     batch_size: int = DEFAULT_BATCH,
     decode: bool = True,
     on_scale: Callable[[ScaleEvent], None] | None = None,
@@ -85,10 +87,11 @@ def generate(
     prompts, negative: B class ids or names, or texts, as `Pipeline.prompts` takes them. size: as
     `Pipeline.sized` takes it; None is the model's own. forced: int64 tokens to use instead of
     sampling, shaped as those of the output, -1 where free. Image i draws from (seed, first_index +
-    i) only. cfg .. guided_scales: fields of `SamplingSettings`. guide_at: where guidance mixes its
-    two rows: 0 the logits; -m, for Infinity, hidden states after the m-th last block; without 0 the
-    asked row alone gives the logits. Source: VAR paper (sampling), docs/method.md section 1. Raises
-    `InputError` for prompts, a size, forced tokens or batch_size that cannot be used, `ConfigError`
+    i) only, or from the i-th of `streams`, where images of several seeds share a batch. cfg ..
+    guided_scales: fields of `SamplingSettings`. guide_at: where guidance mixes its two rows: 0 the
+    logits; -m, for Infinity, hidden states after the m-th last block; without 0 the asked row alone
+    gives the logits. Source: VAR paper (sampling), docs/method.md section 1. Raises `InputError`
+    for prompts, a size, forced tokens, streams or a batch_size that cannot be used, `ConfigError`
     for settings, `OutOfMemoryError` for a batch that does not fit, with how many images would.
     """
     shared: dict[str, Any] = {"cfg": listed(cfg), "tau": listed(tau), "top_k": top_k}
@@ -99,16 +102,17 @@ def generate(
     forced = _check_forced(pipe, forced, len(asked))
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: must be at least 1")
+    drawn_from = _check_streams(streams, seed, first_index, len(asked))
     images, tokens = [], []
     progress("generate", 0, len(asked))
     for start in range(0, len(asked), batch_size):
         rows = slice(start, min(start + batch_size, len(asked)))
-        randoms = image_randoms(seed, range(first_index + rows.start, first_index + rows.stop))
+        randoms = [ImageRandom(*stream) for stream in drawn_from[rows]]
         part = None if forced is None else forced[rows]
         try:
             ids, f_hat = _generate_batch(pipe, asked[rows], plan, randoms, part, rows, on_scale)
             if decode:
-                images.append(_decode(pipe, f_hat))
+                images.append(decoded(pipe, f_hat))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -116,6 +120,16 @@ def generate(
         tokens.append(ids)
         progress("generate", rows.stop, len(asked))
     return Output(torch.cat(images) if decode else None, torch.cat(tokens))
+
+
+def _check_streams(
+    streams: Sequence[Stream] | None, seed: int, first_index: int, count: int
+) -> Sequence[Stream]:
+    if streams is None:
+        return [(seed, first_index + i) for i in range(count)]
+    if len(streams) != count:
+        raise InputError(f"streams: {len(streams)}, expected {count}, one for each prompt")
+    return streams
 
 
 def _check_forced(pipe: Pipeline, forced: Tensor | None, count: int) -> Tensor | None:
@@ -135,8 +149,10 @@ def _check_forced(pipe: Pipeline, forced: Tensor | None, count: int) -> Tensor |
     return forced.to(pipe.device)
 
 
+@plain_torch()
 @torch.inference_mode()
-def _decode(pipe: Pipeline, f_hat: Tensor) -> Tensor:
+def decoded(pipe: Pipeline, f_hat: Tensor) -> Tensor:
+    """Features of B images, complete ones or a `ScaleEvent`'s -> (B, 3, H, W) float32, 0 to 1."""
     parts = f_hat.split(1) if pipe.image_by_image else (f_hat,)
     # The layout of a slice may depend on what it was cut from.
     images = [pipe.vae.decode_features(part.contiguous()) for part in parts]

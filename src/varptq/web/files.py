@@ -27,12 +27,9 @@ from varptq.errors import InputError, OutputError, VarptqError
 from varptq.models.prompt_files import read_prompts
 from varptq.models.texts import TextPrompts
 from varptq.pictures import slug
+from varptq.web.limits import MAX_BYTES, MAX_PIXELS
 from varptq.web.studio import toasts
 from varptq.web.surroundings import CACHE
-
-MAX_BYTES = 25_000_000
-# Below the limit of `reading`, since 20 people may upload at the same time.
-MAX_PIXELS = 25_000_000
 
 
 def picture(path: str | None) -> Image.Image:

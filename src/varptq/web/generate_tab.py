@@ -21,11 +21,10 @@ from PIL import Image
 
 from varptq import readable
 from varptq.artifact.sizes import quantized_size, transformer_size
-from varptq.models.generate import ScaleEvent, generate
+from varptq.models.generate import ScaleEvent, decoded, generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import SamplingSettings
 from varptq.pictures import VISIBLE_SIDE, Pixels, to_pixels
-from varptq.torch_state import plain_torch
 from varptq.web import parts
 from varptq.web.asking import Asking, Sampling, Wish, settings
 from varptq.web.catalogue import Entry, Kind
@@ -100,7 +99,8 @@ def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
         nonlocal shown
         job.progress("drawing", event.scale + 1, pipe.scales.num_scales)
         started = time.monotonic()
-        job.emit(Drawing(decoded(pipe, event.f_hat), name, event.scale, pipe.scales.num_scales))
+        images = to_pixels(decoded(pipe, event.f_hat))
+        job.emit(Drawing(images, name, event.scale, pipe.scales.num_scales))
         shown += time.monotonic() - started
 
     sampling = request.settings_of(pipe).to_dict()
@@ -118,13 +118,6 @@ def draw(studio: Studio, entry: Entry, request: Request, job: Job) -> None:
     last = pipe.scales.num_scales
     facts = facts_of(pipe, request.count, spent)
     job.emit(Drawing(to_pixels(output.images), name, last, last, facts))
-
-
-@plain_torch()
-@torch.inference_mode()
-def decoded(pipe: Pipeline, f_hat: torch.Tensor) -> Pixels:
-    """(B, H, W, 3) pictures of features that are not complete yet."""
-    return to_pixels(pipe.vae.decode_features(f_hat).float().add(1).mul(0.5))
 
 
 def facts_of(pipe: Pipeline, count: int, spent: float) -> tuple[tuple[str, str], ...]:

@@ -14,7 +14,8 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 from varptq.errors import InputError
 
 MAX_WAITING = 100
-# How often a follower looks.
+# How often a follower looks where nothing was emitted.
 POLL_SECONDS = 0.1
 SIGN_OF_LIFE_SECONDS = 1.0
 
@@ -66,6 +67,7 @@ class Job:
         self._emitted = 0
         self._stop = threading.Event()
         self._finished = threading.Event()
+        self._listeners: list[Callable[[], object]] = []
 
     @property
     def finished(self) -> bool:
@@ -79,6 +81,11 @@ class Job:
     @property
     def stopped(self) -> bool:
         return self.state is State.stopped
+
+    @property
+    def wanted(self) -> bool:
+        """Whether nobody asked it to stop."""
+        return not self._stop.is_set()
 
     def check(self) -> None:
         """Raise `StoppedError` if the job was asked to stop."""
@@ -98,6 +105,22 @@ class Job:
             self._emitted += 1
             earlier = [entry for entry in self._parts if entry[1] is not part]
             self._parts = [*earlier, (self._emitted, part)]
+        self._tell()
+
+    @contextmanager
+    def heard(self, listener: Callable[[], object]) -> Iterator[None]:
+        """Call `listener` after every emitted part and at the end, in the thread of the work."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def _tell(self) -> None:
+        for listener in list(self._listeners):
+            # Its event loop has ended.
+            with suppress(RuntimeError):
+                listener()
 
     def stop(self) -> None:
         """Ask the work to stop; a waiting job never starts."""
@@ -125,6 +148,7 @@ class Job:
         finally:
             self.ended = time.monotonic()
             self._finished.set()
+            self._tell()
 
 
 class Jobs:
@@ -197,7 +221,7 @@ class Jobs:
             job.run()
 
 
-async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncIterator[Any]:
+async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncGenerator[Any]:
     """The parts of a job as they come, and None whenever its state or progress has changed, and at
     intervals besides, since a follower learns only between two items that its page is closed.
 
@@ -205,8 +229,13 @@ async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncIterator[A
     job, so that nothing is computed for a closed page.
     """
     seen, said, number = (), 0.0, 0
-    try:
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    with ExitStack() as stack:
+        stack.enter_context(job.heard(lambda: loop.call_soon_threadsafe(news.set)))
+        if not keep:
+            stack.callback(lambda: job.finished or jobs.stop(job.id))
         while True:
+            news.clear()
             finished = job.finished
             number, parts = job.parts(number)
             for part in parts:
@@ -217,9 +246,8 @@ async def follow(jobs: Jobs, job: Job, *, keep: bool = False) -> AsyncIterator[A
                 yield None
             if finished:
                 break
-            await asyncio.sleep(POLL_SECONDS)
-    finally:
-        if not keep and not job.finished:
-            jobs.stop(job.id)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await news.wait()
     if job.error is not None:
         raise job.error

@@ -1,6 +1,6 @@
-"""Middleware for every request and response: the security headers, what a browser keeps, no
-addresses in place of files, and uploads that cannot be stored. Knows no page; `server.py` puts it
-around the app."""
+"""How much may be uploaded; and middleware for every request and response of the studio: the
+security headers, what a browser keeps, no addresses in place of files, and uploads that cannot be
+stored. Knows no page; `server.py` puts it around the app."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from varptq.web.surroundings import CACHE
 
+# Of a picture, or of a file of prompts.
+MAX_BYTES = 25_000_000
+# Below the limit of `reading`, since 20 people may upload at the same time.
+MAX_PIXELS = 25_000_000
 # Some of the app's own scripts are inline, and some pictures are made in the page (blob:, data:).
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "

@@ -7,32 +7,26 @@ browser from contacting other servers.
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import os
 import secrets
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
-import uvicorn
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from varptq.errors import InputError, OutputError
 from varptq.web import app, theme
+from varptq.web.address import is_local, listen, only_known_names, server_of, url
 from varptq.web.catalogue import Catalogue
-from varptq.web.files import MAX_BYTES
 from varptq.web.jobs import Jobs
-from varptq.web.limits import KeptUploads, OwnFilesOnly, PolicyHeaders, QuickFiles
+from varptq.web.limits import MAX_BYTES, KeptUploads, OwnFilesOnly, PolicyHeaders, QuickFiles
 from varptq.web.loaded import LoadedModels
 from varptq.web.studio import Studio
 from varptq.web.surroundings import claim_cache
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 MIN_PASSWORD = 8
 
 
@@ -50,14 +44,6 @@ class Options:
             raise InputError(
                 f"host {self.host}: other machines can reach it; give --auth USER:PASSWORD too"
             )
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def parse_auth(text: str) -> tuple[str, str]:
@@ -127,34 +113,10 @@ def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -
     cannot be stored.
     """
     options.check()
-    listening = _listen(options.host, options.port)
-    port = listening.getsockname()[1]
-    name = f"[{options.host}]" if ":" in options.host else options.host
-    server = uvicorn.Server(
-        uvicorn.Config(web_app(studio, options), log_level="warning", timeout_graceful_shutdown=1)
-    )
-    announce(f"http://{name}:{port}/")
+    listening = listen(options.host, options.port)
+    server = server_of(web_app(studio, options), grace=1)
+    announce(f"{url(options.host, listening)}/")
     server.run(sockets=[listening])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except (OSError, ValueError) as error:  # ValueError: not a valid name, such as "a..b"
-        why = getattr(error, "strerror", None) or "not a valid name"
-        raise InputError(f"host {host!r}: cannot be used ({why}); choose another --host") from None
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
-        raise InputError(
-            f"host {host}, port {port}: cannot be used ({error.strerror}); choose another {other}"
-        ) from None
-    return listening
 
 
 def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
@@ -168,14 +130,11 @@ def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
 
 
 def _middleware(options: Options, uploads: Path) -> list[Middleware]:
-    """The policy on every response. If only this machine may ask, also no other name in `Host`, so
-    that a foreign page cannot reach the studio through a name that points to this machine."""
-    used = [
+    """The policy on every response, and what a browser may ask for."""
+    return [
         Middleware(PolicyHeaders),
         Middleware(QuickFiles, local=is_local(options.host)),
         Middleware(OwnFilesOnly),
         Middleware(KeptUploads, folder=uploads),
+        *only_known_names(options.host),
     ]
-    if is_local(options.host):
-        used.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, options.host]))
-    return used

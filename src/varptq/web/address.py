@@ -1,0 +1,70 @@
+"""The address at which a server of this package answers: whom it reaches, and under which names.
+
+Knows neither pages nor an API.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+
+import uvicorn
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp
+
+from varptq.errors import InputError
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def only_known_names(host: str) -> list[Middleware]:
+    """If only this machine may ask, a middleware that refuses other names in `Host`, so that a
+    foreign page cannot reach the server through a name that points to this machine."""
+    if not is_local(host):
+        return []
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, host])]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one. Raises `InputError` for an address that
+    cannot be used."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except (OSError, ValueError) as error:  # ValueError: not a valid name, such as "a..b"
+        why = getattr(error, "strerror", None) or "not a valid name"
+        raise InputError(f"host {host!r}: cannot be used ({why}); choose another --host") from None
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise InputError(
+            f"host {host}, port {port}: cannot be used ({error.strerror}); choose another {other}"
+        ) from None
+    return listening
+
+
+def url(host: str, listening: socket.socket) -> str:
+    """Without a path."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listening.getsockname()[1]}"
+
+
+def server_of(app: ASGIApp, grace: int) -> uvicorn.Server:
+    """Not started. Told to end, it accepts nothing new and gives what it answers `grace`
+    seconds."""
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace)
+    return uvicorn.Server(config)
