@@ -18,6 +18,7 @@ from varptq.models.rotary import Rotary
 from varptq.models.sampling import DrawPlan, ImageRandom, PerImageSampler, Sampler
 from varptq.models.seams import LAYER_NORM_EPS, Span
 from varptq.native import attention, binding, convolution, linear, quantize, sampler
+from varptq.native.build import WITHOUT
 from varptq.native.phi import add_phi
 from varptq.native.room import Room
 from varptq.quant.codebook import HALVES, reach
@@ -39,7 +40,8 @@ def cpu_kernels() -> Kernels:
     """The native core if it is available, else torch's integer products, with a warning."""
     if binding.core() is not None:
         return NativeKernels()
-    warnings.warn(f"runtime 'cpu' takes its slow path: {binding.reason()}", stacklevel=2)
+    message = f"runtime 'cpu' takes its slow path: {binding.reason()}; {WITHOUT}"
+    warnings.warn(message, stacklevel=2)
     return TorchKernels()
 
 
