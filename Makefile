@@ -53,12 +53,15 @@ ARM_RUN ?= qemu-aarch64-static -L /usr/aarch64-linux-gnu
 test-arm: $(STAMP)  ## the same for 64-bit ARM (needs g++-aarch64-linux-gnu, qemu-user-static)
 	ASAN_OPTIONS=detect_leaks=0 CXX="$(ARM_CXX)" $(BIN)/python -m varptq.native.build --sanitize --emulator "$(ARM_RUN)"
 
-# CXX chooses the machine. auditwheel ends with an error where a wheel's name promises more than its library keeps.
-wheels: $(STAMP)  ## wheels and the sdist in dist/; the one for 64-bit ARM where its compiler is
+# The compiler zig has the C libraries of both machines, from glibc 2.17 on.
+GLIBC ?= 2.28
+wheels: $(STAMP)  ## the sdist and the wheels of Linux, x86-64 and 64-bit ARM, in dist/
 	rm -rf dist
-	$(BIN)/python -m build --sdist --wheel
-	@if command -v $(firstword $(ARM_CXX)) > /dev/null; then CXX="$(ARM_CXX)" $(BIN)/python -m build --wheel; 	  else echo "no $(firstword $(ARM_CXX)): no wheel for 64-bit ARM"; fi
-	@for wheel in dist/*.whl; do $(BIN)/python -m auditwheel show $$wheel || exit 1; done
+	$(BIN)/python -m pip install --quiet -e '.[wheels]'
+	$(BIN)/python -m build --no-isolation --sdist
+	for machine in x86_64 aarch64; do CXX="$(CURDIR)/$(BIN)/python -m ziglang c++ -target $$machine-linux-gnu.$(GLIBC)" \
+	  $(BIN)/python -m build --no-isolation --wheel || exit 1; done
+	$(BIN)/python tests/helpers/wheel_audit.py dist/*.whl
 
 # The tests of pages drive Debian's chromium. Without it, and without the rights to install it, they skip and say so.
 browser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,20 @@ from pathlib import Path
 
 import pytest
 
+from helpers.wheel_audit import complaint
+from varptq.errors import ConfigError
 from varptq.native import build
 
 ROOT = Path(__file__).parents[2]
 hatch_build = pytest.importorskip("hatch_build", reason="hatchling is not installed")
+
+
+@pytest.fixture
+def compiler() -> list[str]:
+    try:
+        return build.compiler()
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 def wheel_in(folder: Path, **environment: str) -> tuple[Path, str]:
@@ -36,9 +47,8 @@ def wheel_in(folder: Path, **environment: str) -> tuple[Path, str]:
 @pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
+@pytest.mark.usefixtures("compiler")
 def test_a_wheel_holds_the_core_and_promises_no_more_than_that_keeps(tmp_path: Path) -> None:
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("no C++ compiler")
     wheel, _ = wheel_in(tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -51,10 +61,11 @@ def test_a_wheel_holds_the_core_and_promises_no_more_than_that_keeps(tmp_path: P
     core = ctypes.CDLL(str(library))
     core.vq_source_hash.restype = ctypes.c_char_p
     assert core.vq_source_hash().decode() == build.source_hash()
-    # The auditor of the index agrees; it exits with an error where the name promises too much.
-    auditor = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
-    said = subprocess.run(auditor, capture_output=True, text=True, check=False)
-    assert said.returncode == 0 and "manylinux_2_" in said.stdout, said.stdout + said.stderr
+    assert complaint(wheel) is None
+    # The same wheel under the name of an older system.
+    old = wheel.with_name(re.sub(r"manylinux_2_\d+", "manylinux_2_5", wheel.name))
+    wheel.rename(old)
+    assert "auditwheel finds manylinux_2_" in (complaint(old) or "")
 
 
 @pytest.mark.slow
@@ -66,11 +77,11 @@ def test_without_a_compiler_a_wheel_says_in_one_line_what_is_slower(tmp_path: Pa
     assert "no C++ compiler (no-such-compiler)" in line and build.WITHOUT in line
 
 
-def compiled(folder: Path, *flags: str) -> Path:
+def compiled(compiler: list[str], folder: Path, *flags: str) -> Path:
     """A small library that throws, and so needs a C++ runtime."""
     source, library = folder / "one.cpp", folder / "one.so"
     source.write_text('extern "C" int one() { try { throw 1; } catch (int i) { return i; } }\n')
-    command = [*build.compiler(), "-shared", "-fPIC", *flags, str(source), "-o", str(library)]
+    command = [*compiler, "-shared", "-fPIC", *flags, str(source), "-o", str(library)]
     subprocess.run(command, check=True)
     return library
 
@@ -78,12 +89,12 @@ def compiled(folder: Path, *flags: str) -> Path:
 @pytest.mark.native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
 def test_a_library_that_needs_a_cpp_runtime_is_for_this_machine_alone(tmp_path: Path) -> None:
-    if not shutil.which("g++"):
+    if not (gcc := shutil.which("g++")):
         pytest.skip("no g++")
-    shared = compiled(tmp_path)
+    shared = compiled([gcc], tmp_path)
     assert hatch_build.glibc_minor(shared) is None
     assert hatch_build.platform_tag(shared, "x86_64", "linux") == "linux_x86_64"
-    own = compiled(tmp_path, "-static-libstdc++", "-static-libgcc")
+    own = compiled([gcc], tmp_path, "-static-libstdc++", "-static-libgcc")
     assert hatch_build.platform_tag(own, "x86_64", "linux").startswith("manylinux_2_")
 
 

@@ -112,17 +112,29 @@ _MACHINES = {"__x86_64__": "x86_64", "__aarch64__": "aarch64"}
 _SYSTEMS = {"__linux__": "linux", "__APPLE__": "macos", "_WIN32": "windows"}
 
 
-def target_of(command: Sequence[str]) -> Target:
-    """Asks a compiler for the macros it predefines, since it need not make code for this machine.
+def _macros(command: Sequence[str]) -> set[str]:
+    """The macros that a compiler and its C++ library define. Raises `ConfigError` where the command
+    is no compiler."""
+    said = _run([*command, "-dM", "-E", "-x", "c++", "-include", "cstddef", os.devnull])
+    return {line.split()[1] for line in said.splitlines() if line.startswith("#define ")}
 
-    Raises `ConfigError` where the command is no compiler."""
-    macros = set(_run([*command, "-dM", "-E", "-x", "c++", os.devnull]).split())
+
+def target_of(command: Sequence[str]) -> Target:
+    """Asks a compiler, since it need not make code for this machine. Raises `ConfigError` where
+    the command is no compiler."""
+    macros = _macros(command)
     return Target(
         *(
             next((name for macro, name in names.items() if macro in macros), "other")
             for names in (_MACHINES, _SYSTEMS)
         )
     )
+
+
+def _asked(command: Sequence[str], question: str) -> str:
+    """What a compiler says of itself; empty where it does not know the question."""
+    done = subprocess.run([*command, question], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _link_flags(command: Sequence[str], target: Target) -> list[str]:
@@ -132,9 +144,10 @@ def _link_flags(command: Sequence[str], target: Target) -> list[str]:
         return ["-static", "-s"]
     if target.system != "linux":
         return []
-    archive = _run([*command, "-print-file-name=libstdc++.a"]).strip()
-    static = ["-static-libstdc++", "-static-libgcc"] if os.path.isabs(archive) else []
-    return [*static, "-Wl,--exclude-libs,ALL", "-s"]
+    archive = _asked(command, "-print-file-name=libstdc++.a")
+    if "__GLIBCXX__" not in _macros(command) or not os.path.isabs(archive):
+        return ["-s"]
+    return ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s"]
 
 
 class Unit(NamedTuple):
@@ -193,11 +206,11 @@ class _Build:
     def __init__(self, kind: str, options: Sequence[str], *, force: bool = False) -> None:
         self.compiler, self.options, self.force = compiler(), tuple(options), force
         self.target = target_of(self.compiler)
-        # A folder for each machine: a cross-build leaves this machine's objects alone.
-        self.folder = OBJECTS / f"{kind}-{self.target.machine}"
-        named = repr((self.compiler, _run([*self.compiler, "--version"])))
+        named = repr((self.compiler, _asked(self.compiler, "--version"))).encode()
+        # A folder for each compiler: a cross-build leaves this machine's objects alone.
+        self.folder = OBJECTS / f"{kind}-{self.target.machine}-{_digest([named])}"
         headers = sorted(SOURCES.rglob("*.h"))
-        self.common = [named.encode(), *(p.read_bytes() for p in headers)]
+        self.common = [named, *(p.read_bytes() for p in headers)]
 
     def objects(self, wanted: Sequence[Unit]) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
