@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 _PLATFORM = re.compile(r"manylinux_2_(\d+)_(\w+)")
+# The wheel's own name stands before it, without quotes.
+_FOUND = re.compile(f'"{_PLATFORM.pattern}"')
 
 
 def complaint(wheel: Path) -> str | None:
@@ -19,7 +21,7 @@ def complaint(wheel: Path) -> str | None:
     command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     promised = _PLATFORM.search(wheel.stem)
-    found = _PLATFORM.search(done.stdout)
+    found = _FOUND.search(done.stdout)
     if promised is None:
         return f"{wheel.name}: expected a name with manylinux_2_N"
     if done.returncode or found is None:

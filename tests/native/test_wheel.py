@@ -65,7 +65,7 @@ def test_a_wheel_holds_the_core_and_promises_no_more_than_that_keeps(tmp_path: P
     # The same wheel under the name of an older system.
     old = wheel.with_name(re.sub(r"manylinux_2_\d+", "manylinux_2_5", wheel.name))
     wheel.rename(old)
-    assert "auditwheel finds manylinux_2_" in (complaint(old) or "")
+    assert "auditwheel finds" in (complaint(old) or "")
 
 
 @pytest.mark.slow
