@@ -46,6 +46,7 @@ def _forget_afterwards() -> Iterator[None]:
 def test_a_missing_library_is_a_reason_not_an_error(loading: Path) -> None:
     assert binding.core() is None
     assert "not built: run `python -m varptq.native.build`" in binding.reason()
+    assert build.WITHOUT in binding.reason()
 
 
 def test_a_file_that_is_no_library_is_a_reason_not_an_error(loading: Path) -> None:

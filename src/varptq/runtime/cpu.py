@@ -18,7 +18,6 @@ from varptq.models.rotary import Rotary
 from varptq.models.sampling import DrawPlan, ImageRandom, PerImageSampler, Sampler
 from varptq.models.seams import LAYER_NORM_EPS, Span
 from varptq.native import attention, binding, convolution, linear, quantize, sampler
-from varptq.native.build import WITHOUT
 from varptq.native.phi import add_phi
 from varptq.native.room import Room
 from varptq.quant.codebook import HALVES, reach
@@ -34,14 +33,14 @@ from varptq.runtime.kernels import (
     Weight,
 )
 from varptq.runtime.limits import refuse_attention, refuse_linear
+from varptq.runtime.reference_convolution import affine, affine_of
 
 
 def cpu_kernels() -> Kernels:
     """The native core if it is available, else torch's integer products, with a warning."""
     if binding.core() is not None:
         return NativeKernels()
-    message = f"runtime 'cpu' takes its slow path: {binding.reason()}; {WITHOUT}"
-    warnings.warn(message, stacklevel=2)
+    warnings.warn(f"runtime 'cpu' takes its slow path: {binding.reason()}", stacklevel=2)
     return TorchKernels()
 
 
@@ -77,6 +76,9 @@ def book(type_: str, num_bits: int) -> quantize.Codebook | None:
 class NativeCache(NamedTuple):
     scheme: attention.AttentionScheme
     codes: attention.AttentionCache
+
+    def first_rows(self, rows: int) -> NativeCache:
+        return NativeCache(self.scheme, self.codes.first_rows(rows))
 
 
 class NativeKernels:
@@ -209,6 +211,10 @@ class NativeKernels:
             x.x_NHWC, rule, silu=silu, moments=x.found, room=self._room, layer=layer
         )
 
+    def affine(self, x: Map, norm: NormRule) -> tuple[Tensor, Tensor]:
+        made_here = x.found is not None
+        return affine_of(x.found.sums, x.x_NHWC, norm) if made_here else affine(x.x_NHWC, norm)
+
     def convolution(
         self,
         codes: convolution.Codes,
@@ -226,6 +232,7 @@ class NativeKernels:
             padding=taps.pads,
             upsample=taps.upsample,
             residual=skip,
+            in_place=True,
             moments=moments,
             room=self._room,
         )
