@@ -33,7 +33,6 @@ from varptq.runtime.kernels import (
     Weight,
 )
 from varptq.runtime.limits import refuse_attention, refuse_linear
-from varptq.runtime.reference_convolution import affine, affine_of
 
 
 def cpu_kernels() -> Kernels:
@@ -76,9 +75,6 @@ def book(type_: str, num_bits: int) -> quantize.Codebook | None:
 class NativeCache(NamedTuple):
     scheme: attention.AttentionScheme
     codes: attention.AttentionCache
-
-    def first_rows(self, rows: int) -> NativeCache:
-        return NativeCache(self.scheme, self.codes.first_rows(rows))
 
 
 class NativeKernels:
@@ -211,10 +207,6 @@ class NativeKernels:
             x.x_NHWC, rule, silu=silu, moments=x.found, room=self._room, layer=layer
         )
 
-    def affine(self, x: Map, norm: NormRule) -> tuple[Tensor, Tensor]:
-        made_here = x.found is not None
-        return affine_of(x.found.sums, x.x_NHWC, norm) if made_here else affine(x.x_NHWC, norm)
-
     def convolution(
         self,
         codes: convolution.Codes,
@@ -232,7 +224,6 @@ class NativeKernels:
             padding=taps.pads,
             upsample=taps.upsample,
             residual=skip,
-            in_place=True,
             moments=moments,
             room=self._room,
         )
