@@ -16,10 +16,10 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check quick lint native browser test-native format clean
+.PHONY: help install demo test check quick lint native browser test-native test-arm wheels format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create .venv and install the package with its development tools
 
@@ -47,6 +47,22 @@ native: $(STAMP)  ## build the native core of the runtime "cpu" (needs g++ or cl
 test-native: $(STAMP)  ## the native core's own tests under the address sanitizer
 	$(BIN)/python -m varptq.native.build --sanitize
 
+# Under the emulator qemu-user. The leak check of the address sanitizer needs what an emulator has not.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64-static -L /usr/aarch64-linux-gnu
+test-arm: $(STAMP)  ## the same for 64-bit ARM (needs g++-aarch64-linux-gnu, qemu-user-static)
+	ASAN_OPTIONS=detect_leaks=0 CXX="$(ARM_CXX)" $(BIN)/python -m varptq.native.build --sanitize --emulator "$(ARM_RUN)"
+
+# The compiler zig has the C libraries of both machines, from glibc 2.17 on.
+GLIBC ?= 2.28
+wheels: $(STAMP)  ## the sdist and the wheels of Linux, x86-64 and 64-bit ARM, in dist/
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet -e '.[wheels]'
+	$(BIN)/python -m build --no-isolation --sdist
+	for machine in x86_64 aarch64; do CXX="$(CURDIR)/$(BIN)/python -m ziglang c++ -target $$machine-linux-gnu.$(GLIBC)" \
+	  $(BIN)/python -m build --no-isolation --wheel || exit 1; done
+	$(BIN)/python tests/helpers/wheel_audit.py dist/*.whl
+
 # The tests of pages drive Debian's chromium. Without it, and without the rights to install it, they skip and say so.
 browser:
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
@@ -70,5 +86,5 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
 	  $(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	@$(BIN)/python -m varptq.native.build || echo "the runtime cpu takes its slow path until a compiler is there (make native)"
+	@$(BIN)/python -m varptq.native.build || echo "make native builds it once a compiler is there"
 	@touch $@

@@ -46,6 +46,7 @@ def _forget_afterwards() -> Iterator[None]:
 def test_a_missing_library_is_a_reason_not_an_error(loading: Path) -> None:
     assert binding.core() is None
     assert "not built: run `python -m varptq.native.build`" in binding.reason()
+    assert build.WITHOUT in binding.reason()
 
 
 def test_a_file_that_is_no_library_is_a_reason_not_an_error(loading: Path) -> None:
@@ -71,7 +72,7 @@ def test_the_table_names_sources_and_instruction_sets_that_exist() -> None:
     for name, isas in build.ISAS_OF.items():
         assert (build.SOURCES / name).is_file(), name
         assert set(isas) <= set(build.FLAGS_OF_ISA), name
-    names = [unit.name for unit in build.units()]
+    names = [unit.name for unit in build.units(x86=True)]
     assert len(set(names)) == len(names)
 
 
@@ -80,10 +81,11 @@ def test_other_processors_get_the_portable_kernels_alone(
     loading: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel of x86 that is asked for where there is none would be missing at the load."""
-    monkeypatch.setattr(build, "_is_x86", lambda: False)
+    other = build.Target("other", sys.platform)
+    monkeypatch.setattr(build, "target_of", lambda command: other)
     monkeypatch.setattr(build, "OBJECTS", loading.parent / "build")
     monkeypatch.setattr(build, "OPTIMIZED", ("-O0",))
-    assert {unit.isa for unit in build.units()} == {build.PORTABLE}
+    assert {unit.isa for unit in build.units(x86=False)} == {build.PORTABLE}
     try:
         build.build()
     except ConfigError as error:
@@ -92,9 +94,26 @@ def test_other_processors_get_the_portable_kernels_alone(
     assert binding.core() is not None, binding.reason()
 
 
+def test_a_compiler_says_what_it_makes_code_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not this machine: a cross-compiler makes another's core, and may be a command with words."""
+    cross = tmp_path / "cross"
+    cross.write_text('#!/bin/sh\necho "#define $1 1"; echo "#define __linux__ 1"\n')
+    cross.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{cross}' __aarch64__")
+    command = build.compiler()
+    assert command == [str(cross), "__aarch64__"]
+    assert build.target_of(command) == ("aarch64", "linux")
+    assert build.target_of([str(cross), "__sparc__"]) == ("other", "linux")
+    with pytest.raises(ConfigError, match="false cannot build the native core: no message"):
+        build.target_of([shutil.which("false") or "false"])
+
+
 SLOW = """#!/bin/sh
 case "$*" in
   *--version*) echo slow; exit ;;
+  *-dM*|*-print-file-name*) exec {compiler} "$@" ;;
   *) echo "+" >> {log}; sleep 0.4; {compiler} "$@"; code=$?; echo "-" >> {log}; exit $code ;;
 esac
 """
@@ -139,7 +158,8 @@ def test_two_builds_at_once_take_turns_and_compile_once(
     # An object and two links, one after another.
     assert "".join((tmp_path / "log").read_text().split()) == "+-" * 3
     ctypes.CDLL(str(tmp_path / "_core.so"))
-    assert len(list((tmp_path / "build" / "release").iterdir())) == 1
+    (objects,) = (tmp_path / "build").glob("release-*")
+    assert len(list(objects.iterdir())) == 1
 
 
 def test_a_killed_build_leaves_nothing_half_written(
@@ -151,5 +171,6 @@ def test_a_killed_build_leaves_nothing_half_written(
     killed.wait(60)
     assert not (tmp_path / "_core.so").exists()
     assert start_build().wait(60) == 0
-    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == [".lock", "release"]
+    left, kept = sorted(path.name for path in (tmp_path / "build").iterdir())
+    assert left == ".lock" and kept.startswith("release-")
     ctypes.CDLL(str(tmp_path / "_core.so"))

@@ -25,7 +25,7 @@ class _Loaded(NamedTuple):
 @functools.cache
 def _load() -> _Loaded:
     path: Path = build.LIBRARY
-    hint = "run `python -m varptq.native.build`"
+    hint = f"run `python -m varptq.native.build`; {build.WITHOUT}"
     if not path.exists():
         return _Loaded(None, f"the native core is not built: {hint}")
     try:

@@ -1,13 +1,17 @@
 """Build the native core: `python -m varptq.native.build [--sanitize] [--force]`.
 
-Every .cpp below src/ is compiled by the first C++17 compiler found ($CXX, g++, clang++, c++): once
-for any processor, or once for each instruction set that ISAS_OF names; those of x86-64 are left out
-on other machines. Objects are kept in build/ under a hash of what went into them, so a rebuild
-compiles what changed. The result, _core.so, carries the hash of all sources: `source_hash` tells a
-stale one. Builds that run at once take turns by a lock on build/, and whatever is written appears
-whole.
+Every .cpp below src/ is compiled by the first C++17 compiler found ($CXX, which may be a command
+with arguments, g++, clang++, c++): once for any processor, or once for each instruction set that
+ISAS_OF names; those of x86-64 are left out where the compiler makes code for other machines.
+Objects are kept in build/ under a hash of what went into them, so a rebuild compiles what changed.
+The result, _core.so, carries the hash of all sources: `source_hash` tells a stale one. Builds that
+run at once take turns by a lock on build/, and whatever is written appears whole.
 
---sanitize builds and runs the C++ tests under the address and undefined-behaviour sanitizers.
+hatch_build.py at the root of the repository puts the same library into wheels. It runs where no
+dependency of varptq is installed, so this file needs the standard library alone.
+
+--sanitize builds and runs the C++ tests under the address and undefined-behaviour sanitizers; of
+another machine's compiler with --emulator, a command that runs that machine's programs here.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import contextlib
 import hashlib
 import itertools
 import os
-import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +37,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE / "src"
 OBJECTS = HERE / "build"
 LIBRARY = HERE / "_core.so"
+DEFAULT_COMPILERS = (["g++"], ["clang++"], ["c++"])
 # Folders of what is being written, in build/: the same file system as its place.
 PART = ".part"
 # Present in a checkout only.
@@ -73,20 +78,76 @@ ISAS_OF = {
 }
 
 
-def compiler() -> str:
-    """Path of a C++ compiler. Raises `ConfigError` where there is none."""
-    asked = os.environ.get("CXX")
-    for name in (asked,) if asked else ("g++", "clang++", "c++"):
+WITHOUT = "without the native core artifacts draw images on a CPU more slowly than float models"
+
+
+def compiler() -> list[str]:
+    """The command of a C++ compiler. Raises `ConfigError` where there is none."""
+    asked = os.environ.get("CXX", "")
+    named = [shlex.split(asked, posix=os.name == "posix")] if asked.strip() else DEFAULT_COMPILERS
+    for name, *arguments in named:
         if found := shutil.which(name):
-            return found
+            return [found, *arguments]
     raise ConfigError(
         f"no C++ compiler ({asked or 'g++, clang++ or c++'}): install one, or name it in CXX; "
-        "without the native core the runtime cpu takes its slow path"
+        f"{WITHOUT}"
     )
 
 
-def _is_x86() -> bool:
-    return platform.machine().lower() in {"x86_64", "amd64"}
+class Target(NamedTuple):
+    """What a compiler makes code for, in the words of Python's platform tags.
+
+    machine: "x86_64", "aarch64" or "other"; system: "linux", "macos", "windows" or "other".
+    """
+
+    machine: str
+    system: str
+
+    @property
+    def is_x86(self) -> bool:
+        return self.machine == "x86_64"
+
+
+_MACHINES = {"__x86_64__": "x86_64", "__aarch64__": "aarch64"}
+_SYSTEMS = {"__linux__": "linux", "__APPLE__": "macos", "_WIN32": "windows"}
+
+
+def _macros(command: Sequence[str]) -> set[str]:
+    """The macros that a compiler and its C++ library define. Raises `ConfigError` where the command
+    is no compiler."""
+    said = _run([*command, "-dM", "-E", "-x", "c++", "-include", "cstddef", os.devnull])
+    return {line.split()[1] for line in said.splitlines() if line.startswith("#define ")}
+
+
+def target_of(command: Sequence[str]) -> Target:
+    """Asks a compiler, since it need not make code for this machine. Raises `ConfigError` where
+    the command is no compiler."""
+    macros = _macros(command)
+    return Target(
+        *(
+            next((name for macro, name in names.items() if macro in macros), "other")
+            for names in (_MACHINES, _SYSTEMS)
+        )
+    )
+
+
+def _asked(command: Sequence[str], question: str) -> str:
+    """What a compiler says of itself; empty where it does not know the question."""
+    done = subprocess.run([*command, question], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _link_flags(command: Sequence[str], target: Target) -> list[str]:
+    """Flags with which the library needs no C++ runtime of its users' systems, and shows none of
+    its own to the other libraries of the process. Some distributions leave the static one out."""
+    if target.system == "windows":
+        return ["-static", "-s"]
+    if target.system != "linux":
+        return []
+    archive = _asked(command, "-print-file-name=libstdc++.a")
+    if "__GLIBCXX__" not in _macros(command) or not os.path.isabs(archive):
+        return ["-s"]
+    return ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s"]
 
 
 class Unit(NamedTuple):
@@ -103,14 +164,14 @@ class Unit(NamedTuple):
         return "-".join((*own, self.source.stem, self.isa))
 
 
-def units() -> list[Unit]:
-    """The sources and instruction sets that make the core on this machine."""
+def units(*, x86: bool) -> list[Unit]:
+    """The sources and instruction sets that make the core on x86-64, or on another machine."""
     found = [
         Unit(source, isa)
         for source in sorted(SOURCES.rglob("*.cpp"))
         for isa in ISAS_OF.get(source.relative_to(SOURCES).as_posix(), (PORTABLE,))
     ]
-    return [unit for unit in found if _is_x86() or unit.isa == PORTABLE]
+    return [unit for unit in found if x86 or unit.isa == PORTABLE]
 
 
 def _digest(parts: Sequence[bytes]) -> str:
@@ -128,23 +189,28 @@ def source_hash() -> str:
     return _digest([flags, *itertools.chain.from_iterable(named)])
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(command: Sequence[str]) -> str:
+    """What the compiler prints. Raises `ConfigError` with its first error where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        first = next((line for line in lines if "error" in line), lines[-1])
         sys.stderr.write(done.stderr)
-        raise ConfigError(f"{Path(command[0]).name} cannot build the native core: {lines[0]}")
+        raise ConfigError(f"{Path(command[0]).name} cannot build the native core: {first}")
+    return done.stdout
 
 
 class _Build:
     """One set of options: compiles files to objects cached in a folder, and links them."""
 
-    def __init__(self, folder: str, options: Sequence[str], *, force: bool = False) -> None:
+    def __init__(self, kind: str, options: Sequence[str], *, force: bool = False) -> None:
         self.compiler, self.options, self.force = compiler(), tuple(options), force
-        self.folder = OBJECTS / folder
-        version = subprocess.run([self.compiler, "--version"], capture_output=True, check=False)
+        self.target = target_of(self.compiler)
+        named = repr((self.compiler, _asked(self.compiler, "--version"))).encode()
+        # A folder for each compiler: a cross-build leaves this machine's objects alone.
+        self.folder = OBJECTS / f"{kind}-{self.target.machine}-{_digest([named])}"
         headers = sorted(SOURCES.rglob("*.h"))
-        self.common = [version.stdout, *(p.read_bytes() for p in headers)]
+        self.common = [named, *(p.read_bytes() for p in headers)]
 
     def objects(self, wanted: Sequence[Unit]) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +219,7 @@ class _Build:
 
     def _object(self, unit: Unit) -> Path:
         flags = [*COMMON, *self.options, *FLAGS_OF_ISA[unit.isa], f"-DVQ_ISA={unit.isa}"]
-        if not _is_x86():
+        if not self.target.is_x86:
             flags.append("-DVQ_PORTABLE_ONLY")
         if "VQ_SOURCE_HASH" in unit.source.read_text():
             flags.append(f'-DVQ_SOURCE_HASH="{source_hash()}"')
@@ -176,7 +242,7 @@ class _Build:
         loading the library, and a build may be killed."""
         with tempfile.TemporaryDirectory(dir=OBJECTS, prefix=PART) as folder:
             part = Path(folder) / target.name
-            _run([self.compiler, *arguments, "-o", str(part)])
+            _run([*self.compiler, *arguments, "-o", str(part)])
             part.replace(target)
 
 
@@ -184,51 +250,58 @@ class _Build:
 def _alone() -> Iterator[None]:
     """One build at a time. The system gives the lock back however the process ends; what a killed
     one left half-written is removed by the next."""
-    import fcntl  # not on Windows, where this module is imported for its hash alone
-
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with (OBJECTS / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.name == "posix":  # Windows has no flock, and builds for wheels alone
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
         for left in OBJECTS.glob(f"{PART}*"):
             shutil.rmtree(left)
         yield
 
 
-def build(*, force: bool = False) -> Path:
-    """Compile what changed and link _core.so; returns its path. Raises `ConfigError` without a
-    compiler, `OutputError` where the package's folder cannot be written."""
-    if not os.access(LIBRARY.parent, os.W_OK):
-        raise OutputError(f"{LIBRARY.parent} cannot be written; build the native core as its owner")
+def build(*, force: bool = False, library: Path | None = None) -> Path:
+    """Compile what changed and link `library`, by default _core.so beside this file; returns its
+    path. Raises `ConfigError` without a compiler, `OutputError` where a folder cannot be written.
+    """
+    library = library or LIBRARY
+    for folder in (OBJECTS.parent, library.parent):
+        if not os.access(folder, os.W_OK):
+            raise OutputError(f"{folder} cannot be written; build the native core as its owner")
     maker = _Build("release", OPTIMIZED, force=force)
     with _alone():
-        objects = maker.objects(units())
-        maker.link(objects, LIBRARY, "-shared")
+        objects = maker.objects(units(x86=maker.target.is_x86))
+        maker.link(objects, library, "-shared", *_link_flags(maker.compiler, maker.target))
         maker.forget_old(objects)
-    return LIBRARY
+    return library
 
 
-def sanitize() -> int:
-    """Build the C++ tests with all sources under the sanitizers and run them; their exit code."""
+def sanitize(emulator: Sequence[str] = ()) -> int:
+    """Build the C++ tests with all sources under the sanitizers and run them, each by the command
+    `emulator` if there is one; their exit code."""
     tests = sorted(NATIVE_TESTS.glob("*.cpp"))
     if not tests:
         raise ConfigError(f"no C++ tests in {NATIVE_TESTS}; run this in a checkout")
     maker = _Build("sanitized", SANITIZED)
     with _alone():
-        core = maker.objects(units())
+        core = maker.objects(units(x86=maker.target.is_x86))
         programs = [maker.folder / test.stem for test in tests]
         for test, program in zip(tests, programs, strict=True):
             maker.link([*core, *maker.objects([Unit(test)])], program)
-    return max(subprocess.run([str(program)], check=False).returncode != 0 for program in programs)
+    commands = [[*emulator, str(program)] for program in programs]
+    return max(subprocess.run(command, check=False).returncode != 0 for command in commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m varptq.native.build", description=__doc__)
     parser.add_argument("--sanitize", action="store_true", help="run the C++ tests instead")
+    parser.add_argument("--emulator", default="", metavar="COMMAND", help="what runs these tests")
     parser.add_argument("--force", action="store_true", help="compile everything again")
     options = parser.parse_args(arguments)
     try:
         if options.sanitize:
-            return sanitize()
+            return sanitize(shlex.split(options.emulator))
         sys.stdout.write(f"{build(force=options.force)}\n")
     except VarptqError as error:
         sys.stderr.write(f"{error}\n")

@@ -44,7 +44,7 @@ int32_t pack_segment(const vq_pack_args& a, int64_t blocks, int64_t n, const uin
     const int64_t count = std::min<int64_t>(4, a.segment - i);
     for (int64_t j = 0; j < count; ++j) {
       const int32_t value = stored(codes[i + j], a.num_bits);
-      place.bytes[j] |= static_cast<uint8_t>(value << place.shift);
+      place.bytes[j] |= static_cast<uint8_t>(static_cast<uint32_t>(value) << place.shift);
       sum += a.table ? a.table[value] : value;
     }
   }

@@ -1,9 +1,13 @@
 #include "machine/pool.h"
 
+#if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
-#include <pthread.h>
 #include <sched.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -44,9 +48,11 @@ struct OpenMP {
   int (*thread)() = nullptr;
 };
 
-// The libgomp this process has loaded, under whatever name a wheel gave it.
+// The libgomp this process has loaded, under whatever name a wheel gave it. Other systems' torch
+// brings another runtime, if any.
 OpenMP loaded_openmp() {
   OpenMP found;
+#if defined(__linux__)
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* data) {
         if (!std::strstr(info->dlpi_name, "libgomp")) return 0;
@@ -60,6 +66,7 @@ OpenMP loaded_openmp() {
         return 1;
       },
       &found);
+#endif
   return found;
 }
 
@@ -202,8 +209,12 @@ Pool& pool() {
   Pool* found = the_pool.load(std::memory_order_acquire);
   if (found) return *found;
   std::lock_guard<std::mutex> lock(making);
+#if defined(_WIN32)
+  (void)forget_pool;  // no process forks there
+#else
   static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
   (void)registered;
+#endif
   if (!the_pool.load()) the_pool.store(new Pool);
   return *the_pool.load();
 }
@@ -229,8 +240,10 @@ int quota_of(const char* quota_file, const char* period_file) {
 // stop each other.
 int available() {
   int cores = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) cores = CPU_COUNT(&set);
+#endif
   static const int quota =
       std::max(quota_of("/sys/fs/cgroup/cpu.max", nullptr),
                quota_of("/sys/fs/cgroup/cpu/cpu.cfs_quota_us",

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <new>
 
 namespace vq {
 
@@ -12,21 +13,25 @@ class Scratch {
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
+  ~Scratch() { release(); }
 
   // Contents are undefined. Out of memory ends the process, as everywhere in C++ here: a kernel in
   // the middle of its rows has nothing better to do.
   void* at_least(std::size_t bytes) noexcept {
     if (bytes > size_) {
-      std::free(memory_);
+      release();
       size_ = (bytes + 63) / 64 * 64;
-      memory_ = std::aligned_alloc(64, size_);
+      memory_ = ::operator new(size_, kAlignment, std::nothrow);
       if (!memory_) std::abort();
     }
     return memory_;
   }
 
  private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  void release() { ::operator delete(memory_, kAlignment); }
+
   void* memory_ = nullptr;
   std::size_t size_ = 0;
 };
