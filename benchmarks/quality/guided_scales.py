@@ -1,14 +1,15 @@
 """Guidance of the first scales only: what it saves and what it changes, for every number of scales.
 
-    python -m benchmarks.quality.guided_scales [--count 1000] [--only time]
+    python -m benchmarks.quality.guided_scales [--count 1000] [--only time] [--artifact FOLDER]
 
 On the demo model, float and `w8a8` on runtime cpu. Images of one seed are compared with those that
 are guided at all scales, by the same model: LPIPS, Frechet distance in ResNet-56 features, and the
 classifier's accuracy; two sets of the float model with other seeds say what chance alone moves.
 KL is between the distributions guided at all scales and at some, the float model's, per token.
-Times are of one image of VAR-d16's shapes with random weights on one thread, medians over rounds
-that take turns. Writes results/guided_scales.json and, between markers,
-docs/tables/guided_scales.md. VARPTQ_WEIGHTS names the folder of measuring networks.
+Times are of one image of VAR-d16's shapes with random weights, `w8a8` on runtime cpu, one thread,
+in seconds of the processor, medians over rounds that take turns. Writes
+results/guided_scales.json and, between markers, docs/tables/guided_scales.md. VARPTQ_WEIGHTS names
+the folder of measuring networks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.reading import guided_logits, kl_divergence
 from varptq.models.sampling import SamplingSettings
 
-NAME, ROUNDS, OTHER_SEEDS = "guided_scales", 5, (1, 2)
+NAME, ROUNDS, OTHER_SEEDS = "guided_scales", 3, (1, 2)
 TABLE = DOCS / "tables/guided_scales.md"
 
 
@@ -105,25 +106,26 @@ def divergences(pipe: Pipeline) -> list[float]:
     return found
 
 
-def times() -> dict[str, list[float]]:
-    """Median seconds of an image by runtime, per number of guided scales, 0 first."""
+def times(artifact: Path | None) -> list[float]:
+    """Median seconds of the processor for an image, per number of guided scales, 0 first."""
     torch.set_num_threads(1)
-    pipe = varptq.build_model("var-d16", seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        calibration = varptq.CalibrationConfig(num_samples=1)
-        config = varptq.QuantConfig.preset("w8a8")
-        made = varptq.quantize(pipe, config, method="rtn", calibration=calibration)
-        varptq.save(made, Path(folder) / "d16")
-        pipes = {"float32": pipe, "w8a8": varptq.load(Path(folder) / "d16", runtime="cpu")}
+        if artifact is None:
+            artifact = Path(folder) / "d16"
+            calibration = varptq.CalibrationConfig(num_samples=1)
+            config, pipe = varptq.QuantConfig.preset("w8a8"), varptq.build_model("var-d16", seed=0)
+            varptq.save(
+                varptq.quantize(pipe, config, method="rtn", calibration=calibration), artifact
+            )
+        pipe = varptq.load(artifact, runtime="cpu")
         counts = range(pipe.scales.num_scales + 1)
-        found: dict[str, list[list[float]]] = {name: [[] for _ in counts] for name in pipes}
+        found: list[list[float]] = [[] for _ in counts]
         for _ in range(ROUNDS):
             for guided in counts:
-                for name, one in pipes.items():
-                    started = time.perf_counter()
-                    varptq.generate(one, [1], guided_scales=guided)
-                    found[name][guided].append(time.perf_counter() - started)
-    return {name: [statistics.median(x) for x in by_count] for name, by_count in found.items()}
+                started = time.process_time()
+                varptq.generate(pipe, [1], guided_scales=guided)
+                found[guided].append(time.process_time() - started)
+    return [statistics.median(seconds) for seconds in found]
 
 
 def report(document: dict[str, Any]) -> None:
@@ -138,11 +140,9 @@ def report(document: dict[str, Any]) -> None:
     head = ["model", "guided scales", "KL", "LPIPS", "FD", "accuracy"]
     replace(TABLE, "guided scales", table(head, lines))
     seconds = document["seconds"]
-    shares = [
-        [str(k), *(f"{x[k]:.2f} s, {x[k] / x[-1]:.0%}" for x in seconds.values())]
-        for k in range(len(next(iter(seconds.values()))))
-    ]
-    replace(TABLE, "guided scales times", table(["guided scales", *seconds], shares[::-1]))
+    shares = [[str(k), f"{x:.2f}", f"{x / seconds[-1]:.0%}"] for k, x in enumerate(seconds)]
+    head = ["guided scales", "s", "of all guided"]
+    replace(TABLE, "guided scales times", table(head, shares[::-1]))
 
 
 def main() -> None:
@@ -151,11 +151,12 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=1000, help="images per set")
     parser.add_argument("--out", type=Path, default=Path("out/guided_scales"))
+    parser.add_argument("--artifact", type=Path, help="of VAR-d16 at w8a8; default: made here")
     parser.add_argument("--only", choices=("images", "time"), help="default: both")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     there = (RESULTS / f"{NAME}.json").exists()
-    empty: dict[str, Any] = {"images": {}, "kl": [], "seconds": {}}
+    empty: dict[str, Any] = {"images": {}, "kl": [], "seconds": []}
     document = read_document(NAME) if there else empty
     if arguments.only != "time":
         judges, pipe = Judges(Path(os.environ["VARPTQ_WEIGHTS"])), varptq.load_model("demo")
@@ -169,7 +170,7 @@ def main() -> None:
             place = arguments.out / name
             document["images"][name] = list(images(one, judges, place, arguments.count))
     if arguments.only != "images":
-        document["seconds"] = times()
+        document["seconds"] = times(arguments.artifact)
     write_document(NAME, document)
     if all(document.values()):
         report(document)
