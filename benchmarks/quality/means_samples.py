@@ -1,6 +1,6 @@
 """How many images smoothing and the means of centred inputs need, where rounding is to nearest.
 
-    python -m benchmarks.quality.means_samples [--models demo twin] [--seeds 0 1 2] [--samples 8 16 ..]
+    python -m benchmarks.quality.means_samples [--models demo twin] [--seeds 0 1 2]
 
 For every seed the float model draws as many images as the most samples; fewer are the first of
 them. KL is that of quality4bit.py, run 13, on the integers of runtime cpu. Appends one line per

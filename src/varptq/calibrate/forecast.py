@@ -64,7 +64,7 @@ STAGE = "forecast"
 # as codes, and once more where smoothing has a copy.
 CONVERTED, SMOOTHED = 1.25, 1.0
 # Less than this, by the rough account, is not looked into.
-BRIEF = 20.0
+BRIEF = 30.0
 # Matrices in float64 of a layer's inputs by its inputs, and copies of its weight in float64, while
 # it is solved.
 MATRICES, WEIGHTS = 5, 4
@@ -134,10 +134,10 @@ class Forecast:
     def basis(self) -> str:
         """What was measured, and what was multiplied."""
         if not self.parts:
-            return "judged by one image through one block"
+            return "by one image through one block"
         images = f", {self.probe_images} image{'s' * (self.probe_images != 1)}"
         return (
-            f"measured in {self.probe_seconds:.1f} s on {self.probe_blocks} of {self.blocks} "
+            f"in {self.probe_seconds:.1f} s on {self.probe_blocks} of {self.blocks} "
             f"blocks{images if self.images else ''}; multiplied by blocks, images and steps"
         )
 
@@ -155,9 +155,10 @@ def forecast(
     briefly: bool = False,
     progress: Progress = silent,
 ) -> Forecast:
-    """What `quantize` with these settings will take on this machine. processes: that share its work.
-    briefly: leave the parts out where one pass shows that all will be done in less than a minute.
-    placed: device and dtype of a model that is left on its files and quantized block by block;
+    """What `quantize` with these settings will take on this machine.
+
+    processes: that share its work. briefly: leave the parts out where one pass shows that all will
+    be done in less than a minute. placed: device and dtype of a model that is left on its files and quantized block by block;
     bringing its blocks is not in the seconds. Errors are those of `quantize`, found early.
     """
     began = time.monotonic()

@@ -45,14 +45,14 @@ from varptq.quant.config import QuantConfig
 from varptq.quant.find import quant_linears
 from varptq.quant.presets import TARGETS
 
-# Seconds that drawing may take, of which the number of images follows, and how often parts are timed
-# that take less than `SHORT` together.
+# Seconds that drawing may take, of which the number of images follows, and how often parts are
+# timed that take less than `SHORT` together.
 LONG, SHORT, REPEATS = 0.25, 0.15, 2
 # Images, where units are solved on all of them, too.
 SOLVED_IMAGES = 2
-# Passes of the float model that reading an image for every part of a method comes to, and such a
-# pass with quantizers, roughly.
-PASSES, QUANTIZED = 8, 3
+# Passes of the float model that an image goes through in a method, and in one that reconstructs;
+# what a pass with quantizers comes to. Roughly, to tell what takes no time at all.
+PASSES, SOLVING_PASSES, QUANTIZED = 4, 12, 3
 # Steps of learning that are timed; the first sets things up.
 STEPS = 3
 
@@ -88,8 +88,11 @@ OF_UNITS = (SOLVE, EVALUATE, LEARN)
 
 @dataclass
 class Probe:
-    """Times the parts that `method` has with these settings. draws: whether it reads images. saved: bytes that a step of learning
-    keeps for its gradients, the most of any block; of tuning, per block as well."""
+    """Times the parts that `method` has with these settings.
+
+    draws: whether it reads images. images: how many are read. saved: bytes that a step of learning
+    keeps for its gradients, the most of any unit. in_block: what the units of one block take.
+    """
 
     pipe: Pipeline
     config: QuantConfig
@@ -137,12 +140,13 @@ class Probe:
 
     def passes(self) -> float:
         """How many of them the whole takes, roughly, for each block."""
-        settings, steps = self.calibration, 0.0
-        images = settings.num_samples
-        if reconstruct in self.method.steps and settings.learns:
-            steps = QUANTIZED**2 * settings.steps * settings.batch_size / 2
-        steps += QUANTIZED**2 * settings.tune_steps * 4
-        return PASSES * images + QUANTIZED * min(images, EVALUATED_ROWS) + steps
+        settings, images = self.calibration, self.calibration.num_samples
+        passes = PASSES * images + QUANTIZED**2 * 4 * settings.tune_steps
+        if reconstruct in self.method.steps:
+            passes += (SOLVING_PASSES - PASSES) * images + QUANTIZED * min(images, EVALUATED_ROWS)
+            if settings.learns:
+                passes += QUANTIZED**2 * settings.steps * settings.batch_size / 2
+        return passes
 
     def _cut(self, blocks: int) -> Pipeline:
         return replace(self.pipe, var=self.pipe.var.first_blocks(blocks))
