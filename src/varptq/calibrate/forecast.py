@@ -158,8 +158,9 @@ def forecast(
     """What `quantize` with these settings will take on this machine.
 
     processes: that share its work. briefly: leave the parts out where one pass shows that all will
-    be done in less than a minute. placed: device and dtype of a model that is left on its files and quantized block by block;
-    bringing its blocks is not in the seconds. Errors are those of `quantize`, found early.
+    be done in less than a minute. placed: device and dtype of a model that is left on its files and
+    quantized block by block; bringing its blocks is not in the seconds. Errors are those of
+    `quantize`, found early.
     """
     began = time.monotonic()
     method = default_method(config, calibration) if method is None else method

@@ -99,21 +99,19 @@ def command(
     from varptq.models.sampling import SamplingSettings
 
     started, ranks, device = time.monotonic(), Ranks.from_environment(), local_device(device)
-    settings = SamplingSettings(
-        cfg=cfg, tau=tau, guided_scales=guided_scales, top_k=top_k, top_p=top_p
-    )
+    guidance: dict[str, Any] = {"cfg": cfg, "tau": tau, "guided_scales": guided_scales}
+    settings = SamplingSettings(top_k=top_k, top_p=top_p, **guidance)
     asked = Asked.of(prompts=prompts, encoder=encoder, download=download, option=None)
     places: dict[str, Any] = {"download": download, "device": device, "dtype": dtype}
     choices = Choices.of(source, against, (var, vae, random), **places)
     asked.check(choices.subject)
+    names = metric_names(metrics, export)
     models = choices.load(runtime).drawing(asked, size)
     tools = load_instruments(network, reference, lpips, clip, models.pipe)
-    names = metric_names(metrics, export)
     exported = Exported.of(export, out, models, asked, count)
     check(models, tools, names, count, exported)
-    said = warn_of_reference(tools, ranks)
     drawn = (out / SAMPLES_NAME, count, seed, settings, batch_size, force)
-    files = file_checksums(network, reference, lpips)
+    files, said = file_checksums(network, reference, lpips), warn_of_reference(tools, ranks)
     document = run(models, tools, names, files, drawn, exported, ranks)
     if document is None:
         return

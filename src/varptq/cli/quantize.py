@@ -39,8 +39,11 @@ if TYPE_CHECKING:
 
 # `save(out, force=force)` of one artifact.
 Save = Callable[..., Path]
+# The float model; with device and dtype where it is left on its files.
+Load = Callable[[], "tuple[Pipeline, dict[str, Any] | None]"]
 # Name of the piece in a work folder that marks that the artifact may have been written.
 PUBLISHED = "published"
+TITLE = "varptq quantize"
 DEFAULT_CONFIG = "w4a4"
 # The keys of the table of methods.
 METHODS = ("rtn", "gptq", "brecq", "sas")
@@ -79,6 +82,10 @@ Memory = Annotated[
         "block by block with rtn and gptq.",
     ),
 ]
+Out = Annotated[Path | None, typer.Option(help="Folder for the artifact; default: MODEL-CONFIG.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it takes; stop there.")
+]
 WorkFolder = Annotated[
     Path | None, typer.Option(help="Folder for finished pieces; default: OUT.work.")
 ]
@@ -104,9 +111,7 @@ def command(
     vae: options.VaeFile = None,
     random: options.RandomModel = None,
     class_names: options.ClassNames = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the artifact; default: MODEL-CONFIG.")
-    ] = None,
+    out: Out = None,
     config: options.Config = DEFAULT_CONFIG,
     prompts: options.PromptFile = None,
     encoder: options.Encoder = None,
@@ -125,19 +130,12 @@ def command(
     download: options.Download = False,
     device: options.Device = options.DEVICE,
     dtype: options.Dtype = options.DTYPE,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Say what would be done and what it takes; stop there."),
-    ] = False,
+    dry_run: DryRun = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Calibrate and quantize a model, and save it as an artifact.
-
-    Before it starts it says what it will do, how long that takes here, and how much memory.
-    """
+    """Calibrate and quantize a model, and save it; says first how long it takes, in what memory."""
     from varptq.distributed import Ranks, local_device
-    from varptq.work import Work
 
     settings = read_calibration(
         calibration, effort, samples=samples, steps=steps, tune=tune, budget=budget, memory=memory
@@ -149,27 +147,21 @@ def command(
     asked = Asked.of(prompts=prompts, encoder=encoder, download=download, option=None)
     asked.check(choice)
     out = out or Path(readable.name_of(choice.about()[0], job.config.name))
+    limit = None if memory is None else parse_size(memory)
+
+    def load() -> tuple[Pipeline, dict[str, Any] | None]:
+        pipe, streamed = loaded(choice, job, limit)
+        return asked.drawing(pipe, size), streamed
+
     folder = work or work_folder(out)
     if not published(folder):
         check_output(out, force)
-    started = time.monotonic()
-    limit = None if memory is None else parse_size(memory)
     if dry_run:
-        pipe, streamed = loaded(choice, job, limit)
-        document, said = job.planned(asked.drawing(pipe, size), streamed, Ranks(), briefly=False)
-        show(document, "varptq quantize --dry-run", [*said, ("would be in", str(out))], json)
-        return
-    with Work(folder, Ranks.from_environment()) as place:
-        pipe, streamed = loaded(choice, job, limit)
-        quantized, save = job.run(asked.drawing(pipe, size), place, streamed)
-        if place.ranks.first:
-            publish(save, out, force, place)
-        place.remove()
-    if not place.ranks.first:
-        return
-    document = summary(quantized, out, time.monotonic() - started)
-    document["next"] = next_commands(out, pipe.var.READS_TEXTS, choice.float_words())
-    show(document, "varptq quantize", rows(document), json)
+        document, said = job.planned(*load(), Ranks(), briefly=False)
+        show(document, f"{TITLE} --dry-run", [*said, ("would be in", str(out))], json)
+    elif document := job.carried_out(load, out, folder, force):
+        lines = next_commands(out, choice.about()[1], choice.float_words())
+        show(document | {"next": lines}, TITLE, [*rows(document), ("next", "\n".join(lines))], json)
 
 
 def show(document: dict[str, Any], title: str, lines: list[tuple[str, str]], json: bool) -> None:
@@ -206,6 +198,21 @@ class Job:
         Method.parse(method)
         return cls(config, method, calibration, seed)
 
+    def carried_out(
+        self, load: Load, out: Path, folder: Path, force: bool
+    ) -> dict[str, Any] | None:
+        """Quantize and save; the summary, in the first process."""
+        from varptq.distributed import Ranks
+        from varptq.work import Work
+
+        started = time.monotonic()
+        with Work(folder, Ranks.from_environment()) as place:
+            quantized, save = self.run(*load(), place)
+            if place.ranks.first:
+                publish(save, out, force, place)
+            place.remove()
+        return summary(quantized, out, time.monotonic() - started) if place.ranks.first else None
+
     def planned(
         self, pipe: Pipeline, streamed: dict[str, Any] | None, ranks: Ranks, *, briefly: bool
     ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -233,7 +240,7 @@ class Job:
         return document, [first, *plan_rows(document, found, DEFAULT_CONFIG)]
 
     def run(
-        self, pipe: Pipeline, work: Work, streamed: dict[str, Any] | None
+        self, pipe: Pipeline, streamed: dict[str, Any] | None, work: Work
     ) -> tuple[QuantizedPipeline, Save]:
         """What is made, and how it is saved. streamed: device and dtype of a model that is not in
         memory."""

@@ -137,7 +137,6 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("units", units_text(document["units"])),
         ("time", readable.seconds(document["seconds"])),
         ("written", document["artifact"]),
-        ("next", "\n".join(document["next"])),
     ]
 
 

@@ -100,13 +100,11 @@ def generate(
     pipe = bare(pipe).sized(size)
     asked, plan = pipe.prompts(prompts, negative), pipe.plan(settings, guide_at)
     forced = _check_forced(pipe, forced, len(asked))
-    if batch_size < 1:
-        raise InputError(f"batch_size {batch_size}: must be at least 1")
+    batches = _batches(len(asked), batch_size)
     drawn_from = _check_streams(streams, seed, first_index, len(asked))
     images, tokens = [], []
     progress("generate", 0, len(asked))
-    for start in range(0, len(asked), batch_size):
-        rows = slice(start, min(start + batch_size, len(asked)))
+    for rows in batches:
         randoms = [ImageRandom(*stream) for stream in drawn_from[rows]]
         part = None if forced is None else forced[rows]
         try:
@@ -120,6 +118,12 @@ def generate(
         tokens.append(ids)
         progress("generate", rows.stop, len(asked))
     return Output(torch.cat(images) if decode else None, torch.cat(tokens))
+
+
+def _batches(count: int, batch_size: int) -> list[slice]:
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: must be at least 1")
+    return [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
 
 
 def _check_streams(
