@@ -63,13 +63,16 @@ def test_parts_are_multiplied(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -
     settings = FEW.replace(num_samples=100)
     config = QuantConfig.preset("w4a4")
     found = forecast(pipe, config, method="gptq", calibration=settings, processes=2)
-    assert found.parts == {
+    expected = {
         "converting": 6.0,
         "drawing": 100 * 10.0 / 2,
         "means": 100.0,
         "recording": 50.0,
         "solving": (3.0 + 5 * (10.0 + 100)) / 2,
     }
+    assert found.processor == sum(expected.values())
+    slower = found.seconds / found.processor
+    assert found.parts == pytest.approx({name: s * slower for name, s in expected.items()})
 
 
 def test_what_takes_less_than_a_minute_is_not_looked_into(

@@ -1,6 +1,7 @@
 """What a call of `quantize` will take here, before it starts: seconds by part, and memory.
 
     seconds = sum over parts of  one block + (blocks - 1) (two blocks - one block)
+              x seconds of the clock for one of the processor, over the whole probe
 
 Parts are timed by probe.py on the model's own shapes, on one and two of its blocks and a few
 images, and multiplied by blocks, images and steps. Memory is added up from shapes, over what the
@@ -38,6 +39,7 @@ from varptq.calibrate.probe import (
     Cost,
     Costs,
     Probe,
+    now,
 )
 from varptq.calibrate.quantize import prepared
 from varptq.calibrate.reconstruct import reconstruct
@@ -75,16 +77,18 @@ class Forecast:
     """What `quantize` will do and take here.
 
     method, images, steps: those in use; steps are of learning per unit, at most, 0 where none are
-    made. parts: seconds by part, in the order of the steps; empty where the first pass showed that
-    all of it takes less than a minute. memory: most bytes of the process;
-    spooled: bytes of files that recorded activations are left in. probe_seconds, probe_images,
-    probe_blocks, blocks, threads: what was measured, and on how many threads.
+    made. processor: seconds of it, of all threads together; of the clock where a GPU computes.
+    parts: seconds of the clock by part, in the order of the steps; empty where the first pass
+    showed that all of it takes less than a minute. memory: most bytes of the process; spooled:
+    bytes of files that recorded activations are left in. probe_seconds, probe_images, probe_blocks,
+    blocks, threads: what was measured, and on how many threads.
     """
 
     method: str
     images: int
     steps: int
     tune_steps: int
+    processor: float
     parts: dict[str, float]
     memory: int
     spooled: int
@@ -170,11 +174,13 @@ def forecast(
     probe_blocks = min(2, depth)
     cut = pipe if placed is None else _brought(pipe, probe_blocks, placed)
     probe = Probe(cut, config, recipe, settings, draws)
+    clock, processor = time.perf_counter(), now(cut)
     first = probe.first_pass() if draws else 0.0
     parts: dict[str, float] = {}
     if not (briefly and first * depth * probe.passes() < BRIEF):
         costs = _costs(probe, probe_blocks, depth, progress)
         parts = _seconds(costs, recipe, settings, processes)
+    slower = (time.perf_counter() - clock) / max(now(cut) - processor, 1e-9)
     memory, spooled = _memory(pipe, recipe, settings, probe, placed)
     learns = reconstruct in recipe.steps and settings.learns
     return Forecast(
@@ -182,7 +188,8 @@ def forecast(
         settings.num_samples if draws else 0,
         settings.steps if learns else 0,
         settings.tune_steps,
-        parts,
+        sum(parts.values()),
+        {name: seconds * slower for name, seconds in parts.items()},
         memory,
         spooled,
         time.monotonic() - began,

@@ -1,5 +1,7 @@
 """Seconds of every part of a method, measured on the first block or two of a model.
 
+On a CPU they are seconds of the processor, which other programs on the machine change little.
+
 A part takes `fixed` seconds, and `each` more for every image that it reads or every step. It is
 timed at its real shapes, on a few images that the cut model draws and with a few steps. All blocks
 cost the same, so the line through one and two blocks leads to all of them (forecast.py).
@@ -109,7 +111,7 @@ class Probe:
         result."""
         found: Costs = {}
         for _ in range(REPEATS):
-            before = _now(self.pipe)
+            before = now(self.pipe)
             again = self._once(blocks)
             if not found:
                 found = again
@@ -117,7 +119,7 @@ class Probe:
                 name: Cost(min(c.fixed, again[name].fixed), min(c.each, again[name].each))
                 for name, c in found.items()
             }
-            if _now(self.pipe) - before > SHORT:
+            if now(self.pipe) - before > SHORT:
                 break
         return found
 
@@ -162,9 +164,9 @@ class Probe:
 
     def _once(self, blocks: int) -> Costs:
         steps, count = self.method.steps, self.images
-        before = _now(self.pipe)
+        before = now(self.pipe)
         run = self._run(blocks)
-        found = {CONVERT: Cost(fixed=_now(self.pipe) - before)}
+        found = {CONVERT: Cost(fixed=now(self.pipe) - before)}
         centred = any(m.centred for m in quant_linears(run.quantized).values())
         if not self.draws:
             return found
@@ -195,15 +197,15 @@ class Probe:
         names, inside = list(recorder.costs()), 0.0
         total = {name: Cost() for name in OF_UNITS}
         own = dict(total)
-        before = _now(self.pipe)
+        before = now(self.pipe)
         for unit in recorder.units(names, follow=follow):
             if blocks == 1:
-                began = _now(self.pipe)
+                began = now(self.pipe)
                 kept = own if unit.name.startswith("blocks.") else total
                 for name, cost in self._unit(unit).items():
                     kept[name] += cost
-                inside += _now(self.pipe) - began
-        seconds = max(0.0, _now(self.pipe) - before - inside)
+                inside += now(self.pipe) - began
+        seconds = max(0.0, now(self.pipe) - before - inside)
         record = {RECORD: Cost(each=seconds / self.images)}
         if blocks != 1:
             return record
@@ -254,7 +256,7 @@ class Probe:
                 roundings,
                 settings,
                 unit_generator(0, unit.name),
-                lambda *_: stamps.append(_now(self.pipe)),
+                lambda *_: stamps.append(now(self.pipe)),
             )
         for layer in layers:
             layer.finish_rounding()
@@ -290,9 +292,9 @@ class Probe:
         self.saved = max(self.saved, sum(seen.values()) // STEPS)
 
     def _timed(self, call: Callable[[], object]) -> float:
-        before = _now(self.pipe)
+        before = now(self.pipe)
         call()
-        return _now(self.pipe) - before
+        return now(self.pipe) - before
 
 
 def matching(var: Transformer, config: QuantConfig) -> QuantConfig:
@@ -308,7 +310,9 @@ def matching(var: Transformer, config: QuantConfig) -> QuantConfig:
     return config.replace(rules=tuple(rules))
 
 
-def _now(pipe: Pipeline) -> float:
+def now(pipe: Pipeline) -> float:
+    """Seconds of the processor, or of the clock where a GPU computes."""
     if pipe.device.type == "cuda":
         torch.cuda.synchronize(pipe.device)
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
