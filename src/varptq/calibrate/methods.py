@@ -79,7 +79,7 @@ class Method:
         return calibration.replace(num_samples=self.samples)
 
 
-# Images that diagonals and means of inputs need: with more the KL stays the same
+# Images for diagonals and means of inputs; with 256 the KL of the demo model is 2% lower
 # (benchmarks/quality/means_samples.py, docs/log.md).
 MEANS_SAMPLES = 32
 

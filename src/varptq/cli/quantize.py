@@ -64,7 +64,9 @@ GroupSize = Annotated[
 ]
 CalibrationName = Annotated[
     str | None,
-    typer.Option(help="default (256 images, up to 2000 steps), released, an effort, or a file."),
+    typer.Option(
+        help="default (256 images, rtn 32; up to 2000 steps), released, an effort, or a file."
+    ),
 ]
 MethodName = Annotated[
     str | None,
