@@ -115,10 +115,11 @@ def as_stored(pipeline: Pipeline) -> Pipeline:
     return foreseen(pipeline, pipeline.config)
 
 
-def foreseen(pipeline: Pipeline, config: QuantConfig) -> Pipeline:
-    """What `config` makes of the model, as modules without memory. Raises `ConfigError` as
-    `convert` does."""
-    blank = float_layout(pipeline.var).to(pipeline.dtype)
+def foreseen(pipeline: Pipeline, config: QuantConfig, dtype: torch.dtype | None = None) -> Pipeline:
+    """What `config` makes of the model, in `dtype` or its own, as modules without memory. Raises
+    `ConfigError` as `convert` does."""
+    dtype = dtype or pipeline.dtype
+    blank = float_layout(pipeline.var).to(dtype)
     like = torch.empty(blank.width, dtype=blank.dtype, device=blank.device)
     start_gains(blank, set(pipeline.var.state_dict()), like)
     with on_meta():
@@ -126,7 +127,7 @@ def foreseen(pipeline: Pipeline, config: QuantConfig) -> Pipeline:
     return replace(
         pipeline,
         var=convert(blank, config),
-        vae=convert_autoencoder(vae.to(pipeline.dtype), config),
+        vae=convert_autoencoder(vae.to(dtype), config),
     )
 
 

@@ -236,7 +236,9 @@ class Job:
                 briefly=briefly,
                 progress=bars,
             )
-        document = plan(pipe, self.config, found) | {"runs_on": choice.runs_on}
+        document = plan(pipe, self.config, found, (streamed or {}).get("dtype")) | {
+            "runs_on": choice.runs_on
+        }
         how = ", block by block" if streamed is not None else ""
         first = ("method", f"{self.method}{how}, runs on: {choice.runs_on}")
         return document, [first, *plan_rows(document, found, DEFAULT_CONFIG)]

@@ -12,14 +12,19 @@ from varptq import readable
 from varptq.cli import common
 
 if TYPE_CHECKING:
+    import torch
+
     from varptq.calibrate.forecast import Forecast
     from varptq.models.pipeline import Pipeline
     from varptq.quant.config import QuantConfig
     from varptq.quant.pipeline import QuantizedPipeline
 
 
-def plan(pipe: Pipeline, config: QuantConfig, forecast: Forecast) -> dict[str, Any]:
-    """What will be done, and what it will take here, as plain JSON values."""
+def plan(
+    pipe: Pipeline, config: QuantConfig, forecast: Forecast, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """What will be done, and what it will take here, as plain JSON values. dtype: of the artifact,
+    None for the model's."""
     from varptq.artifact.sizes import foreseen
     from varptq.models.memory import free_bytes
 
@@ -29,7 +34,7 @@ def plan(pipe: Pipeline, config: QuantConfig, forecast: Forecast) -> dict[str, A
         "bits": {"weights": _bits(config, "weight"), "inputs": _bits(config, "input")},
         "forecast": forecast.to_dict(),
         "free_memory": free_bytes(pipe.device),
-        "sizes": common.sizes(foreseen(pipe, config)),
+        "sizes": common.sizes(foreseen(pipe, config, dtype)),
     }
 
 
