@@ -3,8 +3,8 @@
     python -m benchmarks.speed.forecast [--settings "demo rtn 32" ...] [--threads 1]
 
 A setting is MODEL METHOD IMAGES [STEPS]; MODEL/BLOCKS has random weights and so many blocks of that
-model's shapes. Prints a line for each, and with all of them writes results/forecast.json: seconds
-and peak of resident memory, foretold and found, each in a process of its own. On a busy
+model's shapes. Prints a line for each: seconds and peak of resident memory, foretold and found,
+each in a process of its own. On a busy
 machine compare the seconds of the processor: other programs come and go between the two.
 """
 
@@ -22,7 +22,6 @@ import torch
 
 import varptq
 from benchmarks.common.few_blocks import build
-from benchmarks.common.results import write_document
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.forecast import forecast
 from varptq.models.pipeline import Pipeline
@@ -75,13 +74,11 @@ def main() -> None:
     if asked.one:
         print(json.dumps(measured(asked.one, asked.threads)))
         return
-    lines = []
     for setting in asked.settings:
         words = ["-m", "benchmarks.speed.forecast", "--one", setting]
         words += ["--threads", str(asked.threads)]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
         line = json.loads(done.stdout.splitlines()[-1])
-        lines.append(line)
         print(
             f"{setting}: {line['foretold']:.1f} s foretold in {line['probe']:.1f} s, "
             f"{line['seconds']:.1f} s found; of the processor "
@@ -89,8 +86,6 @@ def main() -> None:
             f"{line['foretold_bytes'] / 1e6:.0f} MB foretold, {line['bytes'] / 1e6:.0f} MB found",
             flush=True,
         )
-    if tuple(asked.settings) == SETTINGS:
-        write_document("forecast", lines)
 
 
 if __name__ == "__main__":
