@@ -6,6 +6,7 @@ Used by the command line, the studio and the report, so that all three write a n
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 
@@ -54,3 +55,9 @@ def plain(value: float) -> str:
 def ratio(large: float, small: float) -> str:
     """How many times smaller, e.g. "7.08×"."""
     return f"{significant(large / small)}×" if small else "-"
+
+
+def name_of(*words: str | None) -> str:
+    """The words that there are as the name of a file: "demo-w4a4"."""
+    joined = "-".join(word for word in words if word)
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", joined).strip("-._+")[:64]

@@ -61,6 +61,35 @@ def test_quantize_says_what_it_made(quantized: tuple[Path, dict[str, Any]]) -> N
     assert document["seconds"] > 0
 
 
+def test_a_dry_run_says_everything_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized: tuple[Path, dict[str, Any]]
+) -> None:
+    """Also where the artifact goes and what it weighs: as much as when it is made."""
+    monkeypatch.chdir(tmp_path)
+    made = quantized[1]
+    words = ("--config", made["config"], "--method", "rtn", "--samples", 2, "--dry-run")
+    document = succeed("quantize", "demo", *words, "--json").document
+    assert list(tmp_path.iterdir()) == []
+    assert document["sizes"] == made["sizes"]
+    assert document["forecast"]["seconds"] > 0 and document["forecast"]["memory"] > 0
+    ran = succeed("quantize", "demo", *words)
+    assert f"demo-{made['config']}" in ran.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_nothing_but_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the number of images, for the sake of time: the defaults are said before, and
+    afterwards what to do next."""
+    monkeypatch.chdir(tmp_path)
+    ran = succeed("quantize", "demo", "--method", "rtn", "--samples", 1)
+    before = ran.err.index("calibration samples")
+    for word in ("config w4a4, the default", "work rtn, 1 image", "time ", "memory about "):
+        assert -1 < ran.err.find(word) < before, word
+    assert (tmp_path / "demo-w4a4" / "config.json").is_file()
+    text = " ".join(ran.out.replace("│", " ").split())
+    assert "varptq generate demo-w4a4 --classes 0,1,2" in text and "the float model" in text
+
+
 def test_quantize_prints_a_table(tmp_path: Path) -> None:
     words = ("--method", "rtn", "--config", "w4a4+paper", "--out", tmp_path / "a")
     ran = succeed("quantize", "--model", "demo", *words)
@@ -283,7 +312,6 @@ BAD_COMMANDS = [
     *BAD_MODELS,
     *((f"quantize {words} --out {{new}}", expected) for words, expected in BAD_QUANTIZE),
     *((f"generate {words} --out {{new}}", expected) for words, expected in BAD_GENERATE),
-    ("quantize demo", "'--out'"),
     ("quantize demo --out {here}", "exists and is not empty"),
     ("quantize demo --out {here}/list.json", "is a file, expected a folder"),
     ("quantize demo --force --out {here}", "holds no config.json"),

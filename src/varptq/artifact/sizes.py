@@ -27,6 +27,7 @@ from varptq.models.meta import on_meta
 from varptq.models.pipeline import Pipeline
 from varptq.models.seams import SeamLinear, start_gains
 from varptq.models.transformer import float_layout
+from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert, convert_autoencoder
 from varptq.quant.describe import float_modules
 from varptq.quant.find import quant_convolutions
@@ -111,15 +112,22 @@ def as_stored(pipeline: Pipeline) -> Pipeline:
     packed their codes away, so the same layers are made without memory."""
     if not isinstance(pipeline, QuantizedPipeline) or pipeline.runtime == "simulated":
         return pipeline
-    blank = float_layout(pipeline.var).to(pipeline.dtype)
+    return foreseen(pipeline, pipeline.config)
+
+
+def foreseen(pipeline: Pipeline, config: QuantConfig, dtype: torch.dtype | None = None) -> Pipeline:
+    """What `config` makes of the model, in `dtype` or its own, as modules without memory. Raises
+    `ConfigError` as `convert` does."""
+    dtype = dtype or pipeline.dtype
+    blank = float_layout(pipeline.var).to(dtype)
     like = torch.empty(blank.width, dtype=blank.dtype, device=blank.device)
     start_gains(blank, set(pipeline.var.state_dict()), like)
     with on_meta():
         vae = family(pipeline.family).autoencoder(pipeline.vae.arch, pipeline.var.arch)
     return replace(
         pipeline,
-        var=convert(blank, pipeline.config),
-        vae=convert_autoencoder(vae.to(pipeline.dtype), pipeline.config),
+        var=convert(blank, config),
+        vae=convert_autoencoder(vae.to(dtype), config),
     )
 
 

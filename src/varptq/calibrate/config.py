@@ -22,6 +22,7 @@ class CalibrationConfig(Settings):
     """How a model is calibrated (docs/method.md sections 3 to 5).
 
     num_samples: self-generated images of one class each; no class repeats before all were drawn.
+    Where it is not given, a method may take fewer (`Method.samples`).
     rounding: how weights are rounded where a method reconstructs: "nearest"; "gptq", in closed form
     from second moments of the inputs (gptq.py); "adaround", learned in `steps` steps per unit; or
     "gptq+adaround", learned from the result of GPTQ. 0 steps learn nothing. patience: steps without

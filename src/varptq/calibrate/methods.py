@@ -39,11 +39,13 @@ Step = Callable[[Run], None]
 @dataclass(frozen=True)
 class Method:
     """Steps in order; `summary` for those who choose; `rounding` where the method does not leave it
-    to the settings."""
+    to the settings. samples: images that it takes where the settings do not say how many and
+    nothing is reconstructed."""
 
     steps: tuple[Step, ...]
     summary: str = ""
     rounding: Rounding | None = None
+    samples: int | None = None
 
     @classmethod
     def parse(cls, name: str) -> Method:
@@ -69,12 +71,23 @@ class Method:
 
     def settle(self, calibration: CalibrationConfig) -> CalibrationConfig:
         """The settings as this method takes them."""
-        return calibration.replace(rounding=self.rounding) if self.rounding else calibration
+        if self.rounding:
+            calibration = calibration.replace(rounding=self.rounding)
+        said = "num_samples" in calibration.model_fields_set
+        if self.samples is None or said or reconstruct in self.steps:
+            return calibration
+        return calibration.replace(num_samples=self.samples)
 
+
+# Images for diagonals and means of inputs; with 256 the KL of the demo model is 2% lower
+# (benchmarks/quality/means_samples.py, docs/log.md).
+MEANS_SAMPLES = 32
 
 METHODS = {
     "rtn": Method(
-        (smooth, center, tune), "nearest rounding; draws the images first, unless +paper"
+        (smooth, center, tune),
+        "nearest rounding; draws the images first, unless +paper",
+        samples=MEANS_SAMPLES,
     ),
     "gptq": Method(
         (smooth, center, reconstruct, tune), "reconstruction in closed form", rounding="gptq"

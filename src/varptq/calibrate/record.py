@@ -104,9 +104,7 @@ class Storage:
         has too little room.
         """
         limit = config.memory_gb * 2**30
-        as_float, as_half = (
-            numel * (FLOAT_BYTES + 2 * units * width) for width in (FLOAT_BYTES, HALF_BYTES)
-        )
+        as_float, as_half = record_bytes(numel, units)
         if as_float <= limit:
             return cls(torch.float32, None)
         if as_half <= limit:
@@ -118,6 +116,14 @@ class Storage:
         if self.folder is None:
             return torch.empty(shape, dtype=dtype, device="cpu")
         return mapped_empty(self.folder / f"{name}.bin", shape, dtype)
+
+
+def record_bytes(numel: int, units: int) -> tuple[int, int]:
+    """Of such a record with inputs and targets in float32, and in bfloat16."""
+    as_float, as_half = (
+        numel * (FLOAT_BYTES + 2 * units * width) for width in (FLOAT_BYTES, HALF_BYTES)
+    )
+    return as_float, as_half
 
 
 def _spool(size: int, parent: str | None, stack: ExitStack) -> Path:
@@ -171,6 +177,16 @@ class Recorder:
         """The pass of `var`, the float transformer or the quantized one, for these rows."""
         return var.stages(var.condition(self.prompts[rows]))
 
+    @property
+    def most_units(self) -> int:
+        """Units over tokens that a stage has, at most; the last stage's is not recorded."""
+        return max(len(s.token_units) for s in self.stages if s.token_units != (s.name,))
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the residual stream of all rows."""
+        return self.num_rows * self.scales.num_tokens * self.var.width
+
     def costs(self) -> dict[str, float]:
         """Names of all units in model order, with the multiply-adds of the Linears and products of
         one row, which is the cost of a step up to a factor."""
@@ -223,10 +239,8 @@ class Recorder:
             ]
             if not ends:
                 return
-            most = max(len(s.token_units) for s in self.stages if s.token_units != (s.name,))
-            tokens = self.num_rows * self.scales.num_tokens
-            numel = tokens * self.var.width
-            storage = Storage.plan(numel, most + (follow is not None), self.config, stack)
+            most = self.most_units
+            storage = Storage.plan(self.numel, most + (follow is not None), self.config, stack)
             residual = self.first_residual(self.var, storage, "residual")
             prefix = None if follow is None else Prefix(self, follow, storage)
             records = storage.empty("stage", (2 * most, *residual.shape))

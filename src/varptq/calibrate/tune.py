@@ -89,6 +89,11 @@ def check_tunable(pipe: Pipeline, config: CalibrationConfig) -> None:
         )
 
 
+def images_for(config: CalibrationConfig) -> int:
+    """How many images tuning draws: those it learns from, and those of the gate."""
+    return min(MAX_IMAGES, BATCH * config.tune_steps) + HELD_OUT
+
+
 def tune_model(
     pipe: Pipeline,
     quantized: Transformer,
@@ -99,10 +104,9 @@ def tune_model(
     """Tune `quantized` in place against `pipe`; returns its final tensors by name, for `put`.
     Raises `NonFiniteError` if the loss is not finite."""
     generator = unit_generator(seed, "tuning")
-    count = min(MAX_IMAGES, BATCH * config.tune_steps) + HELD_OUT
     images = calibration_set(
         pipe,
-        config.replace(num_samples=count),
+        config.replace(num_samples=images_for(config)),
         seed=generator.initial_seed(),
         resampled=False,
     )
@@ -111,8 +115,8 @@ def tune_model(
     student = replace(pipe, var=quantized)
     before = tuned_tensors(quantized)
     kl_before = mean_kl(pipe, student, held_out, config)
-    with _learnable(quantized) as parameters:
-        _descend(pipe, student, train, parameters, config, generator, on_step)
+    with learnable(quantized) as parameters:
+        descend(pipe, student, train, parameters, config, generator, on_step)
     kl_after = mean_kl(pipe, student, held_out, config)
     kept = kl_after < kl_before
     after = tuned_tensors(quantized) if kept else before
@@ -146,7 +150,7 @@ def put(quantized: Transformer, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _learnable(quantized: Transformer) -> Iterator[list[tuple[Tensor, float]]]:
+def learnable(quantized: Transformer) -> Iterator[list[tuple[Tensor, float]]]:
     """The tuned tensors as leaves that take gradients, with the rate of each; afterwards plain
     tensors of their final values."""
     put(quantized, tuned_tensors(quantized))
@@ -169,7 +173,7 @@ def _learnable(quantized: Transformer) -> Iterator[list[tuple[Tensor, float]]]:
             bias.requires_grad_(False)
 
 
-def _descend(
+def descend(
     pipe: Pipeline,
     student: Pipeline,
     train: CalibrationSet,

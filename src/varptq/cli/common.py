@@ -76,14 +76,15 @@ def print_table(table: Table) -> None:
 
 
 def sizes(pipe: Pipeline) -> dict[str, Any]:
-    """Bytes as stored and in float32: by kind of tensor, and of both networks."""
-    from varptq.artifact.sizes import VAE, quantized_size, sizes, transformer_size
+    """Bytes as stored and in float32: by kind of tensor, of both networks, and of the whole."""
+    from varptq.artifact.sizes import VAE, quantized_size, sizes, total, transformer_size
 
     kinds = sizes(pipe)
     packed = quantized_size(pipe)
     return {
         "transformer": transformer_size(pipe).to_dict(),
         "vae": kinds[VAE].to_dict(),
+        "whole": total(kinds).to_dict(),
         "bits_per_quantized_weight": packed.bits_per_element or None,
         "kinds": {kind: size.to_dict() for kind, size in kinds.items()},
     }
@@ -96,9 +97,19 @@ def size_rows(sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
         stored, full = sizes[part]["bytes"], sizes[part]["float32_bytes"]
         compared = f", {full / stored:.2f}x smaller than float32" if stored < full else ", float"
         rows.append((name, readable.megabytes(stored) + compared))
+    rows.append(("whole size", whole_text(sizes)))
     if (bits := sizes["bits_per_quantized_weight"]) is not None:
         rows.append(("quantized weights", f"{bits:.2f} bits each, with scales and zero points"))
     return rows
+
+
+def whole_text(sizes: Mapping[str, Any]) -> str:
+    """Both networks as stored, beside both in float32."""
+    stored, full = sizes["whole"]["bytes"], sizes["whole"]["float32_bytes"]
+    if stored >= full:
+        return f"{readable.megabytes(stored)}, float"
+    smaller = f"{full / stored:.2f}x smaller"
+    return f"{readable.megabytes(stored)}; the float model {readable.megabytes(full)}, {smaller}"
 
 
 def runs_on(pipe: QuantizedPipeline) -> str:

@@ -26,6 +26,7 @@ from varptq import readable
 from varptq.cli import common, options
 from varptq.cli import generate as generate_verb
 from varptq.cli import quantize as quantize_verb
+from varptq.cli import quantized as quantized_verb
 from varptq.errors import VarptqError
 from varptq.models.sampling_defaults import TOP_P
 
@@ -214,7 +215,7 @@ def quantize(recipe: Recipe, pipe: Pipeline, artifact: Path, clock: Clock) -> di
         )
     with clock.stage("save the artifact"):
         save(quantized, artifact, force=True)
-    return quantize_verb.summary(quantized, artifact, clock.seconds["calibrate and quantize"])
+    return quantized_verb.summary(quantized, artifact, clock.seconds["calibrate and quantize"])
 
 
 def sample_float(recipe: Recipe, pipe: Pipeline, asked: Prompts) -> Output:
@@ -296,7 +297,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("calibration", f"{recipe['samples']} images, {recipe['steps']} steps per unit"),
         *common.size_rows(document["sizes"]),
         ("theta", common.theta_text(document["theta"])),
-        ("units", quantize_verb.units_text(document["units"])),
+        ("units", quantized_verb.units_text(document["units"])),
         (
             "compared",
             f"{fidelity['num_images']} images, cfg {recipe['cfg']:g}, top-k {recipe['top_k']}, "

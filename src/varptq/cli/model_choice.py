@@ -137,6 +137,11 @@ class ModelChoice:
         names = read_class_names(self.class_names)
         return load().named(names)
 
+    def float_words(self) -> list[str]:
+        """The options that name a float model which is no published one."""
+        named = {"--random": self.random, "--var": self.var, "--vae": self.vae}
+        return [word for name, value in named.items() if value for word in (name, str(value))]
+
     def file_bytes(self) -> int:
         """Of the transformer's files, 0 for random weights. Raises `CheckpointError` where they
         cannot be found."""

@@ -8,7 +8,6 @@ and the work.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -26,11 +25,13 @@ from varptq import readable
 from varptq.cli import common, options
 from varptq.cli.asked import Asked
 from varptq.cli.model_choice import ModelChoice
+from varptq.cli.quantized import next_commands, plan, plan_rows, rows, summary
 from varptq.cli.settings import parse_size, read_calibration, read_config
 from varptq.errors import InputError
 
 if TYPE_CHECKING:
     from varptq.calibrate.config import CalibrationConfig
+    from varptq.distributed import Ranks
     from varptq.models.pipeline import Pipeline
     from varptq.quant.config import QuantConfig
     from varptq.quant.pipeline import QuantizedPipeline
@@ -38,8 +39,12 @@ if TYPE_CHECKING:
 
 # `save(out, force=force)` of one artifact.
 Save = Callable[..., Path]
+# The float model; with device and dtype where it is left on its files.
+Load = Callable[[], "tuple[Pipeline, dict[str, Any] | None]"]
 # Name of the piece in a work folder that marks that the artifact may have been written.
 PUBLISHED = "published"
+TITLE = "varptq quantize"
+DEFAULT_CONFIG = "w4a4"
 # The keys of the table of methods.
 METHODS = ("rtn", "gptq", "brecq", "sas")
 # Name of a work folder inside the artifact's; our hidden names do not count as its content.
@@ -59,7 +64,9 @@ GroupSize = Annotated[
 ]
 CalibrationName = Annotated[
     str | None,
-    typer.Option(help="default (256 images, up to 2000 steps), released, an effort, or a file."),
+    typer.Option(
+        help="default (256 images, rtn 32; up to 2000 steps), released, an effort, or a file."
+    ),
 ]
 MethodName = Annotated[
     str | None,
@@ -76,6 +83,10 @@ Memory = Annotated[
         help="Memory for recorded activations, e.g. 8GB; a model that does not fit into it goes "
         "block by block with rtn and gptq.",
     ),
+]
+Out = Annotated[Path | None, typer.Option(help="Folder for the artifact; default: MODEL-CONFIG.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it takes; stop there.")
 ]
 WorkFolder = Annotated[
     Path | None, typer.Option(help="Folder for finished pieces; default: OUT.work.")
@@ -96,14 +107,14 @@ class Command(TyperCommand):
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder for the artifact.")],
     source: options.FloatSource = None,
     model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
     var: options.VarFile = None,
     vae: options.VaeFile = None,
     random: options.RandomModel = None,
     class_names: options.ClassNames = None,
-    config: options.Config = "w4a4",
+    out: Out = None,
+    config: options.Config = DEFAULT_CONFIG,
     prompts: options.PromptFile = None,
     encoder: options.Encoder = None,
     size: options.Size = None,
@@ -121,12 +132,12 @@ def command(
     download: options.Download = False,
     device: options.Device = options.DEVICE,
     dtype: options.Dtype = options.DTYPE,
+    dry_run: DryRun = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Calibrate and quantize a model, and save it as an artifact."""
+    """Calibrate and quantize a model, and save it; says first how long it takes, in what memory."""
     from varptq.distributed import Ranks, local_device
-    from varptq.work import Work
 
     settings = read_calibration(
         calibration, effort, samples=samples, steps=steps, tune=tune, budget=budget, memory=memory
@@ -137,24 +148,29 @@ def command(
     choice.check_float()
     asked = Asked.of(prompts=prompts, encoder=encoder, download=download, option=None)
     asked.check(choice)
+    out = out or Path(readable.name_of(choice.about()[0], job.config.name))
+    limit = None if memory is None else parse_size(memory)
+
+    def load() -> tuple[Pipeline, dict[str, Any] | None]:
+        pipe, streamed = loaded(choice, job, limit)
+        return asked.drawing(pipe, size), streamed
+
     folder = work or work_folder(out)
     if not published(folder):
         check_output(out, force)
-    started = time.monotonic()
-    limit = None if memory is None else parse_size(memory)
-    with Work(folder, Ranks.from_environment()) as place:
-        pipe, streamed = loaded(choice, job, limit)
-        quantized, save = job.run(asked.drawing(pipe, size), place, streamed)
-        if place.ranks.first:
-            publish(save, out, force, place)
-        place.remove()
-    if not place.ranks.first:
-        return
-    document = summary(quantized, out, time.monotonic() - started)
+    if dry_run:
+        document, said = job.planned(*load(), Ranks(), briefly=False)
+        show(document, f"{TITLE} --dry-run", [*said, ("would be in", str(out))], json)
+    elif document := job.carried_out(load, out, folder, force):
+        lines = next_commands(out, choice.about()[1], choice.float_words())
+        show(document | {"next": lines}, TITLE, [*rows(document), ("next", "\n".join(lines))], json)
+
+
+def show(document: dict[str, Any], title: str, lines: list[tuple[str, str]], json: bool) -> None:
     if json:
         common.print_json(document)
     else:
-        common.print_rows("varptq quantize", rows(document))
+        common.print_rows(title, lines)
 
 
 def one_name(source: str | None, model: str | None) -> str | None:
@@ -184,17 +200,51 @@ class Job:
         Method.parse(method)
         return cls(config, method, calibration, seed)
 
-    def announce(self, pipe: Pipeline, streamed: bool) -> None:
-        """Say which method and runtime will be used, before the work starts."""
+    def carried_out(
+        self, load: Load, out: Path, folder: Path, force: bool
+    ) -> dict[str, Any] | None:
+        """Quantize and save; the summary, in the first process."""
+        from varptq.distributed import Ranks
+        from varptq.work import Work
+
+        started = time.monotonic()
+        with Work(folder, Ranks.from_environment()) as place:
+            quantized, save = self.run(*load(), place)
+            if place.ranks.first:
+                publish(save, out, force, place)
+            place.remove()
+        return summary(quantized, out, time.monotonic() - started) if place.ranks.first else None
+
+    def planned(
+        self, pipe: Pipeline, streamed: dict[str, Any] | None, ranks: Ranks, *, briefly: bool
+    ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        """What will be done, what on, and what it takes here: as plain values, and as rows."""
+        from varptq.calibrate.forecast import forecast
         from varptq.calibrate.methods import Method
+        from varptq.progress import RichProgress
         from varptq.runtime.resolve import foreseen
 
         choice = foreseen(pipe.var, self.config, shift=Method.parse(self.method).shift)
-        how = ", block by block" if streamed else ""
-        typer.echo(f"method {self.method}{how}, runs on: {choice.runs_on}", err=True)
+        with RichProgress() as bars:
+            found = forecast(
+                pipe,
+                self.config,
+                method=self.method,
+                calibration=self.calibration,
+                processes=ranks.size,
+                placed=streamed,
+                briefly=briefly,
+                progress=bars,
+            )
+        document = plan(pipe, self.config, found, (streamed or {}).get("dtype")) | {
+            "runs_on": choice.runs_on
+        }
+        how = ", block by block" if streamed is not None else ""
+        first = ("method", f"{self.method}{how}, runs on: {choice.runs_on}")
+        return document, [first, *plan_rows(document, found, DEFAULT_CONFIG)]
 
     def run(
-        self, pipe: Pipeline, work: Work, streamed: dict[str, Any] | None
+        self, pipe: Pipeline, streamed: dict[str, Any] | None, work: Work
     ) -> tuple[QuantizedPipeline, Save]:
         """What is made, and how it is saved. streamed: device and dtype of a model that is not in
         memory."""
@@ -204,7 +254,9 @@ class Job:
         from varptq.streamed import stream
 
         if work.ranks.first:
-            self.announce(pipe, streamed is not None)
+            _, said = self.planned(pipe, streamed, work.ranks, briefly=True)
+            for name, text in said:
+                typer.echo(f"{name} {text}", err=True)
         with RichProgress() as bars:
             settings: dict[str, Any] = {
                 "method": self.method,
@@ -276,90 +328,3 @@ def work_folder(out: Path) -> Path:
     # "a/.." has no name to make one from.
     named = out if out.name != ".." else Path(os.path.realpath(out))
     return named.with_name(f"{named.name}.work")
-
-
-def summary(quantized: QuantizedPipeline, out: Path, duration: float) -> dict[str, Any]:
-    """The result of the run, as plain JSON values."""
-    return {
-        "runs_on": common.runs_on(quantized),
-        "artifact": str(out),
-        "model": quantized.name,
-        "config": quantized.config.name,
-        "method": quantized.method,
-        "seed": quantized.seed,
-        "calibration": quantized.calibration,
-        "sizes": common.sizes(quantized),
-        "theta": common.theta_summary(quantized),
-        "resampling": resampling_summary(quantized.report.get("resampling")),
-        "units": units_summary(quantized.report.get("units", [])),
-        "seconds": duration,
-    }
-
-
-def resampling_summary(report: dict[str, Any] | None) -> dict[str, Any] | None:
-    """L1 distance of token frequencies from their probabilities, mean over the scales."""
-    if report is None:
-        return None
-    scales = report["scales"]
-    means = {
-        name: sum(scale[name] for scale in scales) / len(scales)
-        for name in ("l1_before", "l1_after")
-    }
-    return {"moved": report["moved"], **means}
-
-
-def units_summary(units: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Geometric means over the units, so that a unit with large activations does not dominate.
-
-    hard_over_nearest: loss of the learned rounding over that of nearest rounding.
-    hard_over_soft: loss of what is deployed over the loss of what was trained, 1 where they agree.
-    """
-    if not units:
-        return None
-    return {
-        "count": len(units),
-        "kept_nearest": sum(unit["kept"] == "nearest" for unit in units),
-        "hard_over_nearest": _mean_ratio(units, "loss_hard", "loss_nearest"),
-        "hard_over_soft": _mean_ratio(units, "loss_hard", "loss_soft"),
-        "units": units,
-    }
-
-
-def _mean_ratio(units: list[dict[str, Any]], above: str, below: str) -> float | None:
-    pairs = [(unit[above], unit[below]) for unit in units if unit[above] > 0 and unit[below] > 0]
-    if not pairs:
-        return None
-    return math.exp(sum(math.log(a / b) for a, b in pairs) / len(pairs))
-
-
-def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    moved = document["resampling"]
-    resampling = "off"
-    if moved:
-        resampling = (
-            f"{moved['moved']} tokens moved, L1 {moved['l1_before']:.3f} to {moved['l1_after']:.3f}"
-        )
-    return [
-        ("model", document["model"]),
-        ("config, method", f"{document['config']}, {document['method']}, seed {document['seed']}"),
-        *common.size_rows(document["sizes"]),
-        ("runs on", document["runs_on"]),
-        ("theta", common.theta_text(document["theta"])),
-        ("resampling", resampling),
-        ("units", units_text(document["units"])),
-        ("time", readable.seconds(document["seconds"])),
-        ("written", document["artifact"]),
-    ]
-
-
-def units_text(units: dict[str, Any] | None) -> str:
-    if units is None:
-        return "nearest rounding"
-    text = f"{units['count']} reconstructed"
-    if (ratio := units["hard_over_nearest"]) is not None:
-        text += f", loss {ratio:.2f} of nearest rounding"
-    if (gap := units["hard_over_soft"]) is not None:
-        text += f", hard / soft {gap:.2f}"
-    if units["kept_nearest"]:
-        text += f"; {units['kept_nearest']} kept nearest"
-    return text

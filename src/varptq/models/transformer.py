@@ -6,9 +6,11 @@ whose blocks are `blocks.<index>`. Shapes as in `seams.py`.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from varptq.models.seams import Fold, Span, Stage, run_stages, spans_of
 
 class Transformer(nn.Module):
     """A next-scale transformer made from `arch` alone, a frozen dataclass of hashable values with
-    `width`, `num_heads` and `scales`, with these properties and methods.
+    `width`, `num_heads`, `depth` and `scales`, with these properties and methods.
 
     UNGUIDED: the cfg that means no guidance. READS_TEXTS: whether prompts are texts.
     """
@@ -69,6 +71,15 @@ class Transformer(nn.Module):
                 f"sides {scales}: this model knows its own only, {self.scales}; leave the size out"
             )
         return self
+
+    def first_blocks(self, count: int) -> Self:
+        """This network with its first `count` blocks, at most all: a second object around the same
+        modules and tensors. What it computes means nothing, but takes its share of the time."""
+        found = copy.copy(self)
+        found.arch = replace(self.arch, depth=min(count, self.arch.depth))
+        found._modules = dict(self._modules)
+        found.blocks = cast(nn.ModuleList, self.blocks)[:count]
+        return found
 
     def schedule(self, size: Any) -> Scales:
         """The schedule for images of `size`: a `Scales`, or what a family calls a size.

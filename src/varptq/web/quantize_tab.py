@@ -340,6 +340,4 @@ def effort(calibration: str) -> str:
 
 def suggested_name(model: str | None, config: str | None, method: str | None) -> str:
     """A name made from model, config and method."""
-    named = (model, config, None if method == DEFAULT else method)
-    words = "-".join(str(word) for word in named if word)
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", words).strip("-._+")[:64]
+    return readable.name_of(model, config, None if method == DEFAULT else method)
