@@ -52,13 +52,14 @@ def quantize(
     gain, shift = None, None
     if isinstance(x, Pending):
         x, gain, shift = x
-    found = torch.ops.varptq.quantize(
+    codes, scale, zero_point, sums = torch.ops.varptq.quantize(
         *(x, gain, shift, means, rows, rule.type, rule.num_bits, rule.range_rule, rule.group),
         *(rule.weight_group, rule.weight_zero_is_code, rule.block, rule.gelu, rule.layer),
     )
     row, _, segment = layout(rule.inputs, rule.group, rule.weight_group)
     bits = 8 if rule.codebook else rule.num_bits
-    return Rows(*found, bits, row, segment, rule.sign_split, x.shape)
+    signs = rule.sign_split
+    return Rows(codes, scale, zero_point, sums, bits, row, segment, signs, x.shape)
 
 
 def linear(
@@ -123,8 +124,9 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op("varptq::linear", mutates_args=(), schema=_LINEAR)
 def _linear(*arguments: Any) -> Tensor:
     *found, sizes, pairs, shape, packed, weight_sizes, table, bias, bias_rows = arguments
-    rows = Rows(*found, *sizes, pairs, torch.Size(shape))
-    return linears.linear(rows, PackedWeight(*packed, *weight_sizes, table), bias, bias_rows)
+    rows = Rows._make((*found, *sizes, pairs, torch.Size(shape), None))
+    weight = PackedWeight._make((*packed, *weight_sizes, table))
+    return linears.linear(rows, weight, bias, bias_rows)
 
 
 @_linear.register_fake
@@ -137,10 +139,21 @@ def _(codes: Tensor, *arguments: Any) -> Tensor:
 def _attend(qkv_BLD: Tensor, *arguments: Any) -> Tensor:
     q_bias, v_bias, q_factor, cosine, sine, heads, bits, types, policy = arguments[:9]
     l2_norm, max_order, theta, ends, cuts, keys, layer = arguments[9:]
-    books = [book(type_, count) for type_, count in zip(types, bits, strict=False)]
-    width = len(q_bias) // heads
+    query, key, value = (book(type_, count) for type_, count in zip(types, bits, strict=False))
     scheme = attention.AttentionScheme(
-        *(heads, width, tuple(ends), policy, *bits, l2_norm, max_order, *books)
+        heads=heads,
+        head_width=len(q_bias) // heads,
+        ends=tuple(ends),
+        policy=policy,
+        query_bits=bits[0],
+        key_bits=bits[1],
+        value_bits=bits[2],
+        probability_bits=bits[3],
+        l2_norm=l2_norm,
+        max_order=max_order,
+        query_book=query,
+        key_book=key,
+        value_book=value,
     )
     spans = [(slice(*cuts[i : i + 2]), (seen,)) for i, seen in enumerate(keys)]
     return attention.attend(

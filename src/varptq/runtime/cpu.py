@@ -48,6 +48,11 @@ class NativeCache(NamedTuple):
     scheme: attention.AttentionScheme
     codes: attention.AttentionCache
 
+    @classmethod
+    def of(cls, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> NativeCache:
+        layout = scheme(rule, ends)
+        return cls(layout, attention.AttentionCache(layout, rows))
+
     def first_rows(self, rows: int) -> NativeCache:
         return NativeCache(self.scheme, self.codes.first_rows(rows))
 
@@ -98,10 +103,8 @@ class NativeKernels:
     def new_cache(
         self, rule: AttentionRule, rows: int, ends: tuple[int, ...]
     ) -> NativeCache | None:
-        if torch.compiler.is_compiling():
-            return None
-        layout = scheme(rule, ends)
-        return NativeCache(layout, attention.AttentionCache(layout, rows))
+        """None in a graph of torch.compile, where `attend` makes its own."""
+        return None if torch.compiler.is_compiling() else NativeCache.of(rule, rows, ends)
 
     def attend(
         self,
@@ -128,7 +131,7 @@ class NativeKernels:
 
     def read(self, kv_RTD: Tensor, rule: AttentionRule) -> NativeCache:
         rows, length, _ = kv_RTD.shape
-        cache = self.new_cache(rule, rows, (length,))
+        cache = NativeCache.of(rule, rows, (length,))
         attention.enter(
             cache.scheme,
             kv_RTD,
