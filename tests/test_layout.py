@@ -16,6 +16,7 @@ MAX_LINES = 400
 OTHER_TESTS = {
     "benchmarks": "the scripts of benchmarks/",
     "examples": "the scripts of examples/",
+    "integrations": "the packs of integrations/",
     "golden": "numbers of the papers' own implementations",
     "helpers": "what several test files share",
     "robustness": "hostile files, failing machines, hard surroundings: across all parts",

@@ -50,9 +50,11 @@ def calibrated() -> None:
     varptq.quantize(build_tiny(depth=1), CONFIG, method="brecq", calibration=CALIBRATION)
 
 
-def spawned(folder: str, expected: list[int]) -> None:
+def spawned(folder: str, pipes: dict[str, Pipeline], expected: dict[str, list[int]]) -> None:
     torch.set_num_threads(1)
-    same(varptq.load(folder, runtime="cpu"), expected)
+    same(varptq.load(folder, runtime="cpu"), expected["cpu"])
+    for name, pipe in pipes.items():
+        same(pipe, expected[name])
 
 
 def main(folder: str) -> None:
@@ -84,7 +86,7 @@ def main(folder: str) -> None:
     # Not the same losses: a calibration depends on the number of threads, which is one there.
     in_child("calibration", calibrated)
     process = multiprocessing.get_context("spawn").Process(
-        target=spawned, args=(folder, drawn["cpu"])
+        target=spawned, args=(folder, pipes, drawn)
     )
     process.start()
     process.join(SECONDS)

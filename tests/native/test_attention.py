@@ -26,7 +26,7 @@ from varptq.quant.attention import QuantMix, QuantScores, segment_grid
 from varptq.quant.config import AttentionSpec, TensorSpec
 from varptq.quant.quantizers import QUANTIZERS
 from varptq.quant.shift_sum import fixed_codes, orders
-from varptq.runtime.cpu import book
+from varptq.runtime.cpu_scheme import book
 
 pytestmark = [
     pytest.mark.native,

@@ -36,7 +36,7 @@ from varptq.artifact.format import (
     slots,
     unpack_linear,
 )
-from varptq.artifact.mapped import MappedTensors, return_free_memory
+from varptq.artifact.mapped import MappedTensors, Unchanged, return_free_memory
 from varptq.artifact.schema import (
     MAX_CONFIG_BYTES,
     SealedDocument,
@@ -299,7 +299,7 @@ def _fill_plain(
         state[name] = tensor
     for name in vae.ENCODING if stay else ():
         module = vae.get_submodule(name)
-        module.register_forward_pre_hook(lambda encoder, _: tensors.check(encoder))
+        module.register_forward_pre_hook(Unchanged(tensors))
     for name, expected in var.constants().items():
         if not torch.equal(state[TRANSFORMER + name], expected):
             raise ArtifactError(f"{path}: tensor {name!r} contradicts the scales in {CONFIG_FILE}")

@@ -90,3 +90,22 @@ class MappedTensors:
         start += -start % mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED") and end - start >= mmap.PAGESIZE:
             self._map.madvise(mmap.MADV_DONTNEED, start, (end - start) & -mmap.PAGESIZE)
+
+
+class Unchanged:
+    """A hook before a module whose tensors lie on a mapping: `MappedTensors.check`.
+
+    What another process gets by pickle has its tensors in memory and asks nothing."""
+
+    def __init__(self, tensors: MappedTensors | None) -> None:
+        self._tensors = tensors
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if self._tensors is not None:
+            self._tensors.check(module)
+
+    def __deepcopy__(self, _: Any) -> Unchanged:
+        return self
+
+    def __reduce__(self) -> tuple[type[Unchanged], tuple[None]]:
+        return Unchanged, (None,)

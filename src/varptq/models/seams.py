@@ -310,6 +310,18 @@ def consumers_of(fold: Fold) -> tuple[nn.Linear, ...]:
     return fold.consumers if isinstance(fold, ChannelFold) else (fold.consumer,)
 
 
+def memoized(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`make`, run at its first call alone. `functools.cache` is opaque to torch.compile."""
+    made: list[Tensor] = []
+
+    def once() -> Tensor:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return once
+
+
 class Stage(NamedTuple):
     """One step of a pass: `run(x, spans, cache)` takes the tokens (B, l, C) of all rows on.
 

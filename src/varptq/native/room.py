@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import sys
 import threading
 
@@ -20,23 +21,28 @@ from torch import Tensor
 
 # Below, the allocator of C keeps memory by itself.
 LEAST_BYTES = 2**20
+# Where processes fork, a child's maps are its own: memory as `mmap` makes it would be its parent's.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 # More than this many times the size would keep memory from the maps that need it.
 MOST_WASTE = 2
 
 
 class Room:
-    """Buffers of one decoder. A buffer is free when no tensor refers to it."""
+    """Buffers of one decoder. A buffer is free when no tensor refers to it. A copy of a room, here
+    or in another process, is an empty one."""
 
     def __init__(self) -> None:
         self._buffers: list[mmap.mmap] = []
-        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Room], tuple[()]]:
+        return Room, ()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous CPU tensor with undefined contents."""
         size = math.prod(shape) * dtype.itemsize
         if size < LEAST_BYTES:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        with self._lock:
+        with _lock:
             fitting = [b for b in self._free() if size <= len(b) <= MOST_WASTE * size]
             buffer = min(fitting, key=len) if fitting else self._new(size)
             return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
@@ -54,7 +60,7 @@ class Room:
         """Free buffers that are smaller go first: maps have grown."""
         outgrown = {id(buffer) for buffer in self._free() if len(buffer) < size}
         self._buffers = [buffer for buffer in self._buffers if id(buffer) not in outgrown]
-        buffer = mmap.mmap(-1, size)
+        buffer = mmap.mmap(-1, size, **_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             buffer.madvise(mmap.MADV_HUGEPAGE)
         self._buffers.append(buffer)
@@ -66,4 +72,14 @@ def _references_without_tensors() -> int:
     return next(sys.getrefcount(buffer) for buffer in buffers)
 
 
+def _forked() -> None:
+    """In the child: the lock may be held by a thread that does not exist there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+# One for all rooms, so that a forked child needs to replace no others.
+_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 _UNUSED = _references_without_tensors()

@@ -20,6 +20,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from varptq.errors import NonFiniteError
+
 # Of the released code's rules, and of quantizers whose input has units of its own.
 SCALE_FLOOR = 1e-6
 # The smallest normal float32; and a step for slices with less to represent, which is far below
@@ -42,10 +44,15 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def all_finite(x: Tensor) -> bool:
-    """Whether x holds neither NaN nor infinity. Either shows in the sum, which is one pass; a sum
-    may overflow without them."""
-    return bool(x.detach().sum().isfinite()) or bool(x.isfinite().all())
+def check_finite(x: Tensor, layer: str) -> None:
+    """Raises `NonFiniteError` naming the layer, since a range with NaN or infinity has no grid.
+    Inside `torch.compile`, whose graphs cannot branch on values, torch's RuntimeError says so."""
+    message = f"layer {layer}: input holds NaN or infinity"
+    if torch.compiler.is_compiling():
+        torch._assert_async(x.isfinite().all(), message)
+    # Either shows in the sum, which is one pass; a sum may overflow without them.
+    elif not (bool(x.detach().sum().isfinite()) or bool(x.isfinite().all())):
+        raise NonFiniteError(message)
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -108,12 +108,20 @@ def codebook_values(codes: Tensor, grid: Grid | BookGrid, num_bits: int) -> Tens
     return _entries_of(codes, num_bits).to(grid.scale.dtype) * grid.scale
 
 
-@cache
 def _tables(num_bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """All entries, and the borders between the sizes of the positive ones; nobody changes them."""
+    # A graph of torch.compile keeps its own.
+    make = _made if torch.compiler.is_compiling() else _kept
+    return make(num_bits, dtype, device)
+
+
+def _made(num_bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         half = torch.tensor(HALVES[num_bits], dtype=dtype, device=device)
         return entries(num_bits, device), (half[1:] + half[:-1]) / 2
+
+
+_kept = cache(_made)
 
 
 def _entries_of(codes: Tensor, num_bits: int) -> Tensor:

@@ -28,7 +28,7 @@ from varptq.quant.affine import (
     affine_codes,
     affine_grid,
     affine_values,
-    all_finite,
+    check_finite,
     integer_codes,
 )
 from varptq.quant.buffers import TypedBuffers
@@ -79,12 +79,6 @@ def codes_on(x: Tensor, grid: Grid) -> MapCodes:
     """Codes of finite maps on the grids of `image_grid`."""
     codes = integer_codes(affine_codes(x, grid, NUM_BITS))
     return MapCodes(codes, grid.scale.flatten(), grid.zero_point.flatten().int())
-
-
-def check_finite(x: Tensor, layer: str) -> None:
-    """Raises `NonFiniteError` naming the layer, since a range with NaN or infinity has no grid."""
-    if not all_finite(x):
-        raise NonFiniteError(f"layer {layer}: input holds NaN or infinity")
 
 
 class QuantConvolution(TypedBuffers):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from varptq.errors import ConfigError, NonFiniteError
 from varptq.models.seams import Span
 from varptq.quant import adaround
-from varptq.quant.affine import Grid, affine_values, all_finite, from_groups, to_groups
+from varptq.quant.affine import Grid, affine_values, check_finite, from_groups, to_groups
 from varptq.quant.buffers import TypedBuffers
 from varptq.quant.config import InputTransform, LinearSpec, TensorSpec
 from varptq.quant.quantizers import QUANTIZERS, Quantizer
@@ -264,12 +264,11 @@ class QuantLinear(TypedBuffers):
 
     def fake_input(self, x: Tensor, mean: Tensor | None = None) -> Tensor:
         """The transformed input on its grid: per token, or per group of channels of a token. Raises
-        `NonFiniteError` naming the layer, since a range with NaN or infinity has no grid."""
+        as `check_finite`."""
         spec = self.spec.input
         if spec is None:
             return transformed(x, mean, self.block)
-        if not all_finite(x):
-            raise NonFiniteError(f"layer {self.layer}: input holds NaN or infinity")
+        check_finite(x, self.layer)
         group = self.input_group
         rows = to_groups(transformed(x, mean, self.block), group)
         fake = QUANTIZERS[spec.type].straight_through(rows, spec)
@@ -299,7 +298,8 @@ class QuantLinear(TypedBuffers):
             return self.means, self.mean_bias
         scales = mean_rows(spans, len(self.means)).to(device)
         lengths = [span.length for span in spans]
-        rows = scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=device))
+        counts = torch.tensor(lengths, dtype=torch.int64, device=device)
+        rows = scales.repeat_interleave(counts, output_size=sum(lengths))
         return self.means[rows], self.mean_bias[rows]
 
     def extra_repr(self) -> str:

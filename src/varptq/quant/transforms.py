@@ -40,8 +40,9 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = wide.unflatten(-1, (-1, block)) * signs(block, x.device)
-    # Two buffers that take turns, since new tensors cost more than the sums; autograd allows none.
-    spare = None if y.requires_grad else torch.empty_like(y)
+    # Two buffers that take turns, since new tensors cost more than the sums; autograd allows none,
+    # and a compiler, which allows none that are cut, needs none.
+    spare = None if y.requires_grad or torch.compiler.is_compiling() else torch.empty_like(y)
     stride = 1
     while stride < block:
         first, second = y.unflatten(-1, (-1, 2, stride)).unbind(-2)

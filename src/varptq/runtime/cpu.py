@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from varptq.models.convolutions import Taps
 from varptq.models.rotary import Rotary
 from varptq.models.sampling import DrawPlan, ImageRandom, PerImageSampler, Sampler
-from varptq.models.seams import LAYER_NORM_EPS, Span
+from varptq.models.seams import Span
 from varptq.native import attention, binding, convolution, linear, quantize, sampler
 from varptq.native.phi import add_phi
 from varptq.native.room import Room
-from varptq.quant.codebook import HALVES, reach
-from varptq.quant.quantizers import QUANTIZERS
+from varptq.runtime import compiled
+from varptq.runtime.cpu_scheme import quantized, scheme
 from varptq.runtime.cpu_torch import TorchKernels
 from varptq.runtime.kernels import (
     AttentionRule,
@@ -44,38 +44,14 @@ def cpu_kernels() -> Kernels:
     return TorchKernels()
 
 
-def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> attention.AttentionScheme:
-    """The attention of one layer in the words of the native core; a cache needs `ends`."""
-    spec = rule.spec
-    assert spec.query and spec.key and spec.value and spec.probability
-    assert spec.policy != "release"
-    return attention.AttentionScheme(
-        heads=rule.num_heads,
-        head_width=rule.head_width,
-        ends=ends,
-        policy=spec.policy,
-        query_bits=spec.query.num_bits,
-        key_bits=spec.key.num_bits,
-        value_bits=spec.value.num_bits,
-        probability_bits=spec.probability.num_bits,
-        l2_norm=rule.l2_norm,
-        max_order=spec.max_order,
-        query_book=book(spec.query.type, spec.query.num_bits),
-        key_book=book(spec.key.type, spec.key.num_bits),
-        value_book=book(spec.value.type, spec.value.num_bits),
-    )
-
-
-def book(type_: str, num_bits: int) -> quantize.Codebook | None:
-    """The codebook of a type in the words of the native core."""
-    if QUANTIZERS[type_].table is None:
-        return None
-    return quantize.Codebook(HALVES[num_bits], reach(num_bits))
-
-
 class NativeCache(NamedTuple):
     scheme: attention.AttentionScheme
     codes: attention.AttentionCache
+
+    @classmethod
+    def of(cls, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> NativeCache:
+        layout = scheme(rule, ends)
+        return cls(layout, attention.AttentionCache(layout, rows))
 
     def first_rows(self, rows: int) -> NativeCache:
         return NativeCache(self.scheme, self.codes.first_rows(rows))
@@ -111,23 +87,8 @@ class NativeKernels:
     def quantize(
         self, x: Tensor | Pending, rule: InputRule, means: Tensor | None, rows: Tensor | None
     ) -> quantize.Rows:
-        norm = None
-        if isinstance(x, Pending):
-            x, norm = x.x_BLC, quantize.Norm(x.scale_B1C, x.shift_B1C, LAYER_NORM_EPS)
-        return quantize.quantize(
-            x,
-            num_bits=rule.num_bits,
-            row_group=rule.group,
-            weight_group=rule.weight_group,
-            sign_split=rule.sign_split,
-            codebook=book(rule.type, rule.num_bits),
-            norm=norm,
-            gelu=rule.gelu,
-            means=means,
-            mean_rows=rows,
-            hadamard=rule.block,
-            layer=rule.layer,
-        )
+        take = compiled.quantize if torch.compiler.is_compiling() else quantized
+        return take(x, rule, means, rows)
 
     def linear(
         self,
@@ -136,20 +97,25 @@ class NativeKernels:
         bias: Tensor | None,
         rows: Tensor | None,
     ) -> Tensor:
-        return linear.linear(codes, packed, bias, rows)
+        take = compiled.linear if torch.compiler.is_compiling() else linear.linear
+        return take(codes, packed, bias, rows)
 
-    def new_cache(self, rule: AttentionRule, rows: int, ends: tuple[int, ...]) -> NativeCache:
-        layout = scheme(rule, ends)
-        return NativeCache(layout, attention.AttentionCache(layout, rows))
+    def new_cache(
+        self, rule: AttentionRule, rows: int, ends: tuple[int, ...]
+    ) -> NativeCache | None:
+        """None in a graph of torch.compile, where `attend` makes its own."""
+        return None if torch.compiler.is_compiling() else NativeCache.of(rule, rows, ends)
 
     def attend(
         self,
         qkv_BlD: Tensor,
         rule: AttentionRule,
-        cache: NativeCache,
+        cache: NativeCache | None,
         spans: Sequence[Span],
         tables: Rotary | None = None,
     ) -> Tensor:
+        if cache is None:
+            return compiled.attend(qkv_BlD, rule, spans, tables)
         return attention.attend(
             cache.scheme,
             qkv_BlD,
@@ -165,7 +131,7 @@ class NativeKernels:
 
     def read(self, kv_RTD: Tensor, rule: AttentionRule) -> NativeCache:
         rows, length, _ = kv_RTD.shape
-        cache = self.new_cache(rule, rows, (length,))
+        cache = NativeCache.of(rule, rows, (length,))
         attention.enter(
             cache.scheme,
             kv_RTD,

@@ -227,7 +227,8 @@ class IntLinear(TypedBuffers):
         if len(spans) == 1:
             return scales
         lengths = [span.length for span in spans]
-        return scales.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
+        counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        return scales.repeat_interleave(counts, output_size=sum(lengths))
 
     def extra_repr(self) -> str:
         return f"{self.layer}, in={self.in_features}, out={self.out_features}, {self.kernels.name}"

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from varptq.models.convolutions import Taps
-from varptq.quant.convolution import MapCodes, check_finite, codes_on, image_grid
+from varptq.quant.affine import check_finite
+from varptq.quant.convolution import MapCodes, codes_on, image_grid
 from varptq.runtime.kernels import NormRule
 
 # Where SiLU is lowest; below NOTHING it is nothing beside any step.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache as memoized
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -54,6 +53,7 @@ from varptq.models.seams import (
     Stage,
     TextLinear,
     TokenLinear,
+    memoized,
     spans_of,
 )
 from varptq.models.texts import TextEncoder, TextPrompts, TextRow

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache as memoized
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +28,7 @@ from varptq.models.seams import (
     Span,
     Stage,
     TokenLinear,
+    memoized,
     spans_of,
 )
 from varptq.models.transformer import Transformer
