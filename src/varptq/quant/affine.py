@@ -49,7 +49,7 @@ def check_finite(x: Tensor, layer: str) -> None:
     Inside `torch.compile`, whose graphs cannot branch on values, torch's RuntimeError says so."""
     message = f"layer {layer}: input holds NaN or infinity"
     if torch.compiler.is_compiling():
-        torch._assert_async(x.isfinite().all(), message)
+        torch.ops.aten._assert_async.msg(x.isfinite().all(), message)
     # Either shows in the sum, which is one pass; a sum may overflow without them.
     elif not (bool(x.detach().sum().isfinite()) or bool(x.isfinite().all())):
         raise NonFiniteError(message)
