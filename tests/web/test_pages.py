@@ -177,7 +177,8 @@ def test_a_zip_of_an_artifact_holds_its_files(models: Path, tmp_path: Path) -> N
     component = SimpleNamespace(GRADIO_CACHE=str(tmp_path), temp_files=set())
     path = offer(component, models / "w4a4")
     with zipfile.ZipFile(io.BytesIO(Path(path).read_bytes())) as archive:
-        assert archive.namelist() == ["w4a4/config.json", "w4a4/model.safetensors"]
+        names = ("README.md", "config.json", "model.safetensors")
+        assert archive.namelist() == [f"w4a4/{name}" for name in names]
         weights = (models / "w4a4" / "model.safetensors").read_bytes()
         assert archive.read("w4a4/model.safetensors") == weights
     assert component.temp_files == {path}
