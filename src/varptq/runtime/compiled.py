@@ -24,7 +24,7 @@ from varptq.native import attention
 from varptq.native import linear as linears
 from varptq.native.linear import PackedWeight
 from varptq.native.quantize import Rows, layout, padded
-from varptq.runtime.cpu_scheme import book, quantized
+from varptq.runtime.cpu_scheme import quantized, scheme_of
 from varptq.runtime.kernels import AttentionRule, InputRule, Pending
 
 _QUANTIZE = (
@@ -139,21 +139,15 @@ def _(codes: Tensor, *arguments: Any) -> Tensor:
 def _attend(qkv_BLD: Tensor, *arguments: Any) -> Tensor:
     q_bias, v_bias, q_factor, cosine, sine, heads, bits, types, policy = arguments[:9]
     l2_norm, max_order, theta, ends, cuts, keys, layer = arguments[9:]
-    query, key, value = (book(type_, count) for type_, count in zip(types, bits, strict=False))
-    scheme = attention.AttentionScheme(
+    scheme = scheme_of(
         heads=heads,
         head_width=len(q_bias) // heads,
         ends=tuple(ends),
+        bits=bits,
+        types=types,
         policy=policy,
-        query_bits=bits[0],
-        key_bits=bits[1],
-        value_bits=bits[2],
-        probability_bits=bits[3],
         l2_norm=l2_norm,
         max_order=max_order,
-        query_book=query,
-        key_book=key,
-        value_book=value,
     )
     spans = [(slice(*cuts[i : i + 2]), (seen,)) for i, seen in enumerate(keys)]
     return attention.attend(

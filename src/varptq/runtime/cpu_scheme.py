@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from varptq.models.seams import LAYER_NORM_EPS
@@ -17,20 +20,27 @@ def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> AttentionScheme:
     spec = rule.spec
     assert spec.query and spec.key and spec.value and spec.probability
     assert spec.policy != "release"
-    return AttentionScheme(
+    operands = (spec.query, spec.key, spec.value)
+    return scheme_of(
         heads=rule.num_heads,
         head_width=rule.head_width,
         ends=ends,
+        bits=[*(operand.num_bits for operand in operands), spec.probability.num_bits],
+        types=[operand.type for operand in operands],
         policy=spec.policy,
-        query_bits=spec.query.num_bits,
-        key_bits=spec.key.num_bits,
-        value_bits=spec.value.num_bits,
-        probability_bits=spec.probability.num_bits,
         l2_norm=rule.l2_norm,
         max_order=spec.max_order,
-        query_book=book(spec.query.type, spec.query.num_bits),
-        key_book=book(spec.key.type, spec.key.num_bits),
-        value_book=book(spec.value.type, spec.value.num_bits),
+    )
+
+
+def scheme_of(*, bits: Sequence[int], types: Sequence[str], **rest: Any) -> AttentionScheme:
+    """The same from plain values; bits: of queries, keys, values and probabilities, types: of the
+    first three, rest: the other fields."""
+    books = [book(type_, count) for type_, count in zip(types, bits, strict=False)]
+    widths = ("query_bits", "key_bits", "value_bits", "probability_bits")
+    tables = ("query_book", "key_book", "value_book")
+    return AttentionScheme(
+        **rest, **dict(zip(widths, bits, strict=True)), **dict(zip(tables, books, strict=True))
     )
 
 
