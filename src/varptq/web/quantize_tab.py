@@ -21,9 +21,11 @@ from varptq.artifact.format import CONFIG_FILE
 from varptq.artifact.sizes import quantized_size, transformer_size
 from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.config import PRESETS as CALIBRATIONS
+from varptq.calibrate.forecast import Forecast, forecast
 from varptq.calibrate.methods import METHODS, Method, default_method
 from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError, OutputError
+from varptq.models.memory import free_bytes
 from varptq.models.texts import TextPrompts
 from varptq.quant.config import QuantConfig
 from varptq.quant.pipeline import QuantizedPipeline
@@ -116,6 +118,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a calibration will do and take, said before it starts."""
+
+    choice: Choice
+    forecast: Forecast
+    free: int | None
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """For people."""
+        said = [(name.capitalize(), text) for name, text in self.forecast.rows(self.free)]
+        return [*said, ("Will run on", self.choice.runs_on)]
+
+
+@dataclass(frozen=True)
 class Made:
     """The artifact, its summary, and a text about every reconstructed unit."""
 
@@ -126,12 +143,19 @@ class Made:
 
 
 def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
-    """Quantize and save; emit `Losses` at intervals."""
+    """Quantize and save; emit a `Plan` before, and `Losses` at intervals."""
     target = request.place(studio.out)
     pipe = studio.models.get(entry)
     parts_on = Method.parse(request.method)
     losses = Losses(parts_on.settle(request.calibration).steps_per_unit)
-    job.emit(foreseen(pipe.var, request.config, shift=parts_on.shift))
+    asked: dict[str, Any] = {
+        "method": request.method,
+        "calibration": request.calibration,
+        "prompts": request.prompts if pipe.var.READS_TEXTS else None,
+    }
+    choice = foreseen(pipe.var, request.config, shift=parts_on.shift)
+    said = forecast(pipe, request.config, **asked, briefly=True, progress=job.progress)
+    job.emit(Plan(choice, said, free_bytes(pipe.device)))
     drawn = 0.0
 
     def progress(stage: str, done: int, total: int, info: str = "") -> None:
@@ -142,15 +166,7 @@ def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
             drawn = time.monotonic()
             job.emit(losses)
 
-    quantized = quantize(
-        pipe,
-        request.config,
-        method=request.method,
-        calibration=request.calibration,
-        seed=request.seed,
-        prompts=request.prompts if pipe.var.READS_TEXTS else None,
-        progress=progress,
-    )
+    quantized = quantize(pipe, request.config, **asked, seed=request.seed, progress=progress)
     job.progress("saving", 0, 1)
     save(quantized, target, force=request.replace)
     made = Made(target, rows_of(quantized, job.seconds), losses, units_of(quantized))
@@ -313,9 +329,9 @@ class QuantizeTab:
             async for updates in self.bar.follow(going[0], self._show, keep=True):
                 yield updates
 
-    def _show(self, part: Losses | Made | Choice) -> Updates:
-        if isinstance(part, Choice):
-            return {self.summary: parts.note(f"Will run on: {part.runs_on}")}
+    def _show(self, part: Losses | Made | Plan) -> Updates:
+        if isinstance(part, Plan):
+            return {self.summary: parts.facts(part.rows)}
         if isinstance(part, Losses):
             return {self.curves: parts.curves(part.curves())}
         rows = [*part.rows, ("Written", f"{part.folder.name}, now in the lists of all tabs")]

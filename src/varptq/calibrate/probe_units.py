@@ -1,0 +1,161 @@
+"""Seconds of choosing the rounding of one unit, measured on a few rows of it.
+
+solving     moments by images; the closed form by its operations:
+            a matrix inverted         inputs^3
+            columns one by one        inputs x outputs
+            products with the matrix  inputs^2 x outputs
+comparing   by rows
+learning    a step by rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from varptq.calibrate.clock import BlockClock
+from varptq.calibrate.config import CalibrationConfig
+from varptq.calibrate.gptq import TRIED, corrected, inverse_factor, quadratic_loss, solved_rows
+from varptq.calibrate.reconstruct import (
+    EVALUATED_ROWS,
+    VECTOR_BATCH,
+    evaluate,
+    optimizer_of,
+    start,
+    train_step,
+    unit_layers,
+)
+from varptq.calibrate.record import Unit
+from varptq.calibrate.solve import cross_moments, input_moments
+from varptq.quant.affine import Grid
+from varptq.quant.layers import QuantLinear
+
+SOLVE, EVALUATE, LEARN = "solving", "comparing", "learning"
+# Columns that are rounded one after the other, and inputs and outputs of a product with a matrix.
+COLUMNS, INPUTS, OUTPUTS = 256, 1024, 256
+# Rows of a step of learning, behind a step of half as many.
+STEP_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds: `fixed`, and `each` for an image or a step."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+
+    def of(self, count: float) -> float:
+        return self.fixed + self.each * count
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.fixed + other.fixed, self.each + other.each)
+
+    def times(self, factor: float) -> Cost:
+        return Cost(self.fixed * factor, self.each * factor)
+
+
+Costs = dict[str, Cost]
+
+
+@dataclass
+class UnitProbe:
+    """saved: bytes that a step of learning keeps for its gradients, the most of any unit so far."""
+
+    clock: BlockClock
+    calibration: CalibrationConfig
+    saved: int = field(default=0, init=False)
+
+    def costs(self, unit: Unit, images: int) -> Costs:
+        """`images`: that the unit's rows are of. What reads conditions has all its rows here."""
+        layers, settings = unit_layers(unit), self.calibration
+        if not layers or not (settings.learns or settings.solves):
+            return {}
+        rows = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
+        vectors = unit.sees_vectors
+        few = rows[: EVALUATED_ROWS if vectors else 2 * images]
+        compared = min(EVALUATED_ROWS, len(rows) if vectors else 2 * settings.num_samples)
+        times = 1 + settings.solves + 2 * settings.learns
+        with self.clock.spell() as spell:
+            evaluate(unit, few)
+        found = {EVALUATE: Cost(fixed=times * spell.spent * compared / len(few))}
+        if settings.solves:
+            read, fixed = map(sum, zip(*(self._solving(unit, x) for x in layers), strict=True))
+            found[SOLVE] = Cost(read + fixed) if vectors else Cost(fixed, read / images)
+        if settings.learns:
+            found[LEARN] = Cost(each=self._step(unit))
+        return found
+
+    @torch.no_grad()
+    def _solving(self, unit: Unit, layer: QuantLinear) -> tuple[float, float]:
+        """Of the moments of these rows, and of the closed form."""
+        weight, spec = layer.float_weight, layer.spec.weight
+        assert weight is not None and spec is not None
+        follows = unit.behind is not None and self.calibration.corrects(layer.spec)
+        with self.clock.spell() as reading:
+            moments = input_moments(unit, layer)
+            cross = cross_moments(unit, layer) if follows else None
+        outputs, inputs = weight.shape
+        seconds, few = 0.0, slice(0, min(INPUTS, inputs))
+        narrower = inputs / few.stop
+        with self.clock.spell() as inverting:
+            inverse_factor(moments[few, few])
+        seconds += inverting.spent * narrower**3
+        rows = weight[:OUTPUTS, few].float()
+        if cross is not None:
+            with self.clock.spell() as correcting:
+                corrected(rows, moments[few, few], cross[few, few])
+            seconds += correcting.spent * narrower**3
+        with self.clock.spell() as multiplying:
+            quadratic_loss(rows, moments[few, few])
+        # Errors are spread over later columns, in half the time as they are float32, half of them
+        # on average; of a table the loss of every size is taken, and the best is fitted.
+        products = 0.25 if layer.quantizer.table is None else 1.5 * len(TRIED) + 0.5 + 1
+        seconds += products * multiplying.spent * narrower**2 * outputs / len(rows)
+        group = inputs // layer.scale.shape[1]
+        groups = min(layer.scale.shape[1], max(1, COLUMNS // group))
+        columns = slice(0, min(groups * group, COLUMNS, inputs))
+        cut = weight[:, columns].float().unflatten(1, (groups, -1)).contiguous()
+        grid = Grid(*(part[:, :groups] for part in layer.grid))
+        with self.clock.spell() as rounding:
+            bits, quantizer = spec.num_bits, layer.quantizer
+            solved_rows(cut, grid, bits, moments[columns, columns], quantizer)
+        return reading.spent, seconds + rounding.spent * inputs / columns.stop
+
+    def _step(self, unit: Unit) -> float:
+        """Of a step of learning; what a smaller one keeps beside it tells what rows keep."""
+        layers, settings = unit_layers(unit), self.calibration
+        alphas = [start(layer, settings).alpha for layer in layers]
+        optimizer = optimizer_of(alphas, settings)
+        batch, rows = settings.batch_size, min(settings.batch_size, STEP_ROWS)
+        if unit.sees_vectors:
+            batch = rows = min(VECTOR_BATCH, len(unit.inputs))
+        kept: list[int] = []
+        # The first sets things up, too.
+        for count in (max(1, rows // 2), rows):
+            few = torch.arange(count, dtype=torch.int64, device="cpu")
+            with self.clock.spell() as spell, saving(kept):
+                train_step(unit, few, alphas, optimizer, settings.regularizer, settings.beta_start)
+        for layer in layers:
+            layer.finish_rounding()
+        half, whole = kept
+        of_row = (whole - half) / max(1, rows - rows // 2)
+        self.saved = max(self.saved, int(whole + of_row * (batch - rows)))
+        return spell.spent * batch / rows
+
+
+@contextmanager
+def saving(kept: list[int]) -> Iterator[None]:
+    """Adds the bytes that autograd saves meanwhile."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    kept.append(sum(seen.values()))
