@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from varptq.calibrate.clock import BlockClock, Spell, now
 from varptq.calibrate.config import CalibrationConfig
@@ -29,14 +30,16 @@ from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.smoothing import smooth, wants_smoothing
 from varptq.calibrate.theta import choose_theta, measure_attention, search_theta, theta_of
 from varptq.calibrate.tune import descend, learnable, mean_kl
+from varptq.models.convolutions import Convolution, convolutions_of
 from varptq.models.generate import DEFAULT_BATCH
 from varptq.models.pipeline import Pipeline
 from varptq.models.seams import block_of, linears_of
 from varptq.models.transformer import Transformer
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, convert_autoencoder, converted, shared_copy
+from varptq.quant.convert import converted, replaced, shared_copy
 from varptq.quant.describe import bops_account
 from varptq.quant.find import set_theta
+from varptq.quant.layers import QuantLinear
 from varptq.quant.presets import TARGETS
 
 # Seconds that drawing on the one block may take, of which the number of images follows, and how
@@ -47,10 +50,11 @@ SOLVED_IMAGES = 2
 # Passes of the float model that an image goes through in a method, and in one that reconstructs;
 # what a pass with quantizers comes to. Roughly, to tell what takes no time at all.
 PASSES, SOLVING_PASSES, QUANTIZED = 4, 12, 3
-# Rows of a weight that are converted.
-ROWS = 256
+# Rows of a weight that are converted: one of so many, and at least so many numbers.
+SHARE, NUMBERS = 8, 2**18
 CONVERT, DRAW, SMOOTH, CENTER, THETA = "converting", "drawing", "smoothing", "means", "theta"
 RECORD, TUNE, GATE = "recording", "tuning", "measuring what tuning gains"
+Weighted = TypeVar("Weighted", nn.Linear, Convolution)
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Probe:
     method: Method
     calibration: CalibrationConfig
     draws: bool
-    images: int = 1
+    images: int = field(default=1, init=False)
     _clock: BlockClock = field(init=False)
     _units: UnitProbe = field(init=False)
     _drawn: tuple[CalibrationSet, Spell] | None = field(default=None, init=False)
@@ -121,14 +125,14 @@ class Probe:
 
     def _once(self) -> Costs:
         steps, tunes = self.method.steps, self.calibration.tune_steps > 0
-        found = {CONVERT: Cost(fixed=self._converting())}
+        quantized, seconds = self.converted()
+        found = {CONVERT: Cost(fixed=seconds)}
         if not self.draws:
             return found
         samples, found[DRAW] = self._samples()
         found |= self._means(samples, found[CONVERT])
         if not ({reconstruct, choose_theta} & set(steps) or tunes):
             return found
-        quantized = convert(self.pipe.var, self.config)
         if choose_theta in steps:
             found[THETA] = self._theta(quantized, samples)
         if reconstruct in steps:
@@ -137,19 +141,25 @@ class Probe:
             found |= self._tuning(quantized, samples)
         return found
 
-    def _converting(self) -> float:
-        """By the first rows of every weight, and the autoencoder."""
+    def converted(self, numbers: int = NUMBERS) -> tuple[Transformer, float]:
+        """What takes as long as the quantized block, and the seconds of converting the model: the
+        first rows of every weight are converted, `numbers` of its numbers or more, and repeated."""
+        var, config, scales = shared_copy(self.pipe.var), self.config, self.pipe.scales
         seconds = 0.0
-        for name, linear in linears_of(self.pipe.var).items():
-            few = shared_copy(linear)
-            few.out_features = min(ROWS, linear.out_features)
-            few.weight = nn.Parameter(linear.weight[: few.out_features], requires_grad=False)
+        for name, linear in linears_of(var).items():
+            few, share = first_rows(linear, numbers)
             with self._clock.spell() as spell:
-                converted(few, self.config, name, self.pipe.scales)
-            seconds += spell.spent * linear.out_features / few.out_features * self._times(name)
-        with self._clock.spell() as spell:
-            convert_autoencoder(self.pipe.vae, self.config)
-        return seconds + spell.spent
+                layer = converted(few, config, name, scales)
+            seconds += spell.spent / share * self._times(name)
+            if isinstance(layer, QuantLinear):
+                parent, _, child = name.rpartition(".")
+                setattr(var.get_submodule(parent), child, repeated(layer, linear))
+        for name, convolution in convolutions_of(self.pipe.vae).items():
+            few, share = first_rows(convolution, numbers)
+            with self._clock.spell() as spell:
+                converted(few, config, name, scales)
+            seconds += spell.spent / share
+        return cast(Transformer, replaced(var, config, "", scales)), seconds
 
     def _times(self, name: str) -> int:
         """How many the model has of this module of the one block."""
@@ -163,9 +173,14 @@ class Probe:
         self._drawn = samples, spell
         return spell
 
+    def _is_long(self) -> bool:
+        """Whether the first pass alone says how long images take."""
+        drawn = self._drawn
+        return self.images == 1 and drawn is not None and drawn[1].spent >= SHORT
+
     def _samples(self) -> tuple[CalibrationSet, Cost]:
-        """Those that are read. One that takes long is that of the first pass."""
-        if self._drawn is None or self._drawn[1].spent < SHORT:
+        """Those that are read."""
+        if not self._is_long():
             self._draw()
         assert self._drawn is not None
         samples, spell = self._drawn
@@ -209,13 +224,15 @@ class Probe:
         units = recorder.units(list(recorder.costs()), follow=follow)
         found = {name: Cost() for name in (SOLVE, EVALUATE, LEARN)}
         recording = 0.0
+        # Half an image, where one takes long.
+        rows = 1 if self._is_long() else 2 * self.images
         while True:
             with self._clock.spell() as spell:
                 unit = next(units, None)
             recording += spell.whole
             if unit is None:
                 return found | {RECORD: Cost(each=recording / self.images)}
-            for name, cost in self._units.costs(unit, self.images).items():
+            for name, cost in self._units.costs(unit, rows).items():
                 found[name] += cost.times(self._times(f"{unit.name}."))
 
     def _tuning(self, quantized: Transformer, samples: CalibrationSet) -> Costs:
@@ -229,6 +246,35 @@ class Probe:
             descend(self.pipe, student, images, parameters, once, generator, None)
         seconds = step.scaled(gate.share)
         return {TUNE: Cost(each=seconds * 4 / count), GATE: Cost(each=2 * gate.whole / count)}
+
+
+def first_rows(seam: Weighted, numbers: int) -> tuple[Weighted, float]:
+    """A copy of a Linear or a convolution with the first rows of its weight alone, of so many
+    numbers at least, and their share."""
+    weight, few = seam.weight, shared_copy(seam)
+    least = max(1, numbers // weight[0].numel())
+    count = min(len(weight), max(len(weight) // SHARE, least))
+    few.weight = nn.Parameter(weight[:count], requires_grad=False)
+    if isinstance(few, nn.Linear):
+        few.out_features = count
+    return few, count / len(weight)
+
+
+def repeated(layer: QuantLinear, linear: nn.Linear) -> QuantLinear:
+    """A layer of the first rows of `linear`, as large as that: its rows again and again."""
+    outputs, weight = linear.out_features, linear.weight.detach()
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.repeat(-(-outputs // len(tensor)), 1)[:outputs]
+
+    layer.out_features, layer.bias, layer.float_weight = outputs, linear.bias, weight
+    if layer.weight_bits is None:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    else:
+        layer.load_codes(*map(rows, (layer.codes, layer.scale, layer.zero_point)))
+    if layer.centred:
+        layer.mean_bias = layer.mean_bias.new_zeros(len(layer.means), outputs)
+    return layer
 
 
 def wants_means(config: QuantConfig, layer: str) -> bool:

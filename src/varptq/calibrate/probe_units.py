@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from varptq.calibrate.gptq import TRIED, corrected, inverse_factor, quadratic_lo
 from varptq.calibrate.reconstruct import (
     EVALUATED_ROWS,
     VECTOR_BATCH,
-    evaluate,
     optimizer_of,
     start,
     train_step,
@@ -31,14 +31,17 @@ from varptq.calibrate.reconstruct import (
 )
 from varptq.calibrate.record import Unit
 from varptq.calibrate.solve import cross_moments, input_moments
+from varptq.calibrate.unit_inputs import Inputs
 from varptq.quant.affine import Grid
 from varptq.quant.layers import QuantLinear
 
 SOLVE, EVALUATE, LEARN = "solving", "comparing", "learning"
 # Columns that are rounded one after the other, and inputs and outputs of a product with a matrix.
-COLUMNS, INPUTS, OUTPUTS = 256, 1024, 256
-# Rows of a step of learning, behind a step of half as many.
-STEP_ROWS = 2
+COLUMNS, INPUTS, OUTPUTS = 128, 1024, 256
+# Rows of vectors that are read.
+VECTORS = 64
+# Passes that a step of learning comes to; to read moments takes about one.
+OF_A_STEP = 3
 
 
 @dataclass(frozen=True)
@@ -69,25 +72,29 @@ class UnitProbe:
     calibration: CalibrationConfig
     saved: int = field(default=0, init=False)
 
-    def costs(self, unit: Unit, images: int) -> Costs:
-        """`images`: that the unit's rows are of. What reads conditions has all its rows here."""
+    def costs(self, unit: Unit, rows: int) -> Costs:
+        """By the first `rows` rows over tokens, two of which are an image. What reads conditions
+        has all its rows here."""
         layers, settings = unit_layers(unit), self.calibration
         if not layers or not (settings.learns or settings.solves):
             return {}
-        rows = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
-        vectors = unit.sees_vectors
-        few = rows[: EVALUATED_ROWS if vectors else 2 * images]
-        compared = min(EVALUATED_ROWS, len(rows) if vectors else 2 * settings.num_samples)
-        times = 1 + settings.solves + 2 * settings.learns
-        with self.clock.spell() as spell:
-            evaluate(unit, few)
-        found = {EVALUATE: Cost(fixed=times * spell.spent * compared / len(few))}
+        vectors, there = unit.sees_vectors, len(unit.inputs)
+        whole = there if vectors else 2 * settings.num_samples
+        few = part(unit, VECTORS if vectors else rows)
+        count = len(few.inputs)
+        found: Costs = {}
+        # A pass through the unit, by row.
+        by_row = 0.0
         if settings.solves:
-            read, fixed = map(sum, zip(*(self._solving(unit, x) for x in layers), strict=True))
-            found[SOLVE] = Cost(read + fixed) if vectors else Cost(fixed, read / images)
+            read, fixed = map(sum, zip(*(self._solving(few, x) for x in layers), strict=True))
+            by_row = read / count
+            found[SOLVE] = Cost(fixed + by_row * whole) if vectors else Cost(fixed, 2 * by_row)
         if settings.learns:
-            found[LEARN] = Cost(each=self._step(unit))
-        return found
+            batch = min(VECTOR_BATCH, there) if vectors else settings.batch_size
+            step = self._step(unit, batch if vectors else min(batch, count), batch)
+            found[LEARN], by_row = Cost(each=step), step / batch / OF_A_STEP
+        times = 1 + settings.solves + 2 * settings.learns
+        return found | {EVALUATE: Cost(fixed=times * min(EVALUATED_ROWS, whole) * by_row)}
 
     @torch.no_grad()
     def _solving(self, unit: Unit, layer: QuantLinear) -> tuple[float, float]:
@@ -125,31 +132,47 @@ class UnitProbe:
             solved_rows(cut, grid, bits, moments[columns, columns], quantizer)
         return reading.spent, seconds + rounding.spent * inputs / columns.stop
 
-    def _step(self, unit: Unit) -> float:
-        """Of a step of learning; what a smaller one keeps beside it tells what rows keep."""
+    def _step(self, unit: Unit, rows: int, batch: int) -> float:
+        """Of a step of learning on a batch, by one on `rows` rows."""
         layers, settings = unit_layers(unit), self.calibration
         alphas = [start(layer, settings).alpha for layer in layers]
-        optimizer = optimizer_of(alphas, settings)
-        batch, rows = settings.batch_size, min(settings.batch_size, STEP_ROWS)
-        if unit.sees_vectors:
-            batch = rows = min(VECTOR_BATCH, len(unit.inputs))
-        kept: list[int] = []
-        # The first sets things up, too.
-        for count in (max(1, rows // 2), rows):
-            few = torch.arange(count, dtype=torch.int64, device="cpu")
-            with self.clock.spell() as spell, saving(kept):
-                train_step(unit, few, alphas, optimizer, settings.regularizer, settings.beta_start)
+        optimizer, kept = optimizer_of(alphas, settings), list[int]()
+        few = torch.arange(rows, dtype=torch.int64, device="cpu")
+        with self.clock.spell() as spell, saving(kept):
+            train_step(unit, few, alphas, optimizer, settings.regularizer, settings.beta_start)
         for layer in layers:
             layer.finish_rounding()
-        half, whole = kept
-        of_row = (whole - half) / max(1, rows - rows // 2)
-        self.saved = max(self.saved, int(whole + of_row * (batch - rows)))
+        # What is as large as a weight does not grow with the rows.
+        weights = {alpha.numel() * alpha.element_size() for alpha in alphas}
+        fixed = sum(size for size in kept if size in weights)
+        self.saved = max(self.saved, int(fixed + (sum(kept) - fixed) * batch / rows))
         return spell.spent * batch / rows
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of inputs, `count` of them."""
+
+    inputs: Inputs
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows_R: Tensor) -> Any:
+        return self.inputs[rows_R]
+
+
+def part(unit: Unit, rows: int) -> Unit:
+    """`unit` with its first rows alone, at most so many."""
+    inputs = FirstRows(unit.inputs, min(rows, len(unit.inputs)))
+    behind = None if unit.behind is None else FirstRows(unit.behind, len(inputs))
+    return replace(unit, inputs=inputs, behind=behind)
 
 
 @contextmanager
 def saving(kept: list[int]) -> Iterator[None]:
-    """Adds the bytes that autograd saves meanwhile."""
+    """Adds the sizes in bytes of what autograd saves meanwhile."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -158,4 +181,4 @@ def saving(kept: list[int]) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
-    kept.append(sum(seen.values()))
+    kept += seen.values()
