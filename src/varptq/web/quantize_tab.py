@@ -128,8 +128,7 @@ class Plan:
     @property
     def rows(self) -> list[tuple[str, str]]:
         """For people."""
-        said = [(name.capitalize(), text) for name, text in self.forecast.rows(self.free)]
-        return [*said, ("Will run on", self.choice.runs_on)]
+        return [(name.capitalize(), text) for name, text in self.forecast.rows(self.free)]
 
 
 @dataclass(frozen=True)
@@ -222,6 +221,8 @@ class QuantizeTab:
             with gr.Column(scale=1, min_width=300, elem_classes="controls"):
                 inputs = self._controls()
                 self.bar = RunBar(studio, "Quantize", "quantize")
+                # Where whoever pressed the button looks.
+                self.plan = gr.HTML(elem_id="quantize-plan")
             with gr.Column(scale=2, min_width=300):
                 self.summary = gr.HTML(
                     parts.note("The loss of every unit appears here while it is learned."),
@@ -278,7 +279,8 @@ class QuantizeTab:
 
     def _events(self, inputs: list[Any]) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        self.outputs = [*self.bar.outputs, self.summary, self.curves, self.download]
+        results = [self.plan, self.summary, self.curves, self.download]
+        self.outputs = [*self.bar.outputs, *results]
         self.bar.start.click(
             self.run,
             [self.model, *inputs],
@@ -314,7 +316,8 @@ class QuantizeTab:
                 partial(compute, self.studio, entry, request),
                 kind=KIND,
             )
-            yield {self.summary: "", self.curves: "", self.download: gr.update(visible=False)}
+            cleared = dict.fromkeys((self.plan, self.summary, self.curves), "")
+            yield {**cleared, self.download: gr.update(visible=False)}
             async for updates in self.bar.follow(job, self._show, keep=True):
                 yield updates
 
@@ -331,7 +334,8 @@ class QuantizeTab:
 
     def _show(self, part: Losses | Made | Plan) -> Updates:
         if isinstance(part, Plan):
-            return {self.summary: parts.facts(part.rows)}
+            note = parts.note(f"Will run on: {part.choice.runs_on}")
+            return {self.plan: parts.facts(part.rows), self.summary: note}
         if isinstance(part, Losses):
             return {self.curves: parts.curves(part.curves())}
         rows = [*part.rows, ("Written", f"{part.folder.name}, now in the lists of all tabs")]
