@@ -4,8 +4,8 @@
 
 A setting is MODEL METHOD IMAGES [STEPS]; MODEL/BLOCKS has random weights and so many blocks of that
 model's shapes. Prints a line for each: seconds and peak of resident memory, foretold and found,
-each in a process of its own. On a busy
-machine compare the seconds of the processor: other programs come and go between the two.
+each in a process of its own. On a busy machine compare the seconds of the processor: other programs
+come and go between the two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from varptq.quant.config import QuantConfig
 
 SETTINGS = (
     *("demo rtn 32", "demo gptq 16", "demo brecq 16 20"),
-    *("var-d16/3 rtn 4", "var-d16/3 gptq 2", "var-d16/3 brecq 2 5"),
+    *("var-d16/3 rtn 4", "var-d16/1 gptq 2", "var-d16/1 brecq 2 5"),
 )
 CONFIG = "w4a4"
 
@@ -47,12 +47,15 @@ def measured(setting: str, threads: int) -> dict[str, Any]:
     if steps:
         calibration = calibration.replace(steps=int(steps[0]))
     pipe, config = model_of(model), QuantConfig.preset(CONFIG)
+    before = time.process_time()
     said = forecast(pipe, config, method=method, calibration=calibration)
+    probed = time.process_time() - before
     started, computed = time.monotonic(), time.process_time()
     varptq.quantize(pipe, config, method=method, calibration=calibration)
     return {
         "setting": setting,
         "probe": said.probe_seconds,
+        "probe_processor": probed,
         "foretold": said.seconds,
         "foretold_processor": said.processor,
         "seconds": time.monotonic() - started,
@@ -80,7 +83,8 @@ def main() -> None:
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
         line = json.loads(done.stdout.splitlines()[-1])
         print(
-            f"{setting}: {line['foretold']:.1f} s foretold in {line['probe']:.1f} s, "
+            f"{setting}: {line['foretold']:.1f} s foretold in {line['probe']:.1f} s "
+            f"({line['probe_processor']:.1f} of the processor), "
             f"{line['seconds']:.1f} s found; of the processor "
             f"{line['foretold_processor']:.1f} s and {line['processor']:.1f} s; "
             f"{line['foretold_bytes'] / 1e6:.0f} MB foretold, {line['bytes'] / 1e6:.0f} MB found",

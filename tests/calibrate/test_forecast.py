@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from varptq.calibrate.clock import BlockClock
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.forecast import forecast
 from varptq.calibrate.methods import MEANS_SAMPLES, Method
-from varptq.calibrate.probe import CENTER, CONVERT, DRAW, RECORD, SOLVE, Cost, Costs, Probe
+from varptq.calibrate.probe import CENTER, CONVERT, DRAW, RECORD, Probe, first_rows
+from varptq.calibrate.probe_units import SOLVE, Cost, Costs
 from varptq.calibrate.run import Run
 from varptq.models.pipeline import Pipeline
+from varptq.models.seams import linears_of
 from varptq.quant.config import LayerRule, QuantConfig
+from varptq.quant.convert import convert
+from varptq.quant.find import quant_linears
 
 FEW = CalibrationConfig(num_samples=2, steps=2, theta_samples=1, theta_grid=50)
 ALWAYS = {"converting", "drawing"}
@@ -49,30 +56,72 @@ def test_tuning_and_what_reads_no_images(tiny: Pipeline) -> None:
 
 
 def test_parts_are_multiplied(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block takes a, two take b, so five take a + 4 (b - a)."""
-
-    def costs(self: Probe, blocks: int) -> Costs:
-        self.in_block = {SOLVE: Cost(fixed=10.0, each=1.0)}
-        found = {CONVERT: Cost(fixed=1.0 + blocks), DRAW: Cost(each=2.0 * blocks)}
-        found |= {CENTER: Cost(each=1.0), RECORD: Cost(each=0.5)}
-        return found | ({SOLVE: Cost(fixed=3.0)} if blocks == 1 else {})
+    def costs(self: Probe) -> Costs:
+        found = {CONVERT: Cost(fixed=6.0), DRAW: Cost(each=10.0), SOLVE: Cost(fixed=53.0, each=5.0)}
+        return found | {CENTER: Cost(each=1.0), RECORD: Cost(each=0.5)}
 
     monkeypatch.setattr(Probe, "costs", costs)
     monkeypatch.setattr(Probe, "first_pass", lambda self: 1.0)
-    pipe = make_tiny(depth=5)
     settings = FEW.replace(num_samples=100)
     config = QuantConfig.preset("w4a4")
-    found = forecast(pipe, config, method="gptq", calibration=settings, processes=2)
+    found = forecast(make_tiny(), config, method="gptq", calibration=settings, processes=2)
     expected = {
         "converting": 6.0,
         "drawing": 100 * 10.0 / 2,
         "means": 100.0,
         "recording": 50.0,
-        "solving": (3.0 + 5 * (10.0 + 100)) / 2,
+        "solving": (53.0 + 5 * 100) / 2,
     }
     assert found.processor == sum(expected.values())
     slower = found.seconds / found.processor
     assert found.parts == pytest.approx({name: s * slower for name, s in expected.items()})
+
+
+def test_the_one_block_counts_for_all(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the block are heard, too; a pass that an exception ends is one."""
+    clock, stop = iter(range(100)), ValueError("far enough")
+    monkeypatch.setattr("varptq.calibrate.clock.now", lambda pipe: float(next(clock)))
+    pipe = make_tiny(depth=1)
+    heard = BlockClock(pipe, 5)
+    block = copy.deepcopy(pipe.var).blocks[0]
+    monkeypatch.setattr(type(block), "forward", lambda self, *_: None)
+    with heard.spell() as spell:  # 0: begins
+        block()  # 1 to 2
+        next(clock)  # 3
+        monkeypatch.setattr(type(block), "forward", raising(stop))
+        with pytest.raises(ValueError, match="far enough"):
+            block()  # 4 to 5
+    assert (spell.spent, spell.inside) == (6.0, 2.0)
+    assert spell.whole == pytest.approx(4.0 + 5 * 2.0)
+    assert spell.scaled(0.5) == pytest.approx(3.0 + 5 * 3.0)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def forward(*_: Any) -> None:
+        raise error
+
+    return forward
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w4a4+groups", "w4a4+paper+litevar"])
+def test_what_stands_in_for_the_quantized_block_is_as_large(make_tiny: Any, name: str) -> None:
+    """Of the rows of a few, as many as there are in truth."""
+    config, pipe = QuantConfig.preset(name), make_tiny(depth=1)
+    truth = quant_linears(convert(pipe.var, config))
+    few, share = first_rows(linears_of(pipe.var)["blocks.0.ffn.fc1"], 100)
+    assert 0 < share < 1 and len(few.weight) == few.out_features
+    probe = Probe(pipe, 1, config, Method.parse("rtn"), FEW, draws=True)
+    found, seconds = probe.converted(100)
+    assert seconds > 0
+    layers = quant_linears(found)
+    assert layers.keys() == truth.keys()
+    for layer, own in layers.items():
+        wanted = truth[layer].state_dict()
+        assert {key: t.shape for key, t in own.state_dict().items()} == {
+            key: t.shape for key, t in wanted.items()
+        }
+        assert own.float_weight is not None
+        assert own.float_weight.shape == (own.out_features, own.in_features)
 
 
 def test_what_takes_less_than_a_minute_is_not_looked_into(
@@ -93,6 +142,7 @@ def test_a_rule_for_a_later_block_and_the_model_of_the_caller(make_tiny: Any) ->
     before = {name: tensor.clone() for name, tensor in pipe.var.state_dict().items()}
     state = torch.random.get_rng_state()
     forecast(pipe, config, method="gptq", calibration=FEW)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.var.modules())
     assert torch.equal(state, torch.random.get_rng_state())
     after = pipe.var.state_dict()
     assert list(after) == list(before) and pipe.var.arch.depth == 3

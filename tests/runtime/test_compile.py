@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import varptq
+from helpers.infinity_states import VAE_ARCH, prompts, sized, states
 from varptq import Pipeline, QuantConfig
+from varptq.models.infinity.family import INFINITY_FAMILY
 from varptq.models.scales import Scales
 from varptq.native import binding
 from varptq.quant.pipeline import QuantizedPipeline
@@ -24,6 +26,8 @@ CONFIGS = {"w4a4": "rtn", "w4a4+groups": "sas"}
 # Of float sums that inductor adds in another order, in units of the largest logit.
 INDUCTOR_ERROR = 1e-4
 CHECKS = ("test_schema", "test_faketensor")
+# Tokens of texts: two of one length, which are read together.
+LENGTHS = (3, 2, 3)
 native = pytest.mark.skipif(binding.core() is None, reason=binding.reason())
 
 
@@ -45,10 +49,29 @@ def made(request: pytest.FixtureRequest, model: Pipeline) -> QuantizedPipeline:
     return varptq.quantize(model, config, method=CONFIGS[request.param], calibration=calibration)
 
 
-def inputs(pipe: Pipeline, count: int) -> tuple[Tensor, Tensor]:
-    labels = torch.arange(count)
-    tokens = varptq.generate(pipe, labels.tolist(), seed=5, decode=False).tokens
-    return labels, pipe.vae.teacher_inputs(tokens)
+@pytest.fixture(scope="module")
+def text_model() -> Pipeline:
+    """Width 128, on which the codes of integers apply."""
+    arch = sized(depth=1, width=128, ffn_width=128, scales=Scales(((1, 1), (2, 2)), (6, 4)))
+    networks = INFINITY_FAMILY.build(arch, VAE_ARCH)
+    for network, state in zip(networks, states(arch), strict=True):
+        network.load_state_dict(state, assign=True)
+        network.eval().requires_grad_(False)
+    return Pipeline(*networks, "tiny-text", family="infinity")
+
+
+def of_texts(model: Pipeline, config: str) -> QuantizedPipeline:
+    calibration = varptq.CalibrationConfig(num_samples=2)
+    asked: dict[str, Any] = {"prompts": prompts(3, 2), "calibration": calibration}
+    return varptq.quantize(model, QuantConfig.preset(config), method="rtn", **asked)
+
+
+def inputs(pipe: Pipeline, count: int) -> tuple[Any, Tensor]:
+    texts = pipe.var.READS_TEXTS
+    asked: Any = prompts(*LENGTHS[:count]) if texts else torch.arange(count)
+    given = asked if texts else asked.tolist()
+    tokens = varptq.generate(pipe, given, seed=5, decode=False).tokens
+    return asked, pipe.vae.teacher_inputs(tokens)
 
 
 def check(
@@ -87,9 +110,12 @@ def test_the_cpu_runtime_is_one_graph(made: QuantizedPipeline) -> None:
 
 @native
 def test_a_fake_tells_what_its_operator_gives(made: QuantizedPipeline) -> None:
-    """torch's own check of an operator, on two calls of each."""
-    pipe = on_integers(made, NativeKernels())
-    calls: dict[str, list[Any]] = {name: [] for name in ("quantize", "linear", "attend")}
+    check_operators(on_integers(made, NativeKernels()), ("quantize", "linear", "attend"))
+
+
+def check_operators(pipe: Pipeline, names: tuple[str, ...]) -> None:
+    """The logits of the graph, and torch's own check of an operator, on two calls of each."""
+    calls: dict[str, list[Any]] = {name: [] for name in names}
 
     def seen(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
         class Recorded(torch.fx.Interpreter):
@@ -103,11 +129,34 @@ def test_a_fake_tells_what_its_operator_gives(made: QuantizedPipeline) -> None:
 
     given = inputs(pipe, 2)
     with torch.no_grad():
-        torch.compile(pipe.var, fullgraph=True, backend=seen)(*given)
-    for name, found in calls.items():
+        found: Any = torch.compile(pipe.var, fullgraph=True, backend=seen)(*given)
+        assert torch.equal(found, pipe.var(*given))
+    for name, arguments in calls.items():
         operator = getattr(operators, f"_{name}")
-        for arguments in (found[0], found[-1]):
-            torch.library.opcheck(operator, arguments, test_utils=CHECKS)
+        for one in (arguments[0], arguments[-1]):
+            torch.library.opcheck(operator, one, test_utils=CHECKS)
+
+
+def test_a_model_that_reads_texts_is_one_graph(text_model: Pipeline) -> None:
+    """Texts of one length, then of two, which makes another graph."""
+    check(text_model, "eager", counts=(1, 3))
+
+
+@pytest.mark.slow
+def test_a_simulated_model_that_reads_texts_is_one_graph(text_model: Pipeline) -> None:
+    check(of_texts(text_model, "w8a8+paper"), "eager")
+
+
+@native
+def test_the_cpu_runtime_reads_texts_in_one_graph(text_model: Pipeline) -> None:
+    pipe = on_integers(of_texts(text_model, "w8a8"), NativeKernels())
+    check_operators(pipe, ("answer",))
+
+
+@native
+@pytest.mark.slow
+def test_the_cpu_runtime_reads_texts_with_shapes_alone(text_model: Pipeline) -> None:
+    check(on_integers(of_texts(text_model, "w4a4"), NativeKernels()), "aot_eager", counts=(3,))
 
 
 def test_a_compiled_model_refuses_what_is_not_finite(model: Pipeline) -> None:

@@ -219,6 +219,15 @@ def test_a_calibration_is_stopped_by_its_button_and_seen_by_another_page(
     other = open_page("Quantize", PHONE)
     other.locator("#quantize-status progress").wait_for()
     other.locator("#quantize-curves figure").first.wait_for()
+    for shown in (other, page):
+        plan = shown.locator("#quantize-plan")
+        plan.scroll_into_view_if_needed()
+        foretold = plan.inner_text()
+        assert "brecq, 2 images, up to 3000 steps" in foretold
+        assert "here" in foretold and "MB" in foretold
+        assert "Will run on" in shown.locator("#quantize-summary").inner_text()
+        assert fits(shown)
+    shoot(page, "quantize-foretold-1280")
     shoot(other, "quantize-390")
     other.locator("#quantize-stop").click()
     for shown in (other, page):

@@ -1,10 +1,10 @@
 """What a call of `quantize` will take here, before it starts: seconds by part, and memory.
 
-    seconds = sum over parts of  one block + (blocks - 1) (two blocks - one block)
+    seconds = sum over parts of  outside of blocks + blocks x inside of one
               x seconds of the clock for one of the processor, over the whole probe
 
-Parts are timed by probe.py on the model's own shapes, on one and two of its blocks and a few
-images, and multiplied by blocks, images and steps. Memory is added up from shapes, over what the
+Parts are timed by probe.py on the model's own shapes, on its first block and a few images, and
+multiplied by blocks, images and steps. Memory is added up from shapes, over what the
 process has already.
 """
 
@@ -21,26 +21,22 @@ from typing import Any
 import torch
 
 from varptq import readable
+from varptq.calibrate.clock import now
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.methods import Method, default_method
 from varptq.calibrate.probe import (
     CENTER,
     CONVERT,
     DRAW,
-    EVALUATE,
     GATE,
-    LEARN,
-    OF_UNITS,
     RECORD,
     SMOOTH,
-    SOLVE,
     THETA,
     TUNE,
-    Cost,
-    Costs,
     Probe,
-    now,
+    wants_means,
 )
+from varptq.calibrate.probe_units import EVALUATE, LEARN, SOLVE, Cost, Costs
 from varptq.calibrate.quantize import prepared
 from varptq.calibrate.reconstruct import reconstruct
 from varptq.calibrate.record import Recorder, record_bytes
@@ -50,15 +46,12 @@ from varptq.calibrate.theta import choose_theta
 from varptq.calibrate.tune import BATCH, HELD_OUT, images_for
 from varptq.models.generate import DEFAULT_BATCH
 from varptq.models.memory import image_bytes
-from varptq.models.meta import on_meta
 from varptq.models.pipeline import Pipeline
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.seams import linears_of
-from varptq.models.transformer import float_layout
 from varptq.progress import Progress, silent
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert
-from varptq.quant.find import quant_linears
+from varptq.quant.convert import check_rules, shared_copy
 from varptq.torch_state import plain_torch
 
 STAGE = "forecast"
@@ -80,8 +73,8 @@ class Forecast:
     made. processor: seconds of it, of all threads together; of the clock where a GPU computes.
     parts: seconds of the clock by part, in the order of the steps; empty where the first pass
     showed that all of it takes less than a minute. memory: most bytes of the process; spooled:
-    bytes of files that recorded activations are left in. probe_seconds, probe_images, probe_blocks,
-    blocks, threads: what was measured, and on how many threads.
+    bytes of files that recorded activations are left in. probe_seconds, probe_images, blocks,
+    threads: how long one of the blocks was measured, on how many images and threads.
     """
 
     method: str
@@ -94,7 +87,6 @@ class Forecast:
     spooled: int
     probe_seconds: float
     probe_images: int
-    probe_blocks: int
     blocks: int
     threads: int
 
@@ -134,6 +126,12 @@ class Forecast:
             text += f", and {readable.megabytes(self.spooled)} of files for recorded activations"
         return text
 
+    def rows(self, free: int | None) -> list[tuple[str, str]]:
+        """All of it for people. free: bytes of memory that are, None where nobody knows."""
+        room = self.room + ("" if free is None else f"; {readable.megabytes(free)} are free")
+        texts = (self.work, self.time, room, self.basis)
+        return list(zip(("work", "time", "memory", "measured"), texts, strict=True))
+
     @property
     def basis(self) -> str:
         """What was measured, and what was multiplied."""
@@ -141,8 +139,8 @@ class Forecast:
             return "by one image through one block"
         images = f", {self.probe_images} image{'s' * (self.probe_images != 1)}"
         return (
-            f"in {self.probe_seconds:.1f} s on {self.probe_blocks} of {self.blocks} "
-            f"blocks{images if self.images else ''}; multiplied by blocks, images and steps"
+            f"in {self.probe_seconds:.1f} s on 1 of {self.blocks} blocks"
+            f"{images if self.images else ''}; multiplied by blocks, images and steps"
         )
 
 
@@ -170,17 +168,18 @@ def forecast(
     method = default_method(config, calibration) if method is None else method
     recipe = Method.parse(method)
     pipe, settings = prepared(pipe, recipe.settle(calibration or CalibrationConfig()), prompts)
+    check_rules(pipe.var, config)
     depth, draws = pipe.var.arch.depth, _draws(pipe, config, recipe, settings)
-    probe_blocks = min(2, depth)
-    cut = pipe if placed is None else _brought(pipe, probe_blocks, placed)
-    probe = Probe(cut, config, recipe, settings, draws)
+    cut = _first_block(pipe, placed)
+    probe = Probe(cut, depth, config, recipe, settings, draws)
+    progress(STAGE, 0, 1)
     clock, processor = time.perf_counter(), now(cut)
     first = probe.first_pass() if draws else 0.0
     parts: dict[str, float] = {}
-    if not (briefly and first * depth * probe.passes() < BRIEF):
-        costs = _costs(probe, probe_blocks, depth, progress)
-        parts = _seconds(costs, recipe, settings, processes)
+    if not (briefly and first * probe.passes() < BRIEF):
+        parts = _seconds(probe.costs(), recipe, settings, processes)
     slower = (time.perf_counter() - clock) / max(now(cut) - processor, 1e-9)
+    progress(STAGE, 1, 1)
     memory, spooled = _memory(pipe, recipe, settings, probe, placed)
     learns = reconstruct in recipe.steps and settings.learns
     return Forecast(
@@ -194,7 +193,6 @@ def forecast(
         spooled,
         time.monotonic() - began,
         probe.images if draws else 0,
-        probe_blocks,
         depth,
         torch.get_num_threads(),
     )
@@ -206,34 +204,18 @@ def _draws(
     """Whether any step reads calibration images."""
     if {reconstruct, choose_theta} & set(method.steps) or settings.tune_steps:
         return True
-    with on_meta():
-        layers = quant_linears(convert(float_layout(pipe.var), config))
-    return any(layer.centred or wants_smoothing(config, name) for name, layer in layers.items())
+    layers = linears_of(pipe.var)
+    return any(wants_means(config, name) or wants_smoothing(config, name) for name in layers)
 
 
-def _costs(probe: Probe, probe_blocks: int, depth: int, progress: Progress) -> Costs:
-    """Of all parts on the whole model."""
-    lines: list[Costs] = []
-    for blocks in range(1, probe_blocks + 1):
-        progress(STAGE, blocks - 1, probe_blocks)
-        lines.append(probe.costs(blocks))
-    progress(STAGE, probe_blocks, probe_blocks)
-    one, two = lines[0], lines[-1]
-    return {
-        name: (
-            cost + probe.in_block[name].times(depth)
-            if name in OF_UNITS
-            else cost + two[name].beyond(cost).times(depth - 1)
-        )
-        for name, cost in one.items()
-    }
-
-
-def _brought(pipe: Pipeline, blocks: int, placed: Mapping[str, Any]) -> Pipeline:
-    """The first blocks of a mapped model, in memory."""
+def _first_block(pipe: Pipeline, placed: Mapping[str, Any] | None) -> Pipeline:
+    """The model cut to its first block, with modules of its own on the same memory; of a mapped
+    model in memory."""
+    var = pipe.var.first_blocks(1)
+    if placed is None:
+        return replace(pipe, var=shared_copy(var))
     device, dtype = checked_device(placed["device"]), checked_dtype(placed["dtype"])
-    networks = (pipe.var.first_blocks(blocks), pipe.vae)
-    var, vae = (copy.deepcopy(n).to(device=device, dtype=dtype) for n in networks)
+    var, vae = (copy.deepcopy(n).to(device=device, dtype=dtype) for n in (var, pipe.vae))
     return replace(pipe, var=var.eval().requires_grad_(False), vae=vae)
 
 

@@ -207,6 +207,12 @@ def start(layer: QuantLinear, config: CalibrationConfig) -> LearnedRounding:
     return rounding
 
 
+def optimizer_of(alphas: list[nn.Parameter], config: CalibrationConfig) -> torch.optim.Optimizer:
+    """Fused: one pass over memory that the steps of a wide unit would otherwise read a dozen
+    times."""
+    return torch.optim.Adam(alphas, lr=config.rate, fused=True)
+
+
 def train(
     unit: Unit,
     roundings: list[LearnedRounding],
@@ -217,8 +223,7 @@ def train(
     """At most `config.steps` Adam steps on the alphas of `roundings`; returns how many were
     made."""
     alphas = [rounding.alpha for rounding in roundings]
-    # Fused: one pass over memory that the steps of a wide unit would otherwise read a dozen times.
-    optimizer = torch.optim.Adam(alphas, lr=config.rate, fused=True)
+    optimizer = optimizer_of(alphas, config)
     batch = VECTOR_BATCH if unit.sees_vectors else config.batch_size
     batch = min(batch, len(unit.inputs))
     schedule = Schedule(config.steps, config.patience)

@@ -18,7 +18,7 @@ Source: docs/method.md section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -132,11 +132,16 @@ def choose_theta(run: Run) -> None:
     samples = run.samples
     run.progress(stage, 0, 1)
     found = run.once(stage.replace(" ", "-"), lambda: _found(run, samples)).facts
-    # A budget below the price of finding the orders buys no copies: shift-and-sum is off.
-    run.theta = None if found["status"] in ("over_budget", "off") else found["theta"]
+    run.theta = theta_of(found)
     set_theta(run.quantized, run.theta)
     run.report["theta"] = found
     run.progress(stage, 1, 1, f"theta {found['theta']:.4f}, {found['status']}")
+
+
+def theta_of(found: Mapping[str, Any]) -> float | None:
+    """Of a `ThetaResult` as plain values. A budget below the price of finding the orders buys no
+    copies: shift-and-sum is off."""
+    return None if found["status"] in ("over_budget", "off") else found["theta"]
 
 
 def _found(run: Run, samples: CalibrationSet) -> Piece:

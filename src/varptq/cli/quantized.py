@@ -47,14 +47,9 @@ def plan_rows(document: dict[str, Any], forecast: Forecast, default: str) -> lis
     """For people. default: the config that stands where none is named."""
     bits = {name: f"{n} bits" if n else "float" for name, n in document["bits"].items()}
     name = document["config"] + (", the default" if document["config"] == default else "")
-    free = document["free_memory"]
-    room = forecast.room + ("" if free is None else f"; {readable.megabytes(free)} are free")
     return [
         ("config", f"{name}: weights {bits['weights']}, inputs {bits['inputs']}"),
-        ("work", forecast.work),
-        ("time", forecast.time),
-        ("memory", room),
-        ("measured", forecast.basis),
+        *forecast.rows(document["free_memory"]),
         ("artifact", common.whole_text(document["sizes"])),
     ]
 

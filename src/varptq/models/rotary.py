@@ -64,9 +64,15 @@ def positions(scales: Scales) -> Tensor:
     return torch.cat(maps)
 
 
-@lru_cache(maxsize=KEPT)
+@torch.compiler.assume_constant_result
 def rotary(scales: Scales, head_width: int, device: torch.device) -> Rotary:
-    """The tables of a schedule for heads of `head_width` channels."""
+    """The tables of a schedule for heads of `head_width` channels. A graph of torch.compile holds
+    them as they are."""
+    return _made(scales, head_width, device)
+
+
+@lru_cache(maxsize=KEPT)
+def _made(scales: Scales, head_width: int, device: torch.device) -> Rotary:
     # They are kept, and may be wanted by a pass with gradients after one without.
     with torch.inference_mode(False):
         # In float32 throughout, as the models were trained: angles go up to 111 radians.

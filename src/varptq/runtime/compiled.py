@@ -3,6 +3,7 @@
     varptq::quantize    x, means, rows -> codes, scale, zero_point, sums    of `Rows`
     varptq::linear      codes x packed weight -> y
     varptq::attend      qkv -> answers, over a whole prefix, which needs no cache
+    varptq::answer      q, and k and v of texts -> answers
 
 Each runs the function of the same name in `varptq.native`, and has a fake that tells shapes and
 dtypes alone. An operator takes tensors and plain values, so a rule is taken apart here and put
@@ -24,6 +25,7 @@ from varptq.native import attention
 from varptq.native import linear as linears
 from varptq.native.linear import PackedWeight
 from varptq.native.quantize import Rows, layout, padded
+from varptq.quant.config import AttentionSpec
 from varptq.runtime.cpu_scheme import quantized, scheme_of
 from varptq.runtime.kernels import AttentionRule, InputRule, Pending
 
@@ -42,6 +44,11 @@ _ATTEND = (
     "(Tensor qkv, Tensor q_bias, Tensor v_bias, Tensor q_factor, Tensor? cosine, Tensor? sine, "
     "int heads, int[] bits, str[] types, str policy, bool l2_norm, int max_order, float? theta, "
     "int[] ends, int[] cuts, int[] keys, str layer) -> Tensor"
+)
+
+_ANSWER = (
+    "(Tensor q, Tensor kv, Tensor v_bias, Tensor q_factor, int heads, int[] bits, str[] types, "
+    "str policy, int max_order, float? theta, int[] cuts, str layer) -> Tensor"
 )
 
 
@@ -82,21 +89,41 @@ def attend(
 ) -> Tensor:
     """As `Kernels.attend` with a new cache, which is not kept."""
     spec = rule.spec
+    return torch.ops.varptq.attend(
+        *(qkv_BLD, rule.q_bias, rule.v_bias, rule.q_factor, *(tables or (None, None))),
+        rule.num_heads,
+        *_operands(spec),
+        *(spec.policy, rule.l2_norm, spec.max_order, rule.theta),
+        list(spans[-1].ends),
+        _cuts(spans),
+        [span.keys for span in spans],
+        rule.layer,
+    )
+
+
+def answer(q_RlC: Tensor, kv_RTD: Tensor, rule: AttentionRule, spans: Sequence[Span]) -> Tensor:
+    """As `TextKernels.answer`, over keys and values as they come, not as `read` keeps them."""
+    spec = rule.spec
+    return torch.ops.varptq.answer(
+        *(q_RlC, kv_RTD, rule.v_bias, rule.q_factor, rule.num_heads),
+        *_operands(spec),
+        *(spec.policy, spec.max_order, rule.theta, _cuts(spans), rule.layer),
+    )
+
+
+def _operands(spec: AttentionSpec) -> tuple[list[int], list[str]]:
+    """Bits of q, k, v and probabilities, and types of the first three."""
     query, key, value, probability = spec.query, spec.key, spec.value, spec.probability
     # A compiler cannot ask such an object whether it is true.
     assert query is not None and key is not None and value is not None and probability is not None
     operands = (query, key, value)
-    return torch.ops.varptq.attend(
-        *(qkv_BLD, rule.q_bias, rule.v_bias, rule.q_factor, *(tables or (None, None))),
-        rule.num_heads,
-        [*(operand.num_bits for operand in operands), probability.num_bits],
-        [operand.type for operand in operands],
-        *(spec.policy, rule.l2_norm, spec.max_order, rule.theta),
-        list(spans[-1].ends),
-        [0, *(span.queries.stop for span in spans)],
-        [span.keys for span in spans],
-        rule.layer,
-    )
+    bits = [*(operand.num_bits for operand in operands), probability.num_bits]
+    return bits, [operand.type for operand in operands]
+
+
+def _cuts(spans: Sequence[Span]) -> list[int]:
+    """Where the queries of each span begin, and where the last ones end."""
+    return [0, *(span.queries.stop for span in spans)]
 
 
 @torch.library.custom_op("varptq::quantize", mutates_args=(), schema=_QUANTIZE)
@@ -167,3 +194,29 @@ def _attend(qkv_BLD: Tensor, *arguments: Any) -> Tensor:
 @_attend.register_fake
 def _(qkv_BLD: Tensor, *arguments: Any) -> Tensor:
     return qkv_BLD.new_empty((*qkv_BLD.shape[:-1], qkv_BLD.shape[-1] // 3), dtype=torch.float32)
+
+
+@torch.library.custom_op("varptq::answer", mutates_args=(), schema=_ANSWER)
+def _answer(q_RlC: Tensor, kv_RTD: Tensor, *arguments: Any) -> Tensor:
+    v_bias, q_factor, heads, bits, types, policy, max_order, theta, cuts, layer = arguments
+    rows, length, _ = kv_RTD.shape
+    scheme = scheme_of(
+        heads=heads,
+        head_width=len(v_bias) // heads,
+        ends=(length,),
+        bits=bits,
+        types=types,
+        policy=policy,
+        l2_norm=False,
+        max_order=max_order,
+    )
+    cache = attention.AttentionCache(scheme, rows)
+    said: dict[str, Any] = {"theta": theta, "layer": layer}
+    attention.enter(scheme, kv_RTD, cache, value_bias_C=v_bias, **said)
+    spans = [(slice(*cuts[i : i + 2]), (length,)) for i in range(len(cuts) - 1)]
+    return attention.answer(scheme, q_RlC, cache, spans, query_factor_H=q_factor, **said)
+
+
+@_answer.register_fake
+def _(q_RlC: Tensor, *arguments: Any) -> Tensor:
+    return q_RlC.new_empty(q_RlC.shape, dtype=torch.float32)

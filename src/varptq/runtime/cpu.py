@@ -129,7 +129,10 @@ class NativeKernels:
             layer=rule.layer,
         )
 
-    def read(self, kv_RTD: Tensor, rule: AttentionRule) -> NativeCache:
+    def read(self, kv_RTD: Tensor, rule: AttentionRule) -> NativeCache | Tensor:
+        """As they come in a graph of torch.compile, where `answer` makes codes of them."""
+        if torch.compiler.is_compiling():
+            return kv_RTD
         rows, length, _ = kv_RTD.shape
         cache = NativeCache.of(rule, rows, (length,))
         attention.enter(
@@ -143,8 +146,14 @@ class NativeKernels:
         return cache
 
     def answer(
-        self, q_RlC: Tensor, rule: AttentionRule, cache: NativeCache, spans: Sequence[Span]
+        self,
+        q_RlC: Tensor,
+        rule: AttentionRule,
+        cache: NativeCache | Tensor,
+        spans: Sequence[Span],
     ) -> Tensor:
+        if isinstance(cache, Tensor):
+            return compiled.answer(q_RlC, cache, rule, spans)
         return attention.answer(
             cache.scheme,
             q_RlC,

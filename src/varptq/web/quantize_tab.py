@@ -21,9 +21,11 @@ from varptq.artifact.format import CONFIG_FILE
 from varptq.artifact.sizes import quantized_size, transformer_size
 from varptq.calibrate.config import EFFORTS, CalibrationConfig
 from varptq.calibrate.config import PRESETS as CALIBRATIONS
+from varptq.calibrate.forecast import Forecast, forecast
 from varptq.calibrate.methods import METHODS, Method, default_method
 from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError, OutputError
+from varptq.models.memory import free_bytes
 from varptq.models.texts import TextPrompts
 from varptq.quant.config import QuantConfig
 from varptq.quant.pipeline import QuantizedPipeline
@@ -116,6 +118,20 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a calibration will do and take, said before it starts."""
+
+    choice: Choice
+    forecast: Forecast
+    free: int | None
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """For people."""
+        return [(name.capitalize(), text) for name, text in self.forecast.rows(self.free)]
+
+
+@dataclass(frozen=True)
 class Made:
     """The artifact, its summary, and a text about every reconstructed unit."""
 
@@ -126,12 +142,19 @@ class Made:
 
 
 def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
-    """Quantize and save; emit `Losses` at intervals."""
+    """Quantize and save; emit a `Plan` before, and `Losses` at intervals."""
     target = request.place(studio.out)
     pipe = studio.models.get(entry)
     parts_on = Method.parse(request.method)
     losses = Losses(parts_on.settle(request.calibration).steps_per_unit)
-    job.emit(foreseen(pipe.var, request.config, shift=parts_on.shift))
+    asked: dict[str, Any] = {
+        "method": request.method,
+        "calibration": request.calibration,
+        "prompts": request.prompts if pipe.var.READS_TEXTS else None,
+    }
+    choice = foreseen(pipe.var, request.config, shift=parts_on.shift)
+    said = forecast(pipe, request.config, **asked, briefly=True, progress=job.progress)
+    job.emit(Plan(choice, said, free_bytes(pipe.device)))
     drawn = 0.0
 
     def progress(stage: str, done: int, total: int, info: str = "") -> None:
@@ -142,15 +165,7 @@ def compute(studio: Studio, entry: Entry, request: Request, job: Job) -> Made:
             drawn = time.monotonic()
             job.emit(losses)
 
-    quantized = quantize(
-        pipe,
-        request.config,
-        method=request.method,
-        calibration=request.calibration,
-        seed=request.seed,
-        prompts=request.prompts if pipe.var.READS_TEXTS else None,
-        progress=progress,
-    )
+    quantized = quantize(pipe, request.config, **asked, seed=request.seed, progress=progress)
     job.progress("saving", 0, 1)
     save(quantized, target, force=request.replace)
     made = Made(target, rows_of(quantized, job.seconds), losses, units_of(quantized))
@@ -206,6 +221,8 @@ class QuantizeTab:
             with gr.Column(scale=1, min_width=300, elem_classes="controls"):
                 inputs = self._controls()
                 self.bar = RunBar(studio, "Quantize", "quantize")
+                # Where whoever pressed the button looks.
+                self.plan = gr.HTML(elem_id="quantize-plan")
             with gr.Column(scale=2, min_width=300):
                 self.summary = gr.HTML(
                     parts.note("The loss of every unit appears here while it is learned."),
@@ -262,7 +279,8 @@ class QuantizeTab:
 
     def _events(self, inputs: list[Any]) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        self.outputs = [*self.bar.outputs, self.summary, self.curves, self.download]
+        results = [self.plan, self.summary, self.curves, self.download]
+        self.outputs = [*self.bar.outputs, *results]
         self.bar.start.click(
             self.run,
             [self.model, *inputs],
@@ -298,7 +316,8 @@ class QuantizeTab:
                 partial(compute, self.studio, entry, request),
                 kind=KIND,
             )
-            yield {self.summary: "", self.curves: "", self.download: gr.update(visible=False)}
+            cleared = dict.fromkeys((self.plan, self.summary, self.curves), "")
+            yield {**cleared, self.download: gr.update(visible=False)}
             async for updates in self.bar.follow(job, self._show, keep=True):
                 yield updates
 
@@ -313,9 +332,10 @@ class QuantizeTab:
             async for updates in self.bar.follow(going[0], self._show, keep=True):
                 yield updates
 
-    def _show(self, part: Losses | Made | Choice) -> Updates:
-        if isinstance(part, Choice):
-            return {self.summary: parts.note(f"Will run on: {part.runs_on}")}
+    def _show(self, part: Losses | Made | Plan) -> Updates:
+        if isinstance(part, Plan):
+            note = parts.note(f"Will run on: {part.choice.runs_on}")
+            return {self.plan: parts.facts(part.rows), self.summary: note}
         if isinstance(part, Losses):
             return {self.curves: parts.curves(part.curves())}
         rows = [*part.rows, ("Written", f"{part.folder.name}, now in the lists of all tabs")]
