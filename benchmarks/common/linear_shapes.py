@@ -1,4 +1,4 @@
-"""The Linear layers of VAR-d16 at 256 px, and the schemes they are timed with."""
+"""The Linear layers of VAR-d16 at 256 px, the schemes they are timed with, and memory targets."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ LAYERS = (
     ("head", 1024, 4096, 1),
     ("ada_lin", 1024, 6144, 0),
 )
+
+
+# At most this much resident memory for loading and one image.
+MOST_BYTES = {"w8a8": 0.80e9, "w4a8": 0.65e9, "w4a4": 0.65e9}
 
 
 class Scheme(NamedTuple):

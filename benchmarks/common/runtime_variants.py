@@ -3,7 +3,8 @@ one image takes by part.
 
 Float variants: "eager" computes AdaLN at every scale as upstream does, in float32 and under bf16
 autocast; "prepacked" has oneDNN's own weight layout and AdaLN once per image; "torchao int8" is its
-dynamic quantization of the same bf16 model, each Linear compiled. Ours are nearest rounding, whose
+dynamic quantization of the same bf16 model, each Linear compiled. A CPU without bfloat16 products
+is measured in float32 alone. Ours are nearest rounding, whose
 time is that of any rounding, with the image decoder in 8 bits as the presets have it.
 
 Parts: `linears` (ours: with norm, GELU and quantization, which are fused into them), `attention`
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.common.bfloat16 import has_bfloat16
 from varptq.models.blocks import Attention
 from varptq.models.cross import CrossAttention
 from varptq.models.generate import generate
@@ -237,13 +239,13 @@ def torchao_variant(pipe: Pipeline) -> Variant | str:
 
 def variants(pipe: Pipeline, presets: tuple[str, ...], *, quick: bool) -> dict[str, Variant]:
     """Every way to an image; what is missing is said. `quick`: those that the targets name."""
-    found = {
-        "eager fp32": variant(eager(pipe)),
-        "eager bf16 autocast": variant(eager(pipe), autocast=True),
-        "prepacked bf16": variant(_prepacked(pipe, torch.bfloat16), autocast=True),
-    }
-    if not quick:
+    found = {"eager fp32": variant(eager(pipe))}
+    if has_bfloat16():
+        found["eager bf16 autocast"] = variant(eager(pipe), autocast=True)
+        found["prepacked bf16"] = variant(_prepacked(pipe, torch.bfloat16), autocast=True)
+    if not (quick and has_bfloat16()):
         found["prepacked fp32"] = variant(_prepacked(pipe, torch.float32))
+    if has_bfloat16() and not quick:
         made = torchao_variant(pipe)
         if isinstance(made, str):
             print(f"without torchao int8: {made}")

@@ -1,7 +1,8 @@
-"""Convolutions of the native core against float32 and bfloat16 ones, at the shapes of the decoder
-of VAR-d16, and the whole decoder on them.
+"""Convolutions of the native core against float32 ones, and bfloat16 ones where the CPU has them,
+at the shapes of the decoder of VAR-d16, and the whole decoder on them.
 
     python -m benchmarks.speed.native_convolution [--quick] [--decoder] [--isa NAME] [--json FILE]
+                                                  [--machine "a word on the CPU"]
     python -m benchmarks.speed.native_convolution --report      # its section of docs/benchmarks.md
 
 A layer is what a ResNet block has of it: GroupNorm and SiLU, the convolution, the sum with the
@@ -9,13 +10,14 @@ shortcut. The floats are oneDNN's, channels last, the fastest torch offers. Ours
 the norm from moments that the convolution before found, and finds those of its own result. All
 variants alternate in one process on one thread, and medians of CPU time are compared, so a busy
 machine slows them alike. The floor is the time of the products at the measured peak of the
-instruction.
+instruction. The decoder stands beside OpenVINO's in 8 bits where openvino and nncf are installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -27,8 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common.bfloat16 import has_bfloat16
+from benchmarks.common.openvino_decoder import openvino_decoder
 from benchmarks.common.pages import DOCS, replace, table
-from benchmarks.common.results import RESULTS
+from benchmarks.common.results import read_document
 from benchmarks.common.timing import alternate
 from varptq.models.convolutions import NORM_EPS, NORM_GROUPS
 from varptq.models.pipeline import build_model
@@ -41,9 +45,11 @@ from varptq.quant.convert import convert_autoencoder
 from varptq.runtime.convolutions import decode_on
 from varptq.runtime.cpu import NativeKernels
 
-FOUND = RESULTS / "native_convolution.json"
+# Results of a class of CPU each.
+CLASSES = ("native_convolution", "native_convolution_ice_lake")
 PAGE = DOCS / "benchmarks.md"
 MUST, AIM = 3.0, 4.0
+OTHERS = ("float32", "bfloat16", "OpenVINO int8")
 
 
 class Shape(NamedTuple):
@@ -103,25 +109,29 @@ def layer_calls(shape: Shape) -> dict[str, Callable[[], object]]:
 
         return call
 
-    return {"float32": floats(torch.float32), "bfloat16": floats(torch.bfloat16), "int8": ours}
+    found: dict[str, Callable[[], object]] = {"float32": floats(torch.float32), "int8": ours}
+    if has_bfloat16():
+        found["bfloat16"] = floats(torch.bfloat16)
+    return found
 
 
 def decoders() -> dict[str, VQVAE]:
-    """The d16 VQVAE with random weights: float32 and bfloat16 in its decoding parts, and int8."""
+    """The d16 VQVAE with random weights: int8, and its decoding parts in float32 and bfloat16."""
     pipe = build_model("var-d16")
     plain = pipe.vae
     assert isinstance(plain, VQVAE)
     quantized = convert_autoencoder(plain, QuantConfig.preset("w8a8"))
     decode_on(quantized, NativeKernels())
-    half = copy.deepcopy(plain)
-    for name in plain.DECODING:
-        half.get_submodule(name).bfloat16()
-    found = {"float32": plain, "bfloat16": half, "int8": quantized}
+    found = {"float32": plain, "int8": quantized}
+    if has_bfloat16():
+        found["bfloat16"] = copy.deepcopy(plain)
+        for name in plain.DECODING:
+            found["bfloat16"].get_submodule(name).bfloat16()
     for vae in found.values():
         for name in vae.DECODING:
             part: nn.Module = vae.get_submodule(name)
             part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return found  # pyright: ignore[reportReturnType]
+    return found
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -141,42 +151,55 @@ def decoder(budget: float) -> dict[str, Any]:
     """Seconds and operations of the whole decoder."""
     networks = decoders()
     z = torch.randn(1, 32, 16, 16, generator=torch.Generator().manual_seed(1))
-    calls = {name: lambda vae=vae: vae.decode_features(z) for name, vae in networks.items()}
+    calls: dict[str, Callable[[], object]] = {
+        name: functools.partial(vae.decode_features, z) for name, vae in networks.items()
+    }
     with FlopCounterMode(display=False) as counter:
         calls["float32"]()
+    other = openvino_decoder(networks["float32"], z)
+    if isinstance(other, str):
+        print(f"without OpenVINO: {other}")
+    else:
+        calls["OpenVINO int8"] = other
     seconds = alternate(calls, 5 * budget, 1)
     print("decoder", {name: f"{s:.3f} s" for name, s in seconds.items()})
     return {"seconds": seconds, "operations": counter.get_total_flops()}
 
 
-def cells(case: dict[str, Any], peak: float, digits: int, unit: float) -> list[str]:
-    taken = case["seconds"]
-    ours = taken["int8"]
-    floor = f"{case['operations'] / peak / ours:.0%}" if peak else ""
-    return [
-        *(f"{taken[name] * unit:.{digits}f}" for name in ("float32", "bfloat16", "int8")),
-        *(f"{taken[name] / ours:.2f}x" for name in ("float32", "bfloat16")),
-        floor,
-    ]
-
-
-def report(document: dict[str, Any]) -> None:
-    head = ["float32", "bfloat16", "int8", "over float32", "over bfloat16", "of the floor"]
+def cases(label: str, named: dict[str, Any], peak: float, digits: int, unit: float) -> list[str]:
+    """A table of `named` cases, which were measured beside the same others."""
+    others = [name for name in OTHERS if name in next(iter(named.values()))["seconds"]]
     rows = []
+    for name, case in named.items():
+        taken = case["seconds"]
+        ours = taken["int8"]
+        cells = [f"{taken[other] * unit:.{digits}f}" for other in (*others, "int8")]
+        cells += [f"{taken[other] / ours:.2f}x" for other in others]
+        floor = f"{case['operations'] / peak / ours:.0%}" if peak else ""
+        rows.append([name, *cells, floor])
+    return table(
+        [label, *others, "int8", *(f"over {name}" for name in others), "of the floor"], rows
+    )
+
+
+def section(document: dict[str, Any]) -> list[str]:
+    """Of one class of CPU."""
+    layers = {}
     for case in document["layers"]:
         name = f"{case['inputs']} to {case['outputs']}, {case['side']}"
-        name += ", upsampled" if case["upsample"] else ""
-        rows.append([name, *cells(case, document["peak"], 1, 1e3)])
-    lines = [
-        f"Native core on {document['isa']}, {document['peak'] / 1e9:.0f} Gop/s at the peak, one "
-        f"thread. The decoder over float32: must {MUST:.0f}x, aim {AIM:.0f}x.",
+        layers[name + (", upsampled" if case["upsample"] else "")] = case
+    peak = document["peak"]
+    return [
+        f"**{document['machine']}**: native core on {document['isa']}, {peak / 1e9:.0f} Gop/s at "
+        f"the peak, one thread. The decoder over float32: must {MUST:.0f}x, aim {AIM:.0f}x.",
         "",
-        *table(["channels and side, ms", *head], rows),
-        *table(
-            ["seconds", *head],
-            [["whole decoder", *cells(document["decoder"], document["peak"], 2, 1.0)]],
-        ),
+        *cases("channels and side, ms", layers, peak, 1, 1e3),
+        *cases("seconds", {"whole decoder": document["decoder"]}, peak, 2, 1.0),
     ]
+
+
+def report(documents: list[dict[str, Any]]) -> None:
+    lines = [line for document in documents for line in section(document)]
     replace(PAGE, "native convolution", lines[:-1])
 
 
@@ -188,10 +211,11 @@ def main() -> int:
     parser.add_argument("--decoder", action="store_true", help="again, the layers from the file")
     parser.add_argument("--isa", help="instruction set of the native core, if not the best")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--machine", default="", help="a word on the CPU, for the report")
     parser.add_argument("--report", action="store_true", help="only write docs/benchmarks.md")
     options = parser.parse_args()
     if options.report:
-        report(json.loads((options.json or FOUND).read_text()))
+        report([read_document(name) for name in CLASSES])
         return 0
     if binding.core() is None:
         print(binding.reason(), file=sys.stderr)
@@ -203,10 +227,12 @@ def main() -> int:
     torch.set_num_threads(1)
     with torch.inference_mode():
         if options.decoder:
-            document = json.loads((options.json or FOUND).read_text())
+            if options.json is None:
+                parser.error("--decoder: expected --json with the file of the layers")
+            document = json.loads(options.json.read_text())
             document["decoder"] = decoder(1.0)
         else:
-            document = measure(options.quick)
+            document = measure(options.quick) | {"machine": options.machine}
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0

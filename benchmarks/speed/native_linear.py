@@ -1,5 +1,5 @@
-"""Integer Linear layers of the native core against prepacked float32 and bfloat16, at the shapes of
-VAR-d16.
+"""Integer Linear layers of the native core against prepacked float32, and bfloat16 where the CPU
+has it, at the shapes of VAR-d16.
 
     python -m benchmarks.speed.native_linear [--quick] [--threads N] [--isa NAME] [--json FILE]
 
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.common.bfloat16 import has_bfloat16
 from benchmarks.common.linear_shapes import DEPTH, LAYERS, ROWS, SCHEMES
 from benchmarks.common.timing import alternate, copy_rate
 from varptq.native import binding
@@ -32,6 +33,7 @@ from varptq.native.quantize import Codebook, quantize
 from varptq.quant.codebook import HALVES, entries, reach
 
 QUICK_ROWS = (2, 32, 128, 512)
+FLOATS = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bfloat16() else {})
 
 
 class Timing(NamedTuple):
@@ -84,8 +86,8 @@ def measure(rows: tuple[int, ...], budget: float, threads: int) -> Iterator[Timi
         for m in rows if times else (2,):
             x = torch.randn(m, inputs, generator=g)
             calls: dict[str, Callable[[], object]] = {
-                "float32": float_call(x, weight, bias),
-                "bfloat16": float_call(x.bfloat16(), weight.bfloat16(), bias.bfloat16()),
+                name: float_call(*(t.to(dtype) for t in (x, weight, bias)))
+                for name, dtype in FLOATS.items()
             }
             calls |= {s: integer_call(s, x, outputs, bias) for s in SCHEMES}
             floor = {
@@ -117,28 +119,29 @@ def ratios(t: Timing) -> dict[str, float]:
     """What the integer variants gain, under the names of the report."""
     found = {}
     for s in SCHEMES:
-        found[f"{s} over float32"] = t.seconds["float32"] / t.seconds[s]
-        found[f"{s} over bfloat16"] = t.seconds["bfloat16"] / t.seconds[s]
+        for name in FLOATS:
+            found[f"{s} over {name}"] = t.seconds[name] / t.seconds[s]
         found[f"{s} share of floor"] = t.floor[s] / t.seconds[s]
     return found
 
 
 def table(timings: list[Timing]) -> Iterator[str]:
-    heads = [f"{s} ms | x f32 | x bf16 | of floor" for s in SCHEMES]
-    yield "| layer | rows | f32 ms | bf16 ms | " + " | ".join(heads) + " |"
-    yield "|" + "---|" * (4 + 4 * len(SCHEMES))
+    heads = [f"{name} ms" for name in FLOATS]
+    for s in SCHEMES:
+        heads += [f"{s} ms", *(f"x {name}" for name in FLOATS), "of floor"]
+    yield "| layer | rows | " + " | ".join(heads) + " |"
+    yield "|" + "---|" * (2 + len(heads))
     for t in timings:
         cells = [
             t.layer,
             str(t.rows or ""),
-            *(f"{t.seconds[v] * 1e3:.3f}" for v in ("float32", "bfloat16")),
+            *(f"{t.seconds[name] * 1e3:.3f}" for name in FLOATS),
         ]
         gain = ratios(t)
         for s in SCHEMES:
             cells += [
                 f"{t.seconds[s] * 1e3:.3f}",
-                f"{gain[f'{s} over float32']:.2f}",
-                f"{gain[f'{s} over bfloat16']:.2f}",
+                *(f"{gain[f'{s} over {name}']:.2f}" for name in FLOATS),
                 f"{gain[f'{s} share of floor']:.0%}",
             ]
         yield "| " + " | ".join(cells) + " |"

@@ -1,6 +1,8 @@
-"""Tables of docs/benchmarks.md from results/runtime_cpu.json, which runtime_cpu.py makes.
+"""Tables of docs/benchmarks.md and docs/tables/runtime.md, one set for each class of CPU.
 
 python -m benchmarks.speed.runtime_report
+
+runtime_cpu.py made the results on one machine of each class.
 """
 
 from __future__ import annotations
@@ -8,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.common.linear_shapes import MOST_BYTES
 from benchmarks.common.pages import DOCS, replace
 from benchmarks.common.results import read_document
 from benchmarks.common.runtime_variants import PARTS
 
-PAGE = DOCS / "benchmarks.md"
+# Results of a class of CPU each.
+CLASSES = ("runtime_cpu", "runtime_cpu_ice_lake")
+PAGE, DETAILS = DOCS / "benchmarks.md", DOCS / "tables" / "runtime.md"
+FLOATS = {"float32": "fp32", "bfloat16": "bf16"}
 # The Linear whose row counts are shown one by one.
 SHOWN = "fc1"
 SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4")
@@ -61,9 +67,13 @@ def linears(found: Document) -> Iterator[str]:
         "at the peak:"
     )
     yield ""
+    floats = {
+        name: short for name, short in FLOATS.items() if name in found["timings"][0]["seconds"]
+    }
+    other, short = list(floats.items())[-1]
     yield from head(
-        *("layer", "rows", "fp32 ms", "bf16 ms"),
-        *(f"{scheme} ms (over bf16; of floor)" for scheme in SCHEMES),
+        *("layer", "rows", *(f"{name} ms" for name in floats.values())),
+        *(f"{scheme} ms (over {short}; of floor)" for scheme in SCHEMES),
     )
     for timing in found["timings"]:
         if timing["layer"] not in (SHOWN, "image"):
@@ -71,11 +81,11 @@ def linears(found: Document) -> Iterator[str]:
         taken, cells = timing["seconds"], []
         for scheme in SCHEMES:
             mine = taken[scheme]
-            gain, share = taken["bfloat16"] / mine, timing["floor"][scheme] / mine
+            gain, share = taken[other] / mine, timing["floor"][scheme] / mine
             cells.append(f"{mine * 1e3:.2f} ({gain:.2f}x; {share:.0%})")
-        floats = (f"{taken[name] * 1e3:.2f}" for name in ("float32", "bfloat16"))
+        plain = (f"{taken[name] * 1e3:.2f}" for name in floats)
         label = "whole image" if timing["layer"] == "image" else timing["layer"]
-        yield row(label, timing["rows"] or "all", *floats, *cells)
+        yield row(label, timing["rows"] or "all", *plain, *cells)
 
 
 def attention(found: Document) -> Iterator[str]:
@@ -95,37 +105,59 @@ def attention(found: Document) -> Iterator[str]:
 
 
 def memory(found: list[Document]) -> Iterator[str]:
-    yield from head("artifact", "decoder", "after imports", "loaded", "one image", "at most")
+    yield from head("artifact", "after imports", "loaded", "one image", "at most", "loading, s")
     for case in found:
         peaks = (f"{value / 1e9:.2f}" for value in case["peaks"].values())
-        yield row(case["preset"], case["decoder"], *peaks, f"{case['must'] / 1e9:.2f}")
+        load = f"{case['seconds']['load']:.1f}" if "seconds" in case else ""
+        yield row(case["preset"], *peaks, f"{MOST_BYTES[case['preset']] / 1e9:.2f}", load)
 
 
-def report(document: Document) -> None:
-    """Write the section of docs/benchmarks.md."""
+def summary(document: Document) -> Iterator[str]:
+    """Of one class of CPU: ratios beside targets, an image by parts, memory."""
     column = "with" if document["isa"] == "amx" else "without"
     capped = f"capped at {document['onednn']}" if document["onednn"] else "not capped"
-    machine = f"; {document['machine']}" if document["machine"] else ""
-    lines = [
+    yield f"### {document['machine']}"
+    yield ""
+    yield (
         f"Native core on {document['isa']}, torch {document['torch']} on {document['cpu']}, oneDNN "
-        f"{capped}{machine}. Targets {column} AMX; of one image, whole-image ratios at W8A8.",
-        "",
-        *headline(document),
-    ]
+        f"{capped}. Targets {column} AMX; of one image, whole-image ratios at W8A8."
+    )
+    yield ""
+    yield from headline(document)
     for case in document["cases"]:
-        lines += ["", *seconds(case)]
-    lines += ["", "### Linear layers", "", "One layer at every row count measured, and the sum"]
-    lines[-1] += " over an image's layers and scales; quantization included, floats prepacked."
+        yield ""
+        yield from seconds(case)
+    yield ""
+    yield "Peak of a process that loads the artifact and makes one image, GB; mapped pages of the"
+    yield "file and of torch's libraries count:"
+    yield ""
+    yield from memory(document["memory"])
+
+
+def details(document: Document) -> Iterator[str]:
+    """Of one class of CPU: Linears by rows, attention, sampler, token map."""
+    yield f"## {document['machine']}"
+    yield ""
+    yield "One Linear at every row count measured, and the sum over an image's layers and scales;"
+    yield "quantization included, floats prepacked."
     for found in document["linears"].values():
-        lines += ["", *linears(found)]
-    lines += ["", "### Attention, sampler, token map", ""]
-    lines += ["All ten scales of one layer, one thread; ours with unit vectors, codes and cache."]
-    lines += ["", *attention(document["attention"])]
-    lines += ["", "### Memory", "", "Peak of a process that loads the artifact and makes one"]
-    lines[-1] += " image, GB; mapped pages of the file and of torch's libraries count."
-    lines += ["", *memory(document["memory"])]
-    replace(PAGE, "runtime", lines)
+        yield ""
+        yield from linears(found)
+    yield ""
+    yield "All ten scales of one layer's attention, one thread; ours with unit vectors, codes and"
+    yield "cache:"
+    yield ""
+    yield from attention(document["attention"])
+
+
+def report(documents: list[Document]) -> None:
+    """Write both sections."""
+    for page, part in ((PAGE, summary), (DETAILS, details)):
+        lines: list[str] = []
+        for document in documents:
+            lines += [*part(document), ""]
+        replace(page, "runtime", lines[:-1])
 
 
 if __name__ == "__main__":
-    report(read_document("runtime_cpu"))
+    report([read_document(name) for name in CLASSES])

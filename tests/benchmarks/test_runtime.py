@@ -3,6 +3,7 @@ have the names of the targets, and the report takes what the runs write."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def document_of(seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
     one = {"rows": 2, "policy": "token", "bits": 8, "theta": None, "total": both | {"sdpa": 0.3}}
     attention = {"ratio": 3.0, "attention": [one], "sampler, 256 tokens": both, "token map": both}
     peaks = {"imports": 2e8, "loaded": 8e8, "one image": 9e8}
-    memory = [{"preset": "w8a8", "decoder": "float32", "must": 1.1e9, "peaks": peaks}]
+    memory = [{"preset": "w8a8", "seconds": {"load": 1.24}, "peaks": peaks}]
     document = {
         **runtime_cpu.begun(None, False, False),
         **{"machine": "made up", "batches": [1], "cases": [case]},
@@ -123,14 +124,24 @@ def test_ratios_have_the_names_of_the_targets_and_the_report_takes_them(
     document = document_of(seconds)
     assert set(document["ratios"]["threads 1"]) == set(runtime_cpu.TARGETS)
     assert document["ratios"]["threads 1"]["whole image over our own simulated path"] == 4 / 5
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- runtime: begin -->\nold\n<!-- runtime: end -->\nafter\n")
-    monkeypatch.setattr(runtime_report, "PAGE", page)
-    runtime_report.report(document)
-    text = page.read_text()
+    pages = [tmp_path / "page.md", tmp_path / "details.md"]
+    for page in pages:
+        page.write_text("before\n<!-- runtime: begin -->\nold\n<!-- runtime: end -->\nafter\n")
+    monkeypatch.setattr(runtime_report, "PAGE", pages[0])
+    monkeypatch.setattr(runtime_report, "DETAILS", pages[1])
+    # The second one has no bfloat16.
+    plain = copy.deepcopy(document) | {"machine": "another"}
+    for timing in plain["linears"]["1"]["timings"]:
+        timing["seconds"] = {k: v for k, v in timing["seconds"].items() if k != "bfloat16"}
+    del plain["ratios"]["threads 1"]["whole image over eager bf16 autocast"]
+    runtime_report.report([document, plain])
+    text, details = (page.read_text() for page in pages)
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| whole image over our own simulated path | 1.0x | 2.0x | 0.80x |" in text
-    assert "| w8a8 | float32 | 0.20 | 0.80 | 0.90 | 1.10 |" in text
+    assert text.count("| whole image over our own simulated path | 1.0x | 2.0x | 0.80x |") == 2
+    assert "| whole image over eager bf16 autocast | 1.0x | 2.0x |  |" in text
+    assert "| w8a8 | 0.20 | 0.80 | 0.90 | 0.80 | 1.2 |" in text
+    assert "| fc1 | all | 1000.00 | 1000.00 | 1000.00 (1.00x; 50%)" in details
+    assert "W8A8 ms (over fp32; of floor)" in details.partition("## another")[2]
 
 
 @needs_core

@@ -120,19 +120,31 @@ bool packable(const vq_pack_kernel_args* a) {
          in(a->kernel_width, 1, kMostTaps) && a->codes && a->packed && a->panel_sum;
 }
 
-void pack_output(const vq_pack_kernel_args& a, int64_t o) {
+// Inputs [first, last) of output o to its panel; the sum of the weights.
+int32_t pack_inputs(const vq_pack_kernel_args& a, int64_t o, int64_t first, int64_t last) {
   const int64_t bytes = channel_bytes(a.inputs), taps = a.kernel_height * a.kernel_width;
   const int64_t row = padded(a.kernel_width * bytes) * kPanel;
   uint8_t* panel = a.packed + o / kPanel * a.kernel_height * row + o % kPanel * 4;
   int32_t sum = 0;
-  for (int64_t c = 0; c < a.inputs; ++c)
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int8_t w = a.codes[(o * a.inputs + c) * taps + tap];
-      const int64_t input = tap % a.kernel_width * bytes + c;
-      panel[tap / a.kernel_width * row + input / 4 * kStep + input % 4] = static_cast<uint8_t>(w);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int8_t* from = a.codes + o * a.inputs * taps + tap;
+    uint8_t* to = panel + tap / a.kernel_width * row + tap % a.kernel_width * bytes * kPanel;
+    for (int64_t c = first; c < last; ++c) {
+      const int8_t w = from[c * taps];
+      to[c / 4 * kStep + c % 4] = static_cast<uint8_t>(w);
       sum += w;
     }
-  a.panel_sum[o] = sum;
+  }
+  return sum;
+}
+
+// Outputs [first, last) of one panel, a few inputs at a time: what is written then stays in the
+// cache while every output adds its four bytes here and there.
+void pack_outputs(const vq_pack_kernel_args& a, int64_t first, int64_t last) {
+  constexpr int64_t kTogether = 16;
+  for (int64_t c = 0; c < a.inputs; c += kTogether)
+    for (int64_t o = first; o < last; ++o)
+      a.panel_sum[o] += pack_inputs(a, o, c, std::min(c + kTogether, a.inputs));
 }
 
 }  // namespace
@@ -154,7 +166,8 @@ int vq_pack_kernel(const vq_pack_kernel_args* a) {
   std::memset(a->packed, 0, vq_kernel_bytes(a->outputs, a->inputs, a->kernel_height,
                                             a->kernel_width));
   std::memset(a->panel_sum, 0, vq::padded(a->outputs) * sizeof(int32_t));
-  for (int64_t o = 0; o < a->outputs; ++o) vq::pack_output(*a, o);
+  for (int64_t o = 0; o < a->outputs; o += vq::kPanel)
+    vq::pack_outputs(*a, o, std::min(o + vq::kPanel, a->outputs));
   return VQ_OK;
 }
 

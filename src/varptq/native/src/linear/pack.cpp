@@ -19,51 +19,73 @@ int32_t panel_entry(int32_t sum, int32_t zero, int64_t segment, int64_t inputs) 
   return static_cast<int32_t>(low | high << 16);
 }
 
-// The bytes of the four inputs of output n from `position` on, a multiple of four; nibbles of odd
-// blocks are the upper ones.
+// The bytes of output n in the block of inputs `block`, four inputs at a stride of kPanel * 4;
+// nibbles of odd blocks are the upper ones.
 struct Place {
   uint8_t* bytes;
   int shift;
 };
 
-Place place_of(const vq_pack_args& a, int64_t blocks, int64_t n, int64_t position) {
-  const int64_t block = position / kBlock, four = position % kBlock / 4;
+Place place_of(const vq_pack_args& a, int64_t blocks, int64_t n, int64_t block) {
   const bool nibbles = a.num_bits <= 4;
   const int64_t per_panel = nibbles ? (blocks + 1) / 2 : blocks;
   const int64_t at = n / kPanel * per_panel + (nibbles ? block / 2 : block);
-  uint8_t* bytes = a.packed + (at * (kBlock / 4) + four) * (kPanel * 4) + n % kPanel * 4;
+  uint8_t* bytes = a.packed + at * (kBlock / 4) * (kPanel * 4) + n % kPanel * 4;
   return {bytes, nibbles && block % 2 ? 4 : 0};
 }
 
-// The inputs of a segment, to `position` on; the sum of what their codes stand for.
-int32_t pack_segment(const vq_pack_args& a, int64_t blocks, int64_t n, const uint8_t* codes,
-                     int64_t position) {
+// At most kBlock inputs of output n, one block of the panel; the sum of what their codes stand for.
+int32_t pack_block(const vq_pack_args& a, Place place, const uint8_t* codes, int64_t count) {
+  uint8_t values[kBlock] = {};
   int32_t sum = 0;
-  for (int64_t i = 0; i < a.segment; i += 4) {
-    const Place place = place_of(a, blocks, n, position + i);
-    const int64_t count = std::min<int64_t>(4, a.segment - i);
-    for (int64_t j = 0; j < count; ++j) {
-      const int32_t value = stored(codes[i + j], a.num_bits);
-      place.bytes[j] |= static_cast<uint8_t>(static_cast<uint32_t>(value) << place.shift);
-      sum += a.table ? a.table[value] : value;
-    }
+  // 128 less is the upper bit turned; stored values are signed bytes.
+  const uint8_t flip = a.num_bits == 8 ? 128 : 0;
+  for (int64_t i = 0; i < count; ++i) values[i] = codes[i] ^ flip;
+  if (a.table) {
+    for (int64_t i = 0; i < count; ++i) sum += a.table[codes[i]];
+  } else {
+    for (int64_t i = 0; i < kBlock; ++i) sum += static_cast<int8_t>(values[i]);
+  }
+  for (int64_t i = 0; i < count; i += 4) {
+    // Of both halves of a byte only one has been written: a shift of four bytes at once stays
+    // within them, since codes of nibbles have four bits.
+    uint32_t before, four;
+    uint8_t* at = place.bytes + i * kPanel;
+    std::memcpy(&before, at, sizeof before);
+    std::memcpy(&four, values + i, sizeof four);
+    before |= four << place.shift;
+    std::memcpy(at, &before, sizeof before);
   }
   return sum;
 }
 
-void pack_row(const vq_pack_args& a, int64_t n) {
-  const int64_t segments = a.inputs / a.segment;
-  const int64_t groups = a.inputs / a.group;
-  const int64_t blocks = segments * vq::padded(a.segment) / kBlock;
-  for (int64_t g = 0; g < groups; ++g) {
-    a.panel_scale[vq::panel_index(n, g, groups)] = a.scale[n * groups + g];
-    a.panel_zero[vq::panel_index(n, g, groups)] = stored(a.zero_point[n * groups + g], a.num_bits);
+// Outputs [first, last) of one panel. Block by block, so that what is written, 4 kB of a panel,
+// stays in the cache while every output adds its four bytes here and there.
+void pack_panel(const vq_pack_args& a, int64_t first, int64_t last) {
+  const int64_t segments = a.inputs / a.segment, groups = a.inputs / a.group;
+  const int64_t per_segment = vq::padded(a.segment) / kBlock;
+  for (int64_t n = first; n < last; ++n) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = vq::panel_index(n, g, groups);
+      a.panel_scale[at] = a.scale[n * groups + g];
+      a.panel_zero[at] = stored(a.zero_point[n * groups + g], a.num_bits);
+    }
   }
   for (int64_t s = 0; s < segments; ++s) {
-    const uint8_t* codes = a.codes + n * a.inputs + s * a.segment;
-    const int32_t sum = pack_segment(a, blocks, n, codes, s * vq::padded(a.segment));
-    const int32_t zero = a.panel_zero[vq::panel_index(n, s * a.segment / a.group, groups)];
-    a.panel_sum[vq::panel_index(n, s, segments)] = panel_entry(sum, zero, a.segment, a.inputs);
+    int32_t sums[kPanel] = {};
+    for (int64_t i = 0; i < a.segment; i += kBlock) {
+      const int64_t count = std::min<int64_t>(kBlock, a.segment - i);
+      for (int64_t n = first; n < last; ++n) {
+        const Place place = place_of(a, segments * per_segment, n, s * per_segment + i / kBlock);
+        const uint8_t* codes = a.codes + n * a.inputs + s * a.segment + i;
+        sums[n - first] += pack_block(a, place, codes, count);
+      }
+    }
+    for (int64_t n = first; n < last; ++n) {
+      const int32_t zero = a.panel_zero[vq::panel_index(n, s * a.segment / a.group, groups)];
+      const int32_t entry = panel_entry(sums[n - first], zero, a.segment, a.inputs);
+      a.panel_sum[vq::panel_index(n, s, segments)] = entry;
+    }
   }
 }
 
@@ -91,7 +113,9 @@ int vq_pack(const vq_pack_args* a) {
   std::memset(a->panel_scale, 0, groups * columns * sizeof(float));
   std::memset(a->panel_zero, 0, groups * columns * sizeof(int32_t));
   std::memset(a->panel_sum, 0, a->inputs / a->segment * columns * sizeof(int32_t));
-  for (int64_t n = 0; n < a->outputs; ++n) pack_row(*a, n);
+  for (int64_t n = 0; n < a->outputs; n += kPanel) {
+    pack_panel(*a, n, std::min(n + kPanel, a->outputs));
+  }
   return VQ_OK;
 }
 
