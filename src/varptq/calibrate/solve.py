@@ -9,6 +9,7 @@ gptq.py says what is made of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.gptq import corrected, solved_rows
-from varptq.calibrate.prefix import HeardError, heard
+from varptq.calibrate.prefix import HeardError
 from varptq.calibrate.record import ROWS_PER_BATCH, Unit
+from varptq.models.reading import listening
 from varptq.quant.layers import QuantLinear
 
 
@@ -55,45 +57,64 @@ def _weighted_rows(x: Tensor, weights: Tensor | None) -> Tensor:
     return x.flatten(0, -2)
 
 
+def _reads(layer: torch.nn.Module, run: Callable[[], Any]) -> list[tuple[Any, ...]]:
+    """What `run` calls a layer with: over tokens once, and the run goes no further; over texts once
+    for each of their lengths."""
+    found: list[tuple[Any, ...]] = []
+
+    def hear(_: str, *arguments: Any) -> None:
+        found.append(arguments)
+        if _over_tokens(arguments):
+            raise HeardError
+
+    with listening({"": layer}, hear), suppress(HeardError):
+        run()
+    return found
+
+
+def _over_tokens(arguments: tuple[Any, ...]) -> bool:
+    """Whether a layer was called with the spans of its tokens, which a text has not."""
+    return len(arguments) > 1
+
+
 def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
     """(in, in) float64 sum of w_t x_t x_t^T over all inputs of the layer's weight: every row of the
     unit once; tokens of texts count the same."""
-    width, device = layer.in_features, layer.codes.device
-    total = torch.zeros(width, width, dtype=torch.float64, device=device)
-
-    def add(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        over_tokens = len(arguments) > 1
-        weights = _position_weights(unit, layer) if over_tokens else None
-        x = _weighted_rows(layer.quantized_input(*arguments), weights)
-        total.add_(x.T @ x)
-        # A layer that reads texts is called once for each of their lengths.
-        if over_tokens:
-            raise HeardError
-
-    handle = layer.register_forward_pre_hook(add)
-    try:
-        numbers = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
-        for rows in numbers.split(ROWS_PER_BATCH):
-            with suppress(HeardError):
-                unit.run(unit.met[rows])
-    finally:
-        handle.remove()
+    total = _zeros(layer)
+    for rows in _batches(unit):
+        for read in _reads(layer, lambda rows=rows: unit.run(unit.met[rows])):
+            weights = _position_weights(unit, layer) if _over_tokens(read) else None
+            x = _weighted_rows(layer.quantized_input(*read), weights)
+            total.add_(x.T @ x)
     return total
 
 
 def cross_moments(unit: Unit, layer: QuantLinear) -> Tensor:
     """(in, in) float64 sum of w_t x'_t x_t^T: x' what the layer of the float model reads on the
-    float model's inputs, x what meets the weight behind the quantized layers."""
+    float model's inputs, x what meets the weight behind the quantized layers; tokens of texts count
+    the same."""
     assert unit.float_module is not None and unit.behind is not None
-    width, device = layer.in_features, layer.codes.device
-    total = torch.zeros(width, width, dtype=torch.float64, device=device)
-    inside = layer.layer.removeprefix(unit.name).removeprefix(".")
-    float_layer = unit.float_module.get_submodule(inside)
-    weights = _position_weights(unit, layer)
-    numbers = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
-    for rows in numbers.split(ROWS_PER_BATCH):
-        said = heard(float_layer, lambda rows=rows: unit.reference(unit.inputs[rows]))
-        plain = _weighted_rows(layer.plain_input(*said), weights)
-        said = heard(layer, lambda rows=rows: unit.run(unit.met[rows]))
-        total.add_(plain.T @ _weighted_rows(layer.quantized_input(*said), weights))
+    total = _zeros(layer)
+    float_layer = unit.float_module.get_submodule(
+        layer.layer.removeprefix(unit.name).removeprefix(".")
+    )
+    for rows in _batches(unit):
+        plain = _reads(float_layer, lambda rows=rows: unit.reference(unit.inputs[rows]))
+        met = _reads(layer, lambda rows=rows: unit.run(unit.met[rows]))
+        for of_float, of_quantized in zip(plain, met, strict=True):
+            weights = _position_weights(unit, layer) if _over_tokens(of_float) else None
+            x = _weighted_rows(layer.plain_input(*of_float), weights)
+            total.add_(x.T @ _weighted_rows(layer.quantized_input(*of_quantized), weights))
     return total
+
+
+def _zeros(layer: QuantLinear) -> Tensor:
+    """(in, in) float64."""
+    width = layer.in_features
+    return torch.zeros(width, width, dtype=torch.float64, device=layer.codes.device)
+
+
+def _batches(unit: Unit) -> tuple[Tensor, ...]:
+    """Numbers of the unit's rows."""
+    numbers = torch.arange(len(unit.inputs), dtype=torch.int64, device="cpu")
+    return numbers.split(ROWS_PER_BATCH)
