@@ -2,6 +2,8 @@
 has it, at the shapes of VAR-d16.
 
     python -m benchmarks.speed.native_linear [--quick] [--threads N] [--isa NAME] [--json FILE]
+    python -m benchmarks.speed.native_linear --sets FILE      # every instruction set in turn
+    python -m benchmarks.speed.native_linear --report         # from those, docs/tables/runtime.md
 
 Quantization of the input is included; the floats are oneDNN's with weights packed beforehand, the
 best torch offers. All variants of a shape alternate in one process and medians are compared, so a
@@ -10,22 +12,32 @@ up one 256 px image: the rows of the ten scales with guidance (M = 2 .. 512), 16
 once and the head. Next to each the share of the floor that is reached: the time of the product's
 operations at the measured peak of the instruction, or of the weight's bytes at the measured rate of
 reading memory, whichever is longer.
+
+--sets shows what CPUs of other classes would do, as far as this one can: each set in a process of
+its own, with --quick, and the floats capped at the same class. "avxvnni-evex" is AVX-VNNI's kernel
+in the encoding that AVX512 has for its instruction.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.common.bfloat16 import has_bfloat16
 from benchmarks.common.linear_shapes import DEPTH, LAYERS, ROWS, SCHEMES
+from benchmarks.common.pages import DOCS, replace
+from benchmarks.common.pages import table as table_of
+from benchmarks.common.results import read_document
 from benchmarks.common.timing import alternate, copy_rate
 from varptq.native import binding
 from varptq.native.linear import linear, pack
@@ -33,6 +45,13 @@ from varptq.native.quantize import Codebook, quantize
 from varptq.quant.codebook import HALVES, entries, reach
 
 QUICK_ROWS = (2, 32, 128, 512)
+# Sets of the native core and what oneDNN and torch may use beside them.
+SETS = {
+    "avx2": ("AVX2", "avx2"),
+    "avxvnni-evex": ("AVX2", "avx2"),
+    "avx512vnni": ("AVX512_CORE_VNNI", "avx512"),
+}
+RESULT = "native_linear_sets"
 FLOATS = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bfloat16() else {})
 
 
@@ -147,13 +166,49 @@ def table(timings: list[Timing]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
+def every_set(machine: str) -> dict[str, Any]:
+    """The seconds of "image" by set, for the sets that run here."""
+    found: dict[str, Any] = {}
+    for name, (onednn, aten) in SETS.items():
+        if not binding.select_isa(name):
+            continue
+        caps = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten, "VARPTQ_ISA": name}
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "out.json")
+            command = [sys.executable, "-m", "benchmarks.speed.native_linear", "--quick"]
+            command += ["--json", str(out)]
+            subprocess.run(command, check=True, env=os.environ | caps)
+            document = json.loads(out.read_text())
+        found[name] = {"seconds": document["timings"][-1]["seconds"], "peak": document["peak_gops"]}
+    return {"machine": machine, "sets": found}
+
+
+def report(document: dict[str, Any]) -> None:
+    schemes = ("W8A8", "W4A8", "W2A8", "W4A4")
+    head = ["native core", "its peak, Gop/s", "float32 of that class, s"]
+    rows = []
+    for name, case in document["sets"].items():
+        taken = case["seconds"]
+        cells = [f"{taken[s]:.2f} ({taken['float32'] / taken[s]:.2f}x)" for s in schemes]
+        rows.append([name, f"{case['peak']:.0f}", f"{taken['float32']:.2f}", *cells])
+    lines = [f"{document['machine']}, one thread; four of the ten row counts of an image.", ""]
+    lines += table_of([*head, *(f"{s}, s (over float32)" for s in schemes)], rows)
+    replace(DOCS / "tables" / "runtime.md", "sets", lines[:-1])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sets", type=Path, help="measure every set and write this file")
+    parser.add_argument("--machine", default="", help="a word on the CPU, for the report")
+    parser.add_argument("--report", action="store_true", help="only write docs/tables/runtime.md")
     parser.add_argument("--quick", action="store_true", help="four row counts, under a minute")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", help="instruction set of the native core, if not the best")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     options = parser.parse_args()
+    if options.report:
+        report(read_document(RESULT))
+        return 0
     if binding.core() is None:
         print(binding.reason(), file=sys.stderr)
         return 2
@@ -163,6 +218,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if options.sets:
+        options.sets.write_text(json.dumps(every_set(options.machine), indent=1) + "\n")
+        return 0
     torch.set_num_threads(options.threads)
     print(
         f"native core: {binding.isa()} of {', '.join(binding.features())}; "

@@ -115,7 +115,7 @@ struct Problem {
 }  // namespace
 
 int main() {
-  const char* names[] = {"avx2", "avx512vnni", "amx", "amx-emulated"};
+  const char* names[] = {"avx2", "avxvnni", "avx512vnni", "amx", "amx-emulated", "avxvnni-evex"};
   int compared = 0;
   for (int turn = 0; turn < 100; ++turn) {
     const Problem problem;

@@ -145,7 +145,7 @@ struct Problem {
 }  // namespace
 
 int main() {
-  const char* names[] = {"avx2", "avx512vnni", "amx", "amx-emulated"};
+  const char* names[] = {"avx2", "avxvnni", "avx512vnni", "amx", "amx-emulated", "avxvnni-evex"};
   int compared = 0;
   for (int turn = 0; turn < 150; ++turn) {
     const Problem problem(random_shape());

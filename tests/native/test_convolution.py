@@ -36,7 +36,7 @@ STATISTICS_ERROR = 1e-12
 
 
 def sets() -> list[str]:
-    names = [*binding.features(), "amx-emulated"]
+    names = [*binding.features(), *binding.EMULATED]
     return [name for name in names if binding.select_isa(name)]
 
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from varptq.native import build
 
 OK, NON_FINITE = 0, 1
+# Sets for tests, which run kernels for machines unlike this one; see src/machine/isa.h.
+EMULATED = ("amx-emulated", "avxvnni-evex")
 
 
 class _Loaded(NamedTuple):
@@ -77,7 +79,8 @@ def call(function: str, arguments: ctypes.Structure) -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: "portable", "avx2", "avx512vnni", "amx" or "amx-emulated"."""
+    """The instruction set in use: "portable", "avx2", "avxvnni", "avx512vnni", "amx", or one of
+    `EMULATED`."""
     return library().vq_isa().decode()
 
 

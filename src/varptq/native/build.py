@@ -53,25 +53,30 @@ OPTIMIZED = ("-O3",)
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+_VNNI256 = (*_AVX2, "-DVQ_VNNI256")
 PORTABLE = "portable"
 # Flags of an instruction set; its source sees its name as VQ_ISA, by which src/machine/isa.h keeps
 # the symbols of one source compiled several times apart.
 FLAGS_OF_ISA = {
     PORTABLE: (),
     "avx2": _AVX2,
+    "avxvnni": (*_VNNI256, "-mavxvnni"),
+    "avxvnni_evex": (*_VNNI256, "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256"),
     "avx512vnni": (*_AVX512, "-mprefer-vector-width=512"),
     "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mprefer-vector-width=512"),
 }
 _VECTOR = (PORTABLE, "avx2", "avx512vnni")
+_BYTES = ("avxvnni", "avxvnni_evex")  # add the product of bytes to avx2
 # What each source below src/ is compiled for; those without a row are portable.
 ISAS_OF = {
-    "attention/kernel.cpp": _VECTOR,
-    "convolution/kernel.cpp": _VECTOR,
+    "attention/kernel.cpp": (*_VECTOR, *_BYTES),
+    "convolution/kernel.cpp": (*_VECTOR, *_BYTES),
     "convolution/map_kernel.cpp": _VECTOR,
     "phi/kernel.cpp": _VECTOR,
     "quantize/kernel.cpp": _VECTOR,
     "sampler/kernel.cpp": _VECTOR,
     "linear/gemm_avx2.cpp": ("avx2",),
+    "linear/gemm_avxvnni.cpp": _BYTES,
     "linear/gemm_avx512vnni.cpp": ("avx512vnni",),
     "linear/gemm_amx.cpp": ("amx",),
     "convolution/kernel_amx.cpp": ("amx",),

@@ -158,7 +158,7 @@ int run(const vq_attention_args& args) {
   const int threads = usable_threads(args.threads);
   const int64_t heads = args.batch * args.heads;
   const AttentionKernels kernels =
-      on_vector_isa([](auto set) { return attention_kernels(set); });
+      on_product_isa([](auto set) { return attention_kernels(set); });
   // With a few tasks a thread the threads end within a fraction of a task of each other.
   const bool whole_heads = threads == 1 || heads >= 4 * threads;
   const std::vector<QueryBlock> blocks = blocks_of(args, whole_heads ? args.queries : kBlockQueries);

@@ -66,5 +66,7 @@ struct AttentionKernels {
 AttentionKernels attention_kernels(Set<Isa::portable>);
 AttentionKernels attention_kernels(Set<Isa::avx2>);
 AttentionKernels attention_kernels(Set<Isa::avx512vnni>);
+AttentionKernels attention_kernels(Set<Isa::avxvnni>);
+AttentionKernels attention_kernels(Set<Isa::avxvnni_evex>);
 
 }  // namespace vq

@@ -16,8 +16,10 @@
 namespace vq {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
 constexpr int kVectors = 4, kTileQueries = 6;
+#elif defined(VQ_VNNI256)
+constexpr int kVectors = 1, kTileQueries = 6;
 #else
 constexpr int kVectors = 1, kTileQueries = 2;
 #endif
@@ -262,7 +264,7 @@ template <class Function>
 inline void by_tiles(int count, Function function) {
   int q = 0;
   for (; q + kTileQueries <= count; q += kTileQueries) function(Size<kTileQueries>(), q);
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512) || defined(VQ_VNNI256)
   for (; q + 4 <= count; q += 4) function(Size<4>(), q);
   for (; q + 2 <= count; q += 2) function(Size<2>(), q);
 #endif

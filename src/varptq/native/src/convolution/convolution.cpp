@@ -88,7 +88,7 @@ StripKernel kernel() {
   if (isa() == Isa::amx) return convolution_amx();
   if (isa() == Isa::amx_emulated) return convolution_amx_emulated();
 #endif
-  return on_vector_isa([](auto set) { return convolution_kernel(set); });
+  return on_product_isa([](auto set) { return convolution_kernel(set); });
 }
 
 vq_moments room_for(const Convolution& job, int64_t count) {

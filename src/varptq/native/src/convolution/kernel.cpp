@@ -69,7 +69,7 @@ void strip_panel(const Convolution& job, int64_t image, int64_t strip, int64_t p
   PanelMoments moments;
   PanelMoments* wanted = job.partial.sum ? &moments : nullptr;
   moments.clear();
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
   switch (vectors) {
     case 4:
       columns<6, 4>(job, image, strip, first, weights, wanted);
@@ -84,8 +84,13 @@ void strip_panel(const Convolution& job, int64_t image, int64_t strip, int64_t p
       columns<12, 1>(job, image, strip, first, weights, wanted);
   }
 #else
+#if defined(VQ_VNNI256)
+  constexpr int kPixels = 6;
+#else
+  constexpr int kPixels = 4;
+#endif
   for (int64_t v = 0; v < vectors; ++v)
-    columns<4, 1>(job, image, strip, first + v * kLanes, weights + v * 64, wanted);
+    columns<kPixels, 1>(job, image, strip, first + v * kLanes, weights + v * 64, wanted);
 #endif
   keep_moments(job, image, strip, panel, wanted);
 }

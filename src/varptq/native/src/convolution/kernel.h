@@ -47,6 +47,8 @@ using StripKernel = void (*)(const Convolution&, int64_t image, int64_t strip, i
 StripKernel convolution_kernel(Set<Isa::portable>);
 StripKernel convolution_kernel(Set<Isa::avx2>);
 StripKernel convolution_kernel(Set<Isa::avx512vnni>);
+StripKernel convolution_kernel(Set<Isa::avxvnni>);
+StripKernel convolution_kernel(Set<Isa::avxvnni_evex>);
 #ifndef VQ_PORTABLE_ONLY
 StripKernel convolution_amx();
 StripKernel convolution_amx_emulated();

@@ -6,7 +6,7 @@
 namespace vq {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
 struct Doubles {
   __m512d v[2];
 };

@@ -21,6 +21,11 @@
 #pragma GCC diagnostic pop
 #endif
 
+// VQ_VNNI256: the byte product of AVX-VNNI on two halves, also where its encoding is AVX512VL's.
+#if defined(__AVX512F__) && !defined(VQ_VNNI256)
+#define VQ_LANES512
+#endif
+
 namespace vq {
 namespace {
 
@@ -29,7 +34,7 @@ constexpr int kLanes = 16;
 }  // namespace
 }  // namespace vq
 
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
 #include "lanes/lanes_avx512.h"
 #elif defined(__AVX2__)
 #include "lanes/lanes_avx2.h"

@@ -117,6 +117,15 @@ inline Ints all_entries(const int8_t* table) {
 inline Ints entries_at(Ints table, Ints indices) {
   return {_mm256_shuffle_epi8(table.v, indices.v), _mm256_shuffle_epi8(table.w, indices.w)};
 }
+#if defined(VQ_VNNI256)
+inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
+#if defined(__AVX512VNNI__)
+  return _mm256_dpbusd_epi32(sum, u8, s8);
+#else
+  return _mm256_dpbusd_avx_epi32(sum, u8, s8);
+#endif
+}
+#else
 // Widened to 16 bits, since the byte product saturates at two of 255 x 127.
 inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u8, _mm256_set1_epi16(0xFF)),
@@ -124,6 +133,7 @@ inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u8, 8), _mm256_srai_epi16(s8, 8));
   return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 }
+#endif
 inline Ints dot4(Ints sum, Ints u8, Ints s8) {
   return {dot4(sum.v, u8.v, s8.v), dot4(sum.w, u8.w, s8.w)};
 }

@@ -10,7 +10,7 @@ namespace {
 
 // a b + c, rounded once: only where a definition says so (linear/linear.h).
 inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 #elif defined(__AVX2__)
   return {_mm256_fmadd_ps(a.v, b.v, c.v), _mm256_fmadd_ps(a.w, b.w, c.w)};
@@ -20,7 +20,7 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 }
 
 inline Ints times(Ints a, Ints b) {
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
   return {_mm512_mullo_epi32(a.v, b.v)};
 #elif defined(__AVX2__)
   return {_mm256_mullo_epi32(a.v, b.v), _mm256_mullo_epi32(a.w, b.w)};
@@ -31,7 +31,7 @@ inline Ints times(Ints a, Ints b) {
 
 // x with the sign bit of `signs` changed where that is set.
 inline Floats flipped(Floats x, Floats signs) {
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
   return {_mm512_xor_ps(x.v, signs.v)};
 #elif defined(__AVX2__)
   return {_mm256_xor_ps(x.v, signs.v), _mm256_xor_ps(x.w, signs.w)};
@@ -43,7 +43,7 @@ inline Floats flipped(Floats x, Floats signs) {
 // Lane i takes lane i ^ stride.
 template <int stride>
 inline Floats exchanged(Floats x) {
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
   if constexpr (stride == 1) return {_mm512_permute_ps(x.v, 0xB1)};
   if constexpr (stride == 2) return {_mm512_permute_ps(x.v, 0x4E)};
   if constexpr (stride == 4) return {_mm512_shuffle_f32x4(x.v, x.v, 0xB1)};
@@ -60,7 +60,7 @@ inline Floats exchanged(Floats x) {
 }
 
 inline Floats load_bfloat16(const uint16_t* p) {
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 #else
@@ -71,7 +71,7 @@ inline Floats load_bfloat16(const uint16_t* p) {
 }
 
 inline void store_bfloat16(uint16_t* p, Floats x) {
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));

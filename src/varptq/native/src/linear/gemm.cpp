@@ -19,6 +19,10 @@ PanelKernel kernel() {
 #ifndef VQ_PORTABLE_ONLY
     case Isa::avx2:
       return panel_avx2;
+    case Isa::avxvnni:
+      return panel_avxvnni(Set<Isa::avxvnni>{});
+    case Isa::avxvnni_evex:
+      return panel_avxvnni(Set<Isa::avxvnni_evex>{});
     case Isa::avx512vnni:
       return panel_avx512vnni;
     case Isa::amx:
@@ -123,6 +127,10 @@ double vq_peak_gops(void) {
 #ifndef VQ_PORTABLE_ONLY
     case vq::Isa::avx2:
       return vq::peak_avx2();
+    case vq::Isa::avxvnni:
+      return vq::peak_avxvnni(vq::Set<vq::Isa::avxvnni>{});
+    case vq::Isa::avxvnni_evex:
+      return vq::peak_avxvnni(vq::Set<vq::Isa::avxvnni_evex>{});
     case vq::Isa::avx512vnni:
       return vq::peak_avx512vnni();
     case vq::Isa::amx:

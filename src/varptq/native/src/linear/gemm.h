@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "linear/linear.h"
+#include "machine/isa.h"
 
 namespace vq {
 
@@ -53,10 +54,14 @@ using PanelKernel = void (*)(const Job&, int64_t panel, int64_t first, int64_t l
 void panel_portable(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 #ifndef VQ_PORTABLE_ONLY
 void panel_avx2(const Job&, int64_t, int64_t, int64_t, uint8_t*);
+PanelKernel panel_avxvnni(Set<Isa::avxvnni>);
+PanelKernel panel_avxvnni(Set<Isa::avxvnni_evex>);
 void panel_avx512vnni(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 void panel_amx(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 void panel_amx_emulated(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 double peak_avx2();
+double peak_avxvnni(Set<Isa::avxvnni>);
+double peak_avxvnni(Set<Isa::avxvnni_evex>);
 double peak_avx512vnni();
 double peak_amx();
 #endif

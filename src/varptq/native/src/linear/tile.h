@@ -277,7 +277,11 @@ inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
 template <class Dot>
 inline double measured_peak(double (*seconds)()) {
   constexpr int64_t kTurns = 200000;
+#if defined(VQ_LANES512)
   constexpr int kSums = 12;
+#else
+  constexpr int kSums = 6;  // of two registers each
+#endif
   double best = 0;
   for (int repeat = 0; repeat < 5; ++repeat) {
     Ints sums[kSums], a = all_int(0x01010101), b = all_int(0x01010101);
@@ -287,8 +291,11 @@ inline double measured_peak(double (*seconds)()) {
 #pragma GCC unroll 16
       for (int i = 0; i < kSums; ++i) {
         sums[i] = Dot::dot(sums[i], a, b);
-#if defined(__AVX512F__)
+#if defined(VQ_LANES512)
         __asm__ volatile("" : "+v"(sums[i].v));
+#elif defined(__AVX2__)
+        // Of the operand too, of which AVX2 would else compute its first step once for all.
+        __asm__ volatile("" : "+x"(sums[i].v), "+x"(sums[i].w), "+x"(a.v), "+x"(a.w));
 #endif
       }
     }

@@ -18,8 +18,9 @@
 namespace vq {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512vnni", "amx", "amx-emulated"};
-constexpr int kCount = 5;
+constexpr const char* kNames[] = {"portable", "avx2",         "avxvnni",     "avx512vnni",
+                                  "amx",      "amx-emulated", "avxvnni-evex"};
+constexpr int kCount = 7;
 
 #if defined(__x86_64__)
 struct Registers {
@@ -49,6 +50,8 @@ bool has_avx2() {
   return saves(0x6) && bit(one.c, 12) && bit(one.c, 28) && bit(seven.b, 5);  // fma, avx, avx2
 }
 
+bool has_avxvnni() { return has_avx2() && bit(cpuid(7, 1).a, 4); }
+
 bool has_avx512vnni() {
   const Registers seven = cpuid(7, 0);
   const bool all = bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31) &&
@@ -70,6 +73,7 @@ bool has_amx() {
 }
 #else
 bool has_avx2() { return false; }
+bool has_avxvnni() { return false; }
 bool has_avx512vnni() { return false; }
 bool has_amx() { return false; }
 #endif
@@ -82,11 +86,11 @@ int best_below(int cap) {
 int first_choice() {
   const char* asked = std::getenv("VARPTQ_ISA");
   if (!asked || !*asked) return best_below(static_cast<int>(Isa::amx));
-  if (!std::strcmp(asked, "amx-emulated"))
-    return supported(Isa::amx_emulated) ? static_cast<int>(Isa::amx_emulated)
-                                        : best_below(static_cast<int>(Isa::amx));
-  for (int i = 0; i <= static_cast<int>(Isa::amx); ++i)
-    if (!std::strcmp(asked, kNames[i])) return best_below(i);
+  for (int i = 0; i < kCount; ++i) {
+    if (std::strcmp(asked, kNames[i])) continue;
+    if (i <= static_cast<int>(Isa::amx)) return best_below(i);
+    if (supported(static_cast<Isa>(i))) return i;
+  }
   return best_below(static_cast<int>(Isa::amx));
 }
 
@@ -95,14 +99,18 @@ std::atomic<int> chosen{-1};
 }  // namespace
 
 bool supported(Isa wanted) {
-  static const bool avx2 = has_avx2(), vnni = has_avx512vnni(), amx = has_amx();
+  static const bool avx2 = has_avx2(), half = has_avxvnni(), vnni = has_avx512vnni();
+  static const bool amx = has_amx();
   switch (wanted) {
     case Isa::portable:
       return true;
     case Isa::avx2:
       return avx2;
+    case Isa::avxvnni:
+      return half;
     case Isa::avx512vnni:
     case Isa::amx_emulated:
+    case Isa::avxvnni_evex:
       return vnni;
     case Isa::amx:
       return amx;
@@ -119,9 +127,14 @@ Isa isa() {
   return static_cast<Isa>(now);
 }
 
-Isa vector_isa() {
+Isa product_isa() {
   const Isa now = isa();
   return now == Isa::amx || now == Isa::amx_emulated ? Isa::avx512vnni : now;
+}
+
+Isa vector_isa() {
+  const Isa now = product_isa();
+  return now == Isa::avxvnni || now == Isa::avxvnni_evex ? Isa::avx2 : now;
 }
 
 bool select_isa(Isa wanted) {
@@ -140,7 +153,7 @@ const char* vq_features(void) {
   static char text[64];
   int used = 0;
   for (int i = 0; i < vq::kCount; ++i)
-    if (vq::supported(static_cast<vq::Isa>(i)) && i != static_cast<int>(vq::Isa::amx_emulated))
+    if (vq::supported(static_cast<vq::Isa>(i)) && i <= static_cast<int>(vq::Isa::amx))
       used += std::snprintf(text + used, sizeof text - used, used ? " %s" : "%s", vq::kNames[i]);
   return text;
 }

@@ -1,17 +1,22 @@
 // Which instruction set the kernels of this process use.
 //
 // The choice is made once, at the first call: the best that CPU, operating system and hypervisor
-// agree on, no better than VARPTQ_ISA allows. "amx-emulated" runs the AMX kernels with tiles made
-// of plain C++, for tests on machines without them. Every set gives the same bits.
+// agree on, no better than VARPTQ_ISA allows. For tests on machines without them, "amx-emulated"
+// runs the AMX kernels with tiles made of plain C++, and "avxvnni-evex" those of AVX-VNNI with
+// AVX512VL's encoding of the same instruction. Every set gives the same bits.
 #pragma once
 
 namespace vq {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2, amx = 3, amx_emulated = 4 };
+// In the order of preference, then those for tests.
+enum class Isa : int { portable, avx2, avxvnni, avx512vnni, amx, amx_emulated, avxvnni_evex };
 
 Isa isa();
 
 // avx512vnni for AMX, whose kernels only replace the large products; else isa() itself.
+Isa product_isa();
+
+// The same, and avx2 for AVX-VNNI, which adds the byte product alone.
 Isa vector_isa();
 
 // Changes the choice for the calls that follow; false where this machine cannot run it.
@@ -39,6 +44,21 @@ auto on_vector_isa(Function kernel_of) {
 #endif
     default:
       return kernel_of(Set<Isa::portable>{});
+  }
+}
+
+// The same of kernels with byte products.
+template <class Function>
+auto on_product_isa(Function kernel_of) {
+  switch (product_isa()) {
+#if !defined(VQ_PORTABLE_ONLY)
+    case Isa::avxvnni:
+      return kernel_of(Set<Isa::avxvnni>{});
+    case Isa::avxvnni_evex:
+      return kernel_of(Set<Isa::avxvnni_evex>{});
+#endif
+    default:
+      return on_vector_isa(kernel_of);
   }
 }
 
