@@ -1,4 +1,4 @@
-"""Help comes at once: no verb's help imports torch, which takes seconds."""
+"""Help comes at once: no verb's help imports torch, which takes seconds; no model its compiler."""
 
 from __future__ import annotations
 
@@ -26,6 +26,25 @@ def test_no_help_imports_torch() -> None:
     verbs = [str(command.name) for command in app.registered_commands]
     done = subprocess.run(
         [sys.executable, "-c", HELP, "", *verbs],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "\n"
+
+
+LOADING = """
+import sys
+import varptq.models.families, varptq.models.generate, varptq.runtime.cpu, varptq.runtime.load
+print(*(name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules))
+"""
+
+
+def test_loading_a_model_imports_no_compiler() -> None:
+    """It would take two seconds and 150 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

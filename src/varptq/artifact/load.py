@@ -1,20 +1,17 @@
 """Read an artifact back, every step checked before the next.
 
     config.json -> document -> modules without memory -> does the header of model.safetensors fit?
-    -> tensors, one after another into the modules -> does its SHA-256 fit? -> QuantizedPipeline
+    -> does its SHA-256? -> tensors, one after another into the modules -> QuantizedPipeline
 
 No tensor is allocated before its shape has been checked, nothing is unpickled, and any fault of the
-files is one `ArtifactError`. A thread hashes the file while its tensors are read, and what is wrong
-with its hash is told before what is wrong with a tensor. The file is mapped and copied tensor by
-tensor, so that loading takes hardly more memory than the loaded model.
+files is one `ArtifactError`. The file is mapped and copied tensor by tensor, so that loading takes
+hardly more memory than the loaded model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,11 +93,9 @@ def load(
     device, dtype = checked_device(device), checked_dtype(dtype)
     document, seal, var, vae = blank or read_blank(folder)
     path = Path(folder) / WEIGHTS_FILE
-    tensors, found = _open_tensors(path, document, lambda names: _slots(var, vae, names))
-    with _hashed(path, document):
-        _check_seal(path, seal, found)
-        _fill_plain(var, vae, tensors, path, stay=adopt is not None)
-        _fill_linears(var, tensors, path, adopt)
+    tensors = _open_tensors(path, document, seal, lambda names: _slots(var, vae, names))
+    _fill_plain(var, vae, tensors, path, stay=adopt is not None)
+    _fill_linears(var, tensors, path, adopt)
     recipe = document.varptq
     pipeline = QuantizedPipeline(
         var.eval().requires_grad_(False),
@@ -157,9 +152,7 @@ def check_files(folder: str | Path) -> None:
     of the tensors are not looked at."""
     document, seal, var, vae = read_blank(folder)
     path = Path(folder) / WEIGHTS_FILE
-    _, found = _open_tensors(path, document, lambda names: _slots(var, vae, names))
-    with _hashed(path, document):
-        _check_seal(path, seal, found)
+    _open_tensors(path, document, seal, lambda names: _slots(var, vae, names))
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -226,9 +219,12 @@ def _empty_modules(folder: Path, document: SealedDocument) -> tuple[Transformer,
 
 
 def _open_tensors(
-    path: Path, document: SealedDocument, expected: Callable[[set[str]], dict[str, Slot]]
-) -> tuple[MappedTensors, str | None]:
-    """The tensors of the file after checking its header, and the seal it has."""
+    path: Path,
+    document: SealedDocument,
+    seal: str,
+    expected: Callable[[set[str]], dict[str, Slot]],
+) -> MappedTensors:
+    """The tensors of the file, after checking header, hash and seal."""
     _check_file(path)
     entry = document.files[WEIGHTS_FILE]
     try:
@@ -240,44 +236,20 @@ def _open_tensors(
             )
         with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             _check_header(path, file, expected(set(file.keys())))
-            seal = (file.metadata() or {}).get(SEAL)
-        return MappedTensors(path), seal
-    except (SafetensorError, OSError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise _unreadable(path, error) from None
-
-
-@contextmanager
-def _hashed(path: Path, document: SealedDocument) -> Iterator[None]:
-    """Hash the file in a thread meanwhile. Of a wrong file that is said, whatever the body made of
-    it."""
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(file_sha256, path)
-        try:
-            yield
-        finally:
-            try:
-                same = digest.result() == document.files[WEIGHTS_FILE].sha256
-            except CheckpointError as error:
-                raise _unreadable(path, error) from None
-            if not same:
+            if file_sha256(path) != entry.sha256:
                 raise ArtifactError(
                     f"{path}: SHA-256 is not that of {CONFIG_FILE}; {_damaged(path)}"
-                ) from None
-
-
-def _check_seal(path: Path, seal: str, found: str | None) -> None:
-    """Whether the file was saved with its config."""
-    if found != seal:
-        raise ArtifactError(
-            f"{path.with_name(CONFIG_FILE)}: not the config that {WEIGHTS_FILE} was saved with; "
-            + _damaged(path)
-        )
-
-
-def _unreadable(path: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"{path}: cannot be read ({_line(error)}); {_damaged(path)}")
+                )
+            if (file.metadata() or {}).get(SEAL) != seal:
+                config = path.with_name(CONFIG_FILE)
+                raise ArtifactError(
+                    f"{config}: not the config that {WEIGHTS_FILE} was saved with; {_damaged(path)}"
+                )
+        return MappedTensors(path)
+    except (SafetensorError, CheckpointError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ArtifactError(f"{path}: cannot be read ({_line(error)}); {_damaged(path)}") from None
 
 
 def _slots(var: Transformer, vae: Autoencoder, names: set[str]) -> dict[str, Slot]:

@@ -64,11 +64,15 @@ def positions(scales: Scales) -> Tensor:
     return torch.cat(maps)
 
 
-@torch.compiler.assume_constant_result
 def rotary(scales: Scales, head_width: int, device: torch.device) -> Rotary:
     """The tables of a schedule for heads of `head_width` channels. A graph of torch.compile holds
     them as they are."""
     return _made(scales, head_width, device)
+
+
+# What `torch.compiler.assume_constant_result` sets, which imports the compiler: two seconds and
+# 150 MB of every process that loads a model.
+rotary._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @lru_cache(maxsize=KEPT)
