@@ -166,26 +166,33 @@ int run(const vq_attention_args& args) {
   buffers.reserve(static_cast<size_t>(threads));
   for (int worker = 0; worker < threads; ++worker) buffers.emplace_back(call);
   std::atomic<bool> finite{true};
+  const int64_t together = whole_heads ? std::min(kMostHeads, args.heads) : 1;
+  const int64_t groups = (args.heads + together - 1) / together;
   auto enter = [&](int64_t index, int) {
-    if (!kernels.append(call, index / args.heads, index % args.heads)) finite = false;
+    const int64_t first = index % groups * together;
+    const int64_t some = std::min(together, args.heads - first);
+    if (!kernels.append(call, index / groups, first, some)) finite = false;
   };
   auto answer = [&](int64_t index, const QueryBlock& block, int worker) {
     const AttentionScratch& scratch = buffers[static_cast<size_t>(worker)].scratch;
     if (finite && !kernels.attend(call, index / args.heads, index % args.heads, block, scratch))
       finite = false;
   };
-  auto head = [&](int64_t index, int worker) {
+  auto some_heads = [&](int64_t index, int worker) {
     enter(index, worker);
-    for (const QueryBlock& block : blocks) answer(index, block, worker);
+    const int64_t first = index % groups * together;
+    const int64_t last = std::min(first + together, args.heads);
+    for (int64_t one = first; one < last; ++one)
+      for (const QueryBlock& block : blocks) answer(index / groups * args.heads + one, block, worker);
   };
   const int64_t count = static_cast<int64_t>(blocks.size());
   auto part = [&](int64_t index, int worker) {
     answer(index / count, blocks[static_cast<size_t>(index % count)], worker);
   };
   if (whole_heads) {
-    parallel_for(heads, threads, head);
+    parallel_for(args.batch * groups, threads, some_heads);
   } else {
-    parallel_for(heads, threads, enter);
+    parallel_for(args.batch * groups, threads, enter);
     parallel_for(heads * count, threads, part);
   }
   return finite ? VQ_OK : VQ_NON_FINITE;

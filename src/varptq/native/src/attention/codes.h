@@ -259,64 +259,100 @@ inline void trace_value(const Head& head, int64_t token, Grid grid) {
     trace->value_codes[at * head.args.width + c] = values[4 * c] + (fine ? 0 : 128);
 }
 
-inline bool append_keys(const Head& head) {
+// Heads whose keys and values enter together: a token's are one piece of memory, and heads of one
+// token lie a page away from those of the next.
+struct Heads {
+  const Head* of;
+  int64_t count;
+};
+
+inline bool append_key(const Head& head, int64_t t) {
   const vq_attention_args& args = head.args;
   const int64_t channels = head.call.layout.channels;
   Channels x;
-  for (int64_t t = 0; t < args.tokens; ++t) {
-    head.fetch(head.key, t + kAhead);
-    if (!load_channels(x, head.key.token(t), nullptr, args.width, channels)) return false;
-    if (args.l2_norm) make_unit(x, channels);
-    turn(x, args, args.start + t);
-    Range range;
-    widen(range, x, channels);
-    const Grid grid = head.key_coding.grid(range, x, args.width);
-    put_key(head, args.start + t, x, grid);
-    if (args.trace) trace_key(head, args.start + t, grid);
-  }
+  head.fetch(head.key, t + kAhead);
+  if (!load_channels(x, head.key.token(t), nullptr, args.width, channels)) return false;
+  if (args.l2_norm) make_unit(x, channels);
+  turn(x, args, args.start + t);
+  Range range;
+  widen(range, x, channels);
+  const Grid grid = head.key_coding.grid(range, x, args.width);
+  put_key(head, args.start + t, x, grid);
+  if (args.trace) trace_key(head, args.start + t, grid);
   return true;
 }
 
-inline bool append_values(const Head& head) {
+// One value; `shared`: the range of its segment, or NULL for one of its own.
+inline bool append_value(const Head& head, int64_t t, const Grid* shared) {
   const vq_attention_args& args = head.args;
   const int64_t channels = head.call.layout.channels;
   const float* bias = args.value_bias + head.head * args.width;
-  const bool segments = args.policy == VQ_POLICY_SEGMENT;
   Channels x;
+  head.fetch(head.value, t + kAhead);
+  if (!load_channels(x, head.value.token(t), bias, args.width, channels)) return false;
+  Grid grid;
+  if (shared) {
+    grid = *shared;
+  } else {
+    Range range;
+    widen(range, x, channels);
+    grid = head.value_coding.grid(range, x, args.width);
+  }
+  put_value(head, args.start + t, x, grid);
+  if (args.trace) trace_value(head, args.start + t, grid);
+  return true;
+}
+
+// The range of tokens `t` to `last` - 1 of a segment.
+inline bool segment_grid(const Head& head, int64_t t, int64_t last, Grid& grid) {
+  const vq_attention_args& args = head.args;
+  const int64_t channels = head.call.layout.channels;
+  const float* bias = args.value_bias + head.head * args.width;
+  Channels x;
+  Range range;
+  for (; t < last; ++t) {
+    head.fetch(head.value, t + kAhead);
+    if (!load_channels(x, head.value.token(t), bias, args.width, channels)) return false;
+    widen(range, x, channels);
+  }
+  grid = grid_of(range, args.value_bits);
+  return true;
+}
+
+inline bool append_keys(const Heads& heads) {
+  const int64_t tokens = heads.of->args.tokens;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (const Head* head = heads.of; head < heads.of + heads.count; ++head)
+      if (!append_key(*head, t)) return false;
+  return true;
+}
+
+inline bool append_values(const Heads& heads) {
+  const vq_attention_args& args = heads.of->args;
+  const bool segments = args.policy == VQ_POLICY_SEGMENT;
   int64_t t = 0;
-  for (const Piece* piece = head.call.pieces; t < args.tokens; ++piece) {
+  for (const Piece* piece = heads.of->call.pieces; t < args.tokens; ++piece) {
     if (piece->end <= args.start) continue;
     // A range of its own for every token, or one for those of this piece.
     const int64_t behind = piece->end - args.start;
     const int64_t last = behind < args.tokens ? behind : args.tokens;
-    Grid grid = {};
-    if (segments) {
-      Range range;
-      for (int64_t i = t; i < last; ++i) {
-        head.fetch(head.value, i + kAhead);
-        if (!load_channels(x, head.value.token(i), bias, args.width, channels)) return false;
-        widen(range, x, channels);
-      }
-      grid = grid_of(range, args.value_bits);
-    }
-    for (; t < last; ++t) {
-      head.fetch(head.value, t + kAhead);
-      if (!load_channels(x, head.value.token(t), bias, args.width, channels)) return false;
-      if (!segments) {
-        Range range;
-        widen(range, x, channels);
-        grid = head.value_coding.grid(range, x, args.width);
-      }
-      put_value(head, args.start + t, x, grid);
-      if (args.trace) trace_value(head, args.start + t, grid);
-    }
+    Grid grids[kMostHeads];
+    for (int64_t h = 0; segments && h < heads.count; ++h)
+      if (!segment_grid(heads.of[h], t, last, grids[h])) return false;
+    for (; t < last; ++t)
+      for (int64_t h = 0; h < heads.count; ++h)
+        if (!append_value(heads.of[h], t, segments ? grids + h : nullptr)) return false;
   }
   return true;
 }
 
-bool append(const AttentionCall& call, int64_t row, int64_t head) {
-  const Head one(call, row, head);
-  return append_keys(one) && append_values(one);
+bool append(const AttentionCall& call, int64_t row, int64_t head, int64_t count) {
+  static_assert(kMostHeads == 4, "one Head for each below");
+  const int64_t last = head + count - 1;
+  auto at = [&](int64_t i) { return Head(call, row, head + i < last ? head + i : last); };
+  const Head all_of[kMostHeads] = {at(0), at(1), at(2), at(3)};
+  const Heads heads = {all_of, count};
+  return append_keys(heads) && append_values(heads);
 }
 
 }  // namespace

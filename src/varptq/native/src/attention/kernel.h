@@ -12,6 +12,7 @@ namespace vq {
 
 constexpr int64_t kMaxHeadWidth = 128;  // pairs of int16 hold sums of codes up to here
 constexpr int kQueryTile = 6;           // queries whose scores are computed together
+constexpr int64_t kMostHeads = 4;       // heads whose keys and values enter together
 
 // Tokens that share a range of values: all of them under policy "token", those of a scale under
 // "segment". `place` counts the padded places of values: a piece starts at a multiple of 4.
@@ -56,8 +57,9 @@ struct QueryBlock {
 };
 
 struct AttentionKernels {
-  // Keys and values of the call's tokens to codes; false where they are not finite.
-  bool (*append)(const AttentionCall&, int64_t row, int64_t head);
+  // Keys and values of the call's tokens to codes, of up to kMostHeads heads from `head` on; false
+  // where they are not finite.
+  bool (*append)(const AttentionCall&, int64_t row, int64_t head, int64_t count);
   // False where a query is not finite.
   bool (*attend)(const AttentionCall&, int64_t row, int64_t head, const QueryBlock&,
                  const AttentionScratch&);
