@@ -39,6 +39,7 @@ def tokens(pipe: Pipeline) -> Tensor:
     return varptq.generate(pipe, ASKED, seed=3, decode=False).tokens
 
 
+@pytest.mark.slow
 def test_the_document_names_both_attentions(pipe: Pipeline) -> None:
     document = analyze(pipe, W6A6, settings=AnalysisConfig(images=2, widths=(4,))).document
     json.dumps(document, allow_nan=False)

@@ -44,6 +44,8 @@ KERNELS = [
     pytest.param(TorchKernels, id="torch"),
     pytest.param(NativeKernels, id="native", marks=[native, pytest.mark.native]),
 ]
+# The same without marks, for a test that quantizes once for all of them.
+MADE_HERE = (ReferenceKernels, TorchKernels, *((NativeKernels,) if binding.core() else ()))
 Make = Callable[[], Kernels]
 
 
@@ -76,7 +78,11 @@ def compare_layers(pipe: QuantizedPipeline, kernels: Kernels, rows: slice = ALL_
         x = inputs_of(pipe, layer.in_features, sees_tokens)[rows]
         expected, found = layer(x, spans), other(x, spans)
         tolerance = ROUNDING * float(expected.abs().max())
-        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        assert_close = torch.testing.assert_close
+        where = f"{name} on {type(kernels).__name__}"
+        assert_close(
+            found, expected, rtol=0, atol=tolerance, msg=lambda text, at=where: f"{at}: {text}"
+        )
         compared += 1
     assert compared >= 8
 
@@ -93,10 +99,11 @@ def compare_logits(pipe: QuantizedPipeline, kernels: Kernels, labels: Tensor) ->
     assert spread.max() < 0.15 * reference.abs().max()
 
 
-@pytest.mark.parametrize("make", KERNELS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_layer_by_layer(preset: str, make: Make, any_tiny: Pipeline) -> None:
-    compare_layers(quantized(any_tiny, preset), make())
+def test_layer_by_layer(preset: str, any_tiny: Pipeline) -> None:
+    pipe = quantized(any_tiny, preset)
+    for make in MADE_HERE:
+        compare_layers(pipe, make())
 
 
 @pytest.mark.parametrize("preset", BOOKS)
