@@ -44,6 +44,7 @@ def analyzed(
     return folder, json.loads(ran.out)
 
 
+@pytest.mark.slow
 def test_the_folder_holds_numbers_a_config_and_pictures(
     analyzed: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -134,6 +135,7 @@ def test_the_python_call_gives_the_same(
     assert {**analyzed[1], "seconds": 0} == {**json.loads(json.dumps(document)), "seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_frontier_writes_a_config_for_each_budget(model: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     budget = ("--frontier", "--budget-bops", 1.15, "--images", 2)

@@ -46,6 +46,7 @@ def artifact(quantized: tuple[Path, dict[str, Any]]) -> Path:
     return quantized[0]
 
 
+@pytest.mark.slow
 def test_quantize_says_what_it_made(quantized: tuple[Path, dict[str, Any]]) -> None:
     folder, document = quantized
     names = sorted(path.name for path in folder.iterdir())
@@ -103,6 +104,7 @@ def test_quantize_prints_a_table(tmp_path: Path) -> None:
         assert word in ran.out
 
 
+@pytest.mark.slow
 def test_quantize_files_with_a_config_and_calibration_from_files(tmp_path: Path) -> None:
     config, calibration = tmp_path / "config.json", tmp_path / "calibration.yaml"
     config.write_text(json.dumps(varptq.QuantConfig.preset("w6a8+paper+litevar").to_dict()))

@@ -52,6 +52,7 @@ def evaluated(
     return out, succeed(*words, "--json").document
 
 
+@pytest.mark.slow
 def test_everything_is_written(evaluated: tuple[Path, dict[str, Any]], artifact: Path) -> None:
     out, document = evaluated
     names = sorted(path.name for path in out.iterdir())
@@ -114,6 +115,7 @@ def test_one_metric_of_an_artifact_beside_files(artifact: Path, tmp_path: Path) 
     assert pictures == ["000000.png", "000001.png"]
 
 
+@pytest.mark.slow
 def test_a_float_model_that_is_another_one_is_warned_of(foreign: Path, tmp_path: Path) -> None:
     words = ("evaluate", foreign, "--count", 1, "--metrics", "psnr", "--out")
     ran = run(*words, tmp_path / "a")

@@ -45,6 +45,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "prompts.safetensors"
 
 
+@pytest.mark.slow
 def test_texts_become_pictures_named_after_them(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("--prompt", TEXTS[0], "--prompt", TEXTS[1], "--count", 2, "--encoder", tmp_path)
@@ -70,6 +71,7 @@ def test_texts_become_pictures_named_after_them(tmp_path: Path) -> None:
         assert arrays["lengths"].tolist() == [3, 3, 4, 4]
 
 
+@pytest.mark.slow
 def test_an_edit_towards_a_text(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 44, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
@@ -91,6 +93,7 @@ def test_an_edit_towards_a_text(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_file_and_a_size(file: Path, tmp_path: Path) -> None:
     words = ("--prompts", file, "--size", "84x56", "--cfg", 1, "--out", tmp_path / "grid.png")
     refused = run("generate", "--random", "tiny", *words)
@@ -148,6 +151,7 @@ def test_from_a_model_to_its_report(
     succeed("analyze", "--random", "tiny", "--prompts", file, *few)
 
 
+@pytest.mark.slow
 def test_layouts_take_names_from_the_records(tmp_path: Path) -> None:
     records = [{"id": f"p-{n}", "category": "art", "prompt": t} for n, t in enumerate(TEXTS)]
     path = tmp_path / "prompts.json"
@@ -209,6 +213,7 @@ def test_what_is_refused_in_one_line(line: str, expected: str, tmp_path: Path) -
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_goes_block_by_block(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     yield seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(50, 30), (24, 44), (32, 32)])
 @pytest.mark.parametrize(
     "task", [{"task": "inpaint"}, {"task": "outpaint", "to": CAT}, {"task": "prompt", "to": CAT}]

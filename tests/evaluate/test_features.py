@@ -104,6 +104,7 @@ class Holder(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_the_inception_gives_pooled_spatial_and_probabilities(full_features: Features) -> None:
     pooled, spatial, probabilities = full_features
     assert pooled.shape == (2, 2048)
@@ -119,6 +120,7 @@ def test_probabilities_leave_out_the_bias(full_features: Features, full_state: S
     torch.testing.assert_close(full_features.probabilities, expected)
 
 
+@pytest.mark.slow
 def test_spatial_features_are_the_first_branch_channels_last(full_file: Path) -> None:
     network = load_network(f"inception:{full_file}")
     assert isinstance(network, InceptionFeatures)
@@ -131,6 +133,7 @@ def test_spatial_features_are_the_first_branch_channels_last(full_file: Path) ->
     assert torch.equal(spatial[0], torch.stack(expected))
 
 
+@pytest.mark.slow
 def test_folding_the_norms_moves_features_by_rounding_only(
     full_state: State, full_features: Features
 ) -> None:
@@ -144,6 +147,7 @@ def test_folding_the_norms_moves_features_by_rounding_only(
         assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.slow
 def test_pools_are_those_of_the_fid_network(full_file: Path) -> None:
     """In a corner a window holds 4 pixels: their mean, in the last block their maximum."""
     network = load_network(f"inception:{full_file}")
@@ -164,6 +168,7 @@ def test_pools_are_those_of_the_fid_network(full_file: Path) -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_torchscript_and_plain_tensors_agree(
     full_state: State, full_features: Features, tmp_path: Path
 ) -> None:
@@ -232,6 +237,7 @@ def bilinear(plane: np.ndarray, side: int, centred: bool) -> np.ndarray:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("shape", [(37, 32), (1, 3), (320, 130)])
 def test_images_are_resized_to_299_as_stated(shape: tuple[int, int], legacy: bool) -> None:
@@ -330,6 +336,7 @@ def broken(state: State, change: str) -> State:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -53,6 +53,7 @@ class Lengths:
         return torch.ones(len(pixels), 2), torch.tensor([[len(text), 1.0] for text in texts])
 
 
+@pytest.mark.slow
 def test_calibration_says_what_it_drew_for(model: Pipeline, quantized: QuantizedPipeline) -> None:
     assert quantized.report["prompts"] == {"count": 3, "sha256": PROMPTS.sha256()}
     assert model.chosen is None and quantized.pool() is PROMPTS
@@ -61,6 +62,7 @@ def test_calibration_says_what_it_drew_for(model: Pipeline, quantized: Quantized
     one_line(caught, "tiny", "wants prompts=")
 
 
+@pytest.mark.slow
 def test_measures_on_given_prompts(
     model: Pipeline, quantized: QuantizedPipeline, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def train(
     return run
 
 
+@pytest.mark.slow
 def test_only_the_decoder_changes(train: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, text, error = train(out, SMALL)
@@ -74,6 +75,7 @@ def test_only_the_decoder_changes(train: Command, tmp_path: Path) -> None:
     assert code == 2 and "is the state of another recipe" in error.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_state_is_gone_on_with(
     parts: dict[str, ModuleType], train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

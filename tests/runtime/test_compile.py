@@ -66,10 +66,12 @@ def check(
         assert error <= largest_error * float(expected.abs().max()), pipe.name
 
 
+@pytest.mark.slow
 def test_the_float_model_is_one_graph(model: Pipeline) -> None:
     check(model, "eager")
 
 
+@pytest.mark.slow
 def test_a_simulated_model_is_one_graph(model: Pipeline) -> None:
     check(varptq.quantize(model, QuantConfig.preset("w8a8+paper"), method="rtn"), "eager")
 
@@ -79,12 +81,14 @@ def test_each_kind_of_simulated_model_is_one_graph(made: QuantizedPipeline) -> N
     check(made, "eager")
 
 
+@pytest.mark.slow
 @native
 def test_the_cpu_runtime_is_one_graph(made: QuantizedPipeline) -> None:
     """Backend "aot_eager" runs the fakes, too."""
     check(on_integers(made, NativeKernels()), "aot_eager")
 
 
+@pytest.mark.slow
 @native
 def test_a_fake_tells_what_its_operator_gives(made: QuantizedPipeline) -> None:
     """torch's own check of an operator, on two calls of each."""
@@ -110,6 +114,7 @@ def test_a_fake_tells_what_its_operator_gives(made: QuantizedPipeline) -> None:
             torch.library.opcheck(operator, arguments, test_utils=CHECKS)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_refuses_what_is_not_finite(model: Pipeline) -> None:
     pipe = varptq.quantize(model, QuantConfig.preset("w8a8+paper"), method="rtn")
     labels, given = inputs(pipe, 2)
@@ -119,12 +124,11 @@ def test_a_compiled_model_refuses_what_is_not_finite(model: Pipeline) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["float", "cpu"])
-def test_inductor(runtime: str, model: Pipeline) -> None:
+def test_inductor(model: Pipeline) -> None:
+    """Of the model on integers, in whose graph our operators stand among torch's; of the float one
+    where there is no core."""
     pipe: Pipeline = model
-    if runtime == "cpu":
-        if binding.core() is None:
-            pytest.skip(binding.reason())
+    if binding.core():
         made = varptq.quantize(model, QuantConfig.preset("w8a8"), method="rtn")
         pipe = on_integers(made, NativeKernels())
     check(pipe, "inductor", INDUCTOR_ERROR)

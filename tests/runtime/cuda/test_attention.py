@@ -72,6 +72,7 @@ def operands(qkv: torch.Tensor, rule: AttentionRule) -> tuple[torch.Tensor, ...]
     return q * rule.q_factor.view(1, HEADS, 1, 1), k, v
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_agrees_with_the_simulated_modules(case: tuple, device: str) -> None:
     rule = rule_of(*case, device=device)
