@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ FILES = sorted(["analysis.json", "mixed.json", *(f"{name}.png" for name in PICTU
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The tiny model as two checkpoint files."""
+def model(
+    make_tiny: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """A tiny model of one block as two checkpoint files."""
+    tiny = make_tiny(depth=1)
     folder, words = tmp_path_factory.mktemp("tiny"), []
     for part, network in (("var", tiny.var), ("vae", tiny.vae)):
         save_file(network.state_dict(), folder / f"{part}.safetensors")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import varptq
 from helpers.cli_calls import run, succeed
+from helpers.few_images import analyze_few
 from helpers.infinity_states import PRESET, features, sized
 from varptq.cli.model_choice import ModelChoice
 from varptq.evaluate.networks.clip import TransformersClip
@@ -122,7 +123,6 @@ class Scorer:
 def test_from_a_model_to_its_report(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One block: an analysis measures every tensor several times.
     shallow = dataclasses.replace(PRESET, transformer_arch=sized(depth=1))
     monkeypatch.setitem(PRESETS, "tiny", shallow)
     made = ("--config", "w4a4", "--method", "rtn", "--samples", 3, "--out", tmp_path / "q")
@@ -147,6 +147,7 @@ def test_from_a_model_to_its_report(
         pictures = sorted((out / f"{kind}-geneval" / "00001" / "samples").iterdir())
         assert [path.name for path in pictures] == ["0000.png", "0001.png"]
     assert "two dogs" in (out / "report.html").read_text()
+    analyze_few(monkeypatch.setattr)
     few = ("--images", 1, "--widths", 4, "--out", tmp_path / "analysis")
     succeed("analyze", "--random", "tiny", "--prompts", file, *few)
 
@@ -217,13 +218,15 @@ def test_what_is_refused_in_one_line(line: str, expected: str, tmp_path: Path) -
 def test_what_does_not_fit_into_memory_goes_block_by_block(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shallow = dataclasses.replace(PRESET, transformer_arch=sized(depth=2))
+    monkeypatch.setitem(PRESETS, "tiny", shallow)
     var, vae = write_random("tiny", tmp_path / "files")
     words = ("quantize", "--var", var, "--vae", vae, "--prompts", file, "--size", "0.06M")
     words = (*words, "--samples", 1, "--json", "--method")
     ran = {}
     for name, copies in (("whole", 1), ("streamed", 10**6)):
         monkeypatch.setattr("varptq.streamed.IN_MEMORY", copies)
-        ran[name] = succeed(*words, "gptq", "--memory", "1GB", "--out", tmp_path / name)
+        ran[name] = succeed(*words, "rtn", "--memory", "1GB", "--out", tmp_path / name)
         assert ("block by block" in ran[name].err) == (name == "streamed")
         assert not (tmp_path / f"{name}.work").exists()
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ran)

@@ -126,9 +126,9 @@ def test_mistakes_are_named() -> None:
 @pytest.mark.slow
 def test_the_bias_of_means_is_their_expected_distance() -> None:
     """Sets of 5 and 7 from one distribution: the mean over many draws of |m1 - m2|^2."""
-    draws, generator = 4000, torch.Generator().manual_seed(0)
+    draws, generator = 1000, torch.Generator().manual_seed(0)
     a, b = (torch.randn(draws, n, 3, generator=generator, dtype=torch.float64) for n in (5, 7))
     expected = (a.mean(1) - b.mean(1)).square().sum(1).mean()
     found = [bias_of_means(Gaussian.of(x), Gaussian.of(y)) for x, y in zip(a, b, strict=True)]
-    # Both scatter by less than 2% over this many draws.
-    assert sum(found) / draws == pytest.approx(float(expected), rel=0.05)
+    # Both scatter by less than 4% over this many draws.
+    assert sum(found) / draws == pytest.approx(float(expected), rel=0.08)

@@ -19,7 +19,7 @@ import varptq
 DEMO = varptq.models.presets.ASSETS / "demo"
 SMALL: dict[str, Any] = {
     "widths": [4, 8],
-    "schedule": {"steps": 4, "batch": 6, "learning_rate": 1e-3, "warmup": 1, "save_every": 2},
+    "schedule": {"steps": 4, "batch": 2, "learning_rate": 1e-3, "warmup": 1, "save_every": 2},
 }
 FILE = "vae_demo.safetensors"
 Command = Callable[..., tuple[int, str, str]]

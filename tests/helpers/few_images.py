@@ -6,6 +6,9 @@ python tests/helpers/few_images.py VERB ...
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from varptq.calibrate.config import PRESETS
 from varptq.cli.main import app
 
@@ -13,13 +16,14 @@ FAST = {**PRESETS["fast"], "num_samples": 2}
 EVERY = 8
 
 
-def analyze_few() -> None:
-    """From here on, an analysis measures every eighth tensor."""
+def analyze_few(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """From here on, an analysis measures every eighth tensor. put: changes an attribute of a
+    module."""
     from varptq.analyze import sensitivity, suggest
 
     sites, changes = sensitivity.sites, suggest.changes
-    sensitivity.sites = lambda var: sites(var)[::EVERY]
-    suggest.changes = lambda *given: list(changes(*given))[::EVERY]
+    put(sensitivity, "sites", lambda var: sites(var)[::EVERY])
+    put(suggest, "changes", lambda *given: list(changes(*given))[::EVERY])
 
 
 if __name__ == "__main__":

@@ -206,7 +206,8 @@ def test_any_missing_tensor_is_named(tmp_path: Path) -> None:
     for path, state in zip(paths, (var, vae), strict=True):
         whole = path.read_bytes()
         for name in state:
-            if any(part in name for part in (*ALIKE, *OPTIONAL)):
+            # Of blocks the first and the last: the others are read by the same lines.
+            if any(part in name for part in (*ALIKE, *OPTIONAL, "blocks.1.", "blocks.2.")):
                 continue
             left = {other: tensor for other, tensor in state.items() if other != name}
             save_file(left if state is vae else theirs(left, 2), path)

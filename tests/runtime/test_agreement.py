@@ -183,13 +183,14 @@ def test_as_near_to_float_as_simulated(preset: str, make: Make, demo: Demo) -> N
 @pytest.mark.parametrize("make", [KERNELS[0], KERNELS[2]])
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
 @pytest.mark.slow
-def test_an_image_does_not_depend_on_its_batch(preset: str, make: Make, tiny: Pipeline) -> None:
-    """Tokens of image (seed, i) for every batch size, split and number of threads: all pairs of
-    them on the native core, which shares out rows by both, and on torch's operations each once."""
-    pairs = [(threads, batch) for threads in (1, 2, 3) for batch in (1, 2, 4, 5, 8)]
-    if make is ReferenceKernels:
-        pairs = [(1, 1), (1, 4), (2, 2), (2, 8), (3, 5)]
-    pipe = on_integers(quantized(tiny, preset), make())
+def test_an_image_does_not_depend_on_its_batch(
+    preset: str, make: Make, make_tiny: Callable[..., Pipeline]
+) -> None:
+    """Tokens of image (seed, i) for every batch size, split and number of threads."""
+    pairs = [(1, 1), (1, 4), (2, 2), (2, 8), (3, 5)]
+    if make is NativeKernels:  # which shares out rows by both
+        pairs += [(1, 8), (2, 1), (2, 5), (3, 1), (3, 4)]
+    pipe = on_integers(quantized(make_tiny(depth=1), preset), make())
     labels = [0, 1, 2, 3, 4, 0, 1, 2, 3]
     expected = generate(pipe, labels, seed=3, batch_size=9, decode=False).tokens
     before = torch.get_num_threads()
@@ -198,7 +199,7 @@ def test_an_image_does_not_depend_on_its_batch(preset: str, make: Make, tiny: Pi
             torch.set_num_threads(threads)
             found = generate(pipe, labels, seed=3, batch_size=batch, decode=False).tokens
             assert torch.equal(found, expected), (threads, batch)
-        for threads in (1, 2, 3):
+        for threads in (1, 3):
             torch.set_num_threads(threads)
             last = generate(pipe, labels[6:], seed=3, first_index=6, decode=False).tokens
             assert torch.equal(last, expected[6:])
