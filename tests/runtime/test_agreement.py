@@ -133,7 +133,7 @@ class Demo:
 
     def __init__(self) -> None:
         self.pipe = varptq.load_model("demo")
-        self.labels = torch.arange(4)
+        self.labels = torch.arange(2)
         self.ids = generate(self.pipe, self.labels, seed=5, decode=False).tokens
         self._made: dict[str, tuple[QuantizedPipeline, float]] = {}
 
