@@ -138,6 +138,7 @@ def test_a_cell_says_what_makes_it_another_number(ran: tuple[Path, Any]) -> None
 # Runs
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_a_row_of_each_kind(ran: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, lines = ran
     assert [line["row"] for line in lines] == [row.key for row in picked(FEW, rows())]
@@ -160,6 +161,7 @@ def test_a_dry_run_measures_a_row_of_each_kind(ran: tuple[Path, list[dict[str, A
     assert len(pictures) == 2 * 10 + 2 * 4
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_skipped_and_the_rest_goes_on(
     ran: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -111,6 +111,7 @@ def test_costs_of_units_that_read_texts(pipe: Pipeline, samples: CalibrationSet)
     assert costs["blocks.1.cross"] == cross
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [8.0, 1e-9])
 def test_what_is_recorded_is_what_the_pass_computes(
     pipe: Pipeline, samples: CalibrationSet, memory: float

@@ -60,12 +60,14 @@ def test_the_folder_holds_numbers_a_config_and_pictures(
             assert min(picture.size) > 300
 
 
+@pytest.mark.slow
 def test_the_suggestion_gains_on_other_images(analyzed: tuple[Path, dict[str, Any]]) -> None:
     found, base = analyzed[1]["suggestion"], analyzed[1]["base"]
     assert found["verified"]["mixed"]["kl"] < found["verified"]["base"]["kl"]
     assert base["bops"] < found["bops"] <= 1.1 * base["bops"]
 
 
+@pytest.mark.slow
 def test_the_mixed_config_can_be_quantized(
     analyzed: tuple[Path, dict[str, Any]], model: list[str], tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def test_the_inception_gives_pooled_spatial_and_probabilities(full_features: Fea
     torch.testing.assert_close(probabilities.sum(1), torch.ones(1))
 
 
+@pytest.mark.slow
 def test_probabilities_leave_out_the_bias(full_features: Features, full_state: State) -> None:
     expected = (full_features.pooled @ full_state["fc.weight"].T).softmax(-1)
     torch.testing.assert_close(full_features.probabilities, expected)
