@@ -121,6 +121,7 @@ def test_quantize_files_with_a_config_and_calibration_from_files(tmp_path: Path)
     assert found == {"num_samples": 3, "steps": 2, "budget": 0.02}
 
 
+@pytest.mark.slow
 def test_group_size_changes_the_weights(tmp_path: Path) -> None:
     words = ("--method", "rtn", "--group-size", 16, "--samples", 2, "--out", tmp_path / "a")
     succeed("quantize", "--random", "demo", *words)

@@ -67,6 +67,7 @@ def test_everything_is_written(evaluated: tuple[Path, dict[str, Any]], artifact:
     assert {name: images.count for name, images in files.items()} == {"quantized": 5, "float": 5}
 
 
+@pytest.mark.slow
 def test_the_document_has_the_numbers_and_what_made_them(
     evaluated: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -87,6 +88,7 @@ def test_the_document_has_the_numbers_and_what_made_them(
     assert document["checksums"]["samples"] == hashlib.sha256(digest).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_second_run_goes_on_and_prints_a_table(
     evaluated: tuple[Path, dict[str, Any]], artifact: Path
 ) -> None:
@@ -104,6 +106,7 @@ def test_a_second_run_goes_on_and_prints_a_table(
     assert json.loads((out / "metrics.json").read_text()) == document
 
 
+@pytest.mark.slow
 def test_one_metric_of_an_artifact_beside_files(artifact: Path, tmp_path: Path) -> None:
     words = ("--var", VAR, "--vae", VAE, "--metrics", "psnr, token_agreement", "--count", 2)
     document = succeed(
@@ -126,6 +129,7 @@ def test_a_float_model_that_is_another_one_is_warned_of(foreign: Path, tmp_path:
     assert "warning" not in ran.err
 
 
+@pytest.mark.slow
 def test_features_of_a_float_model_by_itself(tmp_path: Path) -> None:
     import torch
 
