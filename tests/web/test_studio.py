@@ -97,7 +97,7 @@ def test_a_picture_is_downloaded_by_class_and_seed_and_a_click_enlarges_it(
         shoot(page, f"generate-large-{size[0]}")
 
 
-def test_every_tab_fits_a_phone_says_what_its_buttons_do_and_is_reached_by_keys(
+def test_every_tab_fits_a_phone_and_says_what_its_buttons_do(
     open_page: Callable[..., Any],
 ) -> None:
     page = open_page("Generate", PHONE, "dark")
@@ -113,25 +113,28 @@ def test_every_tab_fits_a_phone_says_what_its_buttons_do_and_is_reached_by_keys(
             turn(page, PHONE, scheme)
             assert fits(page)
             shoot(page, f"{tab.lower()}-empty-390-{scheme}")
-        turn(page, DESK, "light")
-        page.get_by_role("tab", name=tab).focus()
-        tab_to(page, f"{tab.lower()}-start")
-        turn(page, PHONE, "dark")
 
 
-def test_the_keyboard_alone_is_enough_to_draw(open_page: Callable[..., Any]) -> None:
+def test_the_keyboard_comes_to_every_button(open_page: Callable[..., Any]) -> None:
     page = open_page("Generate")
-    choose(page, "generate-model", SMALL)
+    for name in TABS:
+        tab = page.get_by_role("tab", name=name)
+        tab.click()
+        page.locator(f"#{name.lower()}-start").wait_for()
+        tab.focus()
+        tab_to(page, f"{name.lower()}-start")
+
+
+def test_the_keyboard_alone_is_enough_to_draw_and_a_mistake_is_answered(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page("Generate")
     choose(page, "generate-beside", "nothing")
     enter(page, "generate-class", "3")
     tab_to(page, "generate-start")
     page.keyboard.press("Enter")
     page.locator("#generate-first-facts dl").wait_for()
-
-
-def test_an_unknown_class_is_answered_with_a_near_one(open_page: Callable[..., Any]) -> None:
-    page = open_page("Generate")
-    choose(page, "generate-beside", "nothing")
+    page.locator("#generate-start:enabled").wait_for()
     enter(page, "generate-class", "kat")
     page.locator("#generate-start").click()
     said(page, "class 'kat': unknown; did you mean cat?")

@@ -16,7 +16,6 @@ from PIL import Image
 from helpers.picture_files import png_header
 from helpers.studio_pages import (
     DEMO_ARTIFACT,
-    DESK,
     IN_BROWSER,
     MADE,
     PHONE,
@@ -29,7 +28,6 @@ from helpers.studio_pages import (
     said,
     shoot,
     slow_down,
-    turn,
     upload,
     use_box,
 )
@@ -96,21 +94,28 @@ def test_the_first_candidate_is_downloaded_without_a_click_on_it(
         page.get_by_label("Clear").first.click()
 
 
-def test_what_an_edit_cannot_use_is_said(open_page: Callable[..., Any]) -> None:
-    page = open_page("Edit", PHONE)
-    choose(page, "edit-model", MADE)
-    page.locator("#edit-start").click()
-    said(page, "image: none given; upload a JPEG, PNG or WebP")
-    for content, says in (
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
         (b"no picture", "photo.png: not a JPEG"),
         (photo()[:300], "photo.png: cannot be read"),
         (png_header(30_000, 30_000), "its header claims far more than 25 megapixels"),
-    ):
-        upload(page, content)
-        said(page, says)
-        assert fits(page)
+    ],
+    ids=["text", "cut", "bomb"],
+)
+def test_a_bad_upload_is_named(open_page: Callable[..., Any], content: bytes, says: str) -> None:
+    page = open_page("Edit", PHONE)
+    upload(page, content)
+    said(page, says)
+    assert fits(page)
     shoot(page, "edit-390-toast")
-    turn(page, DESK, "light")
+
+
+def test_what_an_edit_cannot_use_is_said(open_page: Callable[..., Any]) -> None:
+    page = open_page("Edit")
+    choose(page, "edit-model", MADE)
+    page.locator("#edit-start").click()
+    said(page, "image: none given; upload a JPEG, PNG or WebP")
     upload(page, photo())
     use_box(page, 1)
     page.locator("#edit-start").click()
@@ -123,10 +128,14 @@ def test_what_an_edit_cannot_use_is_said(open_page: Callable[..., Any]) -> None:
     page.locator("#edit-start").click()
     page.locator("#edit-download").wait_for()
     assert page.locator("#edit-candidates img").count() == 4
-    # One pixel is a picture too.
-    page.get_by_label("Clear").first.click()
+
+
+def test_a_picture_of_one_pixel_is_edited(open_page: Callable[..., Any]) -> None:
+    page = open_page("Edit")
+    choose(page, "edit-model", MADE)
     upload(page, photo((1, 1)), "dot.png")
-    page.locator("#edit-download").wait_for(state="hidden")
-    page.wait_for_timeout(500)
+    use_box(page, 1)
+    page.get_by_label("Change", exact=True).check()
+    enter(page, "edit-class", "cat")
     page.locator("#edit-start").click()
     page.locator("#edit-download").wait_for()
