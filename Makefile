@@ -15,6 +15,9 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 JOBS ?= 2
 
+# Containers like to set it. Without bytecode every process compiles the package anew, and every worker rewrites all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check quick lint native browser test-native test-arm wheels format clean
 

@@ -83,6 +83,13 @@ def warm() -> Iterator[Path]:
         yield filled
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs another process is slow, so that `make check` starts none."""
+    for item in items:
+        if "warm" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def hub(warm: Path, tmp_path: Path) -> Iterator[Client]:
     """Processes that take a server of this test for the Hugging Face hub."""

@@ -48,6 +48,7 @@ def whole(tiny: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return content(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [True, False])
 def test_a_run_killed_at_any_piece_ends_in_the_same_bytes(
     tiny: Pipeline,
@@ -107,6 +108,7 @@ def test_processes_killed_outright_go_on(
     assert content(tmp_path / "artifact") == whole
 
 
+@pytest.mark.slow
 def test_damaged_pieces_are_made_again(
     tiny: Pipeline, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -121,6 +123,7 @@ def test_damaged_pieces_are_made_again(
     assert content(tmp_path / "artifact") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

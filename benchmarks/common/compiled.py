@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import config
 
 from varptq.quant.quantizers import QUANTIZERS
 
@@ -34,6 +33,8 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def compile_quantizers() -> None:
     """From here on, all simulated layers of this process use compiled quantizers."""
+    from torch._dynamo import config  # two seconds that only this takes
+
     config.recompile_limit = VERSIONS
     for name, row in QUANTIZERS.items():
         if row.trained is not None:

@@ -58,7 +58,8 @@ def configs(draw: st.DrawFn, pipe: Pipeline) -> QuantConfig:
     return with_specs(config, {s: None if b is None else spec_for(s, b) for s, b in drawn.items()})
 
 
-@settings(max_examples=12)
+@pytest.mark.slow
+@settings(max_examples=6)
 @given(data=st.data())
 def test_the_way_to_a_config_does_not_matter(
     data: st.DataObject, tiny: Pipeline, bench: Bench

@@ -115,6 +115,7 @@ def document(tiny: Pipeline) -> dict[str, Any]:
     ).document
 
 
+@pytest.mark.slow
 def test_the_document_holds_every_tensor_and_sums_that_fit(document: dict[str, Any]) -> None:
     rows = document["tensors"]
     assert document["settings"]["widths"] == [8, 4]
@@ -133,6 +134,7 @@ def test_the_document_holds_every_tensor_and_sums_that_fit(document: dict[str, A
     assert math.isclose(total, document["base"]["kl"], rel_tol=1e-12)
 
 
+@pytest.mark.slow
 def test_figures_of_a_shallow_and_a_deep_model(document: dict[str, Any]) -> None:
     deep = [
         {**row, "block": block, "layer": row["layer"].replace("blocks.0", f"blocks.{block}")}

@@ -3,16 +3,18 @@ verb from measurement to calibrated models."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise, product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from varptq.analyze.analyze import AnalysisConfig
 from varptq.analyze.bench import Bench
-from varptq.analyze.budgets import Budgets, Limit, budgets
+from varptq.analyze.budgets import Limit, budgets
 from varptq.analyze.frontier import (
     INPUTS,
     SCHEME,
@@ -37,7 +39,7 @@ from varptq.quant.config import QuantConfig
 from varptq.quant.convert import check_rules
 
 CONFIG = unsmoothed(QuantConfig.preset(SCHEME))
-FAST = CalibrationConfig(num_samples=4, rounding="gptq")
+FAST = CalibrationConfig(num_samples=2, rounding="gptq")
 START = Point((), 0.0, 100, 100)
 
 sizes = st.integers(0, 6)
@@ -96,10 +98,16 @@ def test_the_best_within_a_budget_and_none_that_fits() -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tiny: Pipeline, bench: Bench) -> Frontier:
-    return frontier(bench, CONFIG, rounded_weights(tiny, CONFIG, FAST))
+def rounded(tiny: Pipeline) -> dict[int, dict[str, Tensor]]:
+    return rounded_weights(tiny, CONFIG, FAST)
 
 
+@pytest.fixture(scope="module")
+def found(bench: Bench, rounded: dict[int, dict[str, Tensor]]) -> Frontier:
+    return frontier(bench, CONFIG, rounded)
+
+
+@pytest.mark.slow
 def test_kinds_are_layers_of_all_blocks_but_those_kept_at_8_bits(found: Frontier) -> None:
     names = [kind.layers for kind in found.kinds]
     assert "word_embed" not in names
@@ -107,6 +115,7 @@ def test_kinds_are_layers_of_all_blocks_but_those_kept_at_8_bits(found: Frontier
     assert [kind.layers for kind in found.kinds if kind.attention] == ["blocks.*.attn"]
 
 
+@pytest.mark.slow
 def test_prices_are_those_of_the_whole_config(
     found: Frontier, tiny: Pipeline, bench: Bench
 ) -> None:
@@ -117,6 +126,7 @@ def test_prices_are_those_of_the_whole_config(
         assert (prices.bops(config), prices.bytes(config)) == (point.bops, point.bytes)
 
 
+@pytest.mark.slow
 def test_more_bits_never_cost_quality_and_rounding_knows_its_width(found: Frontier) -> None:
     """Each side's KL falls with its bits, within what three images allow."""
     for kind, options in found.costs.items():
@@ -129,23 +139,23 @@ def test_more_bits_never_cost_quality_and_rounding_knows_its_width(found: Fronti
         assert kls[2, 4] > kls[8, 8]
 
 
-def test_weights_are_measured_with_the_codes_they_are_given(tiny: Pipeline, bench: Bench) -> None:
+@pytest.mark.slow
+def test_weights_are_measured_with_the_codes_they_are_given(
+    bench: Bench, rounded: dict[int, dict[str, Tensor]]
+) -> None:
     """Codes of zeros are far worse than those of GPTQ."""
     kind = Kind("blocks.*.ffn.fc1", False)
     config = assigned(CONFIG, {kind: (4, 8)}).replace(attention=None)
-    rounded = rounded_weights(tiny, CONFIG, FAST)[4]
-    spoiled = {n: torch.zeros_like(t) if n.endswith("codes") else t for n, t in rounded.items()}
-    assert bench.kl(config, rounded=spoiled).kl > 1.5 * bench.kl(config, rounded=rounded).kl
+    codes = rounded[4]
+    spoiled = {n: torch.zeros_like(t) if n.endswith("codes") else t for n, t in codes.items()}
+    assert bench.kl(config, rounded=spoiled).kl > 1.5 * bench.kl(config, rounded=codes).kl
 
 
-@pytest.fixture(scope="module")
-def answer(tiny: Pipeline) -> Budgets:
-    limits = [Limit(bops=1.0), Limit(bops=1.3, size=1.2)]
-    return budgets(tiny, limits, calibration=FAST, settings=AnalysisConfig(images=2))
-
-
-def test_a_budget_is_kept_and_judged(answer: Budgets, tiny: Pipeline) -> None:
-    prices, base = Prices(tiny), QuantConfig.preset("w4a4+paper")
+@pytest.mark.slow
+def test_a_budget_is_kept_and_judged(make_tiny: Callable[..., Pipeline]) -> None:
+    pipe, limits = make_tiny(depth=1), [Limit(bops=1.0), Limit(bops=1.3, size=1.2)]
+    answer = budgets(pipe, limits, calibration=FAST, settings=AnalysisConfig(images=2))
+    prices, base = Prices(pipe), QuantConfig.preset("w4a4+paper")
     chosen = answer.document["chosen"]
     assert list(chosen) == list(answer.configs) == ["bops1", "bops1.3-size1.2"]
     for name, config in answer.configs.items():

@@ -23,6 +23,7 @@ def kl_of(pipe: Pipeline, config: QuantConfig, bench: Bench) -> float:
     return token_fidelity(pipe, quantized, seen.prompts, seen.tokens, batch_size=2).kl
 
 
+@pytest.mark.slow
 def test_every_tensor_alone_and_put_back(tiny: Pipeline, bench: Bench) -> None:
     calls: list[tuple[int, int]] = []
 
@@ -47,6 +48,7 @@ def test_every_tensor_alone_and_put_back(tiny: Pipeline, bench: Bench) -> None:
     assert coarse > 5 * fine
 
 
+@pytest.mark.slow
 def test_what_a_config_keeps_in_float_is_measured_alone_only(bench: Bench) -> None:
     found = sensitivities(bench, QuantConfig.preset("w4a4+paper+litevar"), (4,))
     fc2 = [row for row in found if row.site.layer.endswith("fc2")]

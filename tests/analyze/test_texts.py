@@ -25,13 +25,17 @@ ASKED = prompts(3, 5, 1, 3)
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Pipeline:
+def bare() -> Pipeline:
     """One block: an analysis measures every tensor several times."""
     shallow = dataclasses.replace(PRESET, transformer_arch=sized(depth=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", shallow)
-        found = varptq.build_model("tiny", seed=1)
-    return found.drawing_for(ASKED)
+        return varptq.build_model("tiny", seed=1)
+
+
+@pytest.fixture(scope="module")
+def pipe(bare: Pipeline) -> Pipeline:
+    return bare.drawing_for(ASKED)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +43,10 @@ def tokens(pipe: Pipeline) -> Tensor:
     return varptq.generate(pipe, ASKED, seed=3, decode=False).tokens
 
 
-def test_the_document_names_both_attentions(pipe: Pipeline) -> None:
-    document = analyze(pipe, W6A6, settings=AnalysisConfig(images=2, widths=(4,))).document
+@pytest.mark.slow
+def test_the_document_names_both_attentions(bare: Pipeline, pipe: Pipeline) -> None:
+    settings = AnalysisConfig(images=2, widths=(4,))
+    document = analyze(bare, W6A6, settings=settings, prompts=ASKED).document
     json.dumps(document, allow_nan=False)
     assert len(document["kinds"]) == len(set(document["kinds"]))
     assert {"query", "cross_query", "proj input", "cross_proj input"} <= set(document["kinds"])

@@ -128,6 +128,7 @@ def test_a_model_with_shared_adaln_comes_back(tmp_path: Path) -> None:
     assert_same(quantized, loaded)
 
 
+@pytest.mark.slow
 def test_the_demo_model_comes_back(tmp_path: Path) -> None:
     quantized = quantize(load_model("demo"), QuantConfig.preset("w4a4+paper"), method="rtn")
     loaded = load(save(quantized, tmp_path / "model"))

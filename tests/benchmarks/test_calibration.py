@@ -18,6 +18,7 @@ from varptq.quant.config import QuantConfig
 ROUNDING = 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["w4a4+paper", "w6a6+paper", "w4a4", "w4a4+renorm+v6"])
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_one_pass_and_the_loop_over_scales_have_the_same_gradients(

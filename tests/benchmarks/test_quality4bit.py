@@ -22,6 +22,7 @@ def test_set(tiny: Pipeline) -> CalibrationSet:
     return calibration_set(tiny, CalibrationConfig(num_samples=4), seed=1, resampled=False)
 
 
+@pytest.mark.slow
 def test_every_row_converts_and_has_a_name_of_its_own(tiny: Pipeline) -> None:
     keys = [(run, e.label) for run, entries in study.rows().items() for e in entries]
     assert len(keys) == len(set(keys))

@@ -188,6 +188,7 @@ def test_moments_are_those_of_what_meets_the_weight(tiny: Pipeline, preset: str,
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["gptq", "gptq+adaround"])
 def test_units_improve(tiny: Pipeline, rounding: str) -> None:
     model = convert(tiny.var, QuantConfig.preset("w4a4+paper"))

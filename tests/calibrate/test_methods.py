@@ -110,6 +110,7 @@ def test_a_method_of_ones_own(tiny: Pipeline, own: str) -> None:
     assert set(shifted.report) == {"biases", "theta"} and in_eighths(shifted)
 
 
+@pytest.mark.slow
 def test_its_name_is_offered_and_taken_by_the_command_line(own: str, tmp_path: Path) -> None:
     assert own in succeed("quantize", "--help").out
     words = ("quantize", "--random", "demo", "--samples", 2, "--out", tmp_path / "made")

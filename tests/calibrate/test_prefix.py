@@ -133,6 +133,7 @@ def codes(pipe: Pipeline, **changes: Any) -> dict[str, tuple[Tensor, Tensor]]:
     return {n: (layer.codes, layer.scale) for n, layer in quant_linears(made.var).items()}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_with_the_same_codes(tiny: Pipeline, tmp_path: Path) -> None:
     """Pieces that are there are taken, so that later units still follow them."""
     whole, without = codes(tiny), codes(tiny, correct_targets=False)

@@ -141,6 +141,7 @@ def test_a_block_with_float_attention_keeps_the_others_numbers(tiny: Pipeline) -
     assert {stat["block"] for stat in copies} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["brecq", "sas"])
 def test_same_seed_same_model(tiny: Pipeline, method: str) -> None:
     first, again, other = (run(tiny, method, seed=seed) for seed in (3, 3, 4))
@@ -162,6 +163,7 @@ def test_other_shapes(make_tiny: Callable[..., Pipeline], change: dict[str, Any]
     assert generate(result, [0], decode=False).tokens.shape == (1, pipe.scales.num_tokens)
 
 
+@pytest.mark.slow
 def test_bfloat16(make_tiny: Callable[..., Pipeline]) -> None:
     pipe = make_tiny().to(dtype=torch.bfloat16)
     result = run(pipe)
@@ -261,6 +263,7 @@ def test_every_stage_of_progress_starts_at_zero_and_ends(
         assert len({total for _, total in calls}) == 1
 
 
+@pytest.mark.slow
 def test_mapped_storage_learns_about_the_same(tiny: Pipeline, tmp_path: Path) -> None:
     """bfloat16 records change inputs by 0.4%, far less than 4-bit codes do."""
     mapped = CONFIG.replace(memory_gb=1e-9, spool_dir=str(tmp_path))
@@ -310,6 +313,7 @@ def test_sas_beats_nearest_rounding(any_tiny: Pipeline) -> None:
     assert kl < 0.9 * kl_nearest
 
 
+@pytest.mark.slow
 def test_the_demo_model_at_eight_bits_is_nearly_float() -> None:
     pipe = load_model("demo")
     assert fidelity(pipe, run(pipe, "rtn", W8A8), count=8).kl < 0.01

@@ -181,6 +181,7 @@ def test_no_steps_keep_nearest(tiny: Pipeline, samples: CalibrationSet) -> None:
     assert all(torch.equal(codes, after[name]) for name, codes in before.items())
 
 
+@pytest.mark.slow
 def test_same_seed_same_codes(tiny: Pipeline, samples: CalibrationSet) -> None:
     runs = [run_all(tiny, samples, CONFIG, seed=seed) for seed in (0, 0, 1)]
     assert runs[0][0] == runs[1][0]
@@ -188,6 +189,7 @@ def test_same_seed_same_codes(tiny: Pipeline, samples: CalibrationSet) -> None:
     assert any(not torch.equal(codes, runs[2][2][name]) for name, codes in runs[0][2].items())
 
 
+@pytest.mark.slow
 def test_units_do_not_depend_on_each_other(tiny: Pipeline, samples: CalibrationSet) -> None:
     """A unit alone gets the codes it gets among all others."""
     _, _, after = run_all(tiny, samples, CONFIG)
@@ -207,6 +209,7 @@ def test_row_draws_are_a_function_of_seed_and_unit() -> None:
     assert len({tuple(draw(s, n)) for s in (0, 1, -1) for n in ("head", "blocks.0.attn")}) == 6
 
 
+@pytest.mark.slow
 def test_units_in_float_are_skipped(tiny: Pipeline, samples: CalibrationSet) -> None:
     reports, before, after = run_all(tiny, samples, CONFIG, "w4a4+paper+litevar+skip-head")
     assert reports["head"] is None
@@ -219,6 +222,7 @@ def test_a_layer_with_float_weight_is_no_layer_of_a_unit(tiny: Pipeline) -> None
     assert [layer.layer for layer in unit_layers(unit)] == ["blocks.0.ffn.fc1"]
 
 
+@pytest.mark.slow
 def test_the_released_settings_run(tiny: Pipeline, samples: CalibrationSet) -> None:
     config = CalibrationConfig.preset("released")
     assert (config.steps, config.learning_rate, config.regularizer) == (5000, 1e-4, 1e-5)
@@ -231,6 +235,7 @@ def test_the_released_settings_run(tiny: Pipeline, samples: CalibrationSet) -> N
     assert flips < 0.01 * sum(codes.numel() for codes in before.values())
 
 
+@pytest.mark.slow
 def test_the_regularizer_drives_soft_to_hard(tiny: Pipeline) -> None:
     """With a strong lambda the soft loss comes to what is deployed."""
     gaps = []
@@ -243,6 +248,7 @@ def test_the_regularizer_drives_soft_to_hard(tiny: Pipeline) -> None:
     assert gaps[1] < 0.02 < gaps[0]
 
 
+@pytest.mark.slow
 def test_no_learned_state_is_left(tiny: Pipeline, samples: CalibrationSet) -> None:
     model = quantized(tiny)
     for unit in Recorder(tiny, model.get_submodule, samples, CONFIG).units():

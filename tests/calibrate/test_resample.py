@@ -27,6 +27,7 @@ def case(seed: int, images: int, length: int, vocabulary: int, sparse: bool):
     return ids, logits.softmax(-1)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.integers(0, 10_000),

@@ -25,7 +25,7 @@ from varptq.streamed import Streamed, larger_than_memory, quantize_streamed, str
 from varptq.work import Piece, Work
 
 ASKED = prompts(3, 5, 1, 3)
-FEW = CalibrationConfig(num_samples=4)
+FEW = CalibrationConfig(num_samples=2)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,11 @@ def streamed(files: dict[str, Any], config: str, folder: Path, **options: Any) -
     return quantize_streamed(pipe, chosen, folder, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "config", "dtype"),
     [
         ("rtn", "w4a4", torch.bfloat16),
-        ("rtn", "w4a4+paper", torch.float32),
         # The head and layers of every block stay in float.
         ("rtn", "w8a8+skip-head+litevar", torch.float32),
         ("gptq", "w4a8+paper", torch.bfloat16),
@@ -88,6 +88,7 @@ def test_it_is_the_artifact_of_the_whole_model(
     assert varptq.generate(loaded, ASKED, seed=1).images is not None
 
 
+@pytest.mark.slow
 def test_the_files_stay_as_they_are_and_memory_holds_a_block(
     files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_the_files_stay_as_they_are_and_memory_holds_a_block(
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_streamed(files: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tune_steps"):
         streamed(files, "w4a4", tmp_path / "a", calibration=FEW.replace(tune_steps=2))
@@ -124,6 +126,7 @@ def test_what_cannot_be_streamed(files: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shared", "config"), [(True, "w4a4"), (False, "w4a4")])
 def test_a_model_of_classes_goes_the_same_way(
     make_tiny: Callable[..., Pipeline], shared: bool, config: str, tmp_path: Path
@@ -142,6 +145,7 @@ def weights_of(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_one_block_is_in_memory(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of the others are on their files, whatever passes and steps there were."""
     pipe = varptq.load_model(**files, mapped=True).sized(SCALES)
@@ -168,6 +172,7 @@ class KilledError(Exception):
     """Stands for a signal."""
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_kills(files: dict[str, Any], tmp_path: Path) -> None:
     """While units are rounded, and while blocks are packed. Pieces that are finished are not made
     again, and the bytes are those of an uninterrupted run."""
@@ -199,6 +204,7 @@ def test_it_goes_on_after_kills(files: dict[str, Any], tmp_path: Path) -> None:
     assert found == run(None, tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_processes_share_units_and_blocks(
     files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_masses_exactly_on_a_threshold_are_not_duplicated():
             assert float(extra) == (2**expected - 1) * entry.bops_per_copy
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.001, 0.2))
 def test_theta_is_the_smallest_within_the_budget(seed, alpha):

@@ -59,6 +59,7 @@ def differing(a: VAR, b: VAR) -> set[str]:
     return {n.rpartition(".")[2] for (n, x), (_, y) in pairs if not torch.equal(x, y)}
 
 
+@pytest.mark.slow
 def test_tuning_lowers_the_kl_on_new_images(
     tiny: Pipeline, result: QuantizedPipeline, untuned: QuantizedPipeline
 ) -> None:
@@ -79,6 +80,7 @@ def test_only_what_an_artifact_stores_beside_codes_changes(
     assert not any(t.requires_grad for t in result.var.state_dict(keep_vars=True).values())
 
 
+@pytest.mark.slow
 def test_the_float_model_stays_as_it_is(tiny: Pipeline) -> None:
     before = copy.deepcopy(tiny.var.state_dict())
     tuned(tiny)
@@ -86,6 +88,7 @@ def test_the_float_model_stays_as_it_is(tiny: Pipeline) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_the_gate_keeps_what_was_there(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps far too large make the model worse, so none of them may stay."""
     for rate in ("SCALE_RATE", "BIAS_RATE"):
@@ -98,6 +101,7 @@ def test_the_gate_keeps_what_was_there(tiny: Pipeline, monkeypatch: pytest.Monke
     assert all(torch.equal(t, before[name]) for name, t in tensors.items())
 
 
+@pytest.mark.slow
 def test_the_gate_sees_images_that_tuning_does_not(
     tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +170,7 @@ def test_what_was_trained_is_deployed_and_stored(
     assert not differing(loaded.var, result.var)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "sas"])
 def test_a_second_run_takes_the_tuned_tensors(tiny: Pipeline, tmp_path: Path, method: str) -> None:
     small = CONFIG.replace(tune_steps=3, steps=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ FILES = sorted(["analysis.json", "mixed.json", *(f"{name}.png" for name in PICTU
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The tiny model as two checkpoint files."""
+def model(
+    make_tiny: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """A tiny model of one block as two checkpoint files."""
+    tiny = make_tiny(depth=1)
     folder, words = tmp_path_factory.mktemp("tiny"), []
     for part, network in (("var", tiny.var), ("vae", tiny.vae)):
         save_file(network.state_dict(), folder / f"{part}.safetensors")
@@ -44,6 +48,7 @@ def analyzed(
     return folder, json.loads(ran.out)
 
 
+@pytest.mark.slow
 def test_the_folder_holds_numbers_a_config_and_pictures(
     analyzed: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -55,12 +60,14 @@ def test_the_folder_holds_numbers_a_config_and_pictures(
             assert min(picture.size) > 300
 
 
+@pytest.mark.slow
 def test_the_suggestion_gains_on_other_images(analyzed: tuple[Path, dict[str, Any]]) -> None:
     found, base = analyzed[1]["suggestion"], analyzed[1]["base"]
     assert found["verified"]["mixed"]["kl"] < found["verified"]["base"]["kl"]
     assert base["bops"] < found["bops"] <= 1.1 * base["bops"]
 
 
+@pytest.mark.slow
 def test_the_mixed_config_can_be_quantized(
     analyzed: tuple[Path, dict[str, Any]], model: list[str], tmp_path: Path
 ) -> None:
@@ -134,6 +141,7 @@ def test_the_python_call_gives_the_same(
     assert {**analyzed[1], "seconds": 0} == {**json.loads(json.dumps(document)), "seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_frontier_writes_a_config_for_each_budget(model: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     budget = ("--frontier", "--budget-bops", 1.15, "--images", 2)

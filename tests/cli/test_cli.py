@@ -46,6 +46,7 @@ def artifact(quantized: tuple[Path, dict[str, Any]]) -> Path:
     return quantized[0]
 
 
+@pytest.mark.slow
 def test_quantize_says_what_it_made(quantized: tuple[Path, dict[str, Any]]) -> None:
     folder, document = quantized
     names = sorted(path.name for path in folder.iterdir())
@@ -61,6 +62,7 @@ def test_quantize_says_what_it_made(quantized: tuple[Path, dict[str, Any]]) -> N
     assert document["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_everything_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -77,6 +79,7 @@ def test_a_dry_run_says_everything_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_with_nothing_but_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the number of images, for the sake of time: the defaults are said before, and
     afterwards what to do next."""
@@ -90,19 +93,22 @@ def test_with_nothing_but_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "varptq generate demo-w4a4 --classes 0,1,2" in text and "the float model" in text
 
 
-def test_quantize_prints_a_table(tmp_path: Path) -> None:
-    words = ("--method", "rtn", "--config", "w4a4+paper", "--out", tmp_path / "a")
-    ran = succeed("quantize", "--model", "demo", *words)
-    for word in (
-        "demo",
-        "w4a4+paper, rtn",
-        "4.28 bits each",
-        "nearest rounding",
-        str(tmp_path)[:20],
-    ):
-        assert word in ran.out
+@pytest.fixture(scope="module")
+def nearest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo model with its weights rounded to nearest, in a second, and the table printed."""
+    folder = tmp_path_factory.mktemp("nearest") / "artifact"
+    words = ("--method", "rtn", "--config", "w4a4+paper", "--out", folder)
+    return folder, succeed("quantize", "--model", "demo", *words).out
 
 
+def test_quantize_prints_a_table(nearest: tuple[Path, str]) -> None:
+    folder, out = nearest
+    words = ("demo", "w4a4+paper, rtn", "4.28 bits each", "nearest rounding", str(folder)[:20])
+    for word in words:
+        assert word in out
+
+
+@pytest.mark.slow
 def test_quantize_files_with_a_config_and_calibration_from_files(tmp_path: Path) -> None:
     config, calibration = tmp_path / "config.json", tmp_path / "calibration.yaml"
     config.write_text(json.dumps(varptq.QuantConfig.preset("w6a8+paper+litevar").to_dict()))
@@ -115,6 +121,7 @@ def test_quantize_files_with_a_config_and_calibration_from_files(tmp_path: Path)
     assert found == {"num_samples": 3, "steps": 2, "budget": 0.02}
 
 
+@pytest.mark.slow
 def test_group_size_changes_the_weights(tmp_path: Path) -> None:
     words = ("--method", "rtn", "--group-size", 16, "--samples", 2, "--out", tmp_path / "a")
     succeed("quantize", "--random", "demo", *words)
@@ -123,6 +130,7 @@ def test_group_size_changes_the_weights(tmp_path: Path) -> None:
     assert bits["word_embed"]["weight"] == "8 bits, groups of 16"
 
 
+@pytest.mark.slow
 def test_generate_writes_what_the_api_gives(artifact: Path, tmp_path: Path) -> None:
     settings = ("--seed", 7, "--cfg", 2, "--top-k", 50, "--top-p", 0.9, "--batch-size", 4)
     words = ("--classes", "cat,9, 0", "--count", 2, *settings, "--out", tmp_path / "new", "--json")
@@ -166,6 +174,7 @@ def test_force_replaces_files_of_the_same_name_only(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_info_of_an_artifact(artifact: Path) -> None:
     document = succeed("info", artifact, "--json").document
     assert document["kind"] == "quantized w4a4+groups"
@@ -323,14 +332,14 @@ BAD_COMMANDS = [
 
 @pytest.mark.parametrize(("line", "expected"), BAD_COMMANDS, ids=[line for line, _ in BAD_COMMANDS])
 def test_a_mistake_is_one_line_and_exit_code_2(
-    line: str, expected: str, artifact: Path, tmp_path: Path
+    line: str, expected: str, nearest: tuple[Path, str], tmp_path: Path
 ) -> None:
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "broken.json").write_text("{")
     unknown = {**varptq.QuantConfig.preset("w4a4+paper").to_dict(), "bits": 4}
     (tmp_path / "unknown.yaml").write_text(json.dumps(unknown))
     before = sorted(tmp_path.rglob("*"))
-    places = {"here": tmp_path, "new": tmp_path / "new", "artifact": artifact, "assets": DEMO}
+    places = {"here": tmp_path, "new": tmp_path / "new", "artifact": nearest[0], "assets": DEMO}
     ran = run(*(word.format(**places) for word in line.split()))
     assert ran.code == 2, ran
     assert ran.out == ""

@@ -52,6 +52,7 @@ def evaluated(
     return out, succeed(*words, "--json").document
 
 
+@pytest.mark.slow
 def test_everything_is_written(evaluated: tuple[Path, dict[str, Any]], artifact: Path) -> None:
     out, document = evaluated
     names = sorted(path.name for path in out.iterdir())
@@ -66,6 +67,7 @@ def test_everything_is_written(evaluated: tuple[Path, dict[str, Any]], artifact:
     assert {name: images.count for name, images in files.items()} == {"quantized": 5, "float": 5}
 
 
+@pytest.mark.slow
 def test_the_document_has_the_numbers_and_what_made_them(
     evaluated: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -86,6 +88,7 @@ def test_the_document_has_the_numbers_and_what_made_them(
     assert document["checksums"]["samples"] == hashlib.sha256(digest).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_second_run_goes_on_and_prints_a_table(
     evaluated: tuple[Path, dict[str, Any]], artifact: Path
 ) -> None:
@@ -103,6 +106,7 @@ def test_a_second_run_goes_on_and_prints_a_table(
     assert json.loads((out / "metrics.json").read_text()) == document
 
 
+@pytest.mark.slow
 def test_one_metric_of_an_artifact_beside_files(artifact: Path, tmp_path: Path) -> None:
     words = ("--var", VAR, "--vae", VAE, "--metrics", "psnr, token_agreement", "--count", 2)
     document = succeed(
@@ -114,6 +118,7 @@ def test_one_metric_of_an_artifact_beside_files(artifact: Path, tmp_path: Path) 
     assert pictures == ["000000.png", "000001.png"]
 
 
+@pytest.mark.slow
 def test_a_float_model_that_is_another_one_is_warned_of(foreign: Path, tmp_path: Path) -> None:
     words = ("evaluate", foreign, "--count", 1, "--metrics", "psnr", "--out")
     ran = run(*words, tmp_path / "a")
@@ -124,6 +129,7 @@ def test_a_float_model_that_is_another_one_is_warned_of(foreign: Path, tmp_path:
     assert "warning" not in ran.err
 
 
+@pytest.mark.slow
 def test_features_of_a_float_model_by_itself(tmp_path: Path) -> None:
     import torch
 

@@ -103,6 +103,7 @@ def test_what_the_hub_refuses_is_one_line(other: Path, hub: Client) -> None:
     assert list(hub.hub.sent("org/public")) == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_what_cannot_go_is_refused_first(artifact: Path, other: Path, tmp_path: Path) -> None:
     def refused(*words: object) -> str:
         ran = run("push", *words)
@@ -125,6 +126,7 @@ def test_what_cannot_go_is_refused_first(artifact: Path, other: Path, tmp_path: 
     assert "model.safetensors: has 0 bytes" in refused(other, "org/demo")
 
 
+@pytest.mark.slow
 def test_a_card_of_ones_own_goes_as_it_is(artifact: Path, other: Path) -> None:
     mine = (other / "README.md").read_text() + "\nTrained on my own photos.\n"
     (other / "README.md").write_text(mine)

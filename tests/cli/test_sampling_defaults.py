@@ -46,6 +46,7 @@ def test_what_is_not_said_is_the_models_own() -> None:
         varptq.generate(pipe, ["ship"], tau=[1, 2])
 
 
+@pytest.mark.slow
 def test_tau_divides_the_logits_before_guidance_and_filters() -> None:
     pipe, labels = varptq.build_model("demo", seed=2), torch.tensor([1, 3])
     tokens = varptq.generate(pipe, labels, seed=0, decode=False).tokens

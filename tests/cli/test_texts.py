@@ -18,6 +18,7 @@ from torch import Tensor
 
 import varptq
 from helpers.cli_calls import run, succeed
+from helpers.few_images import analyze_few
 from helpers.infinity_states import PRESET, features, sized
 from varptq.cli.model_choice import ModelChoice
 from varptq.evaluate.networks.clip import TransformersClip
@@ -45,6 +46,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "prompts.safetensors"
 
 
+@pytest.mark.slow
 def test_texts_become_pictures_named_after_them(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("--prompt", TEXTS[0], "--prompt", TEXTS[1], "--count", 2, "--encoder", tmp_path)
@@ -70,6 +72,7 @@ def test_texts_become_pictures_named_after_them(tmp_path: Path) -> None:
         assert arrays["lengths"].tolist() == [3, 3, 4, 4]
 
 
+@pytest.mark.slow
 def test_an_edit_towards_a_text(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 44, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
@@ -91,6 +94,7 @@ def test_an_edit_towards_a_text(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_file_and_a_size(file: Path, tmp_path: Path) -> None:
     words = ("--prompts", file, "--size", "84x56", "--cfg", 1, "--out", tmp_path / "grid.png")
     refused = run("generate", "--random", "tiny", *words)
@@ -119,7 +123,6 @@ class Scorer:
 def test_from_a_model_to_its_report(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One block: an analysis measures every tensor several times.
     shallow = dataclasses.replace(PRESET, transformer_arch=sized(depth=1))
     monkeypatch.setitem(PRESETS, "tiny", shallow)
     made = ("--config", "w4a4", "--method", "rtn", "--samples", 3, "--out", tmp_path / "q")
@@ -144,10 +147,12 @@ def test_from_a_model_to_its_report(
         pictures = sorted((out / f"{kind}-geneval" / "00001" / "samples").iterdir())
         assert [path.name for path in pictures] == ["0000.png", "0001.png"]
     assert "two dogs" in (out / "report.html").read_text()
+    analyze_few(monkeypatch.setattr)
     few = ("--images", 1, "--widths", 4, "--out", tmp_path / "analysis")
     succeed("analyze", "--random", "tiny", "--prompts", file, *few)
 
 
+@pytest.mark.slow
 def test_layouts_take_names_from_the_records(tmp_path: Path) -> None:
     records = [{"id": f"p-{n}", "category": "art", "prompt": t} for n, t in enumerate(TEXTS)]
     path = tmp_path / "prompts.json"
@@ -209,16 +214,19 @@ def test_what_is_refused_in_one_line(line: str, expected: str, tmp_path: Path) -
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_goes_block_by_block(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shallow = dataclasses.replace(PRESET, transformer_arch=sized(depth=2))
+    monkeypatch.setitem(PRESETS, "tiny", shallow)
     var, vae = write_random("tiny", tmp_path / "files")
     words = ("quantize", "--var", var, "--vae", vae, "--prompts", file, "--size", "0.06M")
     words = (*words, "--samples", 1, "--json", "--method")
     ran = {}
     for name, copies in (("whole", 1), ("streamed", 10**6)):
         monkeypatch.setattr("varptq.streamed.IN_MEMORY", copies)
-        ran[name] = succeed(*words, "gptq", "--memory", "1GB", "--out", tmp_path / name)
+        ran[name] = succeed(*words, "rtn", "--memory", "1GB", "--out", tmp_path / name)
         assert ("block by block" in ran[name].err) == (name == "streamed")
         assert not (tmp_path / f"{name}.work").exists()
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ran)

@@ -71,6 +71,7 @@ def conditions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
     yield seen
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     st.sampled_from([(1, 1), (1, 9), (3, 2), (6, 6), (37, 37), (130, 41), (41, 130)]),
@@ -99,6 +100,7 @@ def test_kept_pixels_are_kept(
         assert np.abs(white - (y, x)).max(1).min() <= width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["inpaint", "outpaint", "class"])
 def test_every_pipeline_edits(any_pipe: Pipeline, task: str) -> None:
     label = "cat" if task == "class" else None

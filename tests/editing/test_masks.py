@@ -197,6 +197,7 @@ def bilinear(grid: np.ndarray, side: int) -> np.ndarray:
     return result
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 8), (2, 3, 7), (1,), (3,)]),
     st.floats(0, 1),
@@ -230,6 +231,7 @@ def test_forced_ids_are_given_or_free() -> None:
     assert keep[0] and not keep[5] and keep[6]
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(sizes, fits, st.integers(0, 9), st.floats(0, 0.2), st.integers(0, 2**20))
 def test_the_feather_is_a_band_around_the_mask(

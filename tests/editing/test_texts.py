@@ -77,9 +77,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     yield seen
 
 
-@pytest.mark.parametrize("size", [(50, 30), (24, 44), (32, 32)])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "task", [{"task": "inpaint"}, {"task": "outpaint", "to": CAT}, {"task": "prompt", "to": CAT}]
+    ("size", "task"),
+    [
+        ((50, 30), {"task": "inpaint"}),
+        ((24, 44), {"task": "outpaint", "to": CAT}),
+        ((32, 32), {"task": "prompt", "to": CAT}),
+    ],
 )
 def test_every_runtime_edits_in_the_pictures_proportions(
     any_pipe: Pipeline, size: tuple[int, int], task: dict[str, Any]

@@ -72,6 +72,7 @@ def test_errors_equal_brute_force(any_tiny: Pipeline) -> None:
     torch.testing.assert_close(ours, brute_force(any_tiny, products), rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_one_scale(make_tiny: Callable[..., Pipeline]) -> None:
     pipe = make_tiny(scales=Scales((3,)), depth=1)
     ours = product_errors(pipe, [coarse], LABELS, ids_of(pipe))

@@ -81,6 +81,7 @@ def features(subject: Subject) -> Features:
     return NETWORK(torch.from_numpy(images(subject)))
 
 
+@pytest.mark.slow
 def test_token_metrics_are_those_of_all_images_at_once(pair: tuple[Subject, Subject]) -> None:
     ours, theirs = pair
     document = evaluate(ours, theirs, token_images=11)
@@ -120,6 +121,7 @@ def test_codebook_frequencies_are_counted(pair: tuple[Subject, Subject]) -> None
     assert found["distance"] == pytest.approx(np.abs(shares[0] - shares[1]).sum(), abs=EXACT)
 
 
+@pytest.mark.slow
 def test_distributions_are_compared_on_features(
     pair: tuple[Subject, Subject], tmp_path: Path
 ) -> None:

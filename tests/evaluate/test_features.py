@@ -70,7 +70,7 @@ def full_file(full_state: State, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def full_features(full_file: Path) -> Features:
-    return load_network(f"inception:{full_file}")(pixels(2, 37))
+    return load_network(f"inception:{full_file}")(pixels(1, 37))
 
 
 def script_names(state: State) -> State:
@@ -104,50 +104,32 @@ class Holder(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_the_inception_gives_pooled_spatial_and_probabilities(full_features: Features) -> None:
     pooled, spatial, probabilities = full_features
-    assert pooled.shape == (2, 2048)
-    assert spatial is not None and spatial.shape == (2, 2023)
-    assert probabilities is not None and probabilities.shape == (2, 1008)
+    assert pooled.shape == (1, 2048)
+    assert spatial is not None and spatial.shape == (1, 2023)
+    assert probabilities is not None and probabilities.shape == (1, 1008)
     assert pooled.dtype == spatial.dtype == probabilities.dtype == torch.float32
     assert pooled.std() > 0.01 and spatial.std() > 0.01, "a dead network tests nothing"
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(2))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(1))
 
 
+@pytest.mark.slow
 def test_probabilities_leave_out_the_bias(full_features: Features, full_state: State) -> None:
     expected = (full_features.pooled @ full_state["fc.weight"].T).softmax(-1)
     torch.testing.assert_close(full_features.probabilities, expected)
 
 
-def test_spatial_features_are_the_first_branch_channels_last(full_file: Path) -> None:
+@pytest.mark.slow
+def test_spatial_features_and_pools_are_those_of_the_fid_network(full_file: Path) -> None:
+    """Of the first branch, channels last. In a corner a window of a pool holds 4 pixels: their
+    mean, in the last block their maximum."""
     network = load_network(f"inception:{full_file}")
     assert isinstance(network, InceptionFeatures)
     seen: list[Tensor] = []
     branch = network.network.get_submodule("Mixed_6d.branch1x1")
     branch.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    spatial = network(pixels(1, 37)).spatial
-    assert spatial is not None and spatial.std() > 0.01
-    expected = [seen[0][0, c, y, x] for y in range(17) for x in range(17) for c in range(7)]
-    assert torch.equal(spatial[0], torch.stack(expected))
-
-
-def test_folding_the_norms_moves_features_by_rounding_only(
-    full_state: State, full_features: Features
-) -> None:
-    network = inception.Inception(with_fc=True)
-    weights.fill(network, full_state, "state")
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(norms) == 94 and {norm.eps for norm in norms} == {0.001}
-    expected = InceptionFeatures(network)(pixels(2, 37))
-    for ours, theirs in zip(full_features, expected, strict=True):
-        assert ours is not None and theirs is not None
-        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
-
-
-def test_pools_are_those_of_the_fid_network(full_file: Path) -> None:
-    """In a corner a window holds 4 pixels: their mean, in the last block their maximum."""
-    network = load_network(f"inception:{full_file}")
-    assert isinstance(network, InceptionFeatures)
     inputs: dict[str, Tensor] = {}
     names = [f"{block}{part}" for block in inception.BLOCKS for part in ("", ".branch_pool")]
     for name, module in network.network.named_modules():
@@ -155,7 +137,10 @@ def test_pools_are_those_of_the_fid_network(full_file: Path) -> None:
             module.register_forward_pre_hook(
                 lambda _module, args, name=name: inputs.update({name: args[0]})
             )
-    network(pixels(1, 37))
+    spatial = network(pixels(1, 37)).spatial
+    assert spatial is not None and spatial.std() > 0.01
+    expected = [seen[0][0, c, y, x] for y in range(17) for x in range(17) for c in range(7)]
+    assert torch.equal(spatial[0], torch.stack(expected))
     pooled = [name for name in inception.BLOCKS if f"{name}.branch_pool" in inputs]
     assert len(pooled) == 9
     for name in pooled:
@@ -164,12 +149,27 @@ def test_pools_are_those_of_the_fid_network(full_file: Path) -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
+def test_folding_the_norms_moves_features_by_rounding_only(
+    full_state: State, full_features: Features
+) -> None:
+    network = inception.Inception(with_fc=True)
+    weights.fill(network, full_state, "state")
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 94 and {norm.eps for norm in norms} == {0.001}
+    expected = InceptionFeatures(network)(pixels(1, 37))
+    for ours, theirs in zip(full_features, expected, strict=True):
+        assert ours is not None and theirs is not None
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.slow
 def test_torchscript_and_plain_tensors_agree(
     full_state: State, full_features: Features, tmp_path: Path
 ) -> None:
     path = tmp_path / "trunk.pt"
     torch.jit.script(Holder(script_names(full_state))).save(str(path))
-    found = load_network(f"inception:{path}")(pixels(2, 37))
+    found = load_network(f"inception:{path}")(pixels(1, 37))
     for ours, theirs in zip(full_features, found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -232,6 +232,7 @@ def bilinear(plane: np.ndarray, side: int, centred: bool) -> np.ndarray:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("shape", [(37, 32), (1, 3), (320, 130)])
 def test_images_are_resized_to_299_as_stated(shape: tuple[int, int], legacy: bool) -> None:
@@ -330,6 +331,7 @@ def broken(state: State, change: str) -> State:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -47,6 +47,7 @@ def test_it_agrees_with_scipys_matrix_root(dim: int) -> None:
 variance = st.just(0.0) | st.floats(1e-3, 100)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(variance, variance), min_size=1, max_size=9))
 def test_independent_features_have_a_closed_form(variances: list[tuple[float, float]]) -> None:
     first, second = torch.tensor(variances, dtype=torch.float64).T
@@ -69,6 +70,7 @@ def test_features_without_variance_are_apart_by_their_means() -> None:
     assert frechet_distance(a, b) == 12.0
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 1000))
 def test_streams_and_merges_see_what_one_pass_sees(sizes: list[int], dim: int, seed: int) -> None:
     x = features(sum(sizes) + 1, dim, seed)
@@ -121,11 +123,12 @@ def test_mistakes_are_named() -> None:
         Gaussian.from_moments(torch.ones(3), torch.ones(2, 2))
 
 
+@pytest.mark.slow
 def test_the_bias_of_means_is_their_expected_distance() -> None:
     """Sets of 5 and 7 from one distribution: the mean over many draws of |m1 - m2|^2."""
-    draws, generator = 4000, torch.Generator().manual_seed(0)
+    draws, generator = 1000, torch.Generator().manual_seed(0)
     a, b = (torch.randn(draws, n, 3, generator=generator, dtype=torch.float64) for n in (5, 7))
     expected = (a.mean(1) - b.mean(1)).square().sum(1).mean()
     found = [bias_of_means(Gaussian.of(x), Gaussian.of(y)) for x, y in zip(a, b, strict=True)]
-    # Both scatter by less than 2% over this many draws.
-    assert sum(found) / draws == pytest.approx(float(expected), rel=0.05)
+    # Both scatter by less than 4% over this many draws.
+    assert sum(found) / draws == pytest.approx(float(expected), rel=0.08)

@@ -36,6 +36,7 @@ def by_definition(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
 grids = st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=4, max_size=13)
 
 
+@pytest.mark.slow
 @given(grids, grids, st.integers(1, 3))
 def test_it_is_its_definition_ties_and_duplicates_included(
     real: list[tuple[int, ...]], fake: list[tuple[int, ...]], k: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ import torch
 
 import varptq
 from helpers.checkpoint_states import one_line
-from helpers.infinity_states import PRESET, features, prompts, sized
-from varptq.analyze.analyze import AnalysisConfig, analyze
+from helpers.infinity_states import PRESET, features, prompts
 from varptq.errors import InputError, OutputError
 from varptq.evaluate.evaluate import Subject, evaluate
 from varptq.evaluate.preflight import Instruments
@@ -53,6 +51,7 @@ class Lengths:
         return torch.ones(len(pixels), 2), torch.tensor([[len(text), 1.0] for text in texts])
 
 
+@pytest.mark.slow
 def test_calibration_says_what_it_drew_for(model: Pipeline, quantized: QuantizedPipeline) -> None:
     assert quantized.report["prompts"] == {"count": 3, "sha256": PROMPTS.sha256()}
     assert model.chosen is None and quantized.pool() is PROMPTS
@@ -61,6 +60,7 @@ def test_calibration_says_what_it_drew_for(model: Pipeline, quantized: Quantized
     one_line(caught, "tiny", "wants prompts=")
 
 
+@pytest.mark.slow
 def test_measures_on_given_prompts(
     model: Pipeline, quantized: QuantizedPipeline, tmp_path: Path
 ) -> None:
@@ -88,17 +88,6 @@ def test_measures_on_given_prompts(
     with pytest.raises(InputError) as caught:
         evaluate(subjects["quantized"], subjects["float"], prompts=PROMPTS[:2])
     one_line(caught, "prompts", "give those that they were drawn for")
-
-
-@pytest.mark.slow
-def test_an_analysis_on_given_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one block: an analysis measures every tensor several times."""
-    shallow = dataclasses.replace(PRESET, transformer_arch=sized(depth=1))
-    monkeypatch.setitem(PRESETS, "tiny", shallow)
-    model = varptq.build_model("tiny", seed=1)
-    settings = AnalysisConfig(images=2, widths=(4,))
-    found = analyze(model, QuantConfig.preset("w4a4"), settings=settings, prompts=PROMPTS)
-    assert found.document["base"]["kl"] > 0
 
 
 def test_class_models_have_prompts_of_their_own() -> None:

@@ -66,6 +66,7 @@ def test_any_classes_in_a_row_are_different() -> None:
     assert labels != balanced(5, 13, seed=1).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [("00000.npz",), ("00001.npz",), ("00001.npz", "00002.npz")])
 def test_lost_shards_come_back_the_same(
     tiny: Pipeline, seven: SampleSet, lost: tuple[str, ...]
@@ -78,6 +79,7 @@ def test_lost_shards_come_back_the_same(
     assert contents(seven.folder) == before
 
 
+@pytest.mark.slow
 def test_a_set_grows_and_shrinks(tiny: Pipeline, seven: SampleSet, tmp_path: Path) -> None:
     direct = sampled(tiny, tmp_path / "direct", 11)
     grown = sampled(tiny, seven.folder, 11)
@@ -134,6 +136,7 @@ def test_a_killed_run_goes_on_to_the_same_files(tmp_path: Path, warm: Path) -> N
     assert contents(tmp_path / "killed") == contents(tmp_path / "direct")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -154,6 +157,7 @@ def test_samples_of_other_settings_are_not_mixed(
     assert contents(seven.folder) != before
 
 
+@pytest.mark.slow
 def test_samples_of_another_model_are_not_mixed(
     tiny: Pipeline, tiny_no_l2: Pipeline, seven: SampleSet
 ) -> None:
@@ -167,6 +171,7 @@ def test_samples_of_another_model_are_not_mixed(
         sampled(tiny_no_l2, seven.folder, 7)
 
 
+@pytest.mark.slow
 def test_force_leaves_other_files_alone(
     tiny_no_l2: Pipeline, seven: SampleSet, tmp_path: Path
 ) -> None:
@@ -175,6 +180,7 @@ def test_force_leaves_other_files_alone(
     assert sorted(contents(other.folder)) == ["00000.npz", "notes.npz", "samples.json"]
 
 
+@pytest.mark.slow
 def test_what_decides_the_images_decides_the_fingerprint(tiny: Pipeline) -> None:
     quantized = quantize(tiny, QuantConfig.preset("w4a4+paper"), method="rtn")
     found = [model_sha256(tiny), model_sha256(quantized)]
@@ -186,6 +192,7 @@ def test_what_decides_the_images_decides_the_fingerprint(tiny: Pipeline) -> None
     assert model_sha256(tiny) == found[0]
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_made_again(tiny: Pipeline, seven: SampleSet) -> None:
     before = contents(seven.folder)
     path = seven.folder / "00001.npz"
@@ -203,6 +210,7 @@ def test_numbers_below_one_are_refused(tiny: Pipeline, tmp_path: Path, name: str
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_digest_does_not_see_shards(tiny: Pipeline, seven: SampleSet, tmp_path: Path) -> None:
     # Batches of one: then every image is summed in the same order.
     first, second = (sampled(tiny, tmp_path / str(n), 7, shard=n, batch=1) for n in (2, 5))
@@ -228,6 +236,7 @@ def test_the_npz_is_a_fixed_shuffle_that_adm_reads(seven: SampleSet, tmp_path: P
     assert (np.concatenate(list(files.batches(3))) == shuffled).all()
 
 
+@pytest.mark.slow
 def test_the_png_folder_holds_this_set_and_no_other(
     tiny: Pipeline, seven: SampleSet, tmp_path: Path
 ) -> None:

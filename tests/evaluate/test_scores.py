@@ -42,6 +42,7 @@ def test_it_is_its_definition(count: int, classes: int, split: int, seed: int) -
     assert inception_score(p_NK, split) == pytest.approx(by_definition(p_NK, split), rel=1e-9)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 12))
 def test_batches_do_not_matter_but_splits_do(sizes: list[int], split: int) -> None:
     p_NK = distributions(sum(sizes) + 1, 5)

@@ -81,6 +81,7 @@ def test_kl_is_the_sum_written_out_and_not_negative(seed: int, size: int, spread
     assert found >= -1e-15
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 999),
     size=st.integers(1, 130),

@@ -19,7 +19,7 @@ import varptq
 DEMO = varptq.models.presets.ASSETS / "demo"
 SMALL: dict[str, Any] = {
     "widths": [4, 8],
-    "schedule": {"steps": 4, "batch": 6, "learning_rate": 1e-3, "warmup": 1, "save_every": 2},
+    "schedule": {"steps": 4, "batch": 2, "learning_rate": 1e-3, "warmup": 1, "save_every": 2},
 }
 FILE = "vae_demo.safetensors"
 Command = Callable[..., tuple[int, str, str]]
@@ -57,6 +57,7 @@ def train(
     return run
 
 
+@pytest.mark.slow
 def test_only_the_decoder_changes(train: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, text, error = train(out, SMALL)
@@ -74,6 +75,7 @@ def test_only_the_decoder_changes(train: Command, tmp_path: Path) -> None:
     assert code == 2 and "is the state of another recipe" in error.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_state_is_gone_on_with(
     parts: dict[str, ModuleType], train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_the_files_are_a_model_and_a_record(trained: Path, parts: dict[str, Modu
     assert measures["test_loss"] < 1.2 * math.log(2)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_in_the_same_weights(
     train: Callable[..., int],
     trained: Path,

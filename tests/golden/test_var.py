@@ -123,6 +123,7 @@ def test_forced_positions_reproduce_an_edit(golden: Golden, a_file: str) -> None
     assert error(logits, data["edit_guided_logits"]) <= 2 * GUIDED
 
 
+@pytest.mark.slow
 def test_real_width_by_recipe(golden: Golden) -> None:
     data = golden.npz("h_recipe_var.npz")
     vae_data = golden.npz(str(data["vae_file"]))

@@ -22,6 +22,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 def test_every_word_of_imagenet_is_a_class_or_is_refused_with_those_it_could_be() -> None:
     entries = imagenet_classes()
     assert len(entries) == len({title_of(entry) for entry in entries}) == 1000

@@ -53,6 +53,7 @@ def test_it_draws_by_draw_and_point(dots: Pipeline) -> None:
         varptq.generate(dots, POINTS, more_smooth=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["w8a8", "w4a4", "w4a4+paper"])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "sas"])
 def test_it_is_quantized_saved_loaded_and_runs_on_integers(
@@ -81,6 +82,7 @@ def test_it_is_quantized_saved_loaded_and_runs_on_integers(
     assert 0 < fidelity.kl < (0.2 if config == "w8a8" else 20) and fidelity.top1 > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(3, 5), Scales([1, 2, (4, 3), (6, 4)])])
 def test_a_request_brings_its_own_maps(dots: Pipeline, size: Any, tmp_path: Path) -> None:
     """Rectangles and another number of scales, from one artifact made for squares."""

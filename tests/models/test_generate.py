@@ -87,6 +87,7 @@ def test_guidance_zero_computes_no_unconditional_rows(tiny: Pipeline) -> None:
     assert rows == [5, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "reference", "cpu"])
 def test_no_unconditional_rows_behind_the_guided_scales(
     kind: str, tiny: Pipeline, tmp_path: Path

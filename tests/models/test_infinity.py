@@ -111,14 +111,15 @@ def test_guidance_beyond_the_blocks(tiny: Pipeline) -> None:
     one_line(caught, "guide_at: empty")
 
 
-@pytest.mark.parametrize("config", ["w8a8", "w4a4", "w4a4+paper"])
-def test_it_is_quantized_saved_and_loaded(tiny: Pipeline, config: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_it_is_quantized_saved_and_loaded(tiny: Pipeline, tmp_path: Path) -> None:
+    """In one config; calibrate/test_texts.py has the others."""
     asked = prompts(3, 5, 1, 3)
     with pytest.raises(InputError, match="wants prompts="):
         tiny.pool()
     q = varptq.quantize(
         tiny.drawing_for(asked),
-        varptq.QuantConfig.preset(config),
+        varptq.QuantConfig.preset("w4a4"),
         method="rtn",
         calibration=varptq.CalibrationConfig(num_samples=4),
     )
@@ -154,6 +155,7 @@ SHARES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), list(SHARES))
 def test_shares_of_published_models(name: str, size: str) -> None:
     """Counted by hand from the published sizes."""

@@ -197,6 +197,7 @@ ALIKE = ("blocks.1.", "blocks.2.", "mid.block_2.", ".block.1.")
 OPTIONAL = ("zero_k_bias", "cfg_uncond")
 
 
+@pytest.mark.slow
 def test_any_missing_tensor_is_named(tmp_path: Path) -> None:
     var, vae = states()
     paths = tmp_path / "var.safetensors", tmp_path / "vae.safetensors"
@@ -205,7 +206,8 @@ def test_any_missing_tensor_is_named(tmp_path: Path) -> None:
     for path, state in zip(paths, (var, vae), strict=True):
         whole = path.read_bytes()
         for name in state:
-            if any(part in name for part in (*ALIKE, *OPTIONAL)):
+            # Of blocks the first and the last: the others are read by the same lines.
+            if any(part in name for part in (*ALIKE, *OPTIONAL, "blocks.1.", "blocks.2.")):
                 continue
             left = {other: tensor for other, tensor in state.items() if other != name}
             save_file(left if state is vae else theirs(left, 2), path)
@@ -237,6 +239,7 @@ def test_impossible_tensors(name: str, shape: tuple[int, ...], words: str) -> No
     one_line(caught, words)
 
 
+@pytest.mark.slow
 def test_a_pair_that_does_not_belong_together(tmp_path: Path) -> None:
     var, vae = states()
     other = states(vae_arch=dataclasses.replace(VAE_ARCH, code_dim=5))[1]

@@ -15,6 +15,7 @@ from varptq.models import presets
 from varptq.models.random_files import write_random
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["tiny", "demo"])
 def test_they_are_those_of_the_model_in_memory(

@@ -64,6 +64,7 @@ def test_what_is_not_entered_is_given_back_and_read_again(tmp_path: Path) -> Non
     assert not resident()
 
 
+@pytest.mark.slow
 @needs_smaps
 @pytest.mark.parametrize("reads", ["classes", "texts"])
 def test_a_model_by_blocks_remembers_on_files(

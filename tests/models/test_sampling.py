@@ -104,6 +104,7 @@ def test_streams_differ_by_seed_image_and_purpose_and_leave_the_global_generator
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_no_two_images_of_a_run_share_a_stream():
     randoms = image_randoms(0, range(50_000))
     assert len({random.uniform(2).numpy().tobytes() for random in randoms}) == len(randoms)

@@ -176,6 +176,7 @@ def quantized(pipe: Pipeline, method: str = "gptq", **changes: Any) -> Any:
     return varptq.quantize(pipe, config_with("toy"), method=method, calibration=calibration)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_a_new_row_goes_from_config_to_artifact(tiny: Pipeline, tmp_path: Path) -> None:
     """One entry of the table, and nothing else knows of it: GPTQ asks it for the nearest codes,

@@ -36,6 +36,7 @@ def same(ours: Fake, plain: Fake, x: Tensor) -> None:
         assert torch.equal(ours(copies[0]), outputs[1].detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @given(st.data(), st.sampled_from((-1, -2, (-2, -1))))
 def test_every_row(name: str, data: st.DataObject, dims: affine.Dims) -> None:

@@ -116,6 +116,7 @@ def test_wrappers(what: str, tmp_path: Path, vae_file: Path, counted: Callable[[
     assert_loads(saved(WRAPPED[what], tmp_path / "var.pth"), vae_file)
 
 
+@pytest.mark.slow
 def test_one_file_for_both(tmp_path: Path, counted: Callable[[], None]) -> None:
     for what in ("Lightning with both", "both in one dict", "VAR's trainer under DDP"):
         counted()

@@ -92,6 +92,7 @@ def test_a_copy_still_notices_that_its_file_has_changed(
     varptq.edit(deep, PICTURE, box=(0, 0, 0.5, 1))
 
 
+@pytest.mark.slow
 def test_threads_share_a_pipeline(pipes: dict[str, Pipeline], counted: Callable[[], None]) -> None:
     for name, pipe in pipes.items():
         counted()

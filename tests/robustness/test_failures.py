@@ -150,6 +150,7 @@ def test_the_batch_that_is_named_fits(warm: Path, counted: Callable[[], None]) -
     assert done.stdout == "fits\n", done.stderr[-1500:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_streams_that_take_nothing(counted: Callable[[], None]) -> None:
     """A full disk under stdout or stderr, a reader who has left, streams that are closed."""

@@ -164,6 +164,7 @@ def test_a_full_disk(
     assert failures >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("what", WRITERS)
 def test_a_forbidden_step(

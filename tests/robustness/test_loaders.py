@@ -145,6 +145,7 @@ def test_bytes_of_any_kind(name: str, tmp_path: Path, counted: Callable[[], None
     fuzz()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -179,6 +180,7 @@ def saved(tiny: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return artifact.save(quantized, tmp_path_factory.mktemp("robust") / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [artifact.format.CONFIG_FILE, artifact.format.WEIGHTS_FILE])
 def test_mutated_artifacts(
     name: str, saved: Path, tmp_path: Path, counted: Callable[[], None]
@@ -205,6 +207,7 @@ def test_mutated_artifacts(
     fuzz()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_mutated_checkpoints(
     suffix: str, tiny: Pipeline, tmp_path: Path, counted: Callable[[], None]

@@ -60,6 +60,7 @@ def presets() -> Iterator[tuple[str, str | None]]:
     yield "w4a4+qk8+v8+g32", None
 
 
+@pytest.mark.slow
 def test_every_preset_by_every_method(one_block: Pipeline, counted: Callable[[], None]) -> None:
     for name, why in presets():
         config = QuantConfig.preset(name)
@@ -129,6 +130,7 @@ def loaded(folder: Path, **options: Any) -> tuple[QuantizedPipeline, list[str]]:
     return pipe, [str(warning.message) for warning in caught]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "method"),
     [("w8a8", None), ("w6a6", "sas"), ("w8a8", "sas"), ("best", "sas"), ("w4a4+paper", None)],

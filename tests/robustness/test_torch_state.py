@@ -17,6 +17,7 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 import varptq
+from helpers.few_images import analyze_few
 from varptq import CalibrationConfig, Pipeline, QuantConfig
 from varptq.analyze.analyze import AnalysisConfig, analyze
 from varptq.errors import InputError
@@ -193,7 +194,11 @@ def test_every_verb_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_an_analysis_gives_the_same_numbers(model: Pipeline, counted: Callable[[], None]) -> None:
+def test_an_analysis_gives_the_same_numbers(
+    model: Pipeline, counted: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analyze_few(monkeypatch.setattr)
+
     def numbers() -> dict[str, object]:
         document = analyze(model, CONFIG, settings=ANALYSIS).document
         return {name: value for name, value in document.items() if name != "seconds"}

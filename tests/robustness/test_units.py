@@ -152,6 +152,7 @@ def twin_of(pipe: Pipeline, power: int) -> Pipeline:
     return twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KERNELS)
 @pytest.mark.parametrize("policy", ["token", "segment"])
 def test_a_model_has_no_units(

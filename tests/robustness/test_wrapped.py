@@ -49,6 +49,7 @@ def saved(pipe: Pipeline, folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in varptq.save(pipe, folder).iterdir()}
 
 
+@pytest.mark.slow
 def test_a_wrapped_network_is_taken_out(
     model: Pipeline, tmp_path: Path, counted: Callable[[], None]
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_wrapped_network_is_taken_out(
     assert describe(model, SamplingSettings(), 0, 2) == samples
 
 
+@pytest.mark.slow
 def test_training_mode_and_gradients_change_nothing(
     model: Pipeline, tmp_path: Path, counted: Callable[[], None]
 ) -> None:

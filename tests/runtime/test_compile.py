@@ -89,12 +89,19 @@ def check(
         assert error <= largest_error * float(expected.abs().max()), pipe.name
 
 
+@pytest.mark.slow
 def test_the_float_model_is_one_graph(model: Pipeline) -> None:
     check(model, "eager")
 
 
-def test_a_simulated_model_is_one_graph(model: Pipeline) -> None:
-    check(varptq.quantize(model, QuantConfig.preset("w8a8+paper"), method="rtn"), "eager")
+@pytest.mark.slow
+def test_a_simulated_model_is_one_graph_and_refuses_what_is_not_finite(model: Pipeline) -> None:
+    pipe = varptq.quantize(model, QuantConfig.preset("w8a8+paper"), method="rtn")
+    check(pipe, "eager")
+    labels, given = inputs(pipe, 2)
+    graph: Any = torch.compile(pipe.var, fullgraph=True, backend="eager")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="layer word_embed: input holds NaN"):
+        graph(labels, given.fill_(torch.nan))
 
 
 @pytest.mark.slow
@@ -102,12 +109,14 @@ def test_each_kind_of_simulated_model_is_one_graph(made: QuantizedPipeline) -> N
     check(made, "eager")
 
 
+@pytest.mark.slow
 @native
 def test_the_cpu_runtime_is_one_graph(made: QuantizedPipeline) -> None:
-    """Backend "aot_eager" runs the fakes, too."""
-    check(on_integers(made, NativeKernels()), "aot_eager")
+    """Backend "aot_eager" runs the fakes, too, those of sizes that are not known among them."""
+    check(on_integers(made, NativeKernels()), "aot_eager", counts=(2, 3))
 
 
+@pytest.mark.slow
 @native
 def test_a_fake_tells_what_its_operator_gives(made: QuantizedPipeline) -> None:
     check_operators(on_integers(made, NativeKernels()), ("quantize", "linear", "attend"))
@@ -159,27 +168,12 @@ def test_the_cpu_runtime_reads_texts_with_shapes_alone(text_model: Pipeline) -> 
     check(on_integers(of_texts(text_model, "w4a4"), NativeKernels()), "aot_eager", counts=(3,))
 
 
-def test_a_compiled_model_refuses_what_is_not_finite(model: Pipeline) -> None:
-    pipe = varptq.quantize(model, QuantConfig.preset("w8a8+paper"), method="rtn")
-    labels, given = inputs(pipe, 2)
-    graph: Any = torch.compile(pipe.var, fullgraph=True, backend="eager")
-    with torch.no_grad(), pytest.raises(RuntimeError, match="layer word_embed: input holds NaN"):
-        graph(labels, given.fill_(torch.nan))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["float", "cpu"])
-def test_inductor(runtime: str, model: Pipeline) -> None:
-    pipe: Pipeline = model
-    if runtime == "cpu":
-        if binding.core() is None:
-            pytest.skip(binding.reason())
-        made = varptq.quantize(model, QuantConfig.preset("w8a8"), method="rtn")
+def test_inductor(make_tiny: Callable[..., Pipeline]) -> None:
+    """Of the model on integers, in whose graph our operators stand among torch's; of the float one
+    where there is no core."""
+    pipe: Pipeline = make_tiny(depth=1, scales=Scales((2,)))
+    if binding.core():
+        made = varptq.quantize(pipe, QuantConfig.preset("w8a8"), method="rtn")
         pipe = on_integers(made, NativeKernels())
     check(pipe, "inductor", INDUCTOR_ERROR)
-
-
-@native
-@pytest.mark.slow
-def test_a_graph_takes_batches_of_any_size(made: QuantizedPipeline) -> None:
-    check(on_integers(made, NativeKernels()), "aot_eager", counts=(2, 3))

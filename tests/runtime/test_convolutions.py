@@ -114,6 +114,7 @@ def test_a_runtime_without_kernels_decodes_the_values_in_float(
     assert torch.equal(found.decode_features(f_hat), exact.decode_features(f_hat))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [ReferenceKernels, TorchKernels, DecodesInFloat])
 def test_an_image_does_not_depend_on_its_batch(
     simulated: QuantizedPipeline, kernels: type[ReferenceKernels]
@@ -132,6 +133,7 @@ def test_a_map_without_a_range_is_refused_by_name(simulated: QuantizedPipeline) 
         vae.decode_features(f_hat)
 
 
+@pytest.mark.slow
 def test_what_eight_bits_cost_the_demo() -> None:
     demo = varptq.load_model("demo")
     tokens = generate(demo, range(8), seed=11, decode=False).tokens

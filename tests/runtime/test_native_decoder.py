@@ -112,6 +112,7 @@ def test_moments_of_the_producer_are_those_of_its_map(decoder: Network) -> None:
     assert torch.equal(native(z), want)
 
 
+@pytest.mark.slow
 def test_memory_of_maps_serves_the_next_image(decoder: Network) -> None:
     """After a few images no more is taken, and never more than a decoder is said to need."""
     kernels = NativeKernels()

@@ -132,6 +132,7 @@ def test_layers_left_in_float_are_no_reason_to_refuse(runtime: str, tiny: Pipeli
     assert torch.equal(tokens[2:], alone)
 
 
+@pytest.mark.slow
 def test_info_says_which_and_why(tiny: Pipeline, tmp_path: Path) -> None:
     for preset, auto in (("w8a8", "cpu"), ("w8a8+paper", "simulated")):
         quantized = varptq.quantize(tiny, QuantConfig.preset(preset), method="rtn")

@@ -88,8 +88,9 @@ def drawn(pipe: Pipeline, lengths: tuple[int, ...] = LENGTHS, **options: Any) ->
     return [*(torch.cat(logits[k]) for k in sorted(logits)), out.tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KERNELS)
-@pytest.mark.parametrize("preset", ["w8a8", "w6a6", "w4a8", "w4a4", "w4a4+segment"])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a4", "w4a4+segment"])
 def test_layer_by_layer(preset: str, make: Make) -> None:
     """Equal inputs give equal codes and integers, so outputs differ by float rounding alone."""
     pipe = quantized(preset)
@@ -131,6 +132,7 @@ def test_inputs_of_as_many_channels_as_a_token_has_bits(bits: int, preset: str, 
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KERNELS)
 @pytest.mark.parametrize("preset", ["w8a8", "w6a6", "w4a8", "w4a4", "w4a4+segment", "w4a4+paper"])
 def test_the_whole_model_agrees_with_the_simulated_one(preset: str, make: Make) -> None:
@@ -176,6 +178,7 @@ def test_as_near_to_float_as_simulated(preset: str, make: Make) -> None:
     assert abs(found - simulated) < 0.15 * simulated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [REFERENCE, NATIVE])
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
 def test_an_image_does_not_depend_on_the_texts_beside_it(preset: str, make: Make) -> None:
@@ -196,6 +199,7 @@ def test_an_image_does_not_depend_on_the_texts_beside_it(preset: str, make: Make
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [REFERENCE, NATIVE])
 @pytest.mark.parametrize("places", [(-1,), (0, -2)])
 def test_guidance_of_hidden_states_does_not_depend_on_the_batch(
@@ -209,6 +213,7 @@ def test_guidance_of_hidden_states_does_not_depend_on_the_batch(
         assert all(map(torch.equal, found, expected)), batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [REFERENCE, NATIVE])
 @pytest.mark.parametrize("places", [(0,), (-1,), (0, -2)])
 def test_scales_that_are_not_guided_read_the_asked_texts_alone(

@@ -125,19 +125,16 @@ def test_the_keyboard_comes_to_every_button(open_page: Callable[..., Any]) -> No
         tab_to(page, f"{name.lower()}-start")
 
 
-def test_the_keyboard_alone_is_enough_to_draw(open_page: Callable[..., Any]) -> None:
+def test_the_keyboard_alone_is_enough_to_draw_and_a_mistake_is_answered(
+    open_page: Callable[..., Any],
+) -> None:
     page = open_page("Generate")
-    choose(page, "generate-model", SMALL)
     choose(page, "generate-beside", "nothing")
     enter(page, "generate-class", "3")
     tab_to(page, "generate-start")
     page.keyboard.press("Enter")
     page.locator("#generate-first-facts dl").wait_for()
-
-
-def test_an_unknown_class_is_answered_with_a_near_one(open_page: Callable[..., Any]) -> None:
-    page = open_page("Generate")
-    choose(page, "generate-beside", "nothing")
+    page.locator("#generate-start:enabled").wait_for()
     enter(page, "generate-class", "kat")
     page.locator("#generate-start").click()
     said(page, "class 'kat': unknown; did you mean cat?")

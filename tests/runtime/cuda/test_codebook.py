@@ -147,6 +147,7 @@ def test_the_cache_holds_entries(device: str) -> None:
     assert not cache.k_zero.any() and not cache.v_extra.any()
 
 
+@pytest.mark.slow
 def test_values_of_zero_come_out_as_zero(device: str) -> None:
     rule = attention(device)
     qkv = random(1, TOKENS, 3 * HEADS * HEAD)

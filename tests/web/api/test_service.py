@@ -103,6 +103,7 @@ def test_other_formats(server: Running, kind: Any) -> None:
     assert Image.open(io.BytesIO(content)).format == kind.upper()
 
 
+@pytest.mark.slow
 def test_a_crowd_gets_what_each_would_get_alone(server: Running) -> None:
     """Bit for bit, on integers, though they share batches; and the batches are shared."""
     wishes = [
