@@ -33,7 +33,7 @@ test: $(STAMP) browser  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 # At the same time: types take one core for a minute.
-check: $(STAMP)  ## the inner loop, about seven minutes: lint, types and the quick tests
+check: $(STAMP)  ## the inner loop, about three minutes: lint, types and the quick tests
 	@$(MAKE) --no-print-directory --jobs 2 lint quick
 
 quick: $(STAMP)

@@ -77,6 +77,7 @@ def test_shards_of_samples_are_those_of_one_process(
         assert (tmp_path / "several" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_measured_parts_add_up_to_the_same_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int

@@ -36,6 +36,7 @@ def prices(tiny: Pipeline) -> Prices:
     return Prices(tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset",
     ["w4a4+paper", "w6a8+paper+litevar", "w4a4+paper+released", "w4a4+paper+center+rotate"],

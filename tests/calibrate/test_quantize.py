@@ -67,6 +67,7 @@ def test_nearest_rounding_needs_no_samples(
     assert all(torch.equal(codes, plain[name]) for name, codes in codes_of(result).items())
 
 
+@pytest.mark.slow
 def test_sas_reports_every_part(any_tiny: Pipeline) -> None:
     result = run(any_tiny)
     assert set(result.report) == {"resampling", "theta", "units"}

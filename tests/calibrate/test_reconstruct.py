@@ -128,6 +128,7 @@ def test_evaluation_does_not_depend_on_how_rows_are_cut(tiny: Pipeline, rows: in
     assert evaluate(unit, chosen) == pytest.approx(single, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", ["hard", "soft"])
 @pytest.mark.parametrize("preset", ["w4a4+paper", "w6a6+paper", "w3a8+paper+released"])
 def test_every_unit_improves_or_keeps_nearest(

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from helpers.cli_calls import succeed
 from varptq.calibrate.methods import METHODS
 from varptq.cli import quantize
@@ -41,6 +43,7 @@ print(*(name for name in ("torch._dynamo", "sympy", "triton") if name in sys.mod
 """
 
 
+@pytest.mark.slow
 def test_loading_a_model_imports_no_compiler() -> None:
     """It would take two seconds and 150 MB."""
     done = subprocess.run(

@@ -235,6 +235,7 @@ def test_a_hint_comes_with_a_mistake_only() -> None:
     assert str(caught.value).endswith("any of +reconstruct, +shift, +resample")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "method", "total"),
     [

@@ -146,6 +146,7 @@ def check_operators(pipe: Pipeline, names: tuple[str, ...]) -> None:
             torch.library.opcheck(operator, one, test_utils=CHECKS)
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_texts_is_one_graph(text_model: Pipeline) -> None:
     """Texts of one length, then of two, which makes another graph."""
     check(text_model, "eager", counts=(1, 3))

@@ -168,6 +168,7 @@ def test_shift_and_sum_agrees_with_the_simulated_one(make: Make) -> None:
     assert (without - expected).abs().median() > 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KERNELS)
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
 def test_as_near_to_float_as_simulated(preset: str, make: Make) -> None:
@@ -273,6 +274,7 @@ PARTLY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", list(PARTLY.values()), ids=list(PARTLY))
 @pytest.mark.parametrize("make", [REFERENCE, NATIVE])
 def test_parts_in_float_do_not_depend_on_the_batch(config: QuantConfig, make: Make) -> None:
