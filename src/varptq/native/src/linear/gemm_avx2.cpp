@@ -2,8 +2,6 @@
 //
 // The byte product adds pairs in 16 bits and saturates there: fine for codes whose two products fit
 // (job.narrow). Wide codes are cut at bit 7: 127 x 128 x 2 fits, and bit 7 is a code of its own.
-#include <ctime>
-
 #include "linear/tile.h"
 
 namespace vq {
@@ -34,12 +32,6 @@ struct Wide {
   }
 };
 
-double seconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
 }  // namespace
 
 void panel_avx2(const Job& job, int64_t panel, int64_t first, int64_t last, uint8_t* unpacked) {
@@ -49,6 +41,6 @@ void panel_avx2(const Job& job, int64_t panel, int64_t first, int64_t last, uint
     panel_of<Wide, 4, 1>(job, panel, first, last, unpacked);
 }
 
-double peak_avx2() { return measured_peak<Narrow>(seconds); }
+double peak_avx2() { return measured_peak<Narrow>(); }
 
 }  // namespace vq

@@ -1,6 +1,4 @@
 // The product kernel for AVX512-VNNI; see tile.h.
-#include <ctime>
-
 #include "linear/tile.h"
 
 namespace vq {
@@ -10,12 +8,6 @@ struct Vnni {
   static Ints dot(Ints sum, Ints codes, Ints weights) { return dot4(sum, codes, weights); }
 };
 
-double seconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
 }  // namespace
 
 void panel_avx512vnni(const Job& job, int64_t panel, int64_t first, int64_t last,
@@ -23,6 +15,6 @@ void panel_avx512vnni(const Job& job, int64_t panel, int64_t first, int64_t last
   panel_of<Vnni, 6, 4>(job, panel, first, last, unpacked);
 }
 
-double peak_avx512vnni() { return measured_peak<Vnni>(seconds); }
+double peak_avx512vnni() { return measured_peak<Vnni>(); }
 
 }  // namespace vq

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstring>
+#include <ctime>
 
 #include "linear/tile_finish.h"
 
@@ -273,9 +274,15 @@ inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
   panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, unpacked);
 }
 
+inline double seconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
 // Operations (two per multiply-add) a second of the product alone, on registers.
 template <class Dot>
-inline double measured_peak(double (*seconds)()) {
+inline double measured_peak() {
   constexpr int64_t kTurns = 200000;
 #if defined(VQ_LANES512)
   constexpr int kSums = 12;
