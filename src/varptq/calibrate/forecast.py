@@ -172,14 +172,14 @@ def forecast(
     depth, draws = pipe.var.arch.depth, _draws(pipe, config, recipe, settings)
     cut = _first_block(pipe, placed)
     probe = Probe(cut, depth, config, recipe, settings, draws)
-    progress(STAGE, 0, 1)
     clock, processor = time.perf_counter(), now(cut)
     first = probe.first_pass() if draws else 0.0
     parts: dict[str, float] = {}
     if not (briefly and first * probe.passes() < BRIEF):
+        progress(STAGE, 0, 1)
         parts = _seconds(probe.costs(), recipe, settings, processes)
+        progress(STAGE, 1, 1)
     slower = (time.perf_counter() - clock) / max(now(cut) - processor, 1e-9)
-    progress(STAGE, 1, 1)
     memory, spooled = _memory(pipe, recipe, settings, probe, placed)
     learns = reconstruct in recipe.steps and settings.learns
     return Forecast(
