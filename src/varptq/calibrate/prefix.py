@@ -28,17 +28,23 @@ class HeardError(Exception):
     """Raised once a module's input is known, so that the rest of the pass does not run."""
 
 
-def heard(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, ...]:
-    """What `run` calls `module` with for the first time; it goes no further."""
-    found: list[tuple[Any, ...]] = []
+Arguments = tuple[Any, ...]
 
-    def once(_: str, *arguments: Any) -> None:
+
+def heard(
+    module: nn.Module, run: Callable[[], Any], enough: Callable[[Arguments], bool]
+) -> list[Arguments]:
+    """What `run` calls `module` with, up to the call that is `enough`; it goes no further."""
+    found: list[Arguments] = []
+
+    def hear(_: str, *arguments: Any) -> None:
         found.append(arguments)
-        raise HeardError
+        if enough(arguments):
+            raise HeardError
 
-    with listening({"": module}, once), suppress(HeardError):
+    with listening({"": module}, hear), suppress(HeardError):
         run()
-    return found[0]
+    return found
 
 
 class Prefix:
@@ -53,7 +59,7 @@ class Prefix:
     def behind(self, unit: Unit, index: int) -> Unit:
         """`unit`, of stage `index`, with its inputs in the quantized model."""
         for rows in self._recorder.batches():
-            x, *_ = heard(unit.module, lambda rows=rows: self._run(index, rows))
+            [(x, *_)] = heard(unit.module, lambda rows=rows: self._run(index, rows), lambda _: True)
             self._inputs[rows] = x.to("cpu", self._inputs.dtype)
         given = unit.inputs
         with_more = isinstance(given, TokensAndMore)

@@ -10,7 +10,6 @@ gptq.py says what is made of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.gptq import corrected, solved_rows
-from varptq.calibrate.prefix import HeardError
+from varptq.calibrate.prefix import Arguments, heard
 from varptq.calibrate.record import ROWS_PER_BATCH, Unit
-from varptq.models.reading import listening
 from varptq.quant.layers import QuantLinear
 
 
@@ -57,22 +55,13 @@ def _weighted_rows(x: Tensor, weights: Tensor | None) -> Tensor:
     return x.flatten(0, -2)
 
 
-def _reads(layer: torch.nn.Module, run: Callable[[], Any]) -> list[tuple[Any, ...]]:
-    """What `run` calls a layer with: over tokens once, and the run goes no further; over texts once
-    for each of their lengths."""
-    found: list[tuple[Any, ...]] = []
-
-    def hear(_: str, *arguments: Any) -> None:
-        found.append(arguments)
-        if _over_tokens(arguments):
-            raise HeardError
-
-    with listening({"": layer}, hear), suppress(HeardError):
-        run()
-    return found
+def _reads(layer: torch.nn.Module, run: Callable[[], Any]) -> list[Arguments]:
+    """What `run` calls a layer with: over tokens once, over texts once for each of their
+    lengths."""
+    return heard(layer, run, enough=_over_tokens)
 
 
-def _over_tokens(arguments: tuple[Any, ...]) -> bool:
+def _over_tokens(arguments: Arguments) -> bool:
     """Whether a layer was called with the spans of its tokens, which a text has not."""
     return len(arguments) > 1
 
