@@ -1,4 +1,5 @@
-"""The files of results: where they are, and those that grow by a line per measurement.
+"""The files of results: where they are, those that grow by a line per measurement, and what another
+script finds.
 
 A run that was stopped goes on by skipping the lines that are there.
 """
@@ -6,6 +7,10 @@ A run that was stopped goes on by skipping the lines that are there.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,15 @@ from varptq.files import write_atomic
 
 RESULTS = Path(__file__).parents[1] / "results"
 Line = dict[str, Any]
+
+
+def found_by(script: str, *words: str, **environment: str) -> Any:
+    """What another script of speed/ finds, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.json")
+        command = [sys.executable, "-m", f"benchmarks.speed.{script}", *words, "--json", str(out)]
+        subprocess.run(command, check=True, cwd=RESULTS.parents[1], env=os.environ | environment)
+        return json.loads(out.read_text())
 
 
 def read_lines(name: str, folder: Path = RESULTS) -> list[Line]:

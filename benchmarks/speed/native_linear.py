@@ -22,10 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +34,7 @@ from benchmarks.common.bfloat16 import has_bfloat16
 from benchmarks.common.linear_shapes import DEPTH, LAYERS, ROWS, SCHEMES
 from benchmarks.common.pages import DOCS, replace
 from benchmarks.common.pages import table as table_of
-from benchmarks.common.results import read_document
+from benchmarks.common.results import found_by, read_document
 from benchmarks.common.timing import alternate, copy_rate
 from varptq.native import binding
 from varptq.native.linear import linear, pack
@@ -173,12 +170,7 @@ def every_set(machine: str) -> dict[str, Any]:
         if not binding.select_isa(name):
             continue
         caps = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten, "VARPTQ_ISA": name}
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder, "out.json")
-            command = [sys.executable, "-m", "benchmarks.speed.native_linear", "--quick"]
-            command += ["--json", str(out)]
-            subprocess.run(command, check=True, env=os.environ | caps)
-            document = json.loads(out.read_text())
+        document = found_by("native_linear", "--quick", **caps)
         found[name] = {"seconds": document["timings"][-1]["seconds"], "peak": document["peak_gops"]}
     return {"machine": machine, "sets": found}
 

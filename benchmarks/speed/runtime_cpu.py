@@ -22,9 +22,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common.linear_shapes import DEPTH, LAYERS, ROWS, SCHEMES
-from benchmarks.common.pages import DOCS
+from benchmarks.common.results import found_by
 from benchmarks.common.runtime_variants import PARTS, Seconds, Variant, variants
 from benchmarks.common.timing import copy_rate
 from varptq.models.pipeline import Pipeline, build_model
@@ -130,15 +127,6 @@ def floors(batch: int, threads: int, decoder: int, presets: tuple[str, ...]) -> 
     return found
 
 
-def part(script: str, *words: str) -> Any:
-    """What a benchmark of one part finds."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.json")
-        command = [sys.executable, "-m", f"benchmarks.speed.{script}", *words, "--json", str(out)]
-        subprocess.run(command, check=True, cwd=DOCS.parent)
-        return json.loads(out.read_text())
-
-
 def column() -> int:
     """Which targets are meant: 0 without, 1 with AMX."""
     return int(binding.isa() == "amx")
@@ -228,14 +216,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for count in options.threads:
         linears = document.setdefault("linears", {})
         if str(count) not in linears:
-            linears[str(count)] = part("native_linear", *words, "--threads", str(count))
+            linears[str(count)] = found_by("native_linear", *words, "--threads", str(count))
             save()
     for name, script, more in (
         ("attention", "native_attention", words),
         ("memory", "runtime_memory", words),
     ):
         if name not in document:
-            document[name] = part(script, *more)
+            document[name] = found_by(script, *more)
             save()
     pipe = build_model("var-d16")
     found = variants(pipe, presets, quick=options.quick)
