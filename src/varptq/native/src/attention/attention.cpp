@@ -166,7 +166,8 @@ int run(const vq_attention_args& args) {
   buffers.reserve(static_cast<size_t>(threads));
   for (int worker = 0; worker < threads; ++worker) buffers.emplace_back(call);
   std::atomic<bool> finite{true};
-  const int64_t together = whole_heads ? std::min(kMostHeads, args.heads) : 1;
+  const int64_t spare = threads == 1 ? kMostHeads : heads / (4 * threads);
+  const int64_t together = whole_heads ? std::min({kMostHeads, args.heads, spare}) : 1;
   const int64_t groups = (args.heads + together - 1) / together;
   auto enter = [&](int64_t index, int) {
     const int64_t first = index % groups * together;
@@ -181,9 +182,10 @@ int run(const vq_attention_args& args) {
   auto some_heads = [&](int64_t index, int worker) {
     enter(index, worker);
     const int64_t first = index % groups * together;
+    const int64_t row = index / groups * args.heads;
     const int64_t last = std::min(first + together, args.heads);
     for (int64_t one = first; one < last; ++one)
-      for (const QueryBlock& block : blocks) answer(index / groups * args.heads + one, block, worker);
+      for (const QueryBlock& block : blocks) answer(row + one, block, worker);
   };
   const int64_t count = static_cast<int64_t>(blocks.size());
   auto part = [&](int64_t index, int worker) {

@@ -13,10 +13,6 @@
 namespace vq {
 namespace {
 
-struct Bytes {
-  static Ints dot(Ints sum, Ints codes, Ints weights) { return dot4(sum, codes, weights); }
-};
-
 template <int R, int V>
 __attribute__((noinline)) void multiply_taps(Sums<R, V>& sums, const Taps& taps,
                                              const uint8_t* codes, int64_t stride,

@@ -2,19 +2,12 @@
 #include "linear/tile.h"
 
 namespace vq {
-namespace {
-
-struct Vnni {
-  static Ints dot(Ints sum, Ints codes, Ints weights) { return dot4(sum, codes, weights); }
-};
-
-}  // namespace
 
 void panel_avx512vnni(const Job& job, int64_t panel, int64_t first, int64_t last,
                       uint8_t* unpacked) {
-  panel_of<Vnni, 6, 4>(job, panel, first, last, unpacked);
+  panel_of<Bytes, 6, 4>(job, panel, first, last, unpacked);
 }
 
-double peak_avx512vnni() { return measured_peak<Vnni>(); }
+double peak_avx512vnni() { return measured_peak<Bytes>(); }
 
 }  // namespace vq

@@ -38,9 +38,8 @@ Place place_of(const vq_pack_args& a, int64_t blocks, int64_t n, int64_t block) 
 int32_t pack_block(const vq_pack_args& a, Place place, const uint8_t* codes, int64_t count) {
   uint8_t values[kBlock] = {};
   int32_t sum = 0;
-  // 128 less is the upper bit turned; stored values are signed bytes.
-  const uint8_t flip = a.num_bits == 8 ? 128 : 0;
-  for (int64_t i = 0; i < count; ++i) values[i] = codes[i] ^ flip;
+  for (int64_t i = 0; i < count; ++i)
+    values[i] = static_cast<uint8_t>(stored(codes[i], a.num_bits));
   if (a.table) {
     for (int64_t i = 0; i < count; ++i) sum += a.table[codes[i]];
   } else {

@@ -274,6 +274,11 @@ inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
   panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, unpacked);
 }
 
+// The byte product of the lanes.
+struct Bytes {
+  static Ints dot(Ints sum, Ints codes, Ints weights) { return dot4(sum, codes, weights); }
+};
+
 inline double seconds() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
