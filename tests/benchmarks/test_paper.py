@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,21 +35,6 @@ FEW = (
     *("main/var-d16/float", "main/var-d20/w4a4/sas", "class/*/float", "outpaint/*/brecq"),
     "infinity/*/float",
 )
-
-
-def facts(row: Row) -> set[tuple[str, object]]:
-    """What is seen of a row only where it runs; `test_every_row` sees the rest."""
-    kind = (row.kind, row.is_float)
-    return {("model", row.model), ("width", row.width), ("method", row.method), ("kind", kind)}
-
-
-def covering(every: Sequence[Row], chosen: Sequence[Row]) -> list[Row]:
-    """Rows that together with `chosen` have all facts there are, each the one with most new."""
-    seen, found = set[tuple[str, object]]().union(*map(facts, chosen)), []
-    while left := [row for row in every if facts(row) - seen]:
-        found.append(max(left, key=lambda row: len(facts(row) - seen)))
-        seen |= facts(found[-1])
-    return found
 
 
 def dry_run(folder: Path, *words: str) -> list[dict[str, Any]]:
@@ -307,13 +291,10 @@ def test_processes_share_a_row(
 
 
 @pytest.mark.slow
-def test_rows_of_every_model_width_method_and_kind_run(
+def test_every_row_of_the_paper_runs(
     ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     """On eight images each of VAR-d16 and Infinity-125M, cut to two narrow blocks."""
-    folder = shutil.copytree(ran[0], tmp_path / "copy")
-    chosen = picked(FEW, rows())
-    more = covering(rows(), chosen)
-    lines = dry_run(folder, "--rows", *(row.name for row in more))
-    assert {line["row"] for line in lines} == {row.key for row in (*chosen, *more)}
+    lines = dry_run(shutil.copytree(ran[0], tmp_path / "copy"))
+    assert {line["row"] for line in lines} == {row.key for row in rows()}
     assert all(line["settings"]["count"] in (8, [20, 8]) for line in lines)
