@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from varptq.errors import NonFiniteError
 from varptq.models.convolutions import Taps
 from varptq.models.rotary import Rotary
 from varptq.models.sampling import Sampler
@@ -107,6 +108,11 @@ class AttentionRule:
     q_bias: Tensor
     v_bias: Tensor
     q_factor: Tensor
+
+    def check_finite(self, operands: Tensor) -> None:
+        """Raises `NonFiniteError` naming the layer if q, k or v holds NaN or infinity."""
+        if not bool(operands.isfinite().all()):
+            raise NonFiniteError(f"layer {self.layer}: q, k or v holds NaN or infinity")
 
 
 class NormRule(NamedTuple):

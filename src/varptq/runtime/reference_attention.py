@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from varptq.errors import NonFiniteError
 from varptq.models.rotary import Rotary
 from varptq.models.seams import Span
 from varptq.quant.affine import LEAST_SCALE, Grid, affine_grid, wide
@@ -82,7 +81,7 @@ def attend(
     tables: Rotary | None = None,
 ) -> Tensor:
     """`Kernels.attend`."""
-    _check(qkv_BlD, rule)
+    rule.check_finite(qkv_BlD)
     places = slice(cache.length, cache.length + qkv_BlD.shape[1])
     outputs: list[Tensor] = []
     for row, qkv_lD in enumerate(qkv_BlD.float()):
@@ -97,7 +96,7 @@ def attend(
 
 def read(kv_RTD: Tensor, rule: AttentionRule) -> Cache:
     """`TextKernels.read`."""
-    _check(kv_RTD, rule)
+    rule.check_finite(kv_RTD)
     rows, length, _ = kv_RTD.shape
     cache = Cache(rows)
     for row, kv_TD in enumerate(kv_RTD.float()):
@@ -110,17 +109,12 @@ def read(kv_RTD: Tensor, rule: AttentionRule) -> Cache:
 
 def answer(q_RlC: Tensor, rule: AttentionRule, cache: Cache, spans: Sequence[Span]) -> Tensor:
     """`TextKernels.answer`."""
-    _check(q_RlC, rule)
+    rule.check_finite(q_RlC)
     outputs: list[Tensor] = []
     for row, q_lC in enumerate(q_RlC.float()):
         q_Hlc = _heads(q_lC, rule) * rule.q_factor.view(-1, 1, 1)
         outputs.append(_outputs(q_Hlc, rule, cache, row, spans))
     return torch.stack(outputs)
-
-
-def _check(operands: Tensor, rule: AttentionRule) -> None:
-    if not bool(operands.isfinite().all()):
-        raise NonFiniteError(f"layer {rule.layer}: q, k or v holds NaN or infinity")
 
 
 def _heads(x_lC: Tensor, rule: AttentionRule) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from varptq.errors import NonFiniteError
 from varptq.models.scales import Scales
 from varptq.models.seams import spans_of
 from varptq.quant.attention import QuantMix, QuantScores
@@ -118,3 +119,14 @@ def test_what_it_lacks_is_named(changes: dict, reason: str, device: str) -> None
     values = {name: getattr(rule, name) for name in rule.__dataclass_fields__}
     said = CudaKernels().refuse_attention(AttentionRule(**{**values, "spec": spec}))
     assert said is not None and reason in said
+
+
+def test_what_is_not_finite_is_refused_by_layer_and_enters_no_cache(device: str) -> None:
+    rule = rule_of("token", 8, 8, None, 20, True, device=device)
+    kernels = CudaKernels()
+    cache = kernels.new_cache(rule, ROWS, ENDS)
+    qkv = torch.zeros(ROWS, 1, 3 * HEADS * rule.head_width, device=device)
+    qkv[1, 0, -1] = math.inf
+    with pytest.raises(NonFiniteError, match="layer attn: q, k or v holds NaN or infinity"):
+        kernels.attend(qkv, rule, cache, spans_of(Scales(SIDES), 0, 1))
+    assert cache.length == 0 and not cache.v.any()

@@ -8,8 +8,9 @@ from varptq.quant.affine import Grid, affine_codes, affine_grid, affine_values, 
 from varptq.quant.sign_split import sign_split_codes, sign_split_fake, sign_split_grid
 from varptq.quant.transforms import hadamard, signs
 from varptq.runtime.cuda.gemm import CudaWeight, linear, pack
+from varptq.runtime.cuda.kernels import CudaKernels
 from varptq.runtime.cuda.quantize import quantize
-from varptq.runtime.kernels import Weight
+from varptq.runtime.kernels import InputRule, Weight
 
 # width, group, bits, rotation: whole rows of no round size, groups, and both edges of the widths.
 INPUTS = [
@@ -157,3 +158,15 @@ def test_a_row_does_not_depend_on_its_batch(device: str) -> None:
     whole = linear(quantize(x.to(device), **options), w)
     for rows in (slice(0, 1), slice(5, 22), slice(36, 37)):
         assert torch.equal(linear(quantize(x[rows].to(device), **options), w), whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("group", "weight_group", "refused"),
+    [(None, None, None), (192, 64, None), (96, None, 96), (64, 96, 96), (None, 48, 48)],
+)
+def test_groups_that_no_tile_holds_are_refused(
+    group: int | None, weight_group: int | None, refused: int | None
+) -> None:
+    rule = InputRule("fc1", 192, "affine", 4, "with_zero", group, weight_group, True, None)
+    said = CudaKernels().refuse_linear(rule)
+    assert said == (refused and f"groups of {refused} of 192 inputs, no power of two")

@@ -73,7 +73,13 @@ class CudaKernels:
         """What cannot be executed of this layer; None if all can."""
         if not rule.sign_split and rule.range_rule != "with_zero":
             return f"input range rule {rule.range_rule!r}"
-        return None if rule.weight_zero_is_code else "weight zero points that are no codes"
+        if not rule.weight_zero_is_code:
+            return "weight zero points that are no codes"
+        for group in (rule.group, rule.weight_group):
+            # A tile of Triton has a power of two of channels; a whole row is filled up with zeros.
+            if group and group != rule.inputs and group & (group - 1):
+                return f"groups of {group} of {rule.inputs} inputs, no power of two"
+        return None
 
     def refuse_attention(self, rule: AttentionRule) -> str | None:
         spec = rule.spec
@@ -165,8 +171,10 @@ class CudaKernels:
         spans: Sequence[Span],
         tables: Rotary | None = None,
     ) -> Tensor:
-        """Add the tokens of qkv (B, l, 3 C) to the cache, then float32 (B, l, C) by span."""
+        """Add the tokens of qkv (B, l, 3 C) to the cache, then float32 (B, l, C) by span. Raises
+        `NonFiniteError` naming the layer, and the cache is as before."""
         assert tables is None, "refused before"
+        rule.check_finite(qkv_BlD)
         call = _Call(qkv_BlD.contiguous(), rule, cache)
         call.append(spans)
         for span in spans:
