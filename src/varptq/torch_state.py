@@ -10,6 +10,8 @@ too, and changing it would affect tensors that other threads make. Hence every t
 its dtype (tests/test_architecture.py), and its device if the code may be called from outside a
 verb.
 
+Where other programs need the cores, its threads wait for each other without spinning (busy.py).
+
 A forked child computes on one thread: the OpenMP threads of its parent do not exist there, and
 using them would hang.
 """
@@ -23,6 +25,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+from varptq.busy import beside_others
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 FULL, REDUCED = "ieee", ("bf16", "tf32")
@@ -42,6 +46,7 @@ def plain_torch() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(_precision)
+        stack.enter_context(beside_others(torch.get_num_threads()))
         yield
 
 
