@@ -1,6 +1,6 @@
 """What `varptq quantize` foretells, and what it then takes.
 
-    python -m benchmarks.speed.forecast [--settings "demo rtn 32" ...] [--threads 1]
+    python -m benchmarks.speed.forecast [--settings "demo rtn 32" ...] [--threads 1] [--config w4a4]
 
 A setting is MODEL METHOD IMAGES [STEPS]; MODEL/BLOCKS has random weights and so many blocks of that
 model's shapes. Prints a line for each: seconds and peak of resident memory, foretold and found,
@@ -39,14 +39,14 @@ def model_of(name: str) -> Pipeline:
     return build(base, int(blocks), torch.float32) if blocks else varptq.load_model(base)
 
 
-def measured(setting: str, threads: int) -> dict[str, Any]:
+def measured(setting: str, threads: int, preset: str) -> dict[str, Any]:
     """Foretold and found, in this process."""
     torch.set_num_threads(threads)
     model, method, images, *steps = setting.split()
     calibration = CalibrationConfig(num_samples=int(images))
     if steps:
         calibration = calibration.replace(steps=int(steps[0]))
-    pipe, config = model_of(model), QuantConfig.preset(CONFIG)
+    pipe, config = model_of(model), QuantConfig.preset(preset)
     before = time.process_time()
     said = forecast(pipe, config, method=method, calibration=calibration)
     probed = time.process_time() - before
@@ -72,14 +72,15 @@ def main() -> None:
     )
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(measured(asked.one, asked.threads)))
+        print(json.dumps(measured(asked.one, asked.threads, asked.config)))
         return
     for setting in asked.settings:
         words = ["-m", "benchmarks.speed.forecast", "--one", setting]
-        words += ["--threads", str(asked.threads)]
+        words += ["--threads", str(asked.threads), "--config", asked.config]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
         line = json.loads(done.stdout.splitlines()[-1])
         print(
