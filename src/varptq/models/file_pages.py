@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import re
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,18 +27,19 @@ WRITTEN = re.compile(r"Anonymous: +(\d+) kB")
 
 
 class FilePages:
-    """The files that this process has mapped now and not written to; none where the system does
-    not say."""
+    """The files that this process has mapped and not written to, as of the first `release`; none
+    where the system does not say."""
 
-    def __init__(self) -> None:
-        self._ranges: list[tuple[int, int]] = []
-        last: tuple[int, int] | None = None
+    @cached_property
+    def _ranges(self) -> list[tuple[int, int]]:
+        found, last = list[tuple[int, int]](), None
         for line in _lines():
             if line[0] in "0123456789abcdef":
-                found = MAPPING.match(line)
-                last = (int(found[1], 16), int(found[2], 16)) if found else None
+                mapping = MAPPING.match(line)
+                last = (int(mapping[1], 16), int(mapping[2], 16)) if mapping else None
             elif last is not None and (written := WRITTEN.match(line)) and written[1] == "0":
-                self._ranges.append(last)
+                found.append(last)
+        return found
 
     def release(self, tensor: Tensor) -> None:
         """Give back the whole pages of a tensor, which is read again where it is used. Nothing

@@ -28,6 +28,8 @@ State = dict[str, Tensor]
 MASK = "attn_bias_for_masking"
 # How a quantized weight is called in an artifact.
 PACKED = ".weight_packed"
+# Bytes of a tensor below which to find out whose its pages are takes longer than to hash it.
+LARGE = 2**20
 
 
 def file_sha256(path: str | Path) -> str:
@@ -46,7 +48,8 @@ def networks_sha256(*networks: nn.Module, more: bytes = b"") -> str:
         for name, tensor in network.state_dict().items():
             state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            pages.release(tensor)
+            if tensor.nbytes >= LARGE:
+                pages.release(tensor)
     state.update(more)
     return state.hexdigest()
 
