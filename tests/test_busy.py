@@ -28,6 +28,11 @@ LOOP = [sys.executable, "-c", "while True: pass"]
 libgomp = pytest.mark.skipif(not busy.loaded_libgomp(), reason="torch has no libgomp here")
 
 
+@pytest.fixture(autouse=True)
+def _no_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(busy, "QUOTA", tmp_path / "no quota")
+
+
 def after(seconds: float, everybody: float, own: float) -> busy.Seconds:
     return busy.Seconds(100 + everybody, 10 + own, 1000 + seconds)
 
@@ -49,6 +54,17 @@ def test_what_runs_on_our_cores_is_read(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_what_others_leave(everybody: float, own: float, free: float) -> None:
     found = busy.free_cores(after(0, 0, 0), after(1, everybody, own), CORES)
     assert found == pytest.approx(free)
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000\n", 2.0), ("50000 100000\n", 0.5), ("400000 100000\n", 2.0)]
+)
+def test_a_container_may_be_granted_less(
+    text: str, cores: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(busy, "QUOTA", tmp_path / "cpu.max")
+    assert busy.free_cores(after(0, 0, 0), after(1, 0, 0), CORES) == cores
 
 
 def test_short_and_free_are_apart() -> None:

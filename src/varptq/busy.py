@@ -17,6 +17,7 @@ builds of torch with another OpenMP, are left alone.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 STAT, MAPS = Path("/proc/stat"), Path("/proc/self/maps")
+# How much of the processor a container gets, in how much time: "200000 100000" are two cores.
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Of cpuN in /proc/stat: user, nice, system, idle, iowait, irq, softirq, ...
 BUSY_COLUMNS = (0, 1, 2, 5, 6)
 PERIOD = 0.5
@@ -55,10 +58,19 @@ def read(cores: set[int]) -> Seconds:
     return Seconds(everybody, time.process_time(), time.monotonic())
 
 
+def granted_cores() -> float:
+    """What the container may use; spinning is paid from it, too."""
+    try:
+        quota, period = QUOTA.read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return math.inf
+
+
 def free_cores(before: Seconds, after: Seconds, cores: int) -> float:
     """How many cores other programs left to this one between two moments."""
     others = (after.everybody - before.everybody) - (after.own - before.own)
-    return cores - max(0.0, others) / (after.clock - before.clock)
+    return min(granted_cores(), cores - max(0.0, others) / (after.clock - before.clock))
 
 
 def are_short(free: float, threads: int, before: bool) -> bool:
