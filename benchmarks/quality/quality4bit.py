@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 import varptq
-from benchmarks.common.fpqvar import account_config, fpqvar
+from benchmarks.common import fpqvar, orbitquant
 from benchmarks.common.held_out import HELD_OUT_SEED
 from benchmarks.common.kl_judge import Judge, on_integers
 from benchmarks.common.quality4bit_rows import (
@@ -70,16 +70,21 @@ PRESETS = (FINER, "w4a8+groups", "w6a6", "w8a8")
 LAST_SEED, LAST_IMAGES = 77_000, 512
 
 
+# A model with quantizers that are not ours, from a seed and the samples of that seed.
+Baseline = Callable[[Pipeline, CalibrationSet, int], Pipeline]
+
+
 class Entry(NamedTuple):
-    """One row of a run, measured on `models` with calibration `seeds`. `config` None is the FPQVAR
-    baseline."""
+    """One row of a run, measured on `models` with calibration `seeds`. Where there is a `baseline`,
+    `config` is only what its bits are counted by."""
 
     label: str
-    config: QuantConfig | None
+    config: QuantConfig
     method: str = "rtn"
     seeds: tuple[int, ...] = (0,)
     calibration: CalibrationConfig = NEAREST
     models: tuple[str, ...] = MODELS
+    baseline: Baseline | None = None
 
 
 def check_twin(pipe: Pipeline, twin: Pipeline, test: CalibrationSet) -> float:
@@ -181,7 +186,8 @@ def finals() -> list[Entry]:
     ]
     return [
         *released,
-        Entry("fpqvar", None, seeds=SEEDS),
+        Entry("fpqvar", fpqvar.account_config(), seeds=SEEDS, baseline=by_fpqvar),
+        *map(by_orbitquant, orbitquant.WIDTHS),
         Entry("rtn", P("w4a4+paper")),
         Entry("litevar", P("w4a4+paper+litevar")),
         Entry("brecq", P("w4a4+paper"), "brecq", calibration=CONVERGED, models=("demo",)),
@@ -189,6 +195,19 @@ def finals() -> list[Entry]:
         *(Entry(name, P(name), seeds=SEEDS) for name in (GROUPED, *PRESETS)),
         Entry(HEAD_4, head(P(GROUPED), 4, 4), seeds=SEEDS),
     ]
+
+
+def by_fpqvar(pipe: Pipeline, samples: CalibrationSet, _: int) -> Pipeline:
+    return fpqvar.fpqvar(pipe, samples)
+
+
+def by_orbitquant(widths: tuple[int, int]) -> Entry:
+    def made(pipe: Pipeline, _: CalibrationSet, seed: int) -> Pipeline:
+        return orbitquant.orbitquant(pipe, widths, seed)
+
+    config = orbitquant.account_config(*widths)
+    label = f"orbitquant w{widths[0]}a{widths[1]}"
+    return Entry(label, config, seeds=SEEDS, baseline=made)
 
 
 def log2(config: QuantConfig) -> Any:
@@ -201,7 +220,7 @@ def log2(config: QuantConfig) -> Any:
 def bops(var: VAR, entry: Entry, what: str = "total") -> float:
     """Relative to the paper's assignment at 4 bits."""
     base = bops_account(var, QuantConfig.preset("w4a4+paper")).total
-    return getattr(bops_account(var, entry.config or account_config()), what) / base
+    return getattr(bops_account(var, entry.config), what) / base
 
 
 class Workshop:
@@ -222,8 +241,8 @@ class Workshop:
     def measure(self, run: int, model: str, entry: Entry, seed: int) -> dict[str, Any]:
         pipe, started = self.models[model], time.monotonic()
         theta = None
-        if entry.config is None:
-            quantized: Pipeline = fpqvar(pipe, self.samples(seed))
+        if entry.baseline is not None:
+            quantized = entry.baseline(pipe, self.samples(seed), seed)
         else:
             result = varptq.quantize(
                 pipe, entry.config, method=entry.method, calibration=entry.calibration, seed=seed
