@@ -231,6 +231,7 @@ class Mark(NamedTuple):
 GROUPS = (HEAD_4, GROUPED, FINER, "w4a8+groups", "w6a6")
 # By rising bit operations: of those that cost more, those that are no better are left out.
 BY_PRICE = ("bops1", "best", "w3a8", "w4a8", "w8a8")
+ORBIT = tuple(f"orbitquant {width}" for width in ("w2a4", "w3a3", "w4a4"))
 CURVES = {
     "released quantizers": ("w4a4 released", "w4a8 released", "w6a6 released", "w8a8 released"),
     "in groups, GPTQ": tuple(f"{name}, gptq" for name in GROUPS),
@@ -239,17 +240,19 @@ CURVES = {
     "sas, converged": ("sas",),
     "FPQVAR": ("fpqvar",),
     "LiteVAR": ("litevar",),
+    "OrbitQuant": ORBIT,
 }
 MARKS = (
     Mark("w4a4 released", "w4a4"),
     Mark("w4a8 released", "w4a8", (-6, -3), "right"),
-    Mark("w6a6 released", "w6a6", (6, -3)),
+    Mark("w6a6 released", "w6a6", (6, 3)),
     Mark("w8a8 released", "w8a8", (0, 7)),
     Mark(f"{GROUPED}, gptq", "w4a4 in groups"),
     Mark("w4a8+groups, gptq", "w4a8 in groups"),
     *(Mark(name, name, (-6, -4), "right") for name in BY_PRICE),
-    Mark("fpqvar", "FPQVAR", (6, 3)),
+    Mark("fpqvar", "FPQVAR", (6, -4)),
     Mark("litevar", "LiteVAR", (-6, 5), "right"),
+    *(Mark(name, name.split()[1], (-6, 4), "right") for name in ORBIT),
 )
 
 
@@ -258,7 +261,7 @@ def plot_frontier(lines: list[Line]) -> None:
     final = [x for x in lines if x["run"] in (8, LAST, TUNED_LAST)]
     final += [x for x in lines if x["run"] == 12 and x["label"] not in OFFERED]
     for axis, model in zip(axes, MODELS, strict=True):
-        curves = zip(CURVES.items(), "sov^PDX", strict=True)
+        curves = zip(CURVES.items(), "sov^PDXh", strict=True)
         for index, ((name, labels), marker) in enumerate(curves):
             points = [
                 [value(final, model, label, field) for field in ("bops", "kl")] for label in labels
