@@ -16,6 +16,7 @@ from varptq.quant.affine import Grid
 from varptq.quant.codebook import (
     HALVES,
     LARGEST,
+    MANY,
     TOPS,
     codebook_codes,
     codebook_grid,
@@ -176,6 +177,20 @@ def test_borders_and_the_ends_of_the_float_range(num_bits: int) -> None:
     grid = codebook_grid(x, num_bits)
     assert bool(grid.scale.isfinite().all()) and grid.scale.flatten().tolist()[1:] == [0.0, 0.0]
     assert float(grid.scale[0]) > 1e35
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_bits", WIDTHS)
+def test_many_numbers_at_once_have_the_codes_of_a_few(num_bits: int, dtype: torch.dtype) -> None:
+    """On borders, beside them, and anywhere."""
+    half = torch.tensor(HALVES[num_bits], dtype=dtype)
+    borders = (half[1:] + half[:-1]) / 2
+    near = torch.cat((borders, *(borders.nextafter(torch.full_like(borders, e)) for e in (0, 200))))
+    x = torch.randn(MANY, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 50
+    x = torch.cat((x, near, -near, torch.zeros(2, dtype=dtype)))
+    one = Grid(torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype))
+    few = [codebook_codes(part, one, num_bits) for part in x.split(MANY // 4)]
+    assert torch.equal(codebook_codes(x, one, num_bits), torch.cat(few))
 
 
 @pytest.mark.parametrize("num_bits", WIDTHS)

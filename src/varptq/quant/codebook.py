@@ -19,6 +19,7 @@ Pure functions on tensors; computed in float32, or in float64 for float64.
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ HALVES: dict[int, tuple[int, ...]] = {
 }
 TOPS = {2: 1.5104176, 3: 2.1519457, 4: 2.7325896, 5: 3.2607325, 6: 3.7441013}
 LARGEST = 127
+# Numbers from which on comparing them with every border is faster than searching.
+MANY = 2**15
 
 
 class BookGrid(NamedTuple):
@@ -130,10 +133,22 @@ def _entries_of(codes: Tensor, num_bits: int) -> Tensor:
 
 def _codes(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
     """int32 codes of x in units of `scale`; a scale of 0 divides by 1."""
-    borders, half = _tables(num_bits, x.dtype, x.device)[1], len(HALVES[num_bits])
-    size = x.abs() / torch.where(scale > 0, scale, 1.0)
-    above = torch.bucketize(size.contiguous(), borders, right=True, out_int32=True)
+    half = len(HALVES[num_bits])
+    above = _borders_reached(x.abs() / torch.where(scale > 0, scale, 1.0), num_bits)
     return torch.where(x >= 0, half + above, half - 1 - above)
+
+
+def _borders_reached(size: Tensor, num_bits: int) -> Tensor:
+    """int32: of the borders between the sizes of entries, how many are at or below each size."""
+    searching = torch.compiler.is_compiling() or size.device.type != "cpu"
+    if searching or size.numel() < MANY:
+        borders = _tables(num_bits, size.dtype, size.device)[1]
+        return torch.bucketize(size.contiguous(), borders, right=True, out_int32=True)
+    # A search takes the wrong branch half of the time; comparing all numbers at once has none.
+    found = torch.zeros(size.shape, dtype=torch.uint8, device="cpu")
+    for low, high in pairwise(HALVES[num_bits]):
+        found += size >= (low + high) / 2
+    return found.to(torch.int32)
 
 
 def _power_below(largest: Tensor) -> Tensor:
