@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varptq.quant.affine import LEAST_SCALE, Dims, Grid, wide
+from varptq.quant.straight_through import passed
 
 # The positive half of the entries, by number of bits, and the value at deviation 1 that 127 stands
 # for. `tests/quant/test_codebook.py` computes both.
@@ -79,25 +80,16 @@ def ordered_sum(x: Tensor) -> Tensor:
 
 
 def codebook_grid(x: Tensor, num_bits: int, dims: Dims = -1) -> BookGrid:
-    """Scale and start (..., 1), zero points 0, of the slices of x (..., n) over its last axis.
+    """Scale and start (..., 1), zero points 0, of the slices of x (..., n) over its last axis."""
+    return _fitted(x, num_bits, dims)[0]
 
-    Sums are taken of x over a power of two near its largest number, so no square overflows or is
-    lost.
-    """
-    assert dims == -1, "sums have an order along the last axis only"
-    x = wide(x)
-    unit = _power_below(x.abs().amax(-1, keepdim=True))
-    x = x / unit
-    deviation = (ordered_sum(x.square()) / torch.full_like(unit, x.shape[-1])).sqrt()
-    start = deviation * torch.full_like(unit, reach(num_bits))
-    found = _entries_of(_codes(x, start, num_bits), num_bits)
-    # Exact, and rounded once.
-    squares = found.to(torch.int64).square().sum(-1, keepdim=True).to(x.dtype)
-    scale = ordered_sum(x * found.to(x.dtype)) / squares * unit
-    start = start * unit
-    normal = torch.minimum(scale, start) >= LEAST_SCALE
-    scale, start = (torch.where(normal, part, 0.0) for part in (scale, start))
-    return BookGrid(scale, torch.zeros_like(scale), start)
+
+def codebook_fake(x: Tensor, num_bits: int, dims: Dims = -1) -> Tensor:
+    """x^ (..., n) on the grid of x, in the dtype of x; the gradient goes to x as it is."""
+    with torch.no_grad():
+        grid, codes = _fitted(x, num_bits, dims)
+        values = codebook_values(codes, grid, num_bits)
+    return passed(x, values.to(x.dtype))
 
 
 def codebook_codes(x: Tensor, grid: Grid | BookGrid, num_bits: int) -> Tensor:
@@ -109,6 +101,29 @@ def codebook_codes(x: Tensor, grid: Grid | BookGrid, num_bits: int) -> Tensor:
 def codebook_values(codes: Tensor, grid: Grid | BookGrid, num_bits: int) -> Tensor:
     """The real values of codes (float or integer dtype), in the dtype of the grid."""
     return _entries_of(codes, num_bits).to(grid.scale.dtype) * grid.scale
+
+
+def _fitted(x: Tensor, num_bits: int, dims: Dims) -> tuple[BookGrid, Tensor]:
+    """The grid of x and its codes on that.
+
+    Sums are taken of x over a power of two near its largest number, so no square overflows or is
+    lost.
+    """
+    assert dims == -1, "sums have an order along the last axis only"
+    x = wide(x)
+    unit = _power_below(x.abs().amax(-1, keepdim=True))
+    x = x / unit
+    deviation = (ordered_sum(x.square()) / torch.full_like(unit, x.shape[-1])).sqrt()
+    start = deviation * torch.full_like(unit, reach(num_bits))
+    codes = _codes(x, start, num_bits)
+    found = _entries_of(codes, num_bits)
+    # Exact, and rounded once.
+    squares = found.to(torch.int64).square().sum(-1, keepdim=True).to(x.dtype)
+    scale = ordered_sum(x * found.to(x.dtype)) / squares * unit
+    start = start * unit
+    normal = torch.minimum(scale, start) >= LEAST_SCALE
+    scale, start = (torch.where(normal, part, 0.0) for part in (scale, start))
+    return BookGrid(scale, torch.zeros_like(scale), start), codes
 
 
 def _tables(num_bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -128,27 +143,35 @@ _kept = cache(_made)
 
 
 def _entries_of(codes: Tensor, num_bits: int) -> Tensor:
-    return _tables(num_bits, torch.float32, codes.device)[0][codes.to(torch.int32)]
+    table = _tables(num_bits, torch.float32, codes.device)[0]
+    places = codes.to(torch.int32)
+    if not places.is_contiguous():
+        return table[places]
+    # Several times as fast on a CPU.
+    return table.index_select(0, places.flatten()).view(codes.shape)
 
 
 def _codes(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
-    """int32 codes of x in units of `scale`; a scale of 0 divides by 1."""
+    """uint8 codes of x in units of `scale`; a scale of 0 divides by 1."""
     half = len(HALVES[num_bits])
     above = _borders_reached(x.abs() / torch.where(scale > 0, scale, 1.0), num_bits)
-    return torch.where(x >= 0, half + above, half - 1 - above)
+    # Of a negative number the code is that of its size with all bits turned round. In this order
+    # the result lies in memory as x does, on which the sums of products behind it depend.
+    return (x < 0).to(torch.uint8) * (2 * half - 1) ^ (above + half)
 
 
 def _borders_reached(size: Tensor, num_bits: int) -> Tensor:
-    """int32: of the borders between the sizes of entries, how many are at or below each size."""
+    """uint8: of the borders between the sizes of entries, how many are at or below each size."""
     searching = torch.compiler.is_compiling() or size.device.type != "cpu"
     if searching or size.numel() < MANY:
         borders = _tables(num_bits, size.dtype, size.device)[1]
-        return torch.bucketize(size.contiguous(), borders, right=True, out_int32=True)
+        found = torch.bucketize(size.contiguous(), borders, right=True, out_int32=True)
+        return found.to(torch.uint8)
     # A search takes the wrong branch half of the time; comparing all numbers at once has none.
     found = torch.zeros(size.shape, dtype=torch.uint8, device="cpu")
     for low, high in pairwise(HALVES[num_bits]):
         found += size >= (low + high) / 2
-    return found.to(torch.int32)
+    return found
 
 
 def _power_below(largest: Tensor) -> Tensor:

@@ -154,6 +154,7 @@ QUANTIZERS = {
         grid=codebook.codebook_grid,
         codes=codebook.codebook_codes,
         values=codebook.codebook_values,
+        plain=codebook.codebook_fake,
         operands={
             "weight": ("channel", "group"),
             "input": ("token", "group"),
