@@ -6,7 +6,7 @@ The runs, nearest rounding unless said (docs/quality.md tells what came out):
     1 attribution   2 centring   3 rotation   4 the fc2 input   5 smoothing   6 attention policies
     7 price list of widths   8 rounding   11 end-to-end tuning   12 finals against the baselines
     13 the presets that users choose from, GPTQ, on 512 images that nothing was chosen on, on the
-    integers of runtime cpu   14 the same, tuned
+    integers of runtime cpu   14 the same, tuned   15 the same with the paper's parts
 Appends one line per measurement to results/quality4bit.jsonl and skips what is there, so it can be
 stopped and started. KL is from the float model's guided next-token distributions, unfiltered,
 teacher-forced on images it generated itself from seeds no calibration uses. Runs 8, 11 and 12 also
@@ -35,11 +35,14 @@ from benchmarks.common.quality4bit_rows import (
     GROUPED,
     HEAD_4,
     LAST,
+    LAST_RUNS,
     MODELS,
     NAME,
     OFFERED,
+    PARTS_LAST,
     TUNABLE,
     TUNED_LAST,
+    WITH_PARTS,
 )
 from benchmarks.common.results import append_line, read_lines
 from benchmarks.common.twin import with_outliers
@@ -173,6 +176,10 @@ def rows() -> dict[int, list[Entry]]:
     ]
     found[12] = finals()
     found[LAST] = [Entry(name, P(name), "gptq", SEEDS, CLOSED_FORM) for name in OFFERED]
+    found[PARTS_LAST] = [
+        Entry(f"{name}, {part}", P(name), f"gptq+{part}", SEEDS, CLOSED_FORM)
+        for name, part in WITH_PARTS
+    ]
     found[TUNED_LAST] = [Entry(f"{n}, tuned", P(n), "gptq", (0,), TUNED) for n in TUNABLE]
     return found
 
@@ -248,7 +255,7 @@ class Workshop:
                 pipe, entry.config, method=entry.method, calibration=entry.calibration, seed=seed
             )
             quantized, theta = result, result.theta
-            if run in (LAST, TUNED_LAST):
+            if run in LAST_RUNS:
                 quantized = on_integers(result)
         line = {
             "run": run,
@@ -298,7 +305,7 @@ def main(say: Callable[[str], None] = print) -> None:
 
     @cache
     def shop(run: int) -> Workshop:
-        last = run in (LAST, TUNED_LAST)
+        last = run in LAST_RUNS
         work = Workshop(LAST_IMAGES, LAST_SEED) if last else Workshop(arguments.images)
         say(f"twin: KL {work.twin_kl:.1e} to its model")
         return work

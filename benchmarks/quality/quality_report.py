@@ -29,6 +29,7 @@ from benchmarks.common.quality4bit_rows import (
     MODELS,
     NAME,
     OFFERED,
+    PARTS_LAST,
     TUNABLE,
     TUNED_LAST,
 )
@@ -49,6 +50,7 @@ RUNS = {
     12: "Finals",
     LAST: "The presets, GPTQ, 512 images of their own, on integers",
     TUNED_LAST: "The same, tuned",
+    PARTS_LAST: "The same with the paper's parts",
 }
 
 

@@ -28,7 +28,7 @@ def pointer(t: Tensor, what: str, dtype: torch.dtype, *shape: int) -> int:
 def row_numbers(t: Tensor, what: str, tokens: int, table: Tensor) -> int:
     """The address of (tokens,) int32 numbers of rows that `table` has. Raises `InputError`."""
     address = pointer(t, what, torch.int32, tokens)
-    low, high = (int(t.min()), int(t.max())) if tokens else (0, 0)
+    low, high = map(int, torch.aminmax(t)) if tokens else (0, 0)
     if low < 0 or high >= len(table):
         raise InputError(f"native core, {what}: {low}..{high}, expected 0..{len(table) - 1}")
     return address
