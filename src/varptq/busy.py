@@ -22,7 +22,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,10 +128,11 @@ class Watch:
         with self._lock:
             self._inside.append(threads)
             self._most = max(self._most, threads)
+            self._wanted.set()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
-            self._wanted.set()
+                with suppress(RuntimeError):  # as many threads as the user may have
+                    self._thread.start()
 
     def leave(self, threads: int) -> None:
         with self._lock:
@@ -140,7 +141,11 @@ class Watch:
                 self._wanted.clear()
 
     def _run(self) -> None:
-        libraries = loaded_libgomp()
+        """Until the system does not say what runs, or gives no more threads."""
+        with suppress(OSError, ValueError, IndexError, RuntimeError):
+            self._look_on(loaded_libgomp())
+
+    def _look_on(self, libraries: list[Any]) -> None:
         while libraries:
             # A server's images follow each other, each a block of its own.
             if not self._wanted.wait(None if self.team is None else KEPT):
