@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.holding import until
 from varptq import busy
 from varptq.torch_state import plain_torch
 
-CORES, PATIENCE = 2, 60.0
+CORES = 2
 FILE = """\
 cpu  900 900 900 900 900 900 900 900 0 0
 cpu0 100 20 30 5000 40 5 6 70 0 0
@@ -169,10 +170,3 @@ def test_one_thread_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     before = own_threads()
     with busy.beside_others(1):
         assert not own_threads() - before
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)

@@ -138,7 +138,7 @@ def test_the_keyboard_alone_is_enough_to_draw_and_a_mistake_is_answered(
     page.locator("#generate-start:enabled").wait_for()
     enter(page, "generate-class", "kat")
     page.locator("#generate-start").click()
-    said(page, "class 'kat': unknown; did you mean cat")
+    said(page, "class 'kat': unknown; did you mean cat, ant?")
     shoot(page, "toast-1280")
     enter(page, "generate-class", "<b>&lt;script&gt;</b>")
     page.locator("#generate-start").click()

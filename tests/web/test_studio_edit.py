@@ -74,13 +74,15 @@ def test_the_first_candidate_is_downloaded_without_a_click_on_it(
     open_page: Callable[..., Any],
 ) -> None:
     """On a slow machine, where a button may be seen before its file has come; and once more with
-    another picture, of one pixel."""
+    another picture, and with one of one pixel, all of it."""
     page = open_page("Edit")
     choose(page, "edit-model", MADE)
-    use_box(page, 1)
+    use_box(page, 0.5)
     page.get_by_label("Change", exact=True).check()
     enter(page, "edit-class", "cat")
-    for size in ((300, 240), (1, 1)):
+    for size in ((300, 240), (90, 120), (1, 1)):
+        if size == (1, 1):
+            page.get_by_label("number input for Right", exact=True).fill("1")
         upload(page, photo(size))
         page.locator("#edit-download").wait_for(state="hidden")
         page.wait_for_timeout(500)
