@@ -27,7 +27,8 @@ from varptq.quant.config import LayerRule, LinearSpec, QuantConfig, TensorSpec
 from varptq.quant.transforms import hadamard
 
 ADALN, ADALN_GROUP = "*ada_lin.1", 64
-WIDTHS = ((4, 4), (3, 3), (2, 4))
+# Of weights and inputs, and what the rows of a study are called.
+WIDTHS = {f"orbitquant w{w}a{a}": (w, a) for w, a in ((4, 4), (3, 3), (2, 4))}
 # Of the density that a codebook is optimal for, and of its iteration.
 POINTS, ROUNDS = 20_001, 2000
 

@@ -194,7 +194,7 @@ def finals() -> list[Entry]:
     return [
         *released,
         Entry("fpqvar", fpqvar.account_config(), seeds=SEEDS, baseline=by_fpqvar),
-        *map(by_orbitquant, orbitquant.WIDTHS),
+        *(by_orbitquant(label, widths) for label, widths in orbitquant.WIDTHS.items()),
         Entry("rtn", P("w4a4+paper")),
         Entry("litevar", P("w4a4+paper+litevar")),
         Entry("brecq", P("w4a4+paper"), "brecq", calibration=CONVERGED, models=("demo",)),
@@ -208,12 +208,11 @@ def by_fpqvar(pipe: Pipeline, samples: CalibrationSet, _: int) -> Pipeline:
     return fpqvar.fpqvar(pipe, samples)
 
 
-def by_orbitquant(widths: tuple[int, int]) -> Entry:
+def by_orbitquant(label: str, widths: tuple[int, int]) -> Entry:
     def made(pipe: Pipeline, _: CalibrationSet, seed: int) -> Pipeline:
         return orbitquant.orbitquant(pipe, widths, seed)
 
     config = orbitquant.account_config(*widths)
-    label = f"orbitquant w{widths[0]}a{widths[1]}"
     return Entry(label, config, seeds=SEEDS, baseline=made)
 
 

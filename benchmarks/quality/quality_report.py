@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import matplotlib
 
+from benchmarks.common import orbitquant
 from benchmarks.common.judges import RESNET56
 from benchmarks.common.methods_rows import PRESET, PRESET_IMAGES
 from benchmarks.common.pages import DOCS, replace, save
@@ -233,7 +234,6 @@ class Mark(NamedTuple):
 GROUPS = (HEAD_4, GROUPED, FINER, "w4a8+groups", "w6a6")
 # By rising bit operations: of those that cost more, those that are no better are left out.
 BY_PRICE = ("bops1", "best", "w3a8", "w4a8", "w8a8")
-ORBIT = tuple(f"orbitquant {width}" for width in ("w2a4", "w3a3", "w4a4"))
 CURVES = {
     "released quantizers": ("w4a4 released", "w4a8 released", "w6a6 released", "w8a8 released"),
     "in groups, GPTQ": tuple(f"{name}, gptq" for name in GROUPS),
@@ -242,7 +242,7 @@ CURVES = {
     "sas, converged": ("sas",),
     "FPQVAR": ("fpqvar",),
     "LiteVAR": ("litevar",),
-    "OrbitQuant": ORBIT,
+    "OrbitQuant": tuple(orbitquant.WIDTHS),
 }
 MARKS = (
     Mark("w4a4 released", "w4a4"),
@@ -254,7 +254,7 @@ MARKS = (
     *(Mark(name, name, (-6, -4), "right") for name in BY_PRICE),
     Mark("fpqvar", "FPQVAR", (6, -4)),
     Mark("litevar", "LiteVAR", (-6, 5), "right"),
-    *(Mark(name, name.split()[1], (-6, 4), "right") for name in ORBIT),
+    *(Mark(name, name.split()[1], (-6, 4), "right") for name in orbitquant.WIDTHS),
 )
 
 

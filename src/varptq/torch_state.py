@@ -116,4 +116,5 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
-os.register_at_fork(after_in_child=_forked)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_forked)

@@ -52,8 +52,8 @@ class Quantizer:
         Both are elementwise in the dtype of the grid.
     operands: what it may quantize, with the strategies it has there.
     levels: num_bits -> the codes; those of a weight are unsigned and fit the bits.
-    plain: arguments as `grid`; the values of x's own codes with a gradient that knows the grid.
-        Without it the gradient of x^ goes to x as it is.
+    plain: arguments as `grid`; the values of x's own codes with the gradient that defines them, of
+        the grid too or found in one go. Without it the gradient of x^ goes to x as it is.
     trained: as `plain`, its gradient written out (straight_through.py) where autograd is slow.
     symmetric: as many codes below 0 as above, and no zero point.
     even_steps: on a `Grid`, values are (code - zero point) scale and codes the nearest; learned
