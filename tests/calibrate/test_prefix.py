@@ -98,10 +98,12 @@ def test_cross_moments_are_sums_over_pairs(
         every = torch.arange(len(unit.inputs))
         plain = layer.plain_input(unit.inputs[every], spans).double()
         met = layer.quantized_input(unit.behind[every], spans).double()
-        expected = torch.einsum("l,rli,rlj->ij", weights.double(), plain, met)
         with torch.no_grad():
-            found = cross_moments(unit, layer)
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+            own, cross = cross_moments(unit, layer)
+        for found, read in ((own, met), (cross, plain)):
+            expected = torch.einsum("l,rli,rlj->ij", weights.double(), read, met)
+            largest = float(expected.max())
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * largest)
         return
     raise AssertionError(name)
 

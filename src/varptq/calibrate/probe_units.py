@@ -24,6 +24,7 @@ from varptq.calibrate.gptq import TRIED, corrected, inverse_factor, quadratic_lo
 from varptq.calibrate.reconstruct import (
     EVALUATED_ROWS,
     VECTOR_BATCH,
+    evaluate,
     optimizer_of,
     start,
     train_step,
@@ -40,8 +41,6 @@ SOLVE, EVALUATE, LEARN = "solving", "comparing", "learning"
 COLUMNS, INPUTS, OUTPUTS = 128, 1024, 256
 # Rows of vectors that are read.
 VECTORS = 64
-# Passes that a step of learning comes to; to read moments takes about one.
-OF_A_STEP = 3
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,6 @@ class UnitProbe:
         few = part(unit, VECTORS if vectors else rows)
         count = len(few.inputs)
         found: Costs = {}
-        # A pass through the unit, by row.
-        by_row = 0.0
         if settings.solves:
             read, fixed = map(sum, zip(*(self._solving(few, x) for x in layers), strict=True))
             by_row = read / count
@@ -92,8 +89,11 @@ class UnitProbe:
         if settings.learns:
             batch = min(VECTOR_BATCH, there) if vectors else settings.batch_size
             step = self._step(unit, batch if vectors else min(batch, count), batch)
-            found[LEARN], by_row = Cost(each=step), step / batch / OF_A_STEP
+            found[LEARN] = Cost(each=step)
         times = 1 + settings.solves + 2 * settings.learns
+        with self.clock.spell() as passing:
+            evaluate(few, torch.arange(count, dtype=torch.int64, device="cpu"))
+        by_row = passing.spent / count
         return found | {EVALUATE: Cost(fixed=times * min(EVALUATED_ROWS, whole) * by_row)}
 
     @torch.no_grad()
@@ -103,8 +103,10 @@ class UnitProbe:
         assert weight is not None and spec is not None
         follows = unit.behind is not None and self.calibration.corrects(layer.spec)
         with self.clock.spell() as reading:
-            moments = input_moments(unit, layer)
-            cross = cross_moments(unit, layer) if follows else None
+            if follows:
+                moments, cross = cross_moments(unit, layer)
+            else:
+                moments, cross = input_moments(unit, layer), None
         outputs, inputs = weight.shape
         seconds, few = 0.0, slice(0, min(INPUTS, inputs))
         narrower = inputs / few.stop

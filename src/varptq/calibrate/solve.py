@@ -29,12 +29,14 @@ def solve(unit: Unit, layers: list[QuantLinear], config: CalibrationConfig) -> N
         weight, spec, grid = layer.float_weight, layer.spec.weight, layer.grid
         assert weight is not None and spec is not None
         rows = weight.float().unflatten(1, (layer.scale.shape[1], -1))
-        moments = input_moments(unit, layer)
         if unit.behind is not None and config.corrects(layer.spec):
-            target = corrected(weight.float(), moments, cross_moments(unit, layer))
-            rows = target.view_as(rows)
+            moments, cross = cross_moments(unit, layer)
+            rows = corrected(weight.float(), moments, cross).view_as(rows)
+            del cross
             if layer.quantizer.table is not None:
                 grid = layer.quantizer.grid_of(rows, spec)
+        else:
+            moments = input_moments(unit, layer)
         codes, grid = solved_rows(rows, grid, spec.num_bits, moments, layer.quantizer)
         codes, scale = codes.flatten(1).to(torch.uint8), grid.scale.squeeze(-1)
         layer.load_codes(codes, scale, layer.zero_point)
@@ -78,12 +80,12 @@ def input_moments(unit: Unit, layer: QuantLinear) -> Tensor:
     return total
 
 
-def cross_moments(unit: Unit, layer: QuantLinear) -> Tensor:
-    """(in, in) float64 sum of w_t x'_t x_t^T: x' what the layer of the float model reads on the
-    float model's inputs, x what meets the weight behind the quantized layers; tokens of texts count
-    the same."""
+def cross_moments(unit: Unit, layer: QuantLinear) -> tuple[Tensor, Tensor]:
+    """`input_moments` and (in, in) float64 sum of w_t x'_t x_t^T, from one pass: x' what the layer
+    of the float model reads on the float model's inputs, x what meets the weight behind the
+    quantized layers; tokens of texts count the same."""
     assert unit.float_module is not None and unit.behind is not None
-    total = _zeros(layer)
+    total, cross = _zeros(layer), _zeros(layer)
     float_layer = unit.float_module.get_submodule(
         layer.layer.removeprefix(unit.name).removeprefix(".")
     )
@@ -92,9 +94,10 @@ def cross_moments(unit: Unit, layer: QuantLinear) -> Tensor:
         met = _reads(layer, lambda rows=rows: unit.run(unit.met[rows]))
         for of_float, of_quantized in zip(plain, met, strict=True):
             weights = _position_weights(unit, layer) if _over_tokens(of_float) else None
-            x = _weighted_rows(layer.plain_input(*of_float), weights)
-            total.add_(x.T @ _weighted_rows(layer.quantized_input(*of_quantized), weights))
-    return total
+            x = _weighted_rows(layer.quantized_input(*of_quantized), weights)
+            total.add_(x.T @ x)
+            cross.add_(_weighted_rows(layer.plain_input(*of_float), weights).T @ x)
+    return total, cross
 
 
 def _zeros(layer: QuantLinear) -> Tensor:

@@ -19,7 +19,6 @@ Pure functions on tensors; computed in float32, or in float64 for float64.
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,8 +42,13 @@ HALVES: dict[int, tuple[int, ...]] = {
 }
 TOPS = {2: 1.5104176, 3: 2.1519457, 4: 2.7325896, 5: 3.2607325, 6: 3.7441013}
 LARGEST = 127
-# Numbers from which on comparing them with every border is faster than searching.
+# Numbers from which on a table of sizes is faster than searching between borders.
 MANY = 2**15
+# Borders are halves of whole numbers, so twice a size, cut to a whole number, says how many it has
+# reached. All of them are at or below this.
+LAST_BORDER = 255
+# Numbers whose squares of entries add up to less than 2^31.
+SHORT = 2**17
 
 
 class BookGrid(NamedTuple):
@@ -87,8 +91,8 @@ def codebook_grid(x: Tensor, num_bits: int, dims: Dims = -1) -> BookGrid:
 def codebook_fake(x: Tensor, num_bits: int, dims: Dims = -1) -> Tensor:
     """x^ (..., n) on the grid of x, in the dtype of x; the gradient goes to x as it is."""
     with torch.no_grad():
-        grid, codes = _fitted(x, num_bits, dims)
-        values = codebook_values(codes, grid, num_bits)
+        grid, found = _fitted(x, num_bits, dims)
+        values = found.to(grid.scale.dtype) * grid.scale
     return passed(x, values.to(x.dtype))
 
 
@@ -104,7 +108,7 @@ def codebook_values(codes: Tensor, grid: Grid | BookGrid, num_bits: int) -> Tens
 
 
 def _fitted(x: Tensor, num_bits: int, dims: Dims) -> tuple[BookGrid, Tensor]:
-    """The grid of x and its codes on that.
+    """The grid of x and its entries on that, int8.
 
     Sums are taken of x over a power of two near its largest number, so no square overflows or is
     lost.
@@ -118,37 +122,55 @@ def _fitted(x: Tensor, num_bits: int, dims: Dims) -> tuple[BookGrid, Tensor]:
     codes = _codes(x, start, num_bits)
     found = _entries_of(codes, num_bits)
     # Exact, and rounded once.
-    squares = found.to(torch.int64).square().sum(-1, keepdim=True).to(x.dtype)
+    whole = found.to(torch.int32 if x.shape[-1] <= SHORT else torch.int64)
+    squares = (whole * whole).sum(-1, keepdim=True, dtype=whole.dtype).to(x.dtype)
     scale = ordered_sum(x * found.to(x.dtype)) / squares * unit
     start = start * unit
     normal = torch.minimum(scale, start) >= LEAST_SCALE
     scale, start = (torch.where(normal, part, 0.0) for part in (scale, start))
-    return BookGrid(scale, torch.zeros_like(scale), start), codes
+    return BookGrid(scale, torch.zeros_like(scale), start), found
 
 
-def _tables(num_bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All entries, and the borders between the sizes of the positive ones; nobody changes them."""
+class Tables(NamedTuple):
+    """All entries, the borders between the sizes of the positive ones, and how many borders are at
+    or below half of 0, 1 .. LAST_BORDER; nobody changes them."""
+
+    entries: Tensor
+    borders: Tensor
+    reached: Tensor
+
+
+def _tables(num_bits: int, dtype: torch.dtype, device: torch.device) -> Tables:
     # A graph of torch.compile keeps its own.
     make = _made if torch.compiler.is_compiling() else _kept
     return make(num_bits, dtype, device)
 
 
-def _made(num_bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _made(num_bits: int, dtype: torch.dtype, device: torch.device) -> Tables:
     with torch.inference_mode(False):
         half = torch.tensor(HALVES[num_bits], dtype=dtype, device=device)
-        return entries(num_bits, device), (half[1:] + half[:-1]) / 2
+        borders = (half[1:] + half[:-1]) / 2
+        halves = torch.arange(LAST_BORDER + 1, dtype=dtype, device=device) / 2
+        reached = torch.bucketize(halves, borders, right=True).to(torch.uint8)
+        return Tables(entries(num_bits, device), borders, reached)
 
 
 _kept = cache(_made)
 
 
 def _entries_of(codes: Tensor, num_bits: int) -> Tensor:
-    table = _tables(num_bits, torch.float32, codes.device)[0]
-    places = codes.to(torch.int32)
-    if not places.is_contiguous():
+    table = _tables(num_bits, torch.float32, codes.device).entries
+    return _at(table, codes.to(torch.int32))
+
+
+def _at(table: Tensor, places: Tensor) -> Tensor:
+    """table[places], which lies in memory as places do."""
+    plain = not torch.compiler.is_compiling() and places.device.type == "cpu"
+    if not plain or places.untyped_storage().nbytes() != places.nbytes:
         return table[places]
-    # Several times as fast on a CPU.
-    return table.index_select(0, places.flatten()).view(codes.shape)
+    # Places fill their memory: looked up in its order, several times as fast.
+    found = table.index_select(0, places.as_strided((places.numel(),), (1,)))
+    return found.as_strided(places.shape, places.stride())
 
 
 def _codes(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
@@ -162,16 +184,14 @@ def _codes(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
 
 def _borders_reached(size: Tensor, num_bits: int) -> Tensor:
     """uint8: of the borders between the sizes of entries, how many are at or below each size."""
+    tables = _tables(num_bits, size.dtype, size.device)
     searching = torch.compiler.is_compiling() or size.device.type != "cpu"
     if searching or size.numel() < MANY:
-        borders = _tables(num_bits, size.dtype, size.device)[1]
-        found = torch.bucketize(size.contiguous(), borders, right=True, out_int32=True)
+        found = torch.bucketize(size.contiguous(), tables.borders, right=True, out_int32=True)
         return found.to(torch.uint8)
-    # A search takes the wrong branch half of the time; comparing all numbers at once has none.
-    found = torch.zeros(size.shape, dtype=torch.uint8, device="cpu")
-    for low, high in pairwise(HALVES[num_bits]):
-        found += size >= (low + high) / 2
-    return found
+    # By way of a byte, so that what is no number has a place in the table, too.
+    places = (size * 2).clamp_(max=LAST_BORDER).to(torch.uint8).to(torch.int32)
+    return _at(tables.reached, places)
 
 
 def _power_below(largest: Tensor) -> Tensor:
