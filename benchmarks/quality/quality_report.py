@@ -4,7 +4,8 @@
 
 Prints the targets and writes docs/images/quality_{attribution,frontier,scales}.png, the text
 between the "targets" and "runs" markers of docs/tables/quality4bit.md, and the table of presets in
-docs/quality.md, and their images' from results/preset_images.jsonl. Ratios are to the released
+docs/quality.md, what they cost on other models, and their images from
+results/preset_images.jsonl. Ratios are to the released
 quantizers at the same nominal bits: nearest rounding, theta from the 1% budget. KL is the mean over
 calibration seeds, behind +- half of what lies between the smallest and the largest.
 """
@@ -35,6 +36,12 @@ from benchmarks.common.quality4bit_rows import (
     TUNED_LAST,
 )
 from benchmarks.common.results import Line, read_lines
+from varptq.models.families import family
+from varptq.models.meta import on_meta
+from varptq.models.pipeline import Pipeline
+from varptq.models.presets import preset
+from varptq.quant.config import QuantConfig
+from varptq.quant.describe import bops_account
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -55,6 +62,7 @@ RUNS = {
 }
 
 
+PAPER = "w4a4+paper"
 # Images of a preset, and of the float model that they are compared with.
 SAMPLED = 1000
 
@@ -208,6 +216,29 @@ def images(lines: list[Line]) -> list[str]:
     return [*rows, ""]
 
 
+# Whose bits are counted: the name, and the size where there are several.
+COUNTED = ("var-d16", "var-d30", "infinity-2b 0.06M", "infinity-2b 1M", "infinity-8b 1M")
+SPREAD = ("w4a4", "bops1", "best", "w2a8", "w3a8", "w4a8")
+
+
+def bit_operations() -> list[str]:
+    """Of the presets on models other than the one they were found on, from shapes."""
+    rows = [f"| model | {' | '.join(f'`{name}`' for name in SPREAD)} |", "|---" * 7 + "|"]
+    for words in COUNTED:
+        name, *size = words.split()
+        published = preset(name)
+        with on_meta():
+            networks = family(published.family).build(
+                published.transformer_arch, published.autoencoder_arch
+            )
+        var = Pipeline(*networks, name, family=published.family).sized(*(size or [None])).var
+        whole, *found = (
+            bops_account(var, QuantConfig.preset(config)).total for config in (PAPER, *SPREAD)
+        )
+        rows.append(f"| {words} | {' | '.join(f'{part / whole:.2f}x' for part in found)} |")
+    return [*rows, ""]
+
+
 def plot_attribution(lines: list[Line]) -> None:
     """KL that goes away when a group of tensors is put back to float."""
     part = [x for x in lines if x["run"] == 1]
@@ -315,6 +346,7 @@ def main(say: Callable[[str], None] = print) -> None:
         "",
     ]
     replace(DOCS / "quality.md", "presets", presets(lines))
+    replace(DOCS / "quality.md", "preset bops", bit_operations())
     replace(DOCS / "quality.md", "preset images", images(read_lines(PRESET_IMAGES)))
     replace(DOCS / "tables/quality4bit.md", "targets", rows)
     replace(DOCS / "tables/quality4bit.md", "runs", [*tables(lines), *pictures])
