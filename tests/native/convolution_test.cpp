@@ -92,7 +92,7 @@ struct Problem {
     std::vector<int32_t> panel_sum(columns);
     vq_pack_kernel_args p{shape.outputs,      shape.inputs,  shape.kernel_height,
                           shape.kernel_width, weight.data(), packed.data(),
-                          panel_sum.data()};
+                          panel_sum.data(),    threads};
     if (const int code = vq_pack_kernel(&p)) return code;
     r.y.resize(residual.size());
     r.sum.resize(moments), r.square.resize(moments), r.low.resize(moments), r.high.resize(moments);

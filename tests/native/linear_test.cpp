@@ -118,7 +118,7 @@ struct Problem {
     Buffer<int32_t> panel_zero(panels * 64 * groups), panel_sum(panels * 64 * segments);
     vq_pack_args p{s.outputs,     s.inputs,           weight.data(),     weight_zero.data(),
                    weight_scale.data(), s.weight_bits, nullptr, s.weight_group, segment,
-                   packed.data(), panel_scale.data(), panel_zero.data(), panel_sum.data()};
+                   packed.data(), panel_scale.data(), panel_zero.data(), panel_sum.data(), threads};
     if (const int code = vq_pack(&p)) return code;
     r.y.resize(s.rows * s.outputs);
     r.products.resize(rows * s.outputs * segments);

@@ -11,7 +11,8 @@ hardly more memory than the loaded model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from varptq import hub
+from varptq.artifact.digest import Digest
 from varptq.artifact.format import (
     AUTOENCODER,
     CONFIG_FILE,
@@ -51,7 +53,6 @@ from varptq.models.meta import on_meta
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.presets import encoder_of
 from varptq.models.seams import start_gains
-from varptq.models.state_file import file_sha256
 from varptq.models.transformer import Transformer
 from varptq.quant.convert import convert, convert_autoencoder
 from varptq.quant.find import quant_convolutions, release_float_weights, set_theta
@@ -63,12 +64,14 @@ Adopt = Callable[[Transformer, str], None]
 
 class Blank(NamedTuple):
     """An artifact without its weights: the validated config.json, its `digest`, and both networks
-    on the meta device, where tensors have shapes but no memory."""
+    on the meta device, where tensors have shapes but no memory. hashed: the weights' SHA-256, where
+    they will be read."""
 
     document: SealedDocument
     seal: str
     var: Transformer
     vae: Autoencoder
+    hashed: Digest | None = None
 
 
 @plain_torch()
@@ -86,14 +89,17 @@ def load(
     `varptq.runtime.load` chooses another runtime. adopt: called with the transformer and the name
     of each quantized layer once the layer is complete, and may replace it by another module, so
     that one layer is unpacked at a time; the image encoder then stays on the mapped file. blank: of
-    this folder, from `read_blank`, where the caller has it; its networks are used up. Raises
+    this folder, from `reading_blank`, where the caller has it; its networks are used up. Raises
     `ConfigError` for a device that this machine lacks or a dtype in which no model computes,
     `ArtifactError` naming the file and what is wrong with it.
     """
     device, dtype = checked_device(device), checked_dtype(dtype)
-    document, seal, var, vae = blank or read_blank(folder)
+    if blank is None:
+        with reading_blank(folder) as blank:
+            return load(folder, device=device, dtype=dtype, adopt=adopt, blank=blank)
+    document, var, vae = blank.document, blank.var, blank.vae
     path = Path(folder) / WEIGHTS_FILE
-    tensors = _open_tensors(path, document, seal, lambda names: _slots(var, vae, names))
+    tensors = _open_tensors(path, blank)
     _fill_plain(var, vae, tensors, path, stay=adopt is not None)
     _fill_linears(var, tensors, path, adopt)
     recipe = document.varptq
@@ -120,6 +126,16 @@ def read_blank(folder: str | Path) -> Blank:
     `ArtifactError`."""
     document, seal = read_config(folder)
     return Blank(document, seal, *_empty_modules(Path(folder), document))
+
+
+@contextmanager
+def reading_blank(folder: str | Path) -> Iterator[Blank]:
+    """`read_blank` for `load`: the weights are hashed meanwhile."""
+    hashed = Digest(Path(folder) / WEIGHTS_FILE)
+    try:
+        yield read_blank(folder)._replace(hashed=hashed)
+    finally:
+        hashed.stop()
 
 
 def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
@@ -150,9 +166,8 @@ def read_config(folder: str | Path) -> tuple[SealedDocument, str]:
 def check_files(folder: str | Path) -> None:
     """Raise `ArtifactError` for an artifact whose files are not those that were saved; the contents
     of the tensors are not looked at."""
-    document, seal, var, vae = read_blank(folder)
-    path = Path(folder) / WEIGHTS_FILE
-    _open_tensors(path, document, seal, lambda names: _slots(var, vae, names))
+    with reading_blank(folder) as blank:
+        _open_tensors(Path(folder) / WEIGHTS_FILE, blank)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -218,15 +233,10 @@ def _empty_modules(folder: Path, document: SealedDocument) -> tuple[Transformer,
     return var, vae
 
 
-def _open_tensors(
-    path: Path,
-    document: SealedDocument,
-    seal: str,
-    expected: Callable[[set[str]], dict[str, Slot]],
-) -> MappedTensors:
+def _open_tensors(path: Path, blank: Blank) -> MappedTensors:
     """The tensors of the file, after checking header, hash and seal."""
     _check_file(path)
-    entry = document.files[WEIGHTS_FILE]
+    entry = blank.document.files[WEIGHTS_FILE]
     try:
         found = path.stat().st_size
         if found != entry.bytes:
@@ -235,12 +245,12 @@ def _open_tensors(
                 + _damaged(path, "truncated or of another artifact")
             )
         with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
-            _check_header(path, file, expected(set(file.keys())))
-            if file_sha256(path) != entry.sha256:
+            _check_header(path, file, _slots(blank.var, blank.vae, set(file.keys())))
+            if (blank.hashed or Digest(path)).result() != entry.sha256:
                 raise ArtifactError(
                     f"{path}: SHA-256 is not that of {CONFIG_FILE}; {_damaged(path)}"
                 )
-            if (file.metadata() or {}).get(SEAL) != seal:
+            if (file.metadata() or {}).get(SEAL) != blank.seal:
                 config = path.with_name(CONFIG_FILE)
                 raise ArtifactError(
                     f"{config}: not the config that {WEIGHTS_FILE} was saved with; {_damaged(path)}"

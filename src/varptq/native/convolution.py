@@ -52,6 +52,7 @@ class PackKernelArgs(ctypes.Structure):
         ("codes", c_void_p),
         ("packed", c_void_p),
         ("panel_sum", c_void_p),
+        ("threads", c_int32),
     )
 
 
@@ -195,6 +196,7 @@ def pack(codes: Tensor, scale_O: Tensor) -> PackedKernel:
     a = PackKernelArgs(outputs=outputs, inputs=inputs, kernel_height=height, kernel_width=width)
     a.codes = pointer(codes, "weight codes", torch.int8, outputs, inputs, height, width)
     a.packed, a.panel_sum = packed.data_ptr(), sums.data_ptr()
+    a.threads = torch.get_num_threads()
     call("vq_pack_kernel", a)
     return PackedKernel(packed, sums, _panels(scale_O, outputs), (outputs, inputs, height, width))
 

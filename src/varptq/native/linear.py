@@ -46,6 +46,7 @@ class PackArgs(ctypes.Structure):
         ("panel_scale", c_void_p),
         ("panel_zero", c_void_p),
         ("panel_sum", c_void_p),
+        ("threads", c_int32),
     )
 
 
@@ -134,6 +135,7 @@ def pack(
         a.table = pointer(table, "table", torch.int8, TABLE)
     a.packed, a.panel_scale = packed.data_ptr(), panel_scale.data_ptr()
     a.panel_zero, a.panel_sum = panel_zero.data_ptr(), panel_sum.data_ptr()
+    a.threads = torch.get_num_threads()
     call("vq_pack", a)
     return PackedWeight(
         *(packed, panel_scale, panel_zero, panel_sum),

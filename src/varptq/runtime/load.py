@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from varptq.artifact.load import load as load_artifact
-from varptq.artifact.load import read_blank
+from varptq.artifact.load import read_blank, reading_blank
 from varptq.artifact.mapped import return_free_memory
 from varptq.artifact.remote import artifact_folder
 from varptq.models.placement import checked_device, checked_dtype
@@ -46,15 +46,15 @@ def load(
     device, dtype = checked_device(device), checked_dtype(dtype)
     asked_for(runtime)
     folder = artifact_folder(source)
-    blank = read_blank(folder)
-    choice = resolve(blank.var, runtime, device)
-    if choice.fallback:
-        warnings.warn(f"artifact {source}: runs on {choice.runs_on}{SLOW}", stacklevel=2)
-    if choice.kernels is None:
-        return load_artifact(folder, device=device, dtype=dtype, blank=blank)
-    # Each layer is brought into the kernels' layout before the next one is read.
-    adopt = partial(convert_linear, kernels=choice.kernels)
-    pipeline = load_artifact(folder, dtype=torch.float32, adopt=adopt, blank=blank)
+    with reading_blank(folder) as blank:
+        choice = resolve(blank.var, runtime, device)
+        if choice.fallback:
+            warnings.warn(f"artifact {source}: runs on {choice.runs_on}{SLOW}", stacklevel=2)
+        if choice.kernels is None:
+            return load_artifact(folder, device=device, dtype=dtype, blank=blank)
+        # Each layer is brought into the kernels' layout before the next one is read.
+        adopt = partial(convert_linear, kernels=choice.kernels)
+        pipeline = load_artifact(folder, dtype=torch.float32, adopt=adopt, blank=blank)
     pipeline = decode_in(finish(pipeline, choice.kernels).to(device=device), dtype)
     return_free_memory()
     return pipeline

@@ -138,10 +138,14 @@ int32_t pack_inputs(const vq_pack_kernel_args& a, int64_t o, int64_t first, int6
   return sum;
 }
 
-// Outputs [first, last) of one panel, a few inputs at a time: what is written then stays in the
-// cache while every output adds its four bytes here and there.
-void pack_outputs(const vq_pack_kernel_args& a, int64_t first, int64_t last) {
+// One panel, a few inputs at a time: what is written then stays in the cache while every output
+// adds its four bytes here and there.
+void pack_outputs(const vq_pack_kernel_args& a, int64_t panel) {
   constexpr int64_t kTogether = 16;
+  const int64_t first = panel * kPanel, last = std::min(first + kPanel, a.outputs);
+  const int64_t bytes = vq_kernel_bytes(kPanel, a.inputs, a.kernel_height, a.kernel_width);
+  std::memset(a.packed + panel * bytes, 0, bytes);
+  std::fill_n(a.panel_sum + first, kPanel, 0);
   for (int64_t c = 0; c < a.inputs; c += kTogether)
     for (int64_t o = first; o < last; ++o)
       a.panel_sum[o] += pack_inputs(a, o, c, std::min(c + kTogether, a.inputs));
@@ -163,11 +167,8 @@ int64_t vq_kernel_bytes(int64_t outputs, int64_t inputs, int64_t height, int64_t
 
 int vq_pack_kernel(const vq_pack_kernel_args* a) {
   if (!vq::packable(a)) return VQ_BAD_ARGUMENT;
-  std::memset(a->packed, 0, vq_kernel_bytes(a->outputs, a->inputs, a->kernel_height,
-                                            a->kernel_width));
-  std::memset(a->panel_sum, 0, vq::padded(a->outputs) * sizeof(int32_t));
-  for (int64_t o = 0; o < a->outputs; o += vq::kPanel)
-    vq::pack_outputs(*a, o, std::min(o + vq::kPanel, a->outputs));
+  auto task = [&](int64_t panel, int) { vq::pack_outputs(*a, panel); };
+  vq::parallel_for(vq::padded(a->outputs) / vq::kPanel, a->threads, task);
   return VQ_OK;
 }
 

@@ -34,6 +34,7 @@ typedef struct {
   const int8_t* codes;                    // (O, C, Hk, Wk)
   uint8_t* packed;                        // vq_kernel_bytes
   int32_t* panel_sum;                     // (P, 64) sums of an output's weights
+  int32_t threads;
 } vq_pack_kernel_args;
 
 // y = float(P') (sa sw) + bias + residual, each rounded, P' = sum of (a - za) w, exact.

@@ -29,6 +29,7 @@ typedef struct {
   float* panel_scale;             // (ceil(N / 64), Gw, 64)
   int32_t* panel_zero;            // (ceil(N / 64), Gw, 64), of the stored values
   int32_t* panel_sum;             // (ceil(N / 64), S, 64), sums of the stored values
+  int32_t threads;
 } vq_pack_args;
 
 // P' = sum over a segment of (a - za)(w - zw), exact; t = sum over a weight group's activation

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "linear/gemm.h"
+#include "machine/pool.h"
 
 namespace {
 
@@ -34,35 +35,51 @@ Place place_of(const vq_pack_args& a, int64_t blocks, int64_t n, int64_t block) 
   return {bytes, nibbles && block % 2 ? 4 : 0};
 }
 
-// At most kBlock inputs of output n, one block of the panel; the sum of what their codes stand for.
+// One block of the panel, of output n: kBlock values, 0 beyond the last input.
+void put_block(Place place, const uint8_t* values) {
+  for (int64_t i = 0; i < kBlock; i += 4) {
+    uint8_t* at = place.bytes + i * kPanel;
+    uint32_t four;
+    std::memcpy(&four, values + i, sizeof four);
+    if (place.shift) {
+      // The lower halves are there. A shift of four bytes at once stays within them, since codes
+      // of nibbles have four bits.
+      uint32_t before;
+      std::memcpy(&before, at, sizeof before);
+      four = before | four << place.shift;
+    }
+    std::memcpy(at, &four, sizeof four);
+  }
+}
+
+// At most kBlock inputs of output n; the sum of what their codes stand for.
 int32_t pack_block(const vq_pack_args& a, Place place, const uint8_t* codes, int64_t count) {
   uint8_t values[kBlock] = {};
+  std::memcpy(values, codes, count);
   int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i)
-    values[i] = static_cast<uint8_t>(stored(codes[i], a.num_bits));
   if (a.table) {
     for (int64_t i = 0; i < count; ++i) sum += a.table[codes[i]];
   } else {
+    const uint8_t middle = a.num_bits == 8 ? 128 : 0;
+    for (int64_t i = 0; i < kBlock; ++i) values[i] -= middle;
+    std::memset(values + count, 0, kBlock - count);
     for (int64_t i = 0; i < kBlock; ++i) sum += static_cast<int8_t>(values[i]);
   }
-  for (int64_t i = 0; i < count; i += 4) {
-    // Of both halves of a byte only one has been written: a shift of four bytes at once stays
-    // within them, since codes of nibbles have four bits.
-    uint32_t before, four;
-    uint8_t* at = place.bytes + i * kPanel;
-    std::memcpy(&before, at, sizeof before);
-    std::memcpy(&four, values + i, sizeof four);
-    before |= four << place.shift;
-    std::memcpy(at, &before, sizeof before);
-  }
+  put_block(place, values);
   return sum;
 }
 
-// Outputs [first, last) of one panel. Block by block, so that what is written, 4 kB of a panel,
+// One panel, all of whose padding is 0. Block by block, so that what is written, 4 kB of a panel,
 // stays in the cache while every output adds its four bytes here and there.
-void pack_panel(const vq_pack_args& a, int64_t first, int64_t last) {
+void pack_panel(const vq_pack_args& a, int64_t panel) {
   const int64_t segments = a.inputs / a.segment, groups = a.inputs / a.group;
   const int64_t per_segment = vq::padded(a.segment) / kBlock;
+  const int64_t bytes = vq_packed_bytes(kPanel, a.inputs, a.segment, a.num_bits);
+  const int64_t first = panel * kPanel, last = std::min(first + kPanel, a.outputs);
+  std::memset(a.packed + panel * bytes, 0, bytes);
+  std::fill_n(a.panel_scale + first * groups, kPanel * groups, 0.0f);
+  std::fill_n(a.panel_zero + first * groups, kPanel * groups, 0);
+  std::fill_n(a.panel_sum + first * segments, kPanel * segments, 0);
   for (int64_t n = first; n < last; ++n) {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = vq::panel_index(n, g, groups);
@@ -107,14 +124,8 @@ int64_t vq_packed_bytes(int64_t outputs, int64_t inputs, int64_t segment, int32_
 
 int vq_pack(const vq_pack_args* a) {
   if (!valid(a)) return VQ_BAD_ARGUMENT;
-  const int64_t columns = vq::padded(a->outputs), groups = a->inputs / a->group;
-  std::memset(a->packed, 0, vq_packed_bytes(a->outputs, a->inputs, a->segment, a->num_bits));
-  std::memset(a->panel_scale, 0, groups * columns * sizeof(float));
-  std::memset(a->panel_zero, 0, groups * columns * sizeof(int32_t));
-  std::memset(a->panel_sum, 0, a->inputs / a->segment * columns * sizeof(int32_t));
-  for (int64_t n = 0; n < a->outputs; n += kPanel) {
-    pack_panel(*a, n, std::min(n + kPanel, a->outputs));
-  }
+  auto task = [&](int64_t panel, int) { pack_panel(*a, panel); };
+  vq::parallel_for(vq::padded(a->outputs) / kPanel, a->threads, task);
   return VQ_OK;
 }
 
