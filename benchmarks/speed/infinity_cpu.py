@@ -212,13 +212,16 @@ def quantizing() -> list[str]:
 
 def drawing() -> list[str]:
     """A table of results/streamed.jsonl: what loading an artifact and drawing took."""
-    head = ["model", "blocks", "config", "loaded", "with an image"]
+    head = ["model", "blocks", "config", "size", "loaded", "with an image", "seconds", "CPU"]
     rows = [
         [
             x["model"],
             f"{x['blocks']}{', all alike' if x.get('repeated') else ''}",
             x["config"],
+            x.get("size", "0.06M"),
             *(f"{x['peaks'][when] / GB:.2f}" for when in ("loaded", "one image")),
+            f"{x['seconds']['image']:.0f}" if "machine" in x else "-",
+            x.get("machine", "-"),
         ]
         for x in read_lines("streamed")
         if "peaks" in x
@@ -238,7 +241,7 @@ def write_page() -> None:
             *report(document["seconds"], document["peak bytes"]),
         ]
     lines += ["**Quantizing block by block**, peak GB of the process:", "", *quantizing()]
-    lines += ["**An image of 0.06M from an artifact**, peak GB of a fresh process:", ""]
+    lines += ["**An image from an artifact**, peak GB of a fresh process, one thread:", ""]
     replace(PAGE, "infinity", [*lines, *drawing()])
 
 

@@ -4,18 +4,18 @@
     python -m benchmarks.speed.runtime_memory --streamed infinity-8b [--blocks 2] [--method rtn]
                                               [--config w4a8] [--samples 8] [--dtype float32]
                                               [--files FOLDER] [--out FOLDER]
-    python -m benchmarks.speed.runtime_memory --repeated infinity-8b [--config w4a8]
+    python -m benchmarks.speed.runtime_memory --repeated infinity-8b [--config w4a8] [--size 0.25M]
 
 Saves VAR-d16 with random weights at W8A8, W4A8 and W4A4, and loads each in a fresh process on the
 runtime cpu. The peak is the kernel's high-water mark of resident memory, mapped pages of the file
 and of the libraries included. --quick: W8A8 alone.
 
 --streamed: `varptq quantize` of a preset from random bfloat16 shards on disk, block by block, with
-images of 0.06M of random features; then a fresh process that loads the artifact and draws one image
-of 0.06M, the decoder in bfloat16. That last part is not for configs that the runtime cpu refuses,
-such as w4a8+paper, which draws no calibration images. --blocks: with so many blocks of the model's.
---files: where the shards are, or are written to. --out: where the artifact stays. Seconds are of
-the clock, so they say little on a busy machine.
+images of --size of random features; then a fresh process that loads the artifact and draws one
+image of it on one thread, the decoder in bfloat16. That last part is not for configs that the
+runtime cpu refuses, such as w4a8+paper, which draws no calibration images. --blocks: with so many
+blocks of the model's. --files: where the shards are, or are written to. --out: where the artifact
+stays. Seconds are of the clock, so they say little on a busy machine.
 
 --repeated: the image alone, from an artifact of all blocks whose tensors are those of one block, so
 that nothing has to be quantized that memory does not depend on.
@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from benchmarks.common.linear_shapes import MOST_BYTES
 
 NAME = "benchmarks.speed.runtime_memory"
 GB = 1e9
-SIZE, TEXT_TOKENS = "0.06M", 24
+TEXT_TOKENS = 24
 POLL_SECONDS = 0.2
 
 
@@ -56,7 +57,7 @@ def peak() -> int:
     return status("self", "VmHWM")
 
 
-def child(folder: str, dtype: str) -> None:
+def child(folder: str, dtype: str, size: str) -> None:
     import torch
 
     import varptq
@@ -66,7 +67,7 @@ def child(folder: str, dtype: str) -> None:
     pipe = varptq.load(folder, runtime="cpu", dtype=getattr(torch, dtype))
     peaks["loaded"], loaded = peak(), time.monotonic()
     if pipe.var.READS_TEXTS:
-        varptq.generate(pipe.sized(SIZE), texts(1, pipe.var.arch.text_channels), seed=0)
+        varptq.generate(pipe.sized(size), texts(1, pipe.var.arch.text_channels), seed=0)
     else:
         varptq.generate(pipe, [207], seed=0)
     peaks["one image"] = peak()
@@ -82,9 +83,9 @@ def texts(count: int, channels: int) -> list[Any]:
     return [torch.randn(TEXT_TOKENS, channels, generator=generator) for _ in range(count)]
 
 
-def image(folder: str | Path, dtype: str) -> dict[str, Any]:
-    """What `child` says of the artifact in a fresh process."""
-    command = [sys.executable, "-m", NAME, "--child", str(folder), dtype]
+def image(folder: str | Path, dtype: str, size: str = "") -> dict[str, Any]:
+    """What `child` says of the artifact in a fresh process. size: where the model has several."""
+    command = [sys.executable, "-m", NAME, "--child", str(folder), dtype, size]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
@@ -125,17 +126,25 @@ def streamed(options: argparse.Namespace) -> None:
             write_random(dataclasses.replace(model, transformer_arch=arch), files)
         prompts, out = Path(work) / "prompts.safetensors", options.out or Path(work) / "artifact"
         varptq.save_features(prompts, TextPrompts.of(texts(options.samples, arch.text_channels)))
-        named = {"--var": var, "--vae": vae, "--prompts": prompts, "--out": out, "--size": SIZE}
+        named = {
+            "--var": var,
+            "--vae": vae,
+            "--prompts": prompts,
+            "--out": out,
+            "--size": options.size,
+        }
         named |= {"--method": options.method, "--config": options.config, "--memory": "2GB"}
         named |= {"--samples": options.samples, "--dtype": options.dtype}
         words = [str(word) for pair in named.items() for word in pair]
         line: dict[str, Any] = {"model": model.name, "blocks": depth, "method": options.method}
         line |= {"config": options.config, "samples": options.samples, "dtype": options.dtype}
+        line["size"] = options.size
         line["quantize"] = watched([sys.executable, "-m", "varptq", "quantize", *words])
         line["artifact"] = (out / "model.safetensors").stat().st_size
         told(line)
         # A config that the runtime cpu cannot execute ends here.
-        told({key: line[key] for key in ("model", "blocks", "config")} | image(out, "bfloat16"))
+        same = {key: line[key] for key in ("model", "blocks", "config", "size")}
+        told(same | image(out, "bfloat16", options.size))
 
 
 def repeated(options: argparse.Namespace) -> None:
@@ -144,10 +153,11 @@ def repeated(options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "artifact"
-        depth = save_repeated(options.repeated, SIZE, options.config, out)
+        depth = save_repeated(options.repeated, options.size, options.config, out)
         line: dict[str, Any] = {"model": options.repeated, "blocks": depth, "repeated": True}
         line |= {"config": options.config, "artifact": (out / "model.safetensors").stat().st_size}
-        told(line | image(out, "bfloat16"))
+        line |= {"size": options.size, "machine": options.machine}
+        told(line | image(out, "bfloat16", options.size))
 
 
 def told(line: dict[str, Any]) -> None:
@@ -195,9 +205,11 @@ def main() -> None:
     parser.add_argument("--config", default="w4a8", help="name of a config")
     parser.add_argument("--samples", type=int, default=8, help="calibration images")
     parser.add_argument("--dtype", default="float32", help="in what blocks compute")
+    parser.add_argument("--machine", default=platform.machine(), help="words for the page")
+    parser.add_argument("--size", default="0.06M", help="of images")
     parser.add_argument("--files", type=Path, help="folder of the shards")
     parser.add_argument("--out", type=Path, help="folder of the artifact, which is kept")
-    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(*options.child)
