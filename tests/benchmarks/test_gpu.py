@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
             library = row.get("why not", "")
             assert library.startswith("not installed: pip install") or row["batch 1"]["rounds"] == 1
             assert not library or name.partition(" ")[0] in ("torchao", "comfy-kitchen", "gemlite")
+            assert row.get("same tokens", True)
+        assert len(found) == 2 * len({name.removesuffix(", CUDA graphs") for name in found})
     lines = page.page_of(document, PARTS, models.MODELS)
     assert lines[0].startswith("A dry run") and "| w8a8 | linear |" in "\n".join(lines)
     assert sum(line.startswith("| bf16 SDPA |") for line in lines) == 2
@@ -138,15 +141,39 @@ def test_a_variant_that_takes_too_long_or_fails_is_named() -> None:
         except images.OutOfTimeError as error:
             raise ValueError("of a library") from error
 
-    for build in (slow, wrapped):
-        row, run = images._prepared(variants.Variant("x", build), "cpu", 0.05, (1,))
-        assert run is None and row["why not"].startswith("not reached: more than")
-
     def broken() -> Pipeline:
         raise RuntimeError("no kernel image\nand a long story")
 
-    row, _ = images._prepared(variants.Variant("x", broken), "cpu", 60.0, (1,))
-    assert row == {"why not": "RuntimeError: no kernel image"}
+    def why(build: Callable[[], Pipeline], seconds: float) -> str:
+        found: dict[str, Any] = {}
+        made = variants.Variant("x", build)
+        assert images._prepared(made, "cpu", images.Limit(seconds), (1,), found) == {}
+        return found["x"]["why not"]
+
+    for build in (slow, wrapped):
+        assert why(build, 0.05) == "not reached: more than 0 s to be made"
+    assert why(broken, 60.0) == "RuntimeError: no kernel image"
+
+
+def test_graphs_that_draw_other_tokens_are_named(tiny: Pipeline) -> None:
+    """And those that fail leave the variant itself in place."""
+    found: dict[str, Any] = {}
+    made = variants.Variant("x", lambda: copy.deepcopy(tiny))
+    plain, graphs = images._prepared(made, "cpu", images.Limit(60.0), (1, 2), found).values()
+    assert found["x, CUDA graphs"]["same tokens"]
+    assert [first.tokens.shape[0] for first in plain.first.values()] == [1, 2]
+    graphs.first[2] = graphs.first[2]._replace(tokens=plain.first[2].tokens + 1)
+    assert not images._same(plain.first, graphs.first)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("cannot be recorded")
+
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patched:
+        patched.setattr(images, "called_again", fails)
+        assert list(images._prepared(made, "cpu", images.Limit(60.0), (1,), found)) == ["x"]
+    assert found["x, CUDA graphs"] == {"why not": "RuntimeError: cannot be recorded"}
+    assert "why not" not in found["x"]
 
 
 def test_a_library_that_is_missing_says_how_to_get_it(tiny: Pipeline) -> None:

@@ -84,7 +84,7 @@ def _kernel_rows(presets: Found) -> Iterable[list[str]]:
             yield [preset, shapes["why not"], "", "", "", ""]
 
 
-IMAGE_HEAD = ["variant", "image", *PARTS, "over the first", "weights, GB", "beside them, MB"]
+IMAGE_HEAD = ["variant", "image", *PARTS, "over the first", "weights, GB", "beside, MB"]
 
 
 def _image_rows(variants: Found, batch: str) -> Iterable[list[str]]:
@@ -99,4 +99,5 @@ def _image_rows(variants: Found, batch: str) -> Iterable[list[str]]:
         parts = [f"{found['parts'][part]:.1f}" for part in PARTS]
         ratio = f"{first / taken:.2f}x" if first else ""
         sizes = [f"{row['weights, bytes'] / GB:.2f}", f"{found['peak, bytes'] / MB:.0f}"]
-        yield [name, f"{taken:.1f}", *parts, ratio, *sizes]
+        differs = "" if row.get("same tokens", True) else " (other tokens)"
+        yield [name + differs, f"{taken:.1f}", *parts, ratio, *sizes]

@@ -45,9 +45,10 @@ class Watch:
         return first.elapsed_time(last)
 
 
-def timed(pipe: Pipeline, **options: Any) -> Callable[[int], Run]:
-    """A function of the number of images. `transformer` has the token map, `drawing` guidance,
-    filters and the random numbers, which the CPU makes so that they are those of any device."""
+def timed(pipe: Pipeline) -> Callable[[int, bool], Run]:
+    """A function of the number of images and whether CUDA graphs run them. `transformer` has the
+    token map, `drawing` guidance, filters and the random numbers, which the CPU makes so that they
+    are those of any device."""
     watch, found = Watch(pipe.device), dict.fromkeys(PARTS, 0.0)
     decode = pipe.vae.decode_features
 
@@ -70,13 +71,13 @@ def timed(pipe: Pipeline, **options: Any) -> Callable[[int], Run]:
     sampler: Any = TimedSampler(pipe.sampler, add, clock)
     pipe.sampler = sampler
 
-    def run(batch: int) -> Run:
+    def run(batch: int, graphs: bool) -> Run:
         found.update(dict.fromkeys(PARTS, 0.0))
         labels = [pipe.var.arch.num_classes // 5] * batch
         started = watch.mark()
-        tokens = varptq.generate(pipe, labels, seed=0, batch_size=batch, **options).tokens
+        made = varptq.generate(pipe, labels, seed=0, batch_size=batch, cuda_graphs=graphs)
         whole = watch.between(started, watch.mark())
         found["transformer"] = whole - found["drawing"] - found["decoder"]
-        return Run(dict(found), tokens.cpu())
+        return Run(dict(found), made.tokens.cpu())
 
     return run
