@@ -135,9 +135,10 @@ def part(name: str, seconds: float, dry: bool) -> Found:
     """What a part finds in a process of its own within `seconds`; `why not` says what ended it."""
     with tempfile.TemporaryDirectory() as folder:
         path, errors = Path(folder, "found.json"), Path(folder, "errors")
-        command = [sys.executable, "-m", MODULE, "--part", name, "--seconds", str(seconds)]
+        end = str(time.time() + seconds)
+        command = [sys.executable, "-m", MODULE, "--part", name, "--end", end]
         command += ["--json", str(path), *(["--dry-run"] if dry else [])]
-        environment = os.environ | ({"TRITON_INTERPRET": "1"} if dry else {})
+        environment = os.environ | {"TRITON_INTERPRET": str(int(dry))}
         started, why = time.monotonic(), None
         with errors.open("wb") as stderr:
             # A session of its own, so that what it has started ends with it.
@@ -214,7 +215,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write docs/tables/gpu.md")
     parser.add_argument("--dry-run", action="store_true", help="all parts on the CPU, tiny")
     parser.add_argument("--part", choices=list(SHARES), help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--end", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: expected a number above 0")
@@ -224,7 +225,8 @@ def main() -> None:
     if not options.dry_run and (why := missing()):
         parser.exit(2, f"no GPU: {why}, or look at every part with --dry-run\n")
     if options.part:
-        run_part(options.part, options.seconds, options.dry_run, options.json)
+        seconds = options.end - time.time()
+        run_part(options.part, seconds, options.dry_run, options.json)
         return
     kept = None if options.dry_run else RESULTS / f"{NAME}.json"
     document = measure(options.minutes, options.dry_run, options.json or kept)

@@ -186,6 +186,16 @@ def test_a_library_that_is_missing_says_how_to_get_it(tiny: Pipeline) -> None:
         variants.with_library(copy.deepcopy(tiny), "torchao", missing)
 
 
+def test_rows_that_are_too_few_are_filled_up() -> None:
+    linear = torch.nn.Linear(3, 2)
+    for tokens in (1, 40):
+        x = torch.randn(2, tokens, 3, generator=torch.Generator().manual_seed(0))
+        seen: list[int] = []
+        linear.register_forward_hook(lambda *call: seen.append(len(call[1][0])))  # noqa: B023
+        torch.testing.assert_close(variants.PaddedLinear(linear)(x), linear(x))
+        assert seen[0] == max(variants.LEAST_ROWS, 2 * tokens)
+
+
 def test_float_variants_are_the_same_model(tiny: Pipeline) -> None:
     expected = generate(tiny, [0, 3], seed=1, decode=False).tokens
     fast = variants.with_sdpa(copy.deepcopy(tiny))

@@ -69,6 +69,7 @@ def same(pipe: Pipeline, taped: Pipeline, labels: list[int], **options: Any) -> 
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+@pytest.mark.slow
 def test_images_are_the_same_at_every_size_of_batch_and_guidance(model: Pipeline) -> None:
     taped, made = on_tape(model)
     scales = model.scales.num_scales

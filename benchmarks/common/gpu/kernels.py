@@ -92,7 +92,7 @@ def _linear(
     chosen = torch.arange(0, ours.out_features, max(1, ours.out_features // OUTPUTS))
     packed: Any = theirs.packed._replace(**{n: t[chosen] for n, t in _fields(theirs.packed)})
     product = torch.stack(ReferenceKernels().products(codes, packed), dim=-1)
-    exact = gemm.linear(found.codes, ours.packed, exact=True).cpu()[:, chosen]
+    exact = gemm.linear(found.codes, ours.packed, exact=True)[:, chosen.to(device)].cpu()
     exact = exact.unflatten(0, (-1, len(codes.codes))).transpose(0, 1)
     y = CudaKernels().linear(found, ours.packed, bias.to(device), table_row).cpu()[..., chosen]
     shape = torch.Size((IMAGES, length, width))

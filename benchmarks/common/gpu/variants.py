@@ -28,6 +28,8 @@ from varptq.runtime.decoder import decode_in
 PRESETS = ("w8a8", "w4a8", "w4a4")
 # Graphs of one function: one token a row is another than several, and two models two more.
 VERSIONS = 16
+# cuBLAS wants more than 16.
+LEAST_ROWS = 32
 # What installs a library that is not there.
 INSTALL = {
     "torchao": "pip install torchao",
@@ -127,11 +129,25 @@ class KitchenLinear(nn.Module):
         return self.call(x, self.weight, self.scale, self.bias, out_dtype=x.dtype)
 
 
+class PaddedLinear(nn.Module):
+    """A Linear that gets rows of zeros where there are fewer than cuBLAS multiplies in int8."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        padded = F.pad(rows, (0, 0, 0, max(0, LEAST_ROWS - len(rows))))
+        return self.inner(padded)[: len(rows)].unflatten(0, x.shape[:-1])
+
+
 def torchao_linear(linear: nn.Linear) -> nn.Module:
     """torchao's dynamic int8, compiled."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    return CompiledLinear(linear, lambda m: quantize_(m, Int8DynamicActivationInt8WeightConfig()))
+    config = Int8DynamicActivationInt8WeightConfig()
+    return PaddedLinear(CompiledLinear(linear, lambda m: quantize_(m, config)))
 
 
 def variants(
