@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,14 +18,15 @@ from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.convert import on_integers
 from varptq.runtime.cuda.kernels import CudaKernels, ints
 
+MakeTiny = Callable[..., Pipeline]
 LABELS = [0, 3]
 GUIDED = {"cfg": [1.0, 2.0], "guided_scales": 1}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def made(make_tiny: object, config: str, device: str) -> QuantizedPipeline:
+def made(make_tiny: MakeTiny, config: str, device: str) -> QuantizedPipeline:
     """One block, two scales; segments and orders where the config has them."""
-    tiny: Pipeline = make_tiny(depth=1, scales=Scales((1, 2)))  # type: ignore[operator]
+    tiny = make_tiny(depth=1, scales=Scales((1, 2)))
     method = "sas" if "segment" in config else "rtn"
     calibration = varptq.CalibrationConfig(num_samples=2, steps=1, tune_steps=0)
     quantized = varptq.quantize(
@@ -33,7 +36,7 @@ def made(make_tiny: object, config: str, device: str) -> QuantizedPipeline:
 
 
 @pytest.mark.slow
-def test_images_are_the_same(make_tiny: object, device: str) -> None:
+def test_images_are_the_same(make_tiny: MakeTiny, device: str) -> None:
     """Nor does what is recorded wait for a number."""
     pipe = made(make_tiny, "w4a4+groups+segment", device)
     recorders: list[Again] = []
@@ -54,9 +57,9 @@ def test_images_are_the_same(make_tiny: object, device: str) -> None:
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("config", [None, "w8a8", "w4a4", "w4a4+groups+segment"])
-def test_graphs_give_the_same_images(make_tiny: object, config: str | None, device: str) -> None:
+def test_graphs_give_the_same_images(make_tiny: MakeTiny, config: str | None, device: str) -> None:
     if config is None:
-        pipe: Pipeline = make_tiny().to(device=device)  # type: ignore[operator]
+        pipe: Pipeline = make_tiny().to(device=device)
         guided = {"cfg": [1.0, 1.5, 2.0], "guided_scales": 2}
     else:
         pipe, guided = made(make_tiny, config, device), GUIDED
