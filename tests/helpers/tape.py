@@ -16,6 +16,8 @@ FORBIDDEN = {
     *(aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),
     *(aten.equal.default, aten.nonzero.default, aten.masked_select.default),
 }
+# What moves a tensor between devices, where there is more than one.
+MOVES = {aten.to.dtype_layout, aten.to.device}
 
 
 class Again:
@@ -36,23 +38,24 @@ class Again:
 
 
 class _Listening(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, forbidden: set[Any]) -> None:
         super().__init__()
+        self.forbidden = forbidden
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in FORBIDDEN, f"{func} in what is recorded"
+        assert func not in self.forbidden, f"{func} in what is recorded"
         made = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, made))
         return made
 
 
 class Watched(Again):
-    """Fails where the work, once it has run, does what no graph holds."""
+    """Fails where the work, once it has run, does what no graph holds, also on another device."""
 
     def __call__(self, work: Callable[[], Any], *, lasting: bool = False) -> Callable[[], Any]:
         def watched() -> Any:
-            with _Listening():
+            with _Listening(FORBIDDEN | MOVES):
                 return work()
 
         return super().__call__(watched, lasting=lasting)
@@ -65,7 +68,7 @@ class Tape(Again):
     def __call__(self, work: Callable[[], Any], *, lasting: bool = False) -> Callable[[], Any]:
         work()
         self.recorded += 1
-        with _Listening() as tape:
+        with _Listening(FORBIDDEN) as tape:
             made = work()
 
         def run() -> Any:
