@@ -19,7 +19,7 @@ JOBS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check quick lint native browser test-native test-arm wheels format clean
+.PHONY: help install demo test check quick lint gpu native browser test-native test-arm wheels format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ lint: $(STAMP)  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+gpu: $(STAMP)  ## tests, kernels and images on a GPU, at most eight minutes; results in docs/tables/gpu.md
+	$(BIN)/python -m benchmarks.speed.gpu
 
 native: $(STAMP)  ## build the native core of the runtime "cpu" (needs g++ or clang++)
 	$(BIN)/python -m varptq.native.build

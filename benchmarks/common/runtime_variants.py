@@ -76,6 +76,7 @@ class CompiledLinear(nn.Module):
     def __init__(self, linear: nn.Linear, quantize: Callable[[nn.Module], object]) -> None:
         super().__init__()
         holder = nn.Sequential(nn.Linear(linear.in_features, linear.out_features).bfloat16())
+        holder.to(linear.weight.device)
         holder[0].load_state_dict(linear.state_dict(), strict=False)
         if linear.bias is None:
             nn.init.zeros_(holder[0].bias)

@@ -8,7 +8,8 @@ values are written to a preallocated cache. Shapes as in models/seams.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from varptq.errors import InputError, is_out_of_memory
 from varptq.models.bare import bare
+from varptq.models.graphs import Graphs
 from varptq.models.memory import batch_too_large
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts
@@ -25,10 +27,9 @@ from varptq.models.sampling import (
     DrawPlan,
     ImageRandom,
     SamplingSettings,
-    at_tau,
     listed,
 )
-from varptq.models.seams import run_stages, spans_of
+from varptq.models.stepper import Batch, Stepper
 from varptq.progress import Progress, silent
 from varptq.torch_state import plain_torch
 
@@ -79,6 +80,7 @@ def generate(
     streams: Sequence[Stream] | None = None,
     batch_size: int = DEFAULT_BATCH,
     decode: bool = True,
+    cuda_graphs: bool = False,
     on_scale: Callable[[ScaleEvent], None] | None = None,
     progress: Progress = silent,
 ) -> Output:
@@ -90,13 +92,16 @@ def generate(
     i) only, or from the i-th of `streams`, where images of several seeds share a batch. cfg ..
     guided_scales: fields of `SamplingSettings`. guide_at: where guidance mixes its two rows: 0 the
     logits; -m, for Infinity, hidden states after the m-th last block; without 0 the asked row alone
-    gives the logits. Source: VAR paper (sampling), docs/method.md section 1. Raises `InputError`
-    for prompts, a size, forced tokens, streams or a batch_size that cannot be used, `ConfigError`
-    for settings, `OutOfMemoryError` for a batch that does not fit, with how many images would.
+    gives the logits. cuda_graphs: the same images by one launch a scale, recorded when a size of
+    batch is first drawn (graphs.py). Source: VAR paper (sampling), docs/method.md section 1. Raises
+    `InputError` for what cannot be used of prompts, size, forced tokens, streams, batch_size or
+    cuda_graphs, `ConfigError` for settings, `OutOfMemoryError` for a batch that does not fit, with
+    how many images would.
     """
     shared: dict[str, Any] = {"cfg": listed(cfg), "tau": listed(tau), "top_k": top_k}
     rest: dict[str, Any] = {"temperature": temperature, "more_smooth": more_smooth}
     settings = SamplingSettings(top_p=top_p, guided_scales=guided_scales, **shared, **rest)
+    graphs = pipe.graphs if cuda_graphs else None
     pipe = bare(pipe).sized(size)
     asked, plan = pipe.prompts(prompts, negative), pipe.plan(settings, guide_at)
     forced = _check_forced(pipe, forced, len(asked))
@@ -106,15 +111,11 @@ def generate(
     progress("generate", 0, len(asked))
     for rows in batches:
         randoms = [ImageRandom(*stream) for stream in drawn_from[rows]]
-        part = None if forced is None else forced[rows]
-        try:
-            ids, f_hat = _generate_batch(pipe, asked[rows], plan, randoms, part, rows, on_scale)
+        drawing = (asked[rows], plan, randoms, None if forced is None else forced[rows])
+        with _fitting(pipe, len(randoms), plan):
+            ids, f_hat = _generate_batch(pipe, *drawing, rows, on_scale, graphs)
             if decode:
                 images.append(decoded(pipe, f_hat))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise batch_too_large(pipe, len(randoms), plan.is_guided, error) from error
         tokens.append(ids)
         progress("generate", rows.stop, len(asked))
     return Output(torch.cat(images) if decode else None, torch.cat(tokens))
@@ -163,6 +164,26 @@ def decoded(pipe: Pipeline, f_hat: Tensor) -> Tensor:
     return torch.cat(images).float().add(1).mul(0.5)
 
 
+@contextmanager
+def _fitting(pipe: Pipeline, images: int, plan: DrawPlan) -> Iterator[None]:
+    """Raises `OutOfMemoryError`, which says how many images would fit, where these do not."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise batch_too_large(pipe, images, plan.is_guided, error) from error
+
+
+def _rows(
+    pipe: Pipeline, graphs: Graphs | None, images: int, plan: DrawPlan
+) -> AbstractContextManager[Batch]:
+    """The rows of a batch, for the time of a block."""
+    if graphs is not None:
+        return graphs.batch(pipe.var, images, plan)
+    return nullcontext(Batch(pipe.var, images, plan))
+
+
 @torch.inference_mode()
 def _generate_batch(
     pipe: Pipeline,
@@ -172,30 +193,35 @@ def _generate_batch(
     forced: Tensor | None,
     rows: slice,
     on_scale: Callable[[ScaleEvent], None] | None,
+    graphs: Graphs | None,
 ) -> tuple[Tensor, Tensor]:
     """One batch: its tokens and the final f_hat."""
     vae, alphabet, sampler = pipe.vae, pipe.alphabet, pipe.sampler
-    f_hat, stepper = vae.zeros(len(prompts)), _Stepper(pipe, prompts, plan)
-    tokens: list[Tensor] = []
+    f_hat, tokens = vae.zeros(len(prompts)), list[Tensor]()
     wanted = plan.more_smooth or on_scale is not None
-    for scale, part in enumerate(pipe.scales.slices()):
-        logits, guidance = alphabet.by_draw(stepper.logits(scale, f_hat)), stepper.guidance(scale)
-        symbols, filtered = sampler.draw(logits, guidance, plan, randoms, filtered=wanted)
-        mixture = None
-        if plan.more_smooth:
-            assert filtered is not None
-            mixture = sampler.smooth(filtered, randoms, _codebook(pipe), pipe.scales.ratio(scale))
-        if forced is not None:
-            given = alphabet.symbols(forced[:, part])
-            symbols = torch.where(given >= 0, given, symbols)
-            if mixture is not None:
-                own = vae.embed(symbols)
-                mixture = torch.where((given >= 0).unsqueeze(-1), own, mixture)
-        tokens.append(alphabet.tokens(symbols))
-        f_hat = vae.add_scale(f_hat, vae.embed(tokens[-1]) if mixture is None else mixture, scale)
-        if on_scale is not None:
-            assert filtered is not None
-            on_scale(ScaleEvent(scale, rows, filtered, symbols, f_hat))
+    with _rows(pipe, graphs, len(prompts), plan) as batch:
+        stepper = Stepper(vae, prompts, plan, batch)
+        for scale, part in enumerate(pipe.scales.slices()):
+            logits = alphabet.by_draw(stepper.logits(scale, f_hat))
+            guidance = stepper.guidance(scale)
+            symbols, filtered = sampler.draw(logits, guidance, plan, randoms, filtered=wanted)
+            mixture = None
+            if plan.more_smooth:
+                assert filtered is not None
+                ratio = pipe.scales.ratio(scale)
+                mixture = sampler.smooth(filtered, randoms, _codebook(pipe), ratio)
+            if forced is not None:
+                given = alphabet.symbols(forced[:, part])
+                symbols = torch.where(given >= 0, given, symbols)
+                if mixture is not None:
+                    own = vae.embed(symbols)
+                    mixture = torch.where((given >= 0).unsqueeze(-1), own, mixture)
+            tokens.append(alphabet.tokens(symbols))
+            fed = vae.embed(tokens[-1]) if mixture is None else mixture
+            f_hat = vae.add_scale(f_hat, fed, scale)
+            if on_scale is not None:
+                assert filtered is not None
+                on_scale(ScaleEvent(scale, rows, filtered, symbols, f_hat))
     return torch.cat(tokens, dim=1), f_hat
 
 
@@ -207,45 +233,3 @@ def _codebook(pipe: Pipeline) -> Tensor:
             "none to mix; leave it off"
         )
     return codebook
-
-
-class _Stepper:
-    """Logits scale by scale; rows are [asked; nothing], the latter as long as guidance needs it."""
-
-    def __init__(self, pipe: Pipeline, prompts: Prompts, plan: DrawPlan) -> None:
-        self.pipe, self.plan, self.prompts = pipe, plan, prompts
-        self.two_rows = plan.is_guided
-        self._ask(prompts.guided() if self.two_rows else prompts)
-        if self.two_rows:
-            self.stages = pipe.var.mixed(self.stages, plan.strengths, plan.guide_at)
-        self.cache = pipe.var.new_cache(len(prompts) * (1 + self.two_rows))
-
-    def _ask(self, rows: Prompts) -> None:
-        self.condition = self.pipe.var.condition(rows)
-        self.stages = self.pipe.var.stages(self.condition)
-
-    @property
-    def mixes_logits(self) -> bool:
-        """Whether the logits are those of two rows in the end."""
-        return self.two_rows and LOGITS in self.plan.guide_at
-
-    def logits(self, scale: int, f_hat: Tensor) -> Tensor:
-        """(rows, l, V) float32 logits of `scale` divided by tau, given f_hat of the scales before
-        it; of the asked rows alone where the logits are not to be mixed."""
-        var, spans = self.pipe.var, spans_of(self.pipe.scales, scale, scale + 1)
-        if self.two_rows and not self.plan.is_guided_from(scale):
-            self.two_rows = False
-            self._ask(self.prompts)
-            self.cache = [cache.first_rows(len(self.prompts)) for cache in self.cache]
-        if scale == 0:
-            x_BlC = var.embed_first(self.condition)
-        else:
-            x_BlC = var.embed_inputs(self.pipe.vae.next_input(f_hat, scale - 1), spans)
-            if self.two_rows:
-                x_BlC = x_BlC.repeat(2, 1, 1)
-        logits = at_tau(run_stages(self.stages, x_BlC, spans, self.cache), self.plan.taus[scale])
-        return logits if self.mixes_logits else logits[: len(f_hat)]
-
-    def guidance(self, scale: int) -> float | None:
-        """Strength at `scale`, None where all rows are images."""
-        return self.plan.strengths[scale] if self.mixes_logits else None

@@ -16,6 +16,7 @@ from varptq.models.alphabet import Alphabet
 from varptq.models.autoencoder import Autoencoder
 from varptq.models.class_names import checked_names
 from varptq.models.families import family, family_of
+from varptq.models.graphs import Graphs
 from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.prompts import Prompts, listed
 from varptq.models.sampling import LOGITS, DrawPlan, Sampler, SamplingSettings, per_scale
@@ -36,7 +37,8 @@ class Pipeline:
     that a model which reads texts comes with. sources: sha256 of the files
     the weights came from, or the seed of random ones. sampler: what draws symbols. family: a name
     of `families.FAMILIES`. encoder: what makes features of strings, for a model that reads texts.
-    chosen: the prompts there are to draw images for, where somebody has said which.
+    chosen: the prompts there are to draw images for, where somebody has said which. graphs: what
+    `generate(cuda_graphs=True)` has recorded; a copy of a pipeline records its own.
     """
 
     var: Transformer
@@ -48,6 +50,7 @@ class Pipeline:
     family: str = "var"
     encoder: TextEncoder | None = None
     chosen: Prompts | None = None
+    graphs: Graphs = field(default_factory=Graphs, init=False, repr=False, compare=False)
 
     @property
     def scales(self) -> Scales:

@@ -92,6 +92,10 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def rewind(self, length: int) -> None:
+        """Back to the first `length` tokens; the next ones are written behind them."""
+        self.length = length
+
     def first_rows(self, rows: int) -> LayerCache:
         """The same for the first `rows` rows, which it shares."""
         shared = LayerCache(self.keys[:rows], self.values[:rows], self.room)
@@ -328,7 +332,8 @@ class Stage(NamedTuple):
     name: of the module that does it. condition_units, token_units: submodules of it whose rounding
     is learned on its own, in the order in which they run; a stage that is itself such a unit is the
     last of the pass. arguments: what a token unit is called with behind (x, spans), where it reads
-    more than tokens; of_rows: those units whose arguments are other ones for other rows.
+    more than tokens; of_rows: those units whose arguments are other ones for other rows. prepare:
+    makes what `run` keeps of the condition, which else its first call makes.
     """
 
     name: str
@@ -337,6 +342,7 @@ class Stage(NamedTuple):
     token_units: tuple[str, ...] = ()
     arguments: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
     of_rows: tuple[str, ...] = ()
+    prepare: Callable[[], object] | None = None
 
 
 def run_stages(

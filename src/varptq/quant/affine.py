@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from varptq.errors import NonFiniteError
+from varptq.models import finite
 
 # Of the released code's rules, and of quantizers whose input has units of its own.
 SCALE_FLOOR = 1e-6
@@ -46,10 +47,13 @@ def wide(x: Tensor) -> Tensor:
 
 def check_finite(x: Tensor, layer: str) -> None:
     """Raises `NonFiniteError` naming the layer, since a range with NaN or infinity has no grid.
-    Inside `torch.compile`, whose graphs cannot branch on values, torch's RuntimeError says so."""
+    Inside `torch.compile`, whose graphs cannot branch on values, torch's RuntimeError says so; what
+    is recorded says it when it has run (finite.py)."""
     message = f"layer {layer}: input holds NaN or infinity"
     if torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(x.isfinite().all(), message)
+    elif finite.are_kept():
+        finite.require(x.isfinite().all(), message)
     # Either shows in the sum, which is one pass; a sum may overflow without them.
     elif not (bool(x.detach().sum().isfinite()) or bool(x.isfinite().all())):
         raise NonFiniteError(message)

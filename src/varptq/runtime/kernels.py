@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from varptq.errors import NonFiniteError
+from varptq.models import finite
 from varptq.models.convolutions import Taps
 from varptq.models.rotary import Rotary
 from varptq.models.sampling import Sampler
@@ -111,8 +111,8 @@ class AttentionRule:
 
     def check_finite(self, operands: Tensor) -> None:
         """Raises `NonFiniteError` naming the layer if q, k or v holds NaN or infinity."""
-        if not bool(operands.isfinite().all()):
-            raise NonFiniteError(f"layer {self.layer}: q, k or v holds NaN or infinity")
+        message = f"layer {self.layer}: q, k or v holds NaN or infinity"
+        finite.require(operands.isfinite().all(), message)
 
 
 class NormRule(NamedTuple):

@@ -70,6 +70,10 @@ class PerImage(nn.Module):
 class RowCaches(list[LayerCache]):
     """A cache for each row."""
 
+    def rewind(self, length: int) -> None:
+        for cache in self:
+            cache.rewind(length)
+
     def first_rows(self, rows: int) -> RowCaches:
         return RowCaches(self[:rows])
 

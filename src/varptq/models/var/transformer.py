@@ -141,11 +141,17 @@ class VAR(Transformer):
             lambda x, spans, cache: block(x, modulation(), spans, cache[index] if cache else None),
             own,
             (f"{name}.attn", f"{name}.ffn"),
+            prepare=modulation,
         )
 
     def _norm_stage(self, class_BC: Tensor) -> Stage:
         modulation = memoized(lambda: self.head_nm.modulation(class_BC))
-        return Stage("head_nm", lambda x, *_: self.head_nm(x, modulation()), ("head_nm.ada_lin.1",))
+        return Stage(
+            "head_nm",
+            lambda x, *_: self.head_nm(x, modulation()),
+            ("head_nm.ada_lin.1",),
+            prepare=modulation,
+        )
 
     def input_units(self) -> list[str]:
         """Linears that run before the stages and whose rounding is learned on its own."""

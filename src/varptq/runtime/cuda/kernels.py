@@ -10,6 +10,7 @@ floats up to rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from varptq.errors import NonFiniteError
+from varptq.models import finite
 from varptq.models.rotary import Rotary
 from varptq.models.sampling import Sampler
 from varptq.models.seams import LAYER_NORM_EPS, Span
@@ -55,6 +56,10 @@ class Cache:
     v_extra: Tensor
     heads: int
     length: int = 0
+
+    def rewind(self, length: int) -> None:
+        """Back to the first `length` tokens; the next ones are written behind them."""
+        self.length = length
 
     def first_rows(self, rows: int) -> Cache:
         """The same for the first `rows` rows, which it shares."""
@@ -128,8 +133,8 @@ class CudaKernels:
             sign_split=rule.sign_split,
             book=book(rule.type, rule.num_bits, values.device),
         )
-        if not bool(codes.scale.isfinite().all()):
-            raise NonFiniteError(f"layer {rule.layer}: input holds NaN or infinity")
+        message = f"layer {rule.layer}: input holds NaN or infinity"
+        finite.require(codes.scale.isfinite().all(), message)
         return Rows(codes, tuple(values.shape[:-1]), rule.sign_split)
 
     def linear(
@@ -140,7 +145,7 @@ class CudaKernels:
             codes.codes,
             packed,
             bias=bias,
-            bias_row=None if rows is None else rows.to(codes.codes.codes.device),
+            bias_row=None if rows is None else _on_device(rows, codes.codes.codes.device),
             rows_per_image=1 if rows is None else len(rows),
             pairs=codes.pairs,
         )
@@ -194,7 +199,19 @@ def _per_token(rows: Tensor | None, tokens: int, device: torch.device) -> Tensor
     of a single scale, and None for the first row."""
     if rows is None:
         return torch.zeros(tokens, dtype=torch.int32, device=device)
-    return rows.to(device).expand(tokens).contiguous()
+    return _on_device(rows, device).expand(tokens).contiguous()
+
+
+def _on_device(rows: Tensor, device: torch.device) -> Tensor:
+    """int32 rows, which come on the CPU, on the device."""
+    return ints(tuple(rows.tolist()), device)
+
+
+@functools.cache
+def ints(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """(numbers,) int32, copied to the device once: a CUDA graph cannot hold a copy from memory of
+    the host, and reads this one as long as it lives."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 class _Call:
@@ -283,11 +300,10 @@ class _Call:
         """
         cache = self.cache
         if self.rule.spec.policy == "segment":
-            last = torch.tensor(span.ends, dtype=torch.int64, device=order.device) - 1
-            scales = cache.v_scale[:, last] / 2**self.order
-            return torch.ones_like(cache.v_scale), scales.contiguous(), last.int() + 1
+            ends = ints(span.ends, order.device)
+            scales = cache.v_scale[:, ends - 1] / 2**self.order
+            return torch.ones_like(cache.v_scale), scales.contiguous(), ends
         step = cache.v_scale / torch.exp2(order.float())
         # A step of 0 belongs to values of 0.
         largest = step[:, : span.keys].amax(dim=1, keepdim=True).clamp(min=LEAST_SCALE)
-        ends_1 = torch.tensor([span.keys], dtype=torch.int32, device=order.device)
-        return step / largest, largest.contiguous(), ends_1
+        return step / largest, largest.contiguous(), ints((span.keys,), order.device)

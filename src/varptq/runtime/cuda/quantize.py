@@ -17,6 +17,7 @@ TRITON_INTERPRET=1, to be run.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -194,10 +195,16 @@ def quantize(
     _quantize[(rows,)](
         x_MK, gain, shift, means, mean_row, signs, book, codes, scale, zero, sums,
         width, x_MK.stride(0), 0 if gain is None else gain.stride(0), rows_per_image, eps,
-        float(torch.tensor(block or 1, dtype=torch.float32, device="cpu").pow(-0.5)),
+        _root(block or 1),
         WIDTH=padded, GROUP=group_padded, SEGMENT=segment_padded, BLOCK=block,
         PROLOGUE=prologue, CENTRED=means is not None, SPLIT=sign_split, TOP=float(top),
         OFFSET=128 if num_bits == 8 and not sign_split else 0, BOOK=positive_entries(book),
         num_warps=4 if padded <= 2048 else 8, enable_fp_fusion=False,
     )  # fmt: skip
     return CodeRows(codes, scale, zero, sums)
+
+
+@functools.cache
+def _root(block: int) -> float:
+    """block^-0.5 as the definition has it, in float32."""
+    return float(torch.tensor(block, dtype=torch.float32, device="cpu").pow(-0.5))
