@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "convolution/convolution.h"
+#include "sets.h"
 
 namespace {
 
@@ -115,13 +116,12 @@ struct Problem {
 }  // namespace
 
 int main() {
-  const char* names[] = {"avx2", "avxvnni", "avx512vnni", "amx", "amx-emulated", "avxvnni-evex"};
   int compared = 0;
   for (int turn = 0; turn < 100; ++turn) {
     const Problem problem;
     Result want;
     if (!problem.run("portable", 1, want)) return std::puts("portable failed"), 1;
-    for (const char* name : names) {
+    for (const char* name : kSets) {
       if (vq_select_isa(name) != VQ_OK) continue;
       Result got;
       if (!problem.run(name, 1 + turn % 2, got) || !(got == want)) {
@@ -135,6 +135,6 @@ int main() {
       ++compared;
     }
   }
-  std::printf("%d comparisons with the portable kernels\n", compared);
+  std::printf("convolution_test: %d comparisons with the portable kernels\n", compared);
   return 0;
 }

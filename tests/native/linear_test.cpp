@@ -10,6 +10,7 @@
 
 #include "linear/linear.h"
 #include "quantize/quantize.h"
+#include "sets.h"
 
 namespace {
 
@@ -27,6 +28,7 @@ struct Shape {
   int64_t rows, outputs, inputs, row_group, weight_group;
   int32_t row_bits, weight_bits, sign_split, hadamard, prologue;
   bool extreme;
+  bool table, codebook;  // weights of up to 4 bits are a table's entries; rows are a codebook's
 };
 
 Shape random_shape() {
@@ -45,6 +47,9 @@ Shape random_shape() {
   s.hadamard = static_cast<int32_t>(s.inputs & -s.inputs) * static_cast<int32_t>(pick(0, 1));
   s.prologue = static_cast<int32_t>(pick(0, 2));
   s.extreme = pick(0, 1);
+  s.table = s.weight_bits <= 4 && pick(0, 1);
+  s.codebook = pick(0, 3) == 0;
+  if (s.codebook) s.row_bits = 8, s.sign_split = 0;
   return s;
 }
 
@@ -67,6 +72,7 @@ struct Problem {
   Buffer<float> x, gain, shift, means, weight_scale, bias;
   Buffer<uint8_t> weight;
   Buffer<int32_t> weight_zero;
+  Buffer<int8_t> table;
 
   explicit Problem(const Shape& shape) : s(shape) {
     segment = s.row_group < s.weight_group ? s.row_group : s.weight_group;
@@ -91,7 +97,9 @@ struct Problem {
     weight.resize(s.outputs * s.inputs);
     for (uint8_t& w : weight) w = static_cast<uint8_t>(code());
     weight_zero.resize(weight_scale.size());
-    for (int32_t& z : weight_zero) z = static_cast<int32_t>(code());
+    for (int32_t& z : weight_zero) z = s.table ? 0 : static_cast<int32_t>(code());
+    table.resize(s.table ? 16 : 0);
+    for (int8_t& entry : table) entry = static_cast<int8_t>(s.extreme ? -127 : pick(-127, 127));
   }
 
   int quantize(Result& r, int32_t threads) const {
@@ -105,6 +113,7 @@ struct Problem {
     a.rows_per_image = s.rows, a.eps = 1e-6f, a.hadamard = s.hadamard;
     a.means = s.hadamard ? means.data() : nullptr;
     a.num_bits = s.row_bits, a.sign_split = s.sign_split;
+    if (s.codebook) a.codebook = {{7, 22, 40, 61, 90, 127}, 6, 1.1f};
     a.group = s.row_group, a.segment = segment;
     a.codes = r.codes.data(), a.scale = r.scale.data(), a.zero_point = r.zero.data();
     a.sum = r.sum.data(), a.threads = threads;
@@ -117,7 +126,7 @@ struct Problem {
     Buffer<float> panel_scale(panels * 64 * groups);
     Buffer<int32_t> panel_zero(panels * 64 * groups), panel_sum(panels * 64 * segments);
     vq_pack_args p{s.outputs,     s.inputs,           weight.data(),     weight_zero.data(),
-                   weight_scale.data(), s.weight_bits, nullptr, s.weight_group, segment,
+                   weight_scale.data(), s.weight_bits, entries(), s.weight_group, segment,
                    packed.data(), panel_scale.data(), panel_zero.data(), panel_sum.data(), threads};
     if (const int code = vq_pack(&p)) return code;
     r.y.resize(s.rows * s.outputs);
@@ -127,7 +136,7 @@ struct Problem {
     a.row_group = s.row_group, a.weight_group = s.weight_group, a.segment = segment;
     a.row_bits = s.row_bits, a.weight_bits = s.weight_bits, a.pairs = s.sign_split;
     a.codes = r.codes.data(), a.scale = r.scale.data(), a.zero_point = r.zero.data();
-    a.sum = r.sum.data(), a.packed = packed.data(), a.panel_scale = panel_scale.data();
+    a.sum = r.sum.data(), a.packed = packed.data(), a.table = entries(), a.panel_scale = panel_scale.data();
     a.panel_zero = panel_zero.data(), a.panel_sum = panel_sum.data();
     a.bias = bias.data(), a.rows_per_image = s.rows;
     a.y = r.y.data(), a.y_stride = s.outputs, a.y_type = VQ_FLOAT32, a.threads = threads;
@@ -135,6 +144,8 @@ struct Problem {
     const int code = vq_linear(&a);
     return code ? code : vq_accumulate(&a);
   }
+
+  const int8_t* entries() const { return s.table ? table.data() : nullptr; }
 
   bool run(const char* name, int32_t threads, Result& r) const {
     return vq_select_isa(name) == VQ_OK && quantize(r, threads) == VQ_OK &&
@@ -145,27 +156,26 @@ struct Problem {
 }  // namespace
 
 int main() {
-  const char* names[] = {"avx2", "avxvnni", "avx512vnni", "amx", "amx-emulated", "avxvnni-evex"};
   int compared = 0;
   for (int turn = 0; turn < 150; ++turn) {
     const Problem problem(random_shape());
     Result want;
     if (!problem.run("portable", 1, want)) return std::puts("portable failed"), 1;
-    for (const char* name : names) {
+    for (const char* name : kSets) {
       if (vq_select_isa(name) != VQ_OK) continue;
       Result got;
       if (!problem.run(name, 1 + turn % 2, got) || !(got == want)) {
         const Shape& s = problem.s;
-        std::printf("%s differs: %lld x %lld x %lld, groups %lld %lld, bits %d %d, split %d\n",
+        std::printf("%s differs: %lld x %lld x %lld, groups %lld %lld, bits %d %d, split %d table %d\n",
                     name,
                     (long long)s.rows, (long long)s.inputs, (long long)s.outputs,
                     (long long)s.row_group, (long long)s.weight_group, s.row_bits, s.weight_bits,
-                    s.sign_split);
+                    s.sign_split, s.table);
         return 1;
       }
       ++compared;
     }
   }
-  std::printf("%d comparisons with the portable kernels\n", compared);
+  std::printf("linear_test: %d comparisons with the portable kernels\n", compared);
   return 0;
 }

@@ -72,20 +72,32 @@ def test_the_table_names_sources_and_instruction_sets_that_exist() -> None:
     for name, isas in build.ISAS_OF.items():
         assert (build.SOURCES / name).is_file(), name
         assert set(isas) <= set(build.FLAGS_OF_ISA), name
-    names = [unit.name for unit in build.units(x86=True)]
-    assert len(set(names)) == len(names)
+    of_machines = [isa for isas in build.ISAS_OF_MACHINE.values() for isa in isas]
+    assert sorted([build.PORTABLE, *of_machines]) == sorted(build.FLAGS_OF_ISA)
+    for machine, isas in build.ISAS_OF_MACHINE.items():
+        units = build.units(machine)
+        assert len({unit.name for unit in units}) == len(units)
+        assert {unit.isa for unit in units} == {build.PORTABLE, *isas}
+
+
+def test_flags_of_arm_are_those_that_a_compiler_takes() -> None:
+    """GCC's products want its architecture, and zig, a clang, knows processors alone."""
+    assert "-march=armv8.2-a+dotprod+i8mm" in build.flags_of("neon_i8mm", clang=False)
+    assert "-mcpu=generic+dotprod+i8mm" in build.flags_of("neon_i8mm", clang=True)
+    for isa in build.ISAS_OF_MACHINE["x86_64"]:
+        assert build.flags_of(isa, clang=True) == build.flags_of(isa, clang=False)
 
 
 @pytest.mark.slow
 def test_other_processors_get_the_portable_kernels_alone(
     loading: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel of x86 that is asked for where there is none would be missing at the load."""
+    """A kernel of a set that is asked for where there is none would be missing at the load."""
     other = build.Target("other", sys.platform)
     monkeypatch.setattr(build, "target_of", lambda command: other)
     monkeypatch.setattr(build, "OBJECTS", loading.parent / "build")
     monkeypatch.setattr(build, "OPTIMIZED", ("-O0",))
-    assert {unit.isa for unit in build.units(x86=False)} == {build.PORTABLE}
+    assert {unit.isa for unit in build.units("other")} == {build.PORTABLE}
     try:
         build.build()
     except ConfigError as error:

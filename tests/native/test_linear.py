@@ -28,7 +28,10 @@ pytestmark = [
 ]
 
 # The last two run wherever AVX512-VNNI does, and test what most machines here lack.
-NAMES = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", *binding.EMULATED)
+NAMES = (
+    *("portable", "avx2", "avxvnni", "avx512vnni", "amx", "neon-dotprod", "neon-i8mm"),
+    *binding.EMULATED,
+)
 # float32 sums of a few terms a group, against float64, in units of the largest sum of magnitudes.
 SUM_ERROR = 2e-6
 
@@ -296,7 +299,7 @@ for name in sys.argv[1:]:
 
 
 def test_the_environment_caps_the_instruction_set_and_never_crashes() -> None:
-    names = ["portable", "avx2", "amx", "nonsense"]
+    names = ["portable", "avx2", "amx", "neon-dotprod", "neon-i8mm", "nonsense"]
     done = subprocess.run(
         [sys.executable, "-c", CAPPED, *names], capture_output=True, text=True, check=True
     )

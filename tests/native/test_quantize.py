@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(binding.core() is None, reason=binding.reason()),
 ]
 
-NAMES = ("portable", "avx2", "avx512vnni")
+NAMES = ("portable", "avx2", "avx512vnni", "neon-dotprod")
 # LayerNorm and GELU against float64: a few roundings, and an exponential good to 2e-7 per unit.
 PROLOGUE_ERROR = 3e-6
 

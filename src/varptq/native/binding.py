@@ -79,8 +79,8 @@ def call(function: str, arguments: ctypes.Structure) -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: "portable", "avx2", "avxvnni", "avx512vnni", "amx", or one of
-    `EMULATED`."""
+    """The instruction set in use: "portable", "avx2", "avxvnni", "avx512vnni", "amx",
+    "neon-dotprod", "neon-i8mm", or one of `EMULATED`."""
     return library().vq_isa().decode()
 
 

@@ -2,7 +2,7 @@
 
 Every .cpp below src/ is compiled by the first C++17 compiler found ($CXX, which may be a command
 with arguments, g++, clang++, c++): once for any processor, or once for each instruction set that
-ISAS_OF names; those of x86-64 are left out where the compiler makes code for other machines.
+ISAS_OF names; those of machines that the compiler makes no code for are left out.
 Objects are kept in build/ under a hash of what went into them, so a rebuild compiles what changed.
 The result, _core.so, carries the hash of all sources: `source_hash` tells a stale one. Builds that
 run at once take turns by a lock on build/, and whatever is written appears whole.
@@ -54,6 +54,9 @@ SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 _VNNI256 = (*_AVX2, "-DVQ_VNNI256")
+# What the extensions below are added to. Not armv8.6-a, which has them all: processors such as
+# Neoverse V1 have these products and not the rest. Clang's is the spelling that zig takes, too.
+_ARM, _ARM_OF_CLANG = "-march=armv8.2-a", "-mcpu=generic"
 PORTABLE = "portable"
 # Flags of an instruction set; its source sees its name as VQ_ISA, by which src/machine/isa.h keeps
 # the symbols of one source compiled several times apart.
@@ -64,9 +67,18 @@ FLAGS_OF_ISA = {
     "avxvnni_evex": (*_VNNI256, "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256"),
     "avx512vnni": (*_AVX512, "-mprefer-vector-width=512"),
     "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mprefer-vector-width=512"),
+    "neon_dotprod": ("-DVQ_NEON", f"{_ARM}+dotprod"),
+    "neon_i8mm": ("-DVQ_NEON", f"{_ARM}+dotprod+i8mm"),
 }
-_VECTOR = (PORTABLE, "avx2", "avx512vnni")
-_BYTES = ("avxvnni", "avxvnni_evex")  # add the product of bytes to avx2
+# The sets of a machine, and how its sources know that their kernels are there (src/machine/isa.h).
+ISAS_OF_MACHINE = {
+    "x86_64": ("avx2", "avxvnni", "avxvnni_evex", "avx512vnni", "amx"),
+    "aarch64": ("neon_dotprod", "neon_i8mm"),
+}
+_MACRO_OF_MACHINE = {"x86_64": "-DVQ_X86", "aarch64": "-DVQ_ARM"}
+_VECTOR = (PORTABLE, "avx2", "avx512vnni", "neon_dotprod")
+# Add products of bytes to avx2 and neon_dotprod.
+_BYTES = ("avxvnni", "avxvnni_evex", "neon_i8mm")
 # What each source below src/ is compiled for; those without a row are portable.
 ISAS_OF = {
     "attention/kernel.cpp": (*_VECTOR, *_BYTES),
@@ -76,9 +88,10 @@ ISAS_OF = {
     "quantize/kernel.cpp": _VECTOR,
     "sampler/kernel.cpp": _VECTOR,
     "linear/gemm_avx2.cpp": ("avx2",),
-    "linear/gemm_avxvnni.cpp": _BYTES,
+    "linear/gemm_avxvnni.cpp": ("avxvnni", "avxvnni_evex"),
     "linear/gemm_avx512vnni.cpp": ("avx512vnni",),
     "linear/gemm_amx.cpp": ("amx",),
+    "linear/gemm_neon.cpp": ("neon_dotprod", "neon_i8mm"),
     "convolution/kernel_amx.cpp": ("amx",),
 }
 
@@ -107,10 +120,6 @@ class Target(NamedTuple):
 
     machine: str
     system: str
-
-    @property
-    def is_x86(self) -> bool:
-        return self.machine == "x86_64"
 
 
 _MACHINES = {"__x86_64__": "x86_64", "__aarch64__": "aarch64"}
@@ -169,14 +178,21 @@ class Unit(NamedTuple):
         return "-".join((*own, self.source.stem, self.isa))
 
 
-def units(*, x86: bool) -> list[Unit]:
-    """The sources and instruction sets that make the core on x86-64, or on another machine."""
+def units(machine: str) -> list[Unit]:
+    """The sources and instruction sets that make the core of a machine, named as in `Target`."""
+    isas = (PORTABLE, *ISAS_OF_MACHINE.get(machine, ()))
     found = [
         Unit(source, isa)
         for source in sorted(SOURCES.rglob("*.cpp"))
         for isa in ISAS_OF.get(source.relative_to(SOURCES).as_posix(), (PORTABLE,))
     ]
-    return [unit for unit in found if x86 or unit.isa == PORTABLE]
+    return [unit for unit in found if unit.isa in isas]
+
+
+def flags_of(isa: str, *, clang: bool) -> list[str]:
+    """What has g++, or clang++, make code for an instruction set."""
+    flags = [*FLAGS_OF_ISA[isa], f"-DVQ_ISA={isa}"]
+    return [flag.replace(_ARM, _ARM_OF_CLANG) for flag in flags] if clang else flags
 
 
 def _digest(parts: Sequence[bytes]) -> str:
@@ -190,7 +206,8 @@ def source_hash() -> str:
     """Hash of everything that decides what _core.so does, but for the compiler."""
     files = sorted(p for p in SOURCES.rglob("*") if p.suffix in {".h", ".cpp"})
     named = ((p.relative_to(SOURCES).as_posix().encode(), p.read_bytes()) for p in files)
-    flags = repr((COMMON, OPTIMIZED, FLAGS_OF_ISA, ISAS_OF)).encode()
+    tables = (FLAGS_OF_ISA, ISAS_OF, ISAS_OF_MACHINE, _MACRO_OF_MACHINE)
+    flags = repr((COMMON, OPTIMIZED, *tables)).encode()
     return _digest([flags, *itertools.chain.from_iterable(named)])
 
 
@@ -211,6 +228,7 @@ class _Build:
     def __init__(self, kind: str, options: Sequence[str], *, force: bool = False) -> None:
         self.compiler, self.options, self.force = compiler(), tuple(options), force
         self.target = target_of(self.compiler)
+        self.clang = "__clang__" in _macros(self.compiler)
         named = repr((self.compiler, _asked(self.compiler, "--version"))).encode()
         # A folder for each compiler: a cross-build leaves this machine's objects alone.
         self.folder = OBJECTS / f"{kind}-{self.target.machine}-{_digest([named])}"
@@ -223,9 +241,9 @@ class _Build:
             return list(workers.map(self._object, wanted))
 
     def _object(self, unit: Unit) -> Path:
-        flags = [*COMMON, *self.options, *FLAGS_OF_ISA[unit.isa], f"-DVQ_ISA={unit.isa}"]
-        if not self.target.is_x86:
-            flags.append("-DVQ_PORTABLE_ONLY")
+        flags = [*COMMON, *self.options, *flags_of(unit.isa, clang=self.clang)]
+        if macro := _MACRO_OF_MACHINE.get(self.target.machine):
+            flags.append(macro)
         if "VQ_SOURCE_HASH" in unit.source.read_text():
             flags.append(f'-DVQ_SOURCE_HASH="{source_hash()}"')
         key = _digest([*self.common, unit.source.read_bytes(), repr(flags).encode()])
@@ -276,7 +294,7 @@ def build(*, force: bool = False, library: Path | None = None) -> Path:
             raise OutputError(f"{folder} cannot be written; build the native core as its owner")
     maker = _Build("release", OPTIMIZED, force=force)
     with _alone():
-        objects = maker.objects(units(x86=maker.target.is_x86))
+        objects = maker.objects(units(maker.target.machine))
         maker.link(objects, library, "-shared", *_link_flags(maker.compiler, maker.target))
         maker.forget_old(objects)
     return library
@@ -290,7 +308,7 @@ def sanitize(emulator: Sequence[str] = ()) -> int:
         raise ConfigError(f"no C++ tests in {NATIVE_TESTS}; run this in a checkout")
     maker = _Build("sanitized", SANITIZED)
     with _alone():
-        core = maker.objects(units(x86=maker.target.is_x86))
+        core = maker.objects(units(maker.target.machine))
         programs = [maker.folder / test.stem for test in tests]
         for test, program in zip(tests, programs, strict=True):
             maker.link([*core, *maker.objects([Unit(test)])], program)

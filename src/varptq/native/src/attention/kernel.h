@@ -70,5 +70,7 @@ AttentionKernels attention_kernels(Set<Isa::avx2>);
 AttentionKernels attention_kernels(Set<Isa::avx512vnni>);
 AttentionKernels attention_kernels(Set<Isa::avxvnni>);
 AttentionKernels attention_kernels(Set<Isa::avxvnni_evex>);
+AttentionKernels attention_kernels(Set<Isa::neon_dotprod>);
+AttentionKernels attention_kernels(Set<Isa::neon_i8mm>);
 
 }  // namespace vq

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention/codes.h"
+#include "lanes/products.h"
 #include "lanes/vmath.h"
 
 #define VQ_APART __attribute__((noinline))
@@ -20,6 +21,8 @@ namespace {
 constexpr int kVectors = 4, kTileQueries = 6;
 #elif defined(VQ_VNNI256)
 constexpr int kVectors = 1, kTileQueries = 6;
+#elif defined(VQ_NEON)
+constexpr int kVectors = 1, kTileQueries = 4;
 #else
 constexpr int kVectors = 1, kTileQueries = 2;
 #endif
@@ -33,7 +36,7 @@ alignas(64) constexpr int32_t kIndex[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
 // The queries of a tile as codes.
 struct Queries {
   alignas(64) uint8_t codes[kQueryTile][kMaxHeadWidth];
-  int32_t pair[kQueryTile];  // int16 -zq, c zq - sum q
+  int32_t pair[kQueryTile];  // int16 kLeftShift - zq, c zq - sum q
   float scale[kQueryTile];
 };
 
@@ -41,13 +44,6 @@ template <int Q, int V>
 struct Sums {
   Ints of[Q][V];
 };
-
-// 4 consecutive bytes in every lane.
-inline Ints repeated(const uint8_t* four) {
-  int32_t word;
-  std::memcpy(&word, four, 4);
-  return all_int(word);
-}
 
 inline bool quantize_queries(const Head& head, int64_t first, int count, Queries& queries) {
   const vq_attention_args& args = head.args;
@@ -70,7 +66,7 @@ inline bool quantize_queries(const Head& head, int64_t first, int count, Queries
     int32_t sum = 0;
     for (int64_t c = 0; c < width; ++c) sum += codes[c];
     std::memset(codes + width, 0, static_cast<size_t>(channels - width));
-    const int16_t pair[2] = {static_cast<int16_t>(-grid.zero),
+    const int16_t pair[2] = {static_cast<int16_t>(kLeftShift - grid.zero),
                              static_cast<int16_t>(width * grid.zero - sum)};
     std::memcpy(&queries.pair[i], pair, sizeof pair);
     queries.scale[i] = grid.scale;
@@ -84,9 +80,10 @@ inline bool quantize_queries(const Head& head, int64_t first, int count, Queries
   return true;
 }
 
-// sums[q][v] += over 4 `count` products of u8 rows on the left, s8 vectors on the right. A function
+// sums[q][v] += over 4 `count` products of u8 rows on the left, s8 vectors on the right; `started`:
+// the sums hold already what kLeftShift takes from them, else columns are added up for it. A function
 // of its own with unrolled loops: only then do compilers keep all sums in registers.
-template <int Q, int V>
+template <bool started, int Q, int V>
 VQ_APART void multiply(const uint8_t* left, int64_t left_stride, const int8_t* right,
                        int64_t vector_stride, int64_t step, int64_t count, Sums<Q, V>& sums) {
   Ints s[Q][V];
@@ -94,17 +91,21 @@ VQ_APART void multiply(const uint8_t* left, int64_t left_stride, const int8_t* r
   for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) s[q][v] = sums.of[q][v];
-  for (int64_t k = 0; k < count; ++k, left += 4, right += step) {
-    Ints operand[V];
+  Ints columns[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      operand[v] = load(reinterpret_cast<const int32_t*>(right + v * vector_stride));
+  for (int v = 0; v < V; ++v) columns[v] = all_int(0);
+  add_products<Bytes>(s, left, left_stride, reinterpret_cast<const uint8_t*>(right), step, count,
+                      [&](const uint8_t* at, int v) VQ_INLINED {
+                        const auto* vector = at + v * vector_stride;
+                        const Ints x = load(reinterpret_cast<const int32_t*>(vector));
+                        if constexpr (!started) columns[v] = sum4(columns[v], x);
+                        return x;
+                      });
+  if constexpr (!started) {
 #pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-      const Ints four = repeated(left + q * left_stride);
+    for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) s[q][v] = dot4(s[q][v], four, operand[v]);
-    }
+      for (int v = 0; v < V; ++v) s[q][v] = s[q][v] + times(columns[v], all_int(kLeftShift));
   }
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q)
@@ -124,8 +125,8 @@ inline void score_tile(const Head& head, const Queries& queries, int q0, int64_t
   for (int q = 0; q < Q; ++q)
     for (int v = 0; v < V; ++v)
       sums.of[q][v] = dot2(all_int(0), load(pairs + v * kLanes), all_int(queries.pair[q0 + q]));
-  multiply<Q, V>(queries.codes[q0], sizeof queries.codes[0], codes, layout.quads * 64, 64,
-                 layout.quads, sums);
+  multiply<true, Q, V>(queries.codes[q0], sizeof queries.codes[0], codes, layout.quads * 64, 64,
+                       layout.quads, sums);
   for (int v = 0; v < V; ++v) {
     const Floats key_scale = load(scale + v * kLanes);
     const int64_t at = (vector + v) * kLanes;
@@ -232,9 +233,9 @@ inline void mix_tile(const Mixture& mix, const uint8_t* codes, int q0, int64_t c
   Sums<Q, V> sums;
   for (int q = 0; q < Q; ++q)
     for (int v = 0; v < V; ++v) sums.of[q][v] = all_int(-mix.zero_sum[q0 + q]);
-  multiply<Q, V>(codes + q0 * mix.places + first, mix.places,
-                 mix.values + first * mix.channels + 4 * channel, 64, 4 * mix.channels,
-                 (last - first + 3) / 4, sums);
+  multiply<kLeftShift == 0, Q, V>(codes + q0 * mix.places + first, mix.places,
+                                  mix.values + first * mix.channels + 4 * channel, 64,
+                                  4 * mix.channels, (last - first + 3) / 4, sums);
   for (int q = 0; q < Q; ++q) {
     for (int v = 0; v < V; ++v) {
       float* out = mix.out + (q0 + q) * kMaxHeadWidth + channel + v * kLanes;
@@ -264,7 +265,7 @@ template <class Function>
 inline void by_tiles(int count, Function function) {
   int q = 0;
   for (; q + kTileQueries <= count; q += kTileQueries) function(Size<kTileQueries>(), q);
-#if defined(VQ_LANES512) || defined(VQ_VNNI256)
+#if defined(VQ_LANES512) || defined(VQ_VNNI256) || defined(VQ_NEON)
   for (; q + 4 <= count; q += 4) function(Size<4>(), q);
   for (; q + 2 <= count; q += 2) function(Size<2>(), q);
 #endif

@@ -84,7 +84,7 @@ Convolution make_job(const vq_convolution_args* a) {
 }
 
 StripKernel kernel() {
-#ifndef VQ_PORTABLE_ONLY
+#if defined(VQ_X86)
   if (isa() == Isa::amx) return convolution_amx();
   if (isa() == Isa::amx_emulated) return convolution_amx_emulated();
 #endif

@@ -2,6 +2,7 @@
 //
 //   a tile: R pixels of a row x V vectors of 16 outputs, all sums in registers over all taps
 //   AVX-512: 6 x 4, 8 x 3 or 12 x 2 = 24 sums     AVX2: 4 x 1, of the byte product in 16 bits
+//   NEON: 4 x 1 = 16 registers of sums
 //
 // A tap's codes lie in the map at one distance from pixel to pixel, whatever stride, padding and
 // upsampling are: a kernel row is one run of inputs or, with upsampling, two.
@@ -17,7 +18,7 @@ template <int R, int V>
 __attribute__((noinline)) void multiply_taps(Sums<R, V>& sums, const Taps& taps,
                                              const uint8_t* codes, int64_t stride,
                                              const uint8_t* weights) {
-  Registers<Bytes, R, V> registers;
+  Registers<TileProduct, R, V> registers;
   registers.template begin<false>({});
   for (int64_t i = 0; i < taps.count; ++i) {
     const Run& run = taps.runs[i];

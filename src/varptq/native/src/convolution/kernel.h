@@ -49,7 +49,9 @@ StripKernel convolution_kernel(Set<Isa::avx2>);
 StripKernel convolution_kernel(Set<Isa::avx512vnni>);
 StripKernel convolution_kernel(Set<Isa::avxvnni>);
 StripKernel convolution_kernel(Set<Isa::avxvnni_evex>);
-#ifndef VQ_PORTABLE_ONLY
+StripKernel convolution_kernel(Set<Isa::neon_dotprod>);
+StripKernel convolution_kernel(Set<Isa::neon_i8mm>);
+#if defined(VQ_X86)
 StripKernel convolution_amx();
 StripKernel convolution_amx_emulated();
 #endif
@@ -74,5 +76,6 @@ struct MapKernels {
 MapKernels map_kernels(Set<Isa::portable>);
 MapKernels map_kernels(Set<Isa::avx2>);
 MapKernels map_kernels(Set<Isa::avx512vnni>);
+MapKernels map_kernels(Set<Isa::neon_dotprod>);
 
 }  // namespace vq

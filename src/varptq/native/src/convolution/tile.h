@@ -72,7 +72,8 @@ VQ_INLINE void finish_vector(const Convolution& job, const Tile& tile, const int
   const int64_t count = a.outputs - column < kLanes ? a.outputs - column : kLanes;
   const Floats scale = all(a.scale[tile.image]) * load(a.panel_scale + column);
   const Floats bias = load(a.panel_bias + column);
-  const Ints correction = times(all_int(a.zero_point[tile.image]), load(a.panel_sum + column));
+  const Ints zero = all_int(a.zero_point[tile.image] - kLeftShift);
+  const Ints correction = times(zero, load(a.panel_sum + column));
   Floats out[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {

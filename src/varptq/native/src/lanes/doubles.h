@@ -25,6 +25,33 @@ inline Doubles operator+(Doubles a, Doubles b) {
 inline Doubles operator*(Doubles a, Doubles b) {
   return {{_mm512_mul_pd(a.v[0], b.v[0]), _mm512_mul_pd(a.v[1], b.v[1])}};
 }
+#elif defined(VQ_NEON)
+struct Doubles {
+  float64x2_t v[8];
+};
+template <class Function>
+inline Doubles pairwise(Function function) {
+  return {{function(0), function(1), function(2), function(3), function(4), function(5),
+           function(6), function(7)}};
+}
+inline Doubles load(const double* p) {
+  return pairwise([&](int i) { return vld1q_f64(p + 2 * i); });
+}
+inline void store(double* p, Doubles x) {
+  for (int i = 0; i < 8; ++i) vst1q_f64(p + 2 * i, x.v[i]);
+}
+inline Doubles widened(Floats x) {
+  return pairwise([&](int i) {
+    const float32x4_t four = x.v[i / 2];
+    return i % 2 ? vcvt_high_f64_f32(four) : vcvt_f64_f32(vget_low_f32(four));
+  });
+}
+inline Doubles operator+(Doubles a, Doubles b) {
+  return pairwise([&](int i) { return vaddq_f64(a.v[i], b.v[i]); });
+}
+inline Doubles operator*(Doubles a, Doubles b) {
+  return pairwise([&](int i) { return vmulq_f64(a.v[i], b.v[i]); });
+}
 #elif defined(__AVX2__)
 struct Doubles {
   __m256d v[4];

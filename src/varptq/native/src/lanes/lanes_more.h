@@ -14,6 +14,8 @@ inline Floats fused(Floats a, Floats b, Floats c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 #elif defined(__AVX2__)
   return {_mm256_fmadd_ps(a.v, b.v, c.v), _mm256_fmadd_ps(a.w, b.w, c.w)};
+#elif defined(VQ_NEON)
+  return quarterwise<Floats>([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
 #else
   return lanewise<Floats>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
 #endif
@@ -24,6 +26,8 @@ inline Ints times(Ints a, Ints b) {
   return {_mm512_mullo_epi32(a.v, b.v)};
 #elif defined(__AVX2__)
   return {_mm256_mullo_epi32(a.v, b.v), _mm256_mullo_epi32(a.w, b.w)};
+#elif defined(VQ_NEON)
+  return quarterwise<Ints>([&](int i) { return vmulq_s32(a.v[i], b.v[i]); });
 #else
   return lanewise<Ints>([&](int i) { return a.v[i] * b.v[i]; });
 #endif
@@ -35,6 +39,9 @@ inline Floats flipped(Floats x, Floats signs) {
   return {_mm512_xor_ps(x.v, signs.v)};
 #elif defined(__AVX2__)
   return {_mm256_xor_ps(x.v, signs.v), _mm256_xor_ps(x.w, signs.w)};
+#elif defined(VQ_NEON)
+  const Ints a = bits_of(x), b = bits_of(signs);
+  return floats_of(quarterwise<Ints>([&](int i) { return veorq_s32(a.v[i], b.v[i]); }));
 #else
   return lanewise<Floats>([&](int i) { return std::signbit(signs.v[i]) ? -x.v[i] : x.v[i]; });
 #endif
@@ -54,6 +61,13 @@ inline Floats exchanged(Floats x) {
   if constexpr (stride == 4)
     return {_mm256_permute2f128_ps(x.v, x.v, 1), _mm256_permute2f128_ps(x.w, x.w, 1)};
   return {x.w, x.v};
+#elif defined(VQ_NEON)
+  if constexpr (stride == 1)
+    return quarterwise<Floats>([&](int i) { return vrev64q_f32(x.v[i]); });
+  if constexpr (stride == 2)
+    return quarterwise<Floats>([&](int i) { return vextq_f32(x.v[i], x.v[i], 2); });
+  if constexpr (stride == 4) return {{x.v[1], x.v[0], x.v[3], x.v[2]}};
+  return {{x.v[2], x.v[3], x.v[0], x.v[1]}};
 #else
   return lanewise<Floats>([&](int i) { return x.v[i ^ stride]; });
 #endif
@@ -63,6 +77,10 @@ inline Floats load_bfloat16(const uint16_t* p) {
 #if defined(VQ_LANES512)
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+#elif defined(VQ_NEON)
+  return quarterwise<Floats>([&](int i) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+  });
 #else
   float wide[kLanes];
   for (int i = 0; i < kLanes; ++i) wide[i] = from_bfloat16(p[i]);
@@ -79,6 +97,14 @@ inline void store_bfloat16(uint16_t* p, Floats x) {
   const __m512i kept = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan,
                                              _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
+#elif defined(VQ_NEON)
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x.v[i]);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint16x4_t kept = vaddhn_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint16x4_t number = vmovn_u32(vceqq_f32(x.v[i], x.v[i]));
+    vst1_u16(p + 4 * i, vbsl_u16(number, kept, vdup_n_u16(0x7fc0)));
+  }
 #else
   float wide[kLanes];
   store(wide, x);

@@ -1,4 +1,4 @@
-// The operations of lanes.h in plain loops: what the other two must equal. Included by
+// The operations of lanes.h in plain loops: what the others must equal. Included by
 // lanes.h only.
 #pragma once
 

@@ -16,7 +16,7 @@ constexpr int64_t kTasksPerThread = 4;
 
 PanelKernel kernel() {
   switch (isa()) {
-#ifndef VQ_PORTABLE_ONLY
+#if defined(VQ_X86)
     case Isa::avx2:
       return panel_avx2;
     case Isa::avxvnni:
@@ -29,6 +29,11 @@ PanelKernel kernel() {
       return panel_amx;
     case Isa::amx_emulated:
       return panel_amx_emulated;
+#elif defined(VQ_ARM)
+    case Isa::neon_dotprod:
+      return panel_neon(Set<Isa::neon_dotprod>{});
+    case Isa::neon_i8mm:
+      return panel_neon(Set<Isa::neon_i8mm>{});
 #endif
     default:
       return panel_portable;
@@ -124,7 +129,7 @@ int vq_accumulate(const vq_linear_args* a) {
 
 double vq_peak_gops(void) {
   switch (vq::isa()) {
-#ifndef VQ_PORTABLE_ONLY
+#if defined(VQ_X86)
     case vq::Isa::avx2:
       return vq::peak_avx2();
     case vq::Isa::avxvnni:
@@ -135,6 +140,11 @@ double vq_peak_gops(void) {
       return vq::peak_avx512vnni();
     case vq::Isa::amx:
       return vq::peak_amx();
+#elif defined(VQ_ARM)
+    case vq::Isa::neon_dotprod:
+      return vq::peak_neon(vq::Set<vq::Isa::neon_dotprod>{});
+    case vq::Isa::neon_i8mm:
+      return vq::peak_neon(vq::Set<vq::Isa::neon_i8mm>{});
 #endif
     default:
       return 0;

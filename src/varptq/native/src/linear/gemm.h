@@ -52,7 +52,7 @@ using PanelKernel = void (*)(const Job&, int64_t panel, int64_t first, int64_t l
                              uint8_t* unpacked);
 
 void panel_portable(const Job&, int64_t, int64_t, int64_t, uint8_t*);
-#ifndef VQ_PORTABLE_ONLY
+#if defined(VQ_X86)
 void panel_avx2(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 PanelKernel panel_avxvnni(Set<Isa::avxvnni>);
 PanelKernel panel_avxvnni(Set<Isa::avxvnni_evex>);
@@ -64,6 +64,11 @@ double peak_avxvnni(Set<Isa::avxvnni>);
 double peak_avxvnni(Set<Isa::avxvnni_evex>);
 double peak_avx512vnni();
 double peak_amx();
+#elif defined(VQ_ARM)
+PanelKernel panel_neon(Set<Isa::neon_dotprod>);
+PanelKernel panel_neon(Set<Isa::neon_i8mm>);
+double peak_neon(Set<Isa::neon_dotprod>);
+double peak_neon(Set<Isa::neon_i8mm>);
 #endif
 
 }  // namespace vq

@@ -7,24 +7,26 @@
 namespace vq {
 namespace {
 
-struct Narrow {
+struct Narrow : ByRows<Narrow> {
   static __m256i dot(__m256i sum, __m256i codes, __m256i weights) {
     const __m256i pairs = _mm256_maddubs_epi16(codes, weights);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static Ints dot(Ints sum, Ints codes, Ints weights) {
+  template <int>
+  static Ints dot(Ints sum, Left codes, Ints weights) {
     return {dot(sum.v, codes.v, weights.v), dot(sum.w, codes.w, weights.w)};
   }
 };
 
-struct Wide {
+struct Wide : ByRows<Wide> {
   static __m256i dot(__m256i sum, __m256i low, __m256i high, __m256i weights) {
     const __m256i lows = _mm256_maddubs_epi16(low, weights);
     const __m256i highs = _mm256_maddubs_epi16(high, weights);
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(lows, _mm256_set1_epi16(1)));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(highs, _mm256_set1_epi16(128)));
   }
-  static Ints dot(Ints sum, Ints codes, Ints weights) {
+  template <int>
+  static Ints dot(Ints sum, Left codes, Ints weights) {
     const __m256i low = _mm256_and_si256(codes.v, _mm256_set1_epi8(127));
     const __m256i high =
         _mm256_and_si256(_mm256_srli_epi16(codes.v, 7), _mm256_set1_epi8(1));

@@ -3,6 +3,8 @@
 //   a tile: R rows x V vectors of 16 columns, all sums in registers for all of K
 //   AVX-512: 6 x 4 = 24 sums, 4 weights, 1 repeated code: 29 of 32 registers
 //   AVX2:    4 x 1 = 8 registers of sums, 2 of weights, 1 code, 3 for the byte product: 14 of 16
+//   DotProd: 4 x 1 = 16 registers of sums, 4 of weights, 4 of codes, 1 for their shift: 25 of 32
+//   I8MM:    4 x 1 = 16 registers of sums, 8 of weights, 2 of codes: 26 of 32
 //
 // A segment starts its sums with the correction for zero points and, where there is more than one,
 // goes from the registers into float sums at its end: handing 24 vectors over in memory is a good
@@ -13,6 +15,7 @@
 #include <cstring>
 #include <ctime>
 
+#include "lanes/products.h"
 #include "linear/tile_finish.h"
 
 namespace vq {
@@ -21,64 +24,67 @@ namespace {
 constexpr int64_t kSteps = kBlock / 4;   // of the inner loop for a block
 constexpr int64_t kAhead = 8 * kStep;    // bytes between a load of weights and its prefetch
 
-enum class Store { bytes, halves, entries };  // halves: two codes of 4 bits in a byte; of a table
+// halves: two codes of 4 bits in a byte; entries: those of a table; ordered: bytes in scratch, two
+// steps as the product takes them (lanes/matrix.h).
+enum class Store { bytes, halves, entries, ordered };
 
 inline Ints load_weights(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
 inline Ints low_half(Ints x) { return x & all_int(0x0f0f0f0f); }
 inline Ints high_half(Ints x) { return shift_right<4>(x) & all_int(0x0f0f0f0f); }
 
-inline Ints repeat_codes(const uint8_t* p) {
-  int32_t four;
-  std::memcpy(&four, p, sizeof four);
-  return all_int(four);
-}
-
-// How the sums of a segment start: at zero, or with the correction of a short segment, row m's pair
-// times each column's.
+// How the sums of a segment start: at `all`, and with the correction of a short segment, row m's
+// pair times each column's.
 struct Start {
   const int32_t* rows;  // of the tile's first row, rows apart by row_stride
   int64_t row_stride;
   const int32_t* columns;
+  int32_t all;
 };
+
+// What padding takes from a segment: its codes, of 0 less kLeftShift, meet the table's first entry,
+// or weights of 0.
+inline int32_t padding_of(const Job& job) {
+  if (kLeftShift == 0 || !job.args->table) return 0;
+  const int64_t behind = job.segment_blocks * kBlock - job.args->segment;
+  return kLeftShift * static_cast<int32_t>(behind) * job.args->table[0];
+}
 
 // R x V sums that stay in registers: used inside functions that are not inlined, or compilers move
 // them to memory. What becomes of them there is said by a function of these registers.
 template <class Dot, int R, int V>
 struct Registers {
-  Ints s[R][V];
+  static_assert(Dot::rows(R) == R || R == 1, "heights that the product can halve");
+  Ints s[Dot::rows(R)][V];
 
   template <bool shorts>
   VQ_INLINE void begin(const Start& start) {
+    each<Dot::rows(R), V>([&](int r, int v) { s[r][v] = all_int(0); });
     each<R, V>([&](int r, int v) {
-      s[r][v] = shorts ? dot2(all_int(0), all_int(start.rows[r * start.row_stride]),
-                              load(start.columns + v * kLanes))
-                       : all_int(0);
+      if (!shorts) {
+        s[r][v] = all_int(start.all);
+        return;
+      }
+      const Ints row = all_int(of_shifted(start.rows[r * start.row_stride]));
+      s[r][v] = dot2(all_int(start.all), row, load(start.columns + v * kLanes));
     });
+    Dot::enter(s);
   }
 
   // s += codes x weights over `steps` times 4 inputs; decode makes weights of bytes.
-  template <class Decode>
+  template <bool ordered = false, class Decode>
   VQ_INLINE void add(const uint8_t* codes, int64_t stride, const uint8_t* weights, int64_t steps,
                      Decode decode) {
-    for (; steps > 0; --steps, weights += kStep, codes += 4) {
-      Ints w[V];
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        w[v] = decode(load_weights(weights + v * 64));
-        // Into L1 ahead of use: a panel lies in L2, and the hardware alone falls behind.
-        __builtin_prefetch(weights + v * 64 + kAhead);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Ints code = repeat_codes(codes + r * stride);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) s[r][v] = Dot::dot(s[r][v], code, w[v]);
-      }
-    }
+    const auto load_right = [&](const uint8_t* at, int v) VQ_INLINED {
+      // Into L1 ahead of use: a panel lies in L2, and the hardware alone falls behind.
+      __builtin_prefetch(at + v * 64 + kAhead);
+      return decode(load_weights(at + v * 64));
+    };
+    Dot::template add<ordered>(s, codes, R == 1 ? 0 : stride, weights, kStep, steps, load_right);
   }
 
   // After the loops: what follows is not to decide about registers within them.
   VQ_INLINE void settle() {
+    Dot::leave(s);
     each<R, V>([&](int r, int v) { pin(s[r][v]); });
   }
 
@@ -89,12 +95,13 @@ struct Registers {
   }
 };
 
-template <class Dot, bool shorts, int R, int V, class End>
+template <class Dot, Store kind, bool shorts, int R, int V, class End>
 __attribute__((noinline)) void multiply(const Start& start, const uint8_t* codes, int64_t stride,
                                         const uint8_t* weights, int64_t steps, const End& end) {
   Registers<Dot, R, V> registers;
   registers.template begin<shorts>(start);
-  registers.add(codes, stride, weights, steps, [](Ints x) { return x; });
+  registers.template add<kind == Store::ordered>(codes, stride, weights, steps,
+                                                 [](Ints x) { return x; });
   registers.settle();
   end(registers);
 }
@@ -129,10 +136,12 @@ VQ_INLINE void segment_sums(const Job& job, int64_t m, int64_t column, const Pos
   const int64_t first = p.segment * job.segment_blocks;
   const uint8_t* codes = job.args->codes + m * job.code_stride + first * kBlock;
   const Start start{job.corrections + m * job.segments + p.segment, job.segments,
-                    job.args->panel_sum + panel_index(column, p.segment, job.segments)};
-  if constexpr (kind == Store::bytes)
-    multiply<Dot, shorts, R, V>(start, codes, job.code_stride, weights + first * kSteps * kStep,
-                                job.segment_blocks * kSteps, end);
+                    job.args->panel_sum + panel_index(column, p.segment, job.segments),
+                    padding_of(job)};
+  if constexpr (kind == Store::bytes || kind == Store::ordered)
+    multiply<Dot, kind, shorts, R, V>(start, codes, job.code_stride,
+                                      weights + first * kSteps * kStep,
+                                      job.segment_blocks * kSteps, end);
   else
     multiply_halves<Dot, kind, shorts, R, V>(start, codes, job.code_stride, weights, first,
                                              first + job.segment_blocks, job.args->table, end);
@@ -160,7 +169,10 @@ template <class Dot, Store kind, Scheme scheme, bool shorts, int R, int V>
 VQ_INLINE void grouped_tile(const Job& job, int64_t m, int64_t column, const uint8_t* weights) {
   const vq_linear_args& a = *job.args;
   Totals<R, V> totals, parts;
-  each<R, V>([&](int r, int v) { totals.set(r, v, all(0.0f)); });
+  each<R, V>([&](int r, int v) {
+    totals.set(r, v, all(0.0f));
+    parts.set(r, v, all(0.0f));
+  });
   for (Position p; p.segment < job.segments; p.advance(job)) {
     if constexpr (shorts) {
       if (!a.products) {
@@ -208,7 +220,7 @@ void grouped_tiles(const Job& job, int64_t first, int64_t last, int64_t column,
                    const uint8_t* weights) {
   if (job.short_segments)
     return tiles<Dot, kind, scheme, true, R, V>(job, first, last, column, weights);
-  if constexpr (kind == Store::bytes)
+  if constexpr (kind == Store::bytes || kind == Store::ordered)
     tiles<Dot, kind, scheme, false, 2, V>(job, first, last, column, weights);
 }
 
@@ -234,6 +246,18 @@ inline void unpack(const Job& job, const uint8_t* panel, uint8_t* out) {
   job.args->table ? unpack<true>(job, panel, out) : unpack<false>(job, panel, out);
 }
 
+// Pairs of steps of a panel's bytes as the product takes them; `to` may be `from`.
+template <class Dot>
+inline void order_steps(const Job& job, const uint8_t* from, uint8_t* to) {
+  for (int64_t pair = 0; pair < job.blocks * kSteps / 2; ++pair, from += 2 * kStep, to += 2 * kStep)
+    for (int64_t i = 0; i < kStep; i += 64) {
+      Ints first = load_weights(from + i), second = load_weights(from + kStep + i);
+      Dot::zip(first, second);
+      store(reinterpret_cast<int32_t*>(to + i), first);
+      store(reinterpret_cast<int32_t*>(to + kStep + i), second);
+    }
+}
+
 template <class Dot, Store kind, int R, int V>
 void single_tiles(const Job& job, int64_t panel, int64_t first, int64_t last,
                   const uint8_t* weights) {
@@ -257,27 +281,28 @@ void panel_tiles(const Job& job, int64_t panel, int64_t first, int64_t last,
   }
 }
 
-// A panel with tiles of R x V; up to 2 R rows, halves are decoded in registers.
+// A panel with tiles of R x V; up to 2 R rows, weights are decoded and ordered in registers.
 template <class Dot, int R, int V>
 inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
                      uint8_t* unpacked) {
   const uint8_t* weights = job.args->packed + panel * job.panel_bytes;
-  if (job.args->weight_bits > 4)
-    return panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, weights);
-  const bool simple = job.short_segments || job.segments == 1;
   const bool few = last - first <= 2 * R;
+  constexpr Store kMany = Dot::kOrdersSteps ? Store::ordered : Store::bytes;
+  if (job.args->weight_bits > 4) {
+    if (few || !Dot::kOrdersSteps)
+      return panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, weights);
+    if constexpr (Dot::kOrdersSteps) order_steps<Dot>(job, weights, unpacked);
+    return panel_tiles<Dot, kMany, R, V>(job, panel, first, last, unpacked);
+  }
+  const bool simple = job.short_segments || job.segments == 1;
   if (few && job.args->table && job.segments == 1)
     return single_tiles<Dot, Store::entries, R, V>(job, panel, first, last, weights);
   if (few && simple && !job.args->table)
     return panel_tiles<Dot, Store::halves, R, V>(job, panel, first, last, weights);
   unpack(job, weights, unpacked);
-  panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, unpacked);
+  if constexpr (Dot::kOrdersSteps) order_steps<Dot>(job, unpacked, unpacked);
+  panel_tiles<Dot, kMany, R, V>(job, panel, first, last, unpacked);
 }
-
-// The byte product of the lanes.
-struct Bytes {
-  static Ints dot(Ints sum, Ints codes, Ints weights) { return dot4(sum, codes, weights); }
-};
 
 inline double seconds() {
   timespec now;
@@ -292,22 +317,26 @@ inline double measured_peak() {
 #if defined(VQ_LANES512)
   constexpr int kSums = 12;
 #else
-  constexpr int kSums = 6;  // of two registers each
+  constexpr int kSums = 6;  // of two or four registers each
 #endif
   double best = 0;
   for (int repeat = 0; repeat < 5; ++repeat) {
-    Ints sums[kSums], a = all_int(0x01010101), b = all_int(0x01010101);
+    constexpr uint8_t kOnes[4 * kLeftSteps] = {1, 1, 1, 1};
+    Left a = load_left<1>(kOnes);
+    Ints sums[kSums], b = all_int(0x01010101);
     for (int i = 0; i < kSums; ++i) sums[i] = all_int(i);
     const double start = seconds();
     for (int64_t turn = 0; turn < kTurns; ++turn) {
 #pragma GCC unroll 16
       for (int i = 0; i < kSums; ++i) {
-        sums[i] = Dot::dot(sums[i], a, b);
+        sums[i] = Dot::template dot<0>(sums[i], a, b);
 #if defined(VQ_LANES512)
         __asm__ volatile("" : "+v"(sums[i].v));
 #elif defined(__AVX2__)
         // Of the operand too, of which AVX2 would else compute its first step once for all.
         __asm__ volatile("" : "+x"(sums[i].v), "+x"(sums[i].w), "+x"(a.v), "+x"(a.w));
+#elif defined(VQ_NEON)
+        pin(sums[i]);
 #endif
       }
     }
@@ -316,7 +345,7 @@ inline double measured_peak() {
     for (int i = 1; i < kSums; ++i) all_sums = all_sums + sums[i];
     volatile int32_t keep = sum_of(all_sums);
     (void)keep;
-    const double rate = 2.0 * 64 * kSums * kTurns / took / 1e9;
+    const double rate = 2.0 * kLanes * Dot::kLaneBytes * kSums * kTurns / took / 1e9;
     best = rate > best ? rate : best;
   }
   return best;

@@ -12,10 +12,6 @@
 #include "lanes/lanes_more.h"
 #include "linear/gemm.h"
 
-// Sums stay in registers only where everything that touches them is one function.
-#define VQ_INLINE __attribute__((always_inline)) inline
-#define VQ_INLINED __attribute__((always_inline))  // of a lambda
-
 namespace vq {
 namespace {
 
@@ -173,6 +169,12 @@ VQ_INLINE void add_segment(const Job& job, int64_t m, int64_t column, const Posi
   });
 }
 
+// A pair of `corrections` where codes are less kLeftShift: so is the zero point, its lower half.
+VQ_INLINE int32_t of_shifted(int32_t pair) {
+  const uint32_t zero = static_cast<uint32_t>(pair) - kLeftShift;
+  return static_cast<int32_t>((zero & 0xffff) | (static_cast<uint32_t>(pair) & 0xffff0000));
+}
+
 // sums += -za W1 - zc (A1 - L za), the correction for zero points, where it was not the start.
 template <int R, int V>
 VQ_INLINE void correct(const Job& job, int64_t m, int64_t column, const Position& p,
@@ -181,8 +183,9 @@ VQ_INLINE void correct(const Job& job, int64_t m, int64_t column, const Position
   const int32_t* panel = a.panel_sum + panel_index(column, p.segment, job.segments);
   const int32_t* zeros = a.panel_zero + panel_index(column, p.weight_group, job.weight_groups);
   for (int r = 0; r < R; ++r) {
-    const Ints row = all_int(job.corrections[(m + r) * job.segments + p.segment]);
-    const Ints za = all_int(a.zero_point[(m + r) * job.row_groups + p.row_group]);
+    const int32_t entry = job.corrections[(m + r) * job.segments + p.segment];
+    const Ints row = all_int(job.short_segments ? of_shifted(entry) : entry);
+    const Ints za = all_int(a.zero_point[(m + r) * job.row_groups + p.row_group] - kLeftShift);
     for (int v = 0; v < V; ++v) {
       const Ints w = load(panel + v * kLanes);
       const Ints sum = sums.at(r, v);

@@ -13,14 +13,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace vq {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2",         "avxvnni",     "avx512vnni",
-                                  "amx",      "amx-emulated", "avxvnni-evex"};
-constexpr int kCount = 7;
+constexpr const char* kNames[] = {"portable",     "avx2",         "avxvnni",
+                                  "avx512vnni",   "amx",          "neon-dotprod",
+                                  "neon-i8mm",    "amx-emulated", "avxvnni-evex"};
+constexpr int kCount = 9;
+constexpr int kBest = static_cast<int>(Isa::neon_i8mm);  // those behind it are for tests
 
 #if defined(__x86_64__)
 struct Registers {
@@ -78,6 +84,24 @@ bool has_avx512vnni() { return false; }
 bool has_amx() { return false; }
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+// By number, since older headers lack the name of the second bit.
+bool has_dotprod() { return (getauxval(AT_HWCAP) >> 20) & 1; }
+bool has_i8mm() { return has_dotprod() && ((getauxval(AT_HWCAP2) >> 13) & 1); }
+#elif defined(__aarch64__) && defined(__APPLE__)
+// Not run yet: no such machine was at hand.
+bool says(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value == 1;
+}
+bool has_dotprod() { return says("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && says("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
 int best_below(int cap) {
   while (cap > 0 && !supported(static_cast<Isa>(cap))) --cap;
   return cap;
@@ -85,13 +109,13 @@ int best_below(int cap) {
 
 int first_choice() {
   const char* asked = std::getenv("VARPTQ_ISA");
-  if (!asked || !*asked) return best_below(static_cast<int>(Isa::amx));
+  if (!asked || !*asked) return best_below(kBest);
   for (int i = 0; i < kCount; ++i) {
     if (std::strcmp(asked, kNames[i])) continue;
-    if (i <= static_cast<int>(Isa::amx)) return best_below(i);
+    if (i <= kBest) return best_below(i);
     if (supported(static_cast<Isa>(i))) return i;
   }
-  return best_below(static_cast<int>(Isa::amx));
+  return best_below(kBest);
 }
 
 std::atomic<int> chosen{-1};
@@ -100,7 +124,7 @@ std::atomic<int> chosen{-1};
 
 bool supported(Isa wanted) {
   static const bool avx2 = has_avx2(), half = has_avxvnni(), vnni = has_avx512vnni();
-  static const bool amx = has_amx();
+  static const bool amx = has_amx(), dotprod = has_dotprod(), i8mm = has_i8mm();
   switch (wanted) {
     case Isa::portable:
       return true;
@@ -114,6 +138,10 @@ bool supported(Isa wanted) {
       return vnni;
     case Isa::amx:
       return amx;
+    case Isa::neon_dotprod:
+      return dotprod;
+    case Isa::neon_i8mm:
+      return i8mm;
   }
   return false;
 }
@@ -134,6 +162,7 @@ Isa product_isa() {
 
 Isa vector_isa() {
   const Isa now = product_isa();
+  if (now == Isa::neon_i8mm) return Isa::neon_dotprod;
   return now == Isa::avxvnni || now == Isa::avxvnni_evex ? Isa::avx2 : now;
 }
 
@@ -153,7 +182,7 @@ const char* vq_features(void) {
   static char text[64];
   int used = 0;
   for (int i = 0; i < vq::kCount; ++i)
-    if (vq::supported(static_cast<vq::Isa>(i)) && i <= static_cast<int>(vq::Isa::amx))
+    if (vq::supported(static_cast<vq::Isa>(i)) && i <= vq::kBest)
       used += std::snprintf(text + used, sizeof text - used, used ? " %s" : "%s", vq::kNames[i]);
   return text;
 }

@@ -4,19 +4,31 @@
 // agree on, no better than VARPTQ_ISA allows. For tests on machines without them, "amx-emulated"
 // runs the AMX kernels with tiles made of plain C++, and "avxvnni-evex" those of AVX-VNNI with
 // AVX512VL's encoding of the same instruction. Every set gives the same bits.
+//
+// The build defines VQ_X86 or VQ_ARM where the kernels of x86-64 or of 64-bit ARM are part of it.
 #pragma once
 
 namespace vq {
 
-// In the order of preference, then those for tests.
-enum class Isa : int { portable, avx2, avxvnni, avx512vnni, amx, amx_emulated, avxvnni_evex };
+// Those of a processor in the order of preference, then those for tests.
+enum class Isa : int {
+  portable,
+  avx2,
+  avxvnni,
+  avx512vnni,
+  amx,
+  neon_dotprod,
+  neon_i8mm,
+  amx_emulated,
+  avxvnni_evex
+};
 
 Isa isa();
 
 // avx512vnni for AMX, whose kernels only replace the large products; else isa() itself.
 Isa product_isa();
 
-// The same, and avx2 for AVX-VNNI, which adds the byte product alone.
+// The same, and avx2 for AVX-VNNI, neon_dotprod for I8MM: these add byte products alone.
 Isa vector_isa();
 
 // Changes the choice for the calls that follow; false where this machine cannot run it.
@@ -36,11 +48,14 @@ constexpr Isa kIsa = Isa::VQ_ISA;  // that this file is being compiled for
 template <class Function>
 auto on_vector_isa(Function kernel_of) {
   switch (vector_isa()) {
-#if !defined(VQ_PORTABLE_ONLY)
+#if defined(VQ_X86)
     case Isa::avx2:
       return kernel_of(Set<Isa::avx2>{});
     case Isa::avx512vnni:
       return kernel_of(Set<Isa::avx512vnni>{});
+#elif defined(VQ_ARM)
+    case Isa::neon_dotprod:
+      return kernel_of(Set<Isa::neon_dotprod>{});
 #endif
     default:
       return kernel_of(Set<Isa::portable>{});
@@ -51,11 +66,14 @@ auto on_vector_isa(Function kernel_of) {
 template <class Function>
 auto on_product_isa(Function kernel_of) {
   switch (product_isa()) {
-#if !defined(VQ_PORTABLE_ONLY)
+#if defined(VQ_X86)
     case Isa::avxvnni:
       return kernel_of(Set<Isa::avxvnni>{});
     case Isa::avxvnni_evex:
       return kernel_of(Set<Isa::avxvnni_evex>{});
+#elif defined(VQ_ARM)
+    case Isa::neon_i8mm:
+      return kernel_of(Set<Isa::neon_i8mm>{});
 #endif
     default:
       return on_vector_isa(kernel_of);

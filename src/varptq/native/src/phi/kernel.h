@@ -16,5 +16,6 @@ using PhiKernel = void (*)(const vq_phi_args&, const float* padded, int64_t stri
 PhiKernel phi_kernel(Set<Isa::portable>);
 PhiKernel phi_kernel(Set<Isa::avx2>);
 PhiKernel phi_kernel(Set<Isa::avx512vnni>);
+PhiKernel phi_kernel(Set<Isa::neon_dotprod>);
 
 }  // namespace vq

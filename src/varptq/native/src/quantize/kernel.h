@@ -18,5 +18,6 @@ using RowKernel = bool (*)(const vq_quantize_args&, int64_t m, float* room, cons
 RowKernel quantize_kernel(Set<Isa::portable>);
 RowKernel quantize_kernel(Set<Isa::avx2>);
 RowKernel quantize_kernel(Set<Isa::avx512vnni>);
+RowKernel quantize_kernel(Set<Isa::neon_dotprod>);
 
 }  // namespace vq

@@ -21,5 +21,6 @@ using SampleRow = bool (*)(const vq_sample_args&, int64_t row, const SampleScrat
 SampleRow sample_kernel(Set<Isa::portable>);
 SampleRow sample_kernel(Set<Isa::avx2>);
 SampleRow sample_kernel(Set<Isa::avx512vnni>);
+SampleRow sample_kernel(Set<Isa::neon_dotprod>);
 
 }  // namespace vq
