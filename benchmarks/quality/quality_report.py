@@ -21,7 +21,7 @@ import matplotlib
 from benchmarks.common import orbitquant
 from benchmarks.common.judges import RESNET56
 from benchmarks.common.methods_rows import PRESET, PRESET_IMAGES
-from benchmarks.common.pages import DOCS, replace, save
+from benchmarks.common.pages import DOCS, replace, save, table
 from benchmarks.common.quality4bit_rows import (
     FINER,
     GROUP_NAMES,
@@ -223,7 +223,7 @@ SPREAD = ("w4a4", "bops1", "best", "w2a8", "w3a8", "w4a8")
 
 def bit_operations() -> list[str]:
     """Of the presets on models other than the one they were found on, from shapes."""
-    rows = [f"| model | {' | '.join(f'`{name}`' for name in SPREAD)} |", "|---" * 7 + "|"]
+    rows: list[list[str]] = []
     for words in COUNTED:
         name, *size = words.split()
         published = preset(name)
@@ -235,8 +235,8 @@ def bit_operations() -> list[str]:
         whole, *found = (
             bops_account(var, QuantConfig.preset(config)).total for config in (PAPER, *SPREAD)
         )
-        rows.append(f"| {words} | {' | '.join(f'{part / whole:.2f}x' for part in found)} |")
-    return [*rows, ""]
+        rows.append([words, *(f"{part / whole:.2f}x" for part in found)])
+    return table(["model", *(f"`{name}`" for name in SPREAD)], rows)
 
 
 def plot_attribution(lines: list[Line]) -> None:

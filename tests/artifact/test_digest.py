@@ -25,6 +25,14 @@ def test_whatever_the_strides_the_hash_is_that_of_the_bytes(
     assert Digest(path).result() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_system_without_advice_on_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows is."""
+    monkeypatch.delattr(mmap, "MADV_DONTNEED")
+    path = tmp_path / "file"
+    path.write_bytes(b"bytes")
+    assert Digest(path).result() == hashlib.sha256(b"bytes").hexdigest()
+
+
 def test_what_cannot_be_read_is_said_when_it_is_asked_for(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.touch()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common.gpu.models import depth, one_block
+from benchmarks.common.gpu.page import NOT_REACHED
 from benchmarks.common.gpu.timer import PARTS, Run, timed
 from benchmarks.common.gpu.variants import PRESETS, NotInstalledError, Variant, variants
 from varptq.models.graphs import Graphs
@@ -61,7 +62,7 @@ class Limit:
     def said(self, error: BaseException) -> str:
         """Why what was cut off, or failed by itself, has no result."""
         if self.reached:
-            return f"not reached: more than {self.seconds:.0f} s to be made"
+            return f"{NOT_REACHED}: more than {self.seconds:.0f} s to be made"
         return one_line(error)
 
 
@@ -74,7 +75,7 @@ def measure(model: str, device: str, seconds: float, dry: bool, found: Found, sa
         one_block(model, dry), depth(model, dry), device, DRY_PRESETS[model] if dry else PRESETS
     )
     names = (name for variant in made for name in both(variant.name))
-    found.update({name: {"why not": "not reached"} for name in names})
+    found.update({name: {"why not": NOT_REACHED} for name in names})
     save()
     runs: dict[str, Ready] = {}
     for variant in made:

@@ -34,8 +34,9 @@ class Digest:
                     with whole[start : start + STRIDE] as part:
                         state.update(part)
                         size = len(part)
-                    # Pages that were read count as the process's memory.
-                    mapped.madvise(mmap.MADV_DONTNEED, start, size)
+                    # Pages that were read count as the process's memory; Windows has no such call.
+                    if hasattr(mmap, "MADV_DONTNEED"):
+                        mapped.madvise(mmap.MADV_DONTNEED, start, size)
             self._found = state.hexdigest()
         except (OSError, ValueError) as error:  # ValueError: nothing to map
             self._found = error
