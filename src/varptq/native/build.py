@@ -88,10 +88,9 @@ ISAS_OF = {
     "quantize/kernel.cpp": _VECTOR,
     "sampler/kernel.cpp": _VECTOR,
     "linear/gemm_avx2.cpp": ("avx2",),
-    "linear/gemm_avxvnni.cpp": ("avxvnni", "avxvnni_evex"),
     "linear/gemm_avx512vnni.cpp": ("avx512vnni",),
     "linear/gemm_amx.cpp": ("amx",),
-    "linear/gemm_neon.cpp": ("neon_dotprod", "neon_i8mm"),
+    "linear/gemm_bytes.cpp": ("neon_dotprod", *_BYTES),
     "convolution/kernel_amx.cpp": ("amx",),
 }
 

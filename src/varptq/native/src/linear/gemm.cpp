@@ -20,9 +20,9 @@ PanelKernel kernel() {
     case Isa::avx2:
       return panel_avx2;
     case Isa::avxvnni:
-      return panel_avxvnni(Set<Isa::avxvnni>{});
+      return panel_bytes(Set<Isa::avxvnni>{});
     case Isa::avxvnni_evex:
-      return panel_avxvnni(Set<Isa::avxvnni_evex>{});
+      return panel_bytes(Set<Isa::avxvnni_evex>{});
     case Isa::avx512vnni:
       return panel_avx512vnni;
     case Isa::amx:
@@ -31,9 +31,9 @@ PanelKernel kernel() {
       return panel_amx_emulated;
 #elif defined(VQ_ARM)
     case Isa::neon_dotprod:
-      return panel_neon(Set<Isa::neon_dotprod>{});
+      return panel_bytes(Set<Isa::neon_dotprod>{});
     case Isa::neon_i8mm:
-      return panel_neon(Set<Isa::neon_i8mm>{});
+      return panel_bytes(Set<Isa::neon_i8mm>{});
 #endif
     default:
       return panel_portable;
@@ -133,18 +133,18 @@ double vq_peak_gops(void) {
     case vq::Isa::avx2:
       return vq::peak_avx2();
     case vq::Isa::avxvnni:
-      return vq::peak_avxvnni(vq::Set<vq::Isa::avxvnni>{});
+      return vq::peak_bytes(vq::Set<vq::Isa::avxvnni>{});
     case vq::Isa::avxvnni_evex:
-      return vq::peak_avxvnni(vq::Set<vq::Isa::avxvnni_evex>{});
+      return vq::peak_bytes(vq::Set<vq::Isa::avxvnni_evex>{});
     case vq::Isa::avx512vnni:
       return vq::peak_avx512vnni();
     case vq::Isa::amx:
       return vq::peak_amx();
 #elif defined(VQ_ARM)
     case vq::Isa::neon_dotprod:
-      return vq::peak_neon(vq::Set<vq::Isa::neon_dotprod>{});
+      return vq::peak_bytes(vq::Set<vq::Isa::neon_dotprod>{});
     case vq::Isa::neon_i8mm:
-      return vq::peak_neon(vq::Set<vq::Isa::neon_i8mm>{});
+      return vq::peak_bytes(vq::Set<vq::Isa::neon_i8mm>{});
 #endif
     default:
       return 0;

@@ -54,21 +54,21 @@ using PanelKernel = void (*)(const Job&, int64_t panel, int64_t first, int64_t l
 void panel_portable(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 #if defined(VQ_X86)
 void panel_avx2(const Job&, int64_t, int64_t, int64_t, uint8_t*);
-PanelKernel panel_avxvnni(Set<Isa::avxvnni>);
-PanelKernel panel_avxvnni(Set<Isa::avxvnni_evex>);
+PanelKernel panel_bytes(Set<Isa::avxvnni>);
+PanelKernel panel_bytes(Set<Isa::avxvnni_evex>);
 void panel_avx512vnni(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 void panel_amx(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 void panel_amx_emulated(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 double peak_avx2();
-double peak_avxvnni(Set<Isa::avxvnni>);
-double peak_avxvnni(Set<Isa::avxvnni_evex>);
+double peak_bytes(Set<Isa::avxvnni>);
+double peak_bytes(Set<Isa::avxvnni_evex>);
 double peak_avx512vnni();
 double peak_amx();
 #elif defined(VQ_ARM)
-PanelKernel panel_neon(Set<Isa::neon_dotprod>);
-PanelKernel panel_neon(Set<Isa::neon_i8mm>);
-double peak_neon(Set<Isa::neon_dotprod>);
-double peak_neon(Set<Isa::neon_i8mm>);
+PanelKernel panel_bytes(Set<Isa::neon_dotprod>);
+PanelKernel panel_bytes(Set<Isa::neon_i8mm>);
+double peak_bytes(Set<Isa::neon_dotprod>);
+double peak_bytes(Set<Isa::neon_i8mm>);
 #endif
 
 }  // namespace vq
