@@ -29,6 +29,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.reading import kl_divergence
 from varptq.models.sampling import SamplingSettings
 from varptq.models.var.transformer import VAR
+from varptq.quant.affine import Grid
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 from varptq.quant.find import quant_linears
@@ -45,7 +46,8 @@ def tuned(pipe: Pipeline, method: str = "rtn", **options: object) -> QuantizedPi
 
 @pytest.fixture(scope="module")
 def result(tiny: Pipeline) -> QuantizedPipeline:
-    return tuned(tiny)
+    # Fewer steps do not reach the next code.
+    return tuned(tiny, calibration=CONFIG.replace(tune_steps=60))
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +66,14 @@ def test_tuning_lowers_the_kl_on_new_images(
     tiny: Pipeline, result: QuantizedPipeline, untuned: QuantizedPipeline
 ) -> None:
     report = result.report["tuning"]
-    assert report["steps"] == 12 and report["kept"]
+    assert report["steps"] == 60 and report["kept"]
     assert report["kl_after"] < 0.98 * report["kl_before"]
     images = calibration_set(tiny, CONFIG.replace(num_samples=48), seed=99, resampled=False)
     before, after = (mean_kl(tiny, q, images, CONFIG) for q in (untuned, result))
     assert after < before
 
 
-def test_only_what_an_artifact_stores_beside_codes_changes(
+def test_only_what_an_artifact_stores_changes(
     tiny: Pipeline, result: QuantizedPipeline, untuned: QuantizedPipeline
 ) -> None:
     assert differing(result.var, untuned.var) == set(TUNED)
@@ -156,14 +158,39 @@ def test_the_gradient_of_a_scale_is_a_difference_quotient(tiny: Pipeline) -> Non
     assert slope == pytest.approx(float(change.grad.norm()), rel=0.02)
 
 
+@pytest.mark.parametrize("preset", ["w4a4", "w2a8", "w4a4+paper", "w4a8+groups"])
+def test_the_gradient_of_a_code_is_that_of_its_weight(tiny: Pipeline, preset: str) -> None:
+    """d loss / d shift = s d loss / d w, and a step away is the neighbour, at the ends the code."""
+    model = convert(tiny.var, QuantConfig.preset(preset))
+    layer = quant_linears(model)["blocks.1.ffn.fc1"]
+    state, before = layer.start_tuning(), layer.codes_grouped.int()
+    assert torch.equal(state.codes().int(), before)
+    weight = state.weight()
+    assert torch.equal(weight, layer.dequantized())
+    gradient = torch.randn_like(weight)
+    weight.backward(gradient)
+    assert state.shift.grad is not None
+    torch.testing.assert_close(state.shift.grad, gradient.view_as(before) * state.scale())
+    last = 2 ** (layer.weight_bits or 0) - 1
+    for way in (-1, 1):
+        neighbour = (before + way).clamp(0, last)
+        unit = Grid(torch.ones_like(layer.grid.scale), layer.grid.zero_point)
+        there = state.quantizer.integers(neighbour.float(), unit, state.num_bits)
+        with torch.no_grad():
+            state.shift.copy_(0.6 * (there - state.integers))
+        assert torch.equal(state.codes().int(), neighbour)
+
+
 def test_what_was_trained_is_deployed_and_stored(
     tiny: Pipeline, result: QuantizedPipeline, tmp_path: Path
 ) -> None:
     """`finish_tuning` gives the weight that tuning saw, bit for bit, and a file gives it back."""
     layer = next(iter(quant_linears(convert(tiny.var, W4A4)).values()))
-    state = layer.start_tuning()
+    state, before = layer.start_tuning(), layer.codes
     torch.nn.init.constant_(state.change, 0.01)
+    torch.nn.init.normal_(state.shift, std=state.step)
     trained = layer.current_weight(torch.float32).detach()
+    assert not torch.equal(state.codes().flatten(1), before.float())
     layer.finish_tuning()
     assert torch.equal(layer.current_weight(torch.float32), trained)
     loaded = varptq.load(save(result, tmp_path / "model"), runtime="simulated")

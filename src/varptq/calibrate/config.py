@@ -34,7 +34,7 @@ class CalibrationConfig(Settings):
     correct_targets: whether a layer's weight is fitted to what the float model's layer gives on
     the float model's inputs, and units follow the quantized model (gptq.py); None does so for
     codebooks of at most 3 bits whose inputs have 6 or more.
-    tune_steps: steps of end-to-end tuning of scales and biases afterwards (tune.py).
+    tune_steps: steps of end-to-end tuning of codes, scales and biases afterwards (tune.py).
     budget: alpha, the share of bit operations shift-and-sum may add. theta_grid: points of the
     theta search. theta_samples: images on which attention is measured for theta. memory_gb:
     recorded activations larger than this (GiB) are kept in bfloat16, and if that is still too much,

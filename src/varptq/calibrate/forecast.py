@@ -43,7 +43,7 @@ from varptq.calibrate.record import Recorder, record_bytes
 from varptq.calibrate.samples import CalibrationSet
 from varptq.calibrate.smoothing import SAMPLES, wants_smoothing
 from varptq.calibrate.theta import choose_theta
-from varptq.calibrate.tune import BATCH, HELD_OUT, images_for
+from varptq.calibrate.tune import BATCH, HELD_OUT, WEIGHT_BYTES, images_for
 from varptq.models.generate import DEFAULT_BATCH
 from varptq.models.memory import image_bytes
 from varptq.models.pipeline import Pipeline
@@ -281,7 +281,7 @@ def _memory(
             working = max(working, _solving(pipe))
         most = max(most, record + working)
     if settings.tune_steps:
-        most = max(most, BATCH * batch * var.arch.depth)
+        most = max(most, BATCH * batch * var.arch.depth + WEIGHT_BYTES * whole)
     return int(_resident() + weights + most), spooled
 
 

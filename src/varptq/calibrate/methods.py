@@ -7,7 +7,7 @@ A step is a function of the run (run.py) and lives beside what it does:
     center          means.py         means of inputs set, where the config asks for it
     choose_theta    theta.py         the threshold of shift-and-sum under a budget
     reconstruct     reconstruct.py   the rounding of weights, unit by unit, as the settings say
-    tune            tune.py          scales and biases end to end, where the settings ask for it
+    tune            tune.py          codes, scales and biases end to end, where the settings ask
 
 A name may switch single parts on for ablations: "brecq+shift", "brecq+resample", "rtn+shift".
 LiteVAR is a bit policy, so it is a modifier of the config and composes with every method: the

@@ -1,15 +1,17 @@
-"""End-to-end tuning of what an artifact stores beside codes, on the loss of the whole model.
+"""End-to-end tuning of what an artifact stores, on the loss of the whole model.
 
     minimize  mean over images and tokens of KL(p || q),
               p and q the guided next-token distributions of the float and the quantized model
 
-It tunes the scales of weights, s exp(change), biases, and the bias rows of centred inputs; codes,
-zero points, means and theta stay (the second stage of EfficientQAT, Chen et al. 2024, with
-distillation as its loss). Both models read the same tokens, of images that the float model
+It tunes scales of weights, s exp(change), biases, the bias rows of centred inputs, and codes: each
+has a number beside it, at first 0, that is added to what the code stands for, and the nearest code
+is in use, so one steps to its neighbour when steps of descent agree on it. Zero points, means and
+theta stay. (Scales: the second stage of EfficientQAT, Chen et al. 2024; codes: training of
+quantized weights with gradients straight through, Esser et al. 2020, from solved codes on and with
+distillation as the loss.) Both models read the same tokens, of images that the float model
 generates for tuning alone. Adam with a cosine to 0, gradients straight through every rounding. A
 gate keeps the tuned tensors only if they lower the KL on images that tuning never saw. The whole
-model's activations for `BATCH` images are in memory at a time. Codes are chosen elsewhere
-(reconstruct.py).
+model's activations for `BATCH` images are in memory at a time, and `WEIGHT_BYTES` for each weight.
 """
 
 from __future__ import annotations
@@ -36,11 +38,20 @@ from varptq.quant.find import quant_linears
 from varptq.work import Piece
 
 # Last parts of the names of the tensors that are tuned.
-TUNED = ("scale", "bias", "q_bias", "v_bias", "mean_bias")
+OF_WEIGHTS = ("codes", "scale")
+BIASES = ("bias", "q_bias", "v_bias", "mean_bias")
+TUNED = (*OF_WEIGHTS, *BIASES)
 # Images in a step, images of the gate, and training images per step, up to a maximum.
 BATCH, HELD_OUT, MAX_IMAGES = 4, 32, 1024
-# Adam's rates: of the logarithm of a scale, and of a bias in units of its root mean square.
-SCALE_RATE, BIAS_RATE, LEAST_RMS = 2e-3, 2e-3, 1e-3
+# Adam's rates: of the logarithm of a scale, of a bias in units of its root mean square, and of what
+# a code stands for in steps between codes.
+SCALE_RATE, BIAS_RATE, LEAST_RMS, CODE_RATE = 2e-3, 2e-3, 1e-3, 4e-2
+# The share of steps before which rates are not full: a step of Adam has the length of its rate even
+# where its gradient is noise, and codes that are half a step away cross together.
+WARM_UP = 0.2
+# Of each weight while it is tuned: what its code stands for, how far it is from there, the gradient
+# of that and Adam's two means, and the weight twice for the way back.
+WEIGHT_BYTES = 28
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,8 @@ class TuneReport:
 
 
 def tune(run: Run) -> None:
-    """Step: tune scales and biases end to end, if the settings ask for steps of it. One process
-    does it, all take what it found."""
+    """Step: tune codes, scales and biases end to end, if the settings ask for steps of it. One
+    process does it, all take what it found."""
     steps = run.calibration.tune_steps
     if not steps:
         return
@@ -140,9 +151,9 @@ def put(quantized: Transformer, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
         module, value = quantized.get_submodule(owner), tensor.to(quantized.device, copy=True)
-        if key == "scale":
-            layer = layers[owner]
-            layer.load_codes(layer.codes, value, layer.zero_point)
+        if key in OF_WEIGHTS:
+            parts = {part: getattr(module, part) for part in (*OF_WEIGHTS, "zero_point")}
+            layers[owner].load_codes(**{**parts, key: value})
         elif key == "mean_bias":
             module.mean_bias = value
         else:
@@ -155,11 +166,13 @@ def learnable(quantized: Transformer) -> Iterator[list[tuple[Tensor, float]]]:
     tensors of their final values."""
     put(quantized, tuned_tensors(quantized))
     layers = [m for m in quant_linears(quantized).values() if m.weight_bits]
-    learned: list[tuple[Tensor, float]] = [(m.start_tuning().change, SCALE_RATE) for m in layers]
+    weights = [m.start_tuning() for m in layers]
+    learned: list[tuple[Tensor, float]] = [(w.change, SCALE_RATE) for w in weights]
+    learned += [(w.shift, CODE_RATE * w.step) for w in weights]
     biases = [
         tensor.requires_grad_()
         for name, tensor in quantized.state_dict(keep_vars=True).items()
-        if name.rpartition(".")[2] in TUNED[1:]
+        if name.rpartition(".")[2] in BIASES
     ]
     for bias in biases:
         rms = float(bias.detach().square().mean().sqrt())
@@ -171,6 +184,13 @@ def learnable(quantized: Transformer) -> Iterator[list[tuple[Tensor, float]]]:
             layer.finish_tuning()
         for bias in biases:
             bias.requires_grad_(False)
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """Of Adam's rates at step 0, 1 .. steps - 1: rising in a line while it knows little of its
+    gradients, and in all a cosine to 0."""
+    rising = min(1.0, (step + 1) / (1 + WARM_UP * steps))
+    return rising * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def descend(
@@ -185,7 +205,9 @@ def descend(
     """`config.tune_steps` Adam steps, images in random order, all once before any is repeated."""
     groups = [{"params": [tensor], "lr": rate} for tensor, rate in parameters]
     optimizer = torch.optim.Adam(groups)
-    half_turn = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.tune_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: share_of_rate(step, config.tune_steps)
+    )
     order: list[int] = []
     for step in range(1, config.tune_steps + 1):
         if not order:
@@ -207,7 +229,7 @@ def descend(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        half_turn.step()
+        schedule.step()
         if on_step is not None:
             on_step(step, value)
 

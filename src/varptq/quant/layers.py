@@ -24,7 +24,7 @@ from varptq.quant.affine import Grid, affine_values, check_finite, from_groups, 
 from varptq.quant.buffers import TypedBuffers
 from varptq.quant.config import InputTransform, LinearSpec, TensorSpec
 from varptq.quant.quantizers import QUANTIZERS, Quantizer
-from varptq.quant.straight_through import rounded_weight
+from varptq.quant.straight_through import passed, rounded_weight
 from varptq.quant.transforms import (
     centred_bias,
     hadamard,
@@ -84,23 +84,43 @@ class LearnedRounding(nn.Module):
         return adaround.hard_codes(self.floor, self.alpha.detach(), self.num_bits)
 
 
-class TunedScales(nn.Module):
-    """A weight while its scales are tuned: s exp(change) for s, the codes as they are."""
+class TunedWeight(nn.Module):
+    """A weight while it is tuned: s exp(change) for s, and for every code the one nearest to what
+    it stands for plus `shift`, in units of the scale."""
 
     def __init__(self, codes_OGg: Tensor, grid: Grid, quantizer: Quantizer, num_bits: int) -> None:
         super().__init__()
-        self.codes, self.grid = codes_OGg.float(), grid
-        self.quantizer, self.num_bits = quantizer, num_bits
+        self.grid, self.quantizer, self.num_bits = grid, quantizer, num_bits
+        self.integers = quantizer.integers(codes_OGg.float(), grid, num_bits)
         self.change = nn.Parameter(torch.zeros_like(grid.scale))
+        self.shift = nn.Parameter(torch.zeros_like(self.integers))
+
+    @property
+    def step(self) -> float:
+        """Mean distance of neighbours among what codes stand for, in units of the scale."""
+        ends = [0.0, 2.0**self.num_bits - 1]
+        codes = torch.tensor(ends, dtype=torch.float32, device=self.integers.device)
+        low, high = self.quantizer.integers(codes, self._unit(1), self.num_bits).flatten().tolist()
+        return (high - low) / ends[1]
 
     def scale(self) -> Tensor:
         """(out, G, 1) float32, above 0."""
         return self.grid.scale * self.change.exp()
 
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """(out, G, g) integer-valued."""
+        return self.quantizer.codes(self.integers + self.shift, self._unit(), self.num_bits)
+
     def weight(self) -> Tensor:
-        """(out, in) float32 weight, differentiable in `change`."""
-        grid = Grid(self.scale(), self.grid.zero_point)
-        return self.quantizer.values(self.codes, grid, self.num_bits).flatten(1)
+        """(out, in) float32 weight, differentiable in `change`, and in `shift` as if nothing were
+        rounded."""
+        found = self.quantizer.integers(self.codes(), self._unit(), self.num_bits)
+        return (passed(self.integers + self.shift, found) * self.scale()).flatten(1)
+
+    def _unit(self, rows: int | None = None) -> Grid:
+        scale, zero_point = (part[:rows, :rows] for part in self.grid)
+        return Grid(torch.ones_like(scale), zero_point)
 
 
 def mean_rows(spans: Sequence[Span], num_rows: int) -> Tensor:
@@ -144,7 +164,7 @@ class QuantLinear(TypedBuffers):
         self.bias = linear.bias
         self.input_group = spec.input.group_for(self.in_features, layer) if spec.input else None
         self.rounding: LearnedRounding | None = None
-        self.tuning: TunedScales | None = None
+        self.tuning: TunedWeight | None = None
         self._cached_weight: Tensor | None = None
         weight = linear.weight.detach()
         if self.centred:
@@ -226,18 +246,19 @@ class QuantLinear(TypedBuffers):
         self._set_codes(self.rounding.hard_codes())
         self.rounding = None
 
-    def start_tuning(self) -> TunedScales:
-        """Make the scales of this weight learnable, its codes fixed."""
+    def start_tuning(self) -> TunedWeight:
+        """Make the scales and the codes of this weight learnable."""
         assert self.weight_bits is not None
-        self.tuning = TunedScales(self.codes_grouped, self.grid, self.quantizer, self.weight_bits)
+        self.tuning = TunedWeight(self.codes_grouped, self.grid, self.quantizer, self.weight_bits)
         return self.tuning
 
     def finish_tuning(self) -> None:
-        """Take the tuned scales."""
-        assert self.tuning is not None
-        scale = self.tuning.scale().detach().squeeze(-1)
+        """Take the tuned scales and codes."""
+        tuned = self.tuning
+        assert tuned is not None
         self.tuning = None
-        self.load_codes(self.codes, scale, self.zero_point)
+        codes, scale = tuned.codes().flatten(1).to(torch.uint8), tuned.scale().detach().squeeze(-1)
+        self.load_codes(codes, scale, self.zero_point)
 
     def drop_float_weight(self) -> None:
         """Let go of the float weight of the source model; no more learning after this."""
