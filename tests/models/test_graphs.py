@@ -143,6 +143,17 @@ def test_bad_use_is_one_line(tiny: Pipeline) -> None:
     assert "\n" not in str(said.value)
 
 
+def test_a_call_within_a_call_does_not_wait_for_itself(tiny: Pipeline) -> None:
+    taped, _ = on_tape(tiny)
+
+    def again(event: ScaleEvent) -> None:
+        generate(taped, LABELS[:1], cuda_graphs=True)
+
+    with pytest.raises(InputError, match="in this thread; leave cuda_graphs out of calls from"):
+        generate(taped, LABELS[:1], cuda_graphs=True, on_scale=again)
+    generate(taped, LABELS[:1], cuda_graphs=True)
+
+
 def test_what_a_graph_cannot_hold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = object.__new__(CudaRecorder)
 

@@ -173,6 +173,7 @@ class Graphs:
         self._make_recorder = make_recorder
         # What is recorded works on tensors of its own: one batch at a time.
         self._lock = threading.Lock()
+        self._holder: int | None = None
         self._of: Any = None
         self._batches: dict[Any, Batch] = {}
 
@@ -186,9 +187,9 @@ class Graphs:
     @contextmanager
     def batch(self, var: Transformer, images: int, plan: DrawPlan) -> Iterator[Batch]:
         """The rows of a batch of so many images, for the time of a block. Raises `InputError` for a
-        model that cannot be recorded."""
+        model that cannot be recorded, and from within such a block."""
         check(var)
-        with self._lock:
+        with self._held():
             self._forget_others(var)
             # Logits are mixed outside of what is recorded, at any strength.
             inside = plan.guide_at != (LOGITS,) and (plan.guide_at, plan.strengths)
@@ -201,6 +202,21 @@ class Graphs:
                 # What was cut off may be half recorded.
                 self._batches.pop(key, None)
                 raise
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Other threads wait; this one would wait for itself."""
+        if self._holder == threading.get_ident():
+            raise InputError(
+                "cuda_graphs: this model is drawing a batch by graphs in this thread; leave "
+                "cuda_graphs out of calls from on_scale"
+            )
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
 
     def _forget_others(self, var: Transformer) -> None:
         tensors = (*var.parameters(), *var.buffers())
