@@ -22,8 +22,9 @@ def decode_in(pipe: P, dtype: torch.dtype) -> P:
     dtype = torch.float32 if decodes_on_integers(pipe.vae) else dtype
     parts = [pipe.vae.get_submodule(name) for name in pipe.vae.DECODING]
     for part in parts:
+        part.to(dtype)
         if pipe.device.type == "cpu":
-            part.to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     for module in (*parts[:1], *pipe.vae.upsamplings()):
         module.register_forward_pre_hook(_return_free_memory)
     return pipe
