@@ -281,7 +281,8 @@ def _memory(
             working = max(working, _solving(pipe))
         most = max(most, record + working)
     if settings.tune_steps:
-        most = max(most, BATCH * batch * var.arch.depth + WEIGHT_BYTES * whole)
+        saved = probe.tuning or BATCH * batch * var.arch.depth
+        most = max(most, saved + batch + WEIGHT_BYTES * whole)
     return int(_resident() + weights + most), spooled
 
 

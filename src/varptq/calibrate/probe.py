@@ -22,14 +22,22 @@ from varptq.calibrate.clock import BlockClock, Spell, now
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.means import center, input_moments
 from varptq.calibrate.methods import Method
-from varptq.calibrate.probe_units import EVALUATE, LEARN, SOLVE, Cost, Costs, UnitProbe
+from varptq.calibrate.probe_units import (
+    EVALUATE,
+    LEARN,
+    SOLVE,
+    Cost,
+    Costs,
+    UnitProbe,
+    saving_apart,
+)
 from varptq.calibrate.reconstruct import EVALUATED_ROWS, corrects, reconstruct, unit_generator
 from varptq.calibrate.record import Recorder
 from varptq.calibrate.resample import resample
 from varptq.calibrate.samples import CalibrationSet, calibration_set
 from varptq.calibrate.smoothing import smooth, wants_smoothing
 from varptq.calibrate.theta import choose_theta, measure_attention, search_theta, theta_of
-from varptq.calibrate.tune import descend, learnable, mean_kl
+from varptq.calibrate.tune import BATCH, descend, learnable, mean_kl
 from varptq.models.convolutions import Convolution, convolutions_of
 from varptq.models.generate import DEFAULT_BATCH
 from varptq.models.pipeline import Pipeline
@@ -38,7 +46,7 @@ from varptq.models.transformer import Transformer
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import converted, replaced, shared_copy
 from varptq.quant.describe import bops_account
-from varptq.quant.find import set_theta
+from varptq.quant.find import quant_linears, set_theta
 from varptq.quant.layers import QuantLinear
 from varptq.quant.presets import TARGETS
 
@@ -63,6 +71,7 @@ class Probe:
 
     pipe: the first block of a model, whose modules nobody else uses; depth: how many blocks the
     model has. draws: whether the method reads images. images: how many are read here.
+    tuning: bytes that a step of it keeps for its gradients beside weights, once it was timed.
     """
 
     pipe: Pipeline
@@ -72,6 +81,7 @@ class Probe:
     calibration: CalibrationConfig
     draws: bool
     images: int = field(default=1, init=False)
+    tuning: int = field(default=0, init=False)
     _clock: BlockClock = field(init=False)
     _units: UnitProbe = field(init=False)
     _drawn: tuple[CalibrationSet, Spell] | None = field(default=None, init=False)
@@ -237,15 +247,25 @@ class Probe:
 
     def _tuning(self, quantized: Transformer, samples: CalibrationSet) -> Costs:
         """Of a step on as many images as a real one has, and of the gate's images."""
-        student, images = replace(self.pipe, var=quantized), samples.first(4)
+        student, images = replace(self.pipe, var=quantized), samples.first(BATCH)
         count, once = len(images.prompts), self.calibration.replace(tune_steps=1)
         with self._clock.spell() as gate:
             mean_kl(self.pipe, student, images, once)
         generator = unit_generator(0, "probe")
-        with learnable(quantized) as parameters, self._clock.spell() as step:
+        inside, outside = list[int](), list[int]()
+        kept = saving_apart(quantized.get_submodule("blocks.0"), inside, outside)
+        with learnable(quantized) as parameters, self._clock.spell() as step, kept:
             descend(self.pipe, student, images, parameters, once, generator, None)
+        # What is as large as a weight does not grow with the images.
+        sizes = {
+            4 * layer.in_features * layer.out_features
+            for layer in quant_linears(quantized).values()
+        }
+        block, rest = (sum(n for n in kept if n not in sizes) for kept in (inside, outside))
+        self.tuning = (block * self.depth + rest) * BATCH // count
         seconds = step.scaled(gate.share)
-        return {TUNE: Cost(each=seconds * 4 / count), GATE: Cost(each=2 * gate.whole / count)}
+        each = seconds * BATCH / count
+        return {TUNE: Cost(each=each), GATE: Cost(each=2 * gate.whole / count)}
 
 
 def first_rows(seam: Weighted, numbers: int) -> tuple[Weighted, float]:

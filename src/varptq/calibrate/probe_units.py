@@ -11,12 +11,12 @@ learning    a step by rows
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varptq.calibrate.clock import BlockClock
 from varptq.calibrate.config import CalibrationConfig
@@ -184,3 +184,18 @@ def saving(kept: list[int]) -> Iterator[None]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
     kept += seen.values()
+
+
+@contextmanager
+def saving_apart(block: nn.Module, inside: list[int], outside: list[int]) -> Iterator[None]:
+    """`saving`, of the passes through a block and of all else."""
+    stack = ExitStack()
+    # Of two in force the inner one is called.
+    handles = (
+        block.register_forward_pre_hook(lambda *_: stack.enter_context(saving(inside))),
+        block.register_forward_hook(lambda *_: stack.close(), always_call=True),
+    )
+    with saving(outside):
+        yield
+    for handle in handles:
+        handle.remove()
