@@ -16,8 +16,10 @@ from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.forecast import forecast
 from varptq.calibrate.methods import MEANS_SAMPLES, Method
 from varptq.calibrate.probe import CENTER, CONVERT, DRAW, RECORD, Probe, first_rows
-from varptq.calibrate.probe_units import SOLVE, Cost, Costs
+from varptq.calibrate.probe_units import SOLVE, Cost, Costs, saving
 from varptq.calibrate.run import Run
+from varptq.calibrate.samples import calibration_set
+from varptq.calibrate.tune import descend, learnable
 from varptq.models.pipeline import Pipeline
 from varptq.models.seams import linears_of
 from varptq.quant.config import LayerRule, QuantConfig
@@ -94,6 +96,25 @@ def test_the_one_block_counts_for_all(make_tiny: Any, monkeypatch: pytest.Monkey
     assert (spell.spent, spell.inside) == (6.0, 2.0)
     assert spell.whole == pytest.approx(4.0 + 5 * 2.0)
     assert spell.scaled(0.5) == pytest.approx(3.0 + 5 * 3.0)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_what_tuning_keeps_is_what_the_whole_model_keeps(make_tiny: Any, depth: int) -> None:
+    """Counted on the first block, against all of them."""
+    pipe, config = make_tiny(depth=depth), QuantConfig.preset("w4a4+paper")
+    tuned = FEW.replace(num_samples=4, tune_steps=1)
+    probe = Probe(
+        replace(pipe, var=pipe.var.first_blocks(1)), depth, config, Method.parse("rtn"), tuned, True
+    )
+    probe.first_pass()
+    probe.costs()
+    quantized, kept = convert(pipe.var, config), list[int]()
+    samples = calibration_set(pipe, tuned, seed=0, resampled=False)
+    with learnable(quantized) as parameters, saving(kept):
+        student = replace(pipe, var=quantized)
+        descend(pipe, student, samples, parameters, tuned, torch.Generator(), None)
+    weights = {4 * x.in_features * x.out_features for x in quant_linears(quantized).values()}
+    assert probe.tuning == pytest.approx(sum(n for n in kept if n not in weights), rel=0.1)
 
 
 def raising(error: Exception) -> Callable[..., None]:
