@@ -4,12 +4,12 @@
 
 The runs, nearest rounding unless said (docs/quality.md tells what came out):
     1 attribution   2 centring   3 rotation   4 the fc2 input   5 smoothing   6 attention policies
-    7 price list of widths   8 rounding   11 end-to-end tuning   12 finals against the baselines
+    7 price list of widths   8 rounding   12 finals against the baselines
     13 the presets that users choose from, GPTQ, on 512 images that nothing was chosen on, on the
     integers of runtime cpu   14 the same, tuned   15 the same with the paper's parts
 Appends one line per measurement to results/quality4bit.jsonl and skips what is there, so it can be
 stopped and started. KL is from the float model's guided next-token distributions, unfiltered,
-teacher-forced on images it generated itself from seeds no calibration uses. Runs 8, 11 and 12 also
+teacher-forced on images it generated itself from seeds no calibration uses. Runs 8 and 12 also
 sample images with common random numbers, with calibration seed 0: their Frechet distance to the
 float model's in 64 features of the VQVAE's encoder (mean of its 16 channels in each quarter of the
 image).
@@ -65,7 +65,7 @@ CONVERGED = CalibrationConfig(num_samples=128, steps=200)
 TUNED = CLOSED_FORM.replace(tune_steps=150)
 # Runs of nearest rounding that the twin takes part in, besides the finals; runs that sample images.
 BOTH = (2, 3, 5)
-SAMPLING = (8, 11, 12)
+SAMPLING = (8, 12)
 # KL of a twin to its model above this is not the rounding of float32.
 PRESERVED = 1e-6
 ATTRIBUTED = 16
@@ -171,16 +171,13 @@ def rows() -> dict[int, list[Entry]]:
     for name in (GROUPED, FINER):
         learned = Entry(f"{name}, gptq+adaround", P(name), "brecq", (0,), LEARNED, ("demo",))
         found[8].append(learned)
-    found[11] = [
-        Entry(f"{name}, gptq, tuned", P(name), "gptq", (0,), TUNED) for name in (GROUPED, FINER)
-    ]
     found[12] = finals()
     found[LAST] = [Entry(name, P(name), "gptq", SEEDS, CLOSED_FORM) for name in OFFERED]
     found[PARTS_LAST] = [
         Entry(f"{name}, {part}", P(name), f"gptq+{part}", SEEDS, CLOSED_FORM)
         for name, part in WITH_PARTS
     ]
-    found[TUNED_LAST] = [Entry(f"{n}, tuned", P(n), "gptq", (0,), TUNED) for n in TUNABLE]
+    found[TUNED_LAST] = [Entry(f"{n}, tuned", P(n), "gptq", SEEDS, TUNED) for n in TUNABLE]
     return found
 
 

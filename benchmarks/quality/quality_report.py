@@ -54,7 +54,6 @@ RUNS = {
     6: "Attention policies of w4a4+groups",
     7: "Other widths within w4a4+groups",
     8: "Rounding of the weights",
-    11: "End-to-end tuning",
     12: "Finals",
     LAST: "The presets, GPTQ, 512 images of their own, on integers",
     TUNED_LAST: "The same, tuned",
