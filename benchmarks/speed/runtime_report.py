@@ -16,7 +16,7 @@ from benchmarks.common.results import read_document
 from benchmarks.common.runtime_variants import PARTS
 
 # Results of a class of CPU each.
-CLASSES = ("runtime_cpu", "runtime_cpu_ice_lake")
+CLASSES = ("runtime_cpu", "runtime_cpu_emerald_rapids", "runtime_cpu_ice_lake")
 PAGE, DETAILS = DOCS / "benchmarks.md", DOCS / "tables" / "runtime.md"
 FLOATS = {"float32": "fp32", "bfloat16": "bf16"}
 # The Linear whose row counts are shown one by one.
