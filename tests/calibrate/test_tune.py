@@ -29,7 +29,6 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.reading import kl_divergence
 from varptq.models.sampling import SamplingSettings
 from varptq.models.var.transformer import VAR
-from varptq.quant.affine import Grid
 from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 from varptq.quant.find import quant_linears
@@ -174,8 +173,7 @@ def test_the_gradient_of_a_code_is_that_of_its_weight(tiny: Pipeline, preset: st
     last = 2 ** (layer.weight_bits or 0) - 1
     for way in (-1, 1):
         neighbour = (before + way).clamp(0, last)
-        unit = Grid(torch.ones_like(layer.grid.scale), layer.grid.zero_point)
-        there = state.quantizer.integers(neighbour.float(), unit, state.num_bits)
+        there = state.quantizer.integers(neighbour.float(), layer.grid, state.num_bits)
         with torch.no_grad():
             state.shift.copy_(0.6 * (there - state.integers))
         assert torch.equal(state.codes().int(), neighbour)

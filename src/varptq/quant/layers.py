@@ -91,7 +91,8 @@ class TunedWeight(nn.Module):
     def __init__(self, codes_OGg: Tensor, grid: Grid, quantizer: Quantizer, num_bits: int) -> None:
         super().__init__()
         self.grid, self.quantizer, self.num_bits = grid, quantizer, num_bits
-        self.integers = quantizer.integers(codes_OGg.float(), grid, num_bits)
+        self.unit = Grid(torch.ones_like(grid.scale), grid.zero_point)
+        self.integers = quantizer.values(codes_OGg.float(), self.unit, num_bits)
         self.change = nn.Parameter(torch.zeros_like(grid.scale))
         self.shift = nn.Parameter(torch.zeros_like(self.integers))
 
@@ -100,7 +101,8 @@ class TunedWeight(nn.Module):
         """Mean distance of neighbours among what codes stand for, in units of the scale."""
         ends = [0.0, 2.0**self.num_bits - 1]
         codes = torch.tensor(ends, dtype=torch.float32, device=self.integers.device)
-        low, high = self.quantizer.integers(codes, self._unit(1), self.num_bits).flatten().tolist()
+        first = Grid(*(part[:1, :1] for part in self.unit))
+        low, high = self.quantizer.values(codes, first, self.num_bits).flatten().tolist()
         return (high - low) / ends[1]
 
     def scale(self) -> Tensor:
@@ -110,17 +112,13 @@ class TunedWeight(nn.Module):
     @torch.no_grad()
     def codes(self) -> Tensor:
         """(out, G, g) integer-valued."""
-        return self.quantizer.codes(self.integers + self.shift, self._unit(), self.num_bits)
+        return self.quantizer.codes(self.integers + self.shift, self.unit, self.num_bits)
 
     def weight(self) -> Tensor:
         """(out, in) float32 weight, differentiable in `change`, and in `shift` as if nothing were
         rounded."""
-        found = self.quantizer.integers(self.codes(), self._unit(), self.num_bits)
-        return (passed(self.integers + self.shift, found) * self.scale()).flatten(1)
-
-    def _unit(self, rows: int | None = None) -> Grid:
-        scale, zero_point = (part[:rows, :rows] for part in self.grid)
-        return Grid(torch.ones_like(scale), zero_point)
+        found = self.quantizer.values(self.codes(), self.unit, self.num_bits)
+        return (passed(self.shift, found) * self.scale()).flatten(1)
 
 
 def mean_rows(spans: Sequence[Span], num_rows: int) -> Tensor:
