@@ -181,6 +181,14 @@ def test_no_sum_saturates_or_overflows_at_the_ends_of_the_codes(
     check(problem((7, 17, 7680), bits, groups, extreme=True))
 
 
+@pytest.mark.parametrize("shape", [(300, 70, 130), (301, 70, 4096)])
+@pytest.mark.parametrize("bits", [(8, 8), (8, 4)])
+def test_many_rows_for_which_panels_are_copied_and_tasks_cut(
+    shape: tuple[int, int, int], bits: tuple[int, int]
+) -> None:
+    check(problem(shape, bits))
+
+
 @pytest.mark.parametrize(
     ("bits", "groups"), [((8, 8), (None, None)), ((8, 4), (None, 128)), ((4, 4), (64, 128))]
 )

@@ -12,6 +12,8 @@ namespace vq {
 namespace {
 
 constexpr int64_t kRowsOfTask = 96;      // a multiple of every kernel's tile height
+// Bytes of codes that panel after panel meets: more would come from beyond the L2 cache each time.
+constexpr int64_t kCodesOfTask = 1 << 20;
 constexpr int64_t kTasksPerThread = 4;
 
 PanelKernel kernel() {
@@ -86,6 +88,31 @@ void fill_corrections(const Job& job, int32_t* out) {
     }
 }
 
+// Rows of a task: few where threads would lack tasks, else as many as the cache holds codes of.
+int64_t rows_of_task(const Job& job, int64_t panels, int threads) {
+  const int64_t rows = job.args->rows;
+  if (rows > kRowsOfTask && panels < kTasksPerThread * threads && threads > 1) return kRowsOfTask;
+  const int64_t parts = (rows * job.code_stride + kCodesOfTask - 1) / kCodesOfTask;
+  const int64_t even = (rows + parts - 1) / parts;
+  return parts == 1 ? rows : (even + kRowsOfTask - 1) / kRowsOfTask * kRowsOfTask;
+}
+
+#if defined(VQ_X86)
+// The codes by tiles, for the kernels that load tiles of rows.
+const uint8_t* tiled(const Job& job, int threads) {
+  if (isa() != Isa::amx && isa() != Isa::amx_emulated) return nullptr;
+  if (job.args->rows <= kFewRows) return nullptr;
+  const int64_t count = (job.args->rows + kTileRows - 1) / kTileRows;
+  thread_local Scratch scratch;
+  auto* tiles = static_cast<uint8_t*>(scratch.at_least(count * job.blocks * kTileBytes));
+  auto task = [&](int64_t t, int) { tile_codes(job, t, tiles); };
+  parallel_for(count, threads, task);
+  return tiles;
+}
+#else
+const uint8_t* tiled(const Job&, int) { return nullptr; }
+#endif
+
 int run(const vq_linear_args* a) {
   if (!valid(a)) return VQ_BAD_ARGUMENT;
   if (a->rows == 0) return VQ_OK;
@@ -98,14 +125,14 @@ int run(const vq_linear_args* a) {
   const PanelKernel panel = kernel();
   const int64_t panels = padded(a->outputs) / kPanel;
   const int threads = usable_threads(a->threads);
-  const bool split = a->rows > kRowsOfTask && panels < kTasksPerThread * threads && threads > 1;
-  const int64_t height = split ? kRowsOfTask : a->rows;
+  job.tiles = tiled(job, threads);
+  const int64_t height = rows_of_task(job, panels, threads);
   const int64_t parts = (a->rows + height - 1) / height;
   auto task = [&](int64_t index, int) {
     thread_local Scratch unpacked;
-    const int64_t first = index % parts * height, last = std::min(a->rows, first + height);
+    const int64_t first = index / panels * height, last = std::min(a->rows, first + height);
     auto* room = static_cast<uint8_t*>(unpacked.at_least(job.blocks * kBlock * kPanel));
-    panel(job, index / parts, first, last, room);
+    panel(job, index % panels, first, last, room);
   };
   parallel_for(panels * parts, threads, task);
   return VQ_OK;

@@ -45,7 +45,11 @@ struct Job {
   bool short_segments;            // corrections by 16-bit pairs (is_short)
   bool narrow;                    // two products of codes fit a signed 16-bit sum
   const int32_t* corrections;     // (rows, S): (za, A1 - L za) as 16-bit pairs, or A1 - L za
+  const uint8_t* tiles;           // AMX: the codes by tiles (tile_codes)
 };
+
+// Rows and bytes of a tile of AMX, and how many rows are faster without.
+constexpr int64_t kTileRows = 16, kTileBytes = kTileRows * kBlock, kFewRows = 4;
 
 // Rows first .. last - 1 of panel `panel`. unpacked: scratch of blocks * 64 * 64 bytes.
 using PanelKernel = void (*)(const Job&, int64_t panel, int64_t first, int64_t last,
@@ -57,6 +61,8 @@ void panel_avx2(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 PanelKernel panel_bytes(Set<Isa::avxvnni>);
 PanelKernel panel_bytes(Set<Isa::avxvnni_evex>);
 void panel_avx512vnni(const Job&, int64_t, int64_t, int64_t, uint8_t*);
+// Codes of rows 16 t .. 16 t + 15, those that are none 0: block b at (t * blocks + b) * 1024.
+void tile_codes(const Job&, int64_t t, uint8_t* tiles);
 void panel_amx(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 void panel_amx_emulated(const Job&, int64_t, int64_t, int64_t, uint8_t*);
 double peak_avx2();

@@ -147,22 +147,28 @@ VQ_INLINE void segment_sums(const Job& job, int64_t m, int64_t column, const Pos
                                              first + job.segment_blocks, job.args->table, end);
 }
 
-// The same, corrected, in memory.
-template <class Dot, Store kind, bool shorts, int R, int V>
+// The same from memory, corrected, handed to `end`.
+template <class Dot, Store kind, bool shorts, int R, int V, class End>
 VQ_INLINE void stored_sums(const Job& job, int64_t m, int64_t column, const Position& p,
-                           const uint8_t* weights, Sums<R, V>& sums) {
+                           const uint8_t* weights, const End& end) {
+  Sums<R, V> sums;
   const auto leave = [&](const auto& registers) VQ_INLINED { registers.leave(sums); };
   segment_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, leave);
-  if constexpr (!shorts) correct<R, V>(job, m, column, p, sums);
+  if constexpr (shorts)
+    end(sums);
+  else
+    end(Corrected<false, R, V>(job, m, column, p, sums));
 }
 
 template <class Dot, Store kind, int R, int V>
 VQ_INLINE void single_tile(const Job& job, int64_t m, int64_t column, const uint8_t* weights) {
-  const vq_linear_args& a = *job.args;
-  Sums<R, V> sums;
-  stored_sums<Dot, kind, false, R, V>(job, m, column, Position{}, weights, sums);
-  if (a.products) return store_products<R, V>(job, m, column, 0, sums);
-  store_single<R, V>(job, m, column, sums);
+  const auto end = [&](const auto& sums) VQ_INLINED {
+    if (job.args->products)
+      store_products<R, V>(job, m, column, 0, sums);
+    else
+      store_single<R, V>(job, m, column, sums);
+  };
+  stored_sums<Dot, kind, false, R, V>(job, m, column, Position{}, weights, end);
 }
 
 template <class Dot, Store kind, Scheme scheme, bool shorts, int R, int V>
@@ -174,25 +180,22 @@ VQ_INLINE void grouped_tile(const Job& job, int64_t m, int64_t column, const uin
     parts.set(r, v, all(0.0f));
   });
   for (Position p; p.segment < job.segments; p.advance(job)) {
-    if constexpr (shorts) {
-      if (!a.products) {
-        at_place<scheme>(job, p, [&](auto place) {
-          const auto add = [&](const auto& sums) VQ_INLINED {
-            add_segment<scheme, place(), R, V>(job, m, column, p, sums, parts, totals);
-          };
-          segment_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, add);
-        });
-        continue;
-      }
+    if (a.products) {
+      const auto keep = [&](const auto& sums) VQ_INLINED {
+        store_products<R, V>(job, m, column, p.segment, sums);
+      };
+      stored_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, keep);
+      continue;
     }
-    Sums<R, V> sums;
-    stored_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, sums);
-    if (a.products)
-      store_products<R, V>(job, m, column, p.segment, sums);
-    else
-      at_place<scheme>(job, p, [&](auto place) {
+    at_place<scheme>(job, p, [&](auto place) {
+      const auto add = [&](const auto& sums) VQ_INLINED {
         add_segment<scheme, place(), R, V>(job, m, column, p, sums, parts, totals);
-      });
+      };
+      if constexpr (shorts)
+        segment_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, add);
+      else
+        stored_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, add);
+    });
   }
   if (!a.products) store_totals<scheme, R, V>(job, m, column, totals);
 }
@@ -224,26 +227,27 @@ void grouped_tiles(const Job& job, int64_t first, int64_t last, int64_t column,
     tiles<Dot, kind, scheme, false, 2, V>(job, first, last, column, weights);
 }
 
-// A panel of halves as bytes: block b of 64 inputs at b * 4096.
-template <bool of_table>
-inline void unpack(const Job& job, const uint8_t* panel, uint8_t* out) {
+// A panel of halves as bytes: byte i of block b at place(b, i).
+template <bool of_table, class Place>
+inline void unpack(const Job& job, const uint8_t* panel, Place place) {
   constexpr int64_t kBytes = kBlock * kPanel;
   const Ints entries = of_table ? all_entries(job.args->table) : all_int(0);
   const auto put = [&](uint8_t* at, Ints halves) {
     store(reinterpret_cast<int32_t*>(at), of_table ? entries_at(entries, halves) : halves);
   };
-  for (int64_t b = 0; b < job.blocks; b += 2, panel += kBytes, out += 2 * kBytes) {
+  for (int64_t b = 0; b < job.blocks; b += 2, panel += kBytes) {
     const bool both = b + 1 < job.blocks;
     for (int64_t i = 0; i < kBytes; i += 64) {
       const Ints x = load_weights(panel + i);
-      put(out + i, low_half(x));
-      if (both) put(out + kBytes + i, high_half(x));
+      put(place(b, i), low_half(x));
+      if (both) put(place(b + 1, i), high_half(x));
     }
   }
 }
 
-inline void unpack(const Job& job, const uint8_t* panel, uint8_t* out) {
-  job.args->table ? unpack<true>(job, panel, out) : unpack<false>(job, panel, out);
+template <class Place>
+inline void unpack(const Job& job, const uint8_t* panel, Place place) {
+  job.args->table ? unpack<true>(job, panel, place) : unpack<false>(job, panel, place);
 }
 
 // Pairs of steps of a panel's bytes as the product takes them; `to` may be `from`.
@@ -299,7 +303,7 @@ inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
     return single_tiles<Dot, Store::entries, R, V>(job, panel, first, last, weights);
   if (few && simple && !job.args->table)
     return panel_tiles<Dot, Store::halves, R, V>(job, panel, first, last, weights);
-  unpack(job, weights, unpacked);
+  unpack(job, weights, [&](int64_t b, int64_t i) { return unpacked + b * kBlock * kPanel + i; });
   if constexpr (Dot::kOrdersSteps) order_steps<Dot>(job, unpacked, unpacked);
   panel_tiles<Dot, kMany, R, V>(job, panel, first, last, unpacked);
 }

@@ -96,13 +96,16 @@ VQ_INLINE void store_tile(const Job& job, int64_t m, int64_t column, Finish fini
 }
 
 // The integers themselves, for vq_accumulate.
-template <int R, int V>
+template <int R, int V, class Found>
 void store_products(const Job& job, int64_t m, int64_t column, int64_t segment,
-                    const Sums<R, V>& sums) {
+                    const Found& sums) {
   const int64_t n = job.args->outputs;
-  for (int r = 0; r < R; ++r)
-    for (int64_t i = 0; i < V * kLanes && column + i < n; ++i)
-      job.args->products[((m + r) * n + column + i) * job.segments + segment] = sums.of[r][i];
+  alignas(64) int32_t lanes[kLanes];
+  each<R, V>([&](int r, int v) {
+    store(lanes, sums.at(r, v));
+    for (int64_t i = 0, at = column + v * kLanes; i < kLanes && at + i < n; ++i)
+      job.args->products[((m + r) * n + at + i) * job.segments + segment] = lanes[i];
+  });
 }
 
 // Where a segment stands: its groups, and whether it is the first and the last of its weight group.
@@ -175,35 +178,50 @@ VQ_INLINE int32_t of_shifted(int32_t pair) {
   return static_cast<int32_t>((zero & 0xffff) | (static_cast<uint32_t>(pair) & 0xffff0000));
 }
 
-// sums += -za W1 - zc (A1 - L za), the correction for zero points, where it was not the start.
-template <int R, int V>
-VQ_INLINE void correct(const Job& job, int64_t m, int64_t column, const Position& p,
-                       Sums<R, V>& sums) {
-  const vq_linear_args& a = *job.args;
-  const int32_t* panel = a.panel_sum + panel_index(column, p.segment, job.segments);
-  const int32_t* zeros = a.panel_zero + panel_index(column, p.weight_group, job.weight_groups);
-  for (int r = 0; r < R; ++r) {
-    const int32_t entry = job.corrections[(m + r) * job.segments + p.segment];
-    const Ints row = all_int(job.short_segments ? of_shifted(entry) : entry);
-    const Ints za = all_int(a.zero_point[(m + r) * job.row_groups + p.row_group] - kLeftShift);
-    for (int v = 0; v < V; ++v) {
-      const Ints w = load(panel + v * kLanes);
-      const Ints sum = sums.at(r, v);
-      const Ints right = job.short_segments
-                             ? dot2(sum, row, w)
-                             : sum - (times(za, w) + times(row, load(zeros + v * kLanes)));
-      store(sums.of[r] + v * kLanes, right);
-    }
-  }
+// P' = sum - za W1 - zc (A1 - L za); row: the last factor.
+VQ_INLINE Ints without_zeros(Ints sum, Ints za, Ints weights, Ints row, Ints zeros) {
+  return sum - (times(za, weights) + times(row, zeros));
 }
 
+// A tile's sums with the correction for zero points, where it was not the start. What it takes is
+// read where it is needed: held here for all rows, it would leave the registers.
+template <bool shorts, int R, int V>
+class Corrected {
+ public:
+  VQ_INLINE Corrected(const Job& job, int64_t m, int64_t column, const Position& p,
+                      const Sums<R, V>& sums)
+      : sums_(sums),
+        weights_(job.args->panel_sum + panel_index(column, p.segment, job.segments)),
+        zeros_(job.args->panel_zero + panel_index(column, p.weight_group, job.weight_groups)),
+        rows_(job.corrections + m * job.segments + p.segment),
+        za_(job.args->zero_point + m * job.row_groups + p.row_group),
+        segments_(job.segments),
+        row_groups_(job.row_groups) {}
+  VQ_INLINE Ints at(int r, int v) const {
+    const Ints sum = sums_.at(r, v), weights = load(weights_ + v * kLanes);
+    const int32_t row = rows_[r * segments_];
+    if constexpr (shorts) return dot2(sum, all_int(of_shifted(row)), weights);
+    const Ints za = all_int(za_[r * row_groups_] - kLeftShift);
+    return without_zeros(sum, za, weights, all_int(row), load(zeros_ + v * kLanes));
+  }
+
+ private:
+  const Sums<R, V>& sums_;
+  const int32_t *weights_, *zeros_, *rows_, *za_;
+  const int64_t segments_, row_groups_;
+};
+
 // One segment: y = fma(P', sa sw, bias).
-template <int R, int V>
-VQ_INLINE void store_single(const Job& job, int64_t m, int64_t column, const Sums<R, V>& sums) {
+VQ_INLINE Floats of_single(Ints product, Floats row_scale, Floats scale, Floats bias) {
+  return fused(to_float(product), row_scale * scale, bias);
+}
+
+template <int R, int V, class Found>
+VQ_INLINE void store_single(const Job& job, int64_t m, int64_t column, const Found& sums) {
   const vq_linear_args& a = *job.args;
   store_tile<R, V>(job, m, column, [&](int r, int v, Floats bias) {
-    const Floats scale = all(a.scale[m + r]) * load(a.panel_scale + column + v * kLanes);
-    return fused(to_float(sums.at(r, v)), scale, bias);
+    return of_single(sums.at(r, v), all(a.scale[m + r]), load(a.panel_scale + column + v * kLanes),
+                     bias);
   });
 }
 
