@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from varptq.native.binding import call, library
 from varptq.native.pointers import TYPES, per_token, pointer, row_numbers
 from varptq.native.quantize import Rows, layout, padded
+from varptq.native.room import Room
 
 PANEL = 64
 # Entries that a byte shuffle of every instruction set looks up, and the widths that have no more.
@@ -186,12 +187,14 @@ def linear(
     bias_rows: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    room: Room | None = None,
 ) -> Tensor:
     """y (..., N) of dtype float32 or bfloat16. bias float32, (N,) or a table (R, N) that a token
-    takes the row `bias_rows` (l,) int32 of (without them row 0)."""
+    takes the row `bias_rows` (l,) int32 of (without them row 0). y lies in `room`, if there is
+    one."""
     a = _linear_args(rows, weight)
     shape = rows.shape
-    y = torch.empty((*shape[:-1], weight.outputs), dtype=dtype, device="cpu")
+    y = (room or Room()).empty((*shape[:-1], weight.outputs), dtype)
     m = y.numel() // weight.outputs
     a.rows_per_image = max(1, m // max(1, shape[0] if len(shape) == 3 else 1))
     # Held until the call is over: the pointer keeps nothing alive.

@@ -5,7 +5,7 @@
 
 The system gives fresh memory page by page and clears each: for a map of 40 MB that takes a third of
 the time of the convolution that fills it. Here a map gets the memory of one that nobody holds any
-more, in huge pages where the system has them.
+more, the largest in huge pages where the system has them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from torch import Tensor
 LEAST_BYTES = 2**20
 # Where processes fork, a child's maps are its own: memory as `mmap` makes it would be its parent's.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+# Below, huge pages cost more than they save: rows of a Linear's output lie a multiple of a page
+# apart, and in one huge page such rows meet in a few sets of the L2 cache.
+LEAST_HUGE_BYTES = 2**24
 # More than this many times the size would keep memory from the maps that need it.
 MOST_WASTE = 2
 
@@ -61,7 +64,7 @@ class Room:
         outgrown = {id(buffer) for buffer in self._free() if len(buffer) < size}
         self._buffers = [buffer for buffer in self._buffers if id(buffer) not in outgrown]
         buffer = mmap.mmap(-1, size, **_PRIVATE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if size >= LEAST_HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
             buffer.madvise(mmap.MADV_HUGEPAGE)
         self._buffers.append(buffer)
         return buffer

@@ -121,17 +121,16 @@ class TunedWeight(nn.Module):
         return (passed(self.shift, found) * self.scale()).flatten(1)
 
 
-def mean_rows(spans: Sequence[Span], num_rows: int) -> Tensor:
-    """(spans,) int64: which row of a table of means the tokens of each span take. A schedule of
-    more scales than the table has rows takes the last one for the rest, and says so."""
+def mean_rows(spans: Sequence[Span], num_rows: int) -> list[int]:
+    """Which row of a table of means the tokens of each span take. A schedule of more scales than
+    the table has rows takes the last one for the rest, and says so."""
     if spans[-1].scale >= num_rows:
         warnings.warn(
             f"scale {spans[-1].scale + 1} was not calibrated: means of the finest of {num_rows} "
             "scales stand in; quantize at this size if quality matters",
             stacklevel=2,
         )
-    scales = [min(span.scale, num_rows - 1) for span in spans]
-    return torch.tensor(scales, dtype=torch.int64, device="cpu")
+    return [min(span.scale, num_rows - 1) for span in spans]
 
 
 class QuantLinear(TypedBuffers):
@@ -315,9 +314,9 @@ class QuantLinear(TypedBuffers):
         if spans is None:
             assert len(self.means) == 1, f"layer {self.layer} wants to know its tokens' scales"
             return self.means, self.mean_bias
-        scales = mean_rows(spans, len(self.means)).to(device)
+        found = mean_rows(spans, len(self.means))
         lengths = [span.length for span in spans]
-        counts = torch.tensor(lengths, dtype=torch.int64, device=device)
+        scales, counts = torch.tensor([found, lengths], dtype=torch.int64, device=device)
         rows = scales.repeat_interleave(counts, output_size=sum(lengths))
         return self.means[rows], self.mean_bias[rows]
 

@@ -111,7 +111,8 @@ class NormedConvolution(Convolution):
         for start in range(0, height, rows):
             end = min(start + rows, height)
             low, high = max(start - reach, 0), min(end + reach, height)
-            y_BHWC = x_BHWC[:, low:high] * gain_BC[:, None, None] + shift_BC[:, None, None]
+            # In place: memory given back between parts comes back page by page.
+            y_BHWC = (x_BHWC[:, low:high] * gain_BC[:, None, None]).add_(shift_BC[:, None, None])
             y_BCHW = y_BHWC.permute(0, 3, 1, 2)
             if norm.silu:
                 y_BCHW = F.silu(y_BCHW, inplace=True)

@@ -97,8 +97,9 @@ class NativeKernels:
         bias: Tensor | None,
         rows: Tensor | None,
     ) -> Tensor:
-        take = compiled.linear if torch.compiler.is_compiling() else linear.linear
-        return take(codes, packed, bias, rows)
+        if torch.compiler.is_compiling():
+            return compiled.linear(codes, packed, bias, rows)
+        return linear.linear(codes, packed, bias, rows, room=self._room)
 
     def new_cache(
         self, rule: AttentionRule, rows: int, ends: tuple[int, ...]

@@ -218,21 +218,25 @@ class IntLinear(TypedBuffers):
         return self
 
     def forward(self, x: Tensor | Pending, spans: Sequence[Span] | None = None) -> Tensor:
-        rows = self._token_rows(spans) if self.means is not None else None
-        codes = self.kernels.quantize(x, self.rule, self.means, rows)
-        return self.kernels.linear(codes, self.packed, self.bias, rows)
+        means, bias, rows = self._tables(spans)
+        codes = self.kernels.quantize(x, self.rule, means, rows)
+        return self.kernels.linear(codes, self.packed, bias, rows)
 
-    def _token_rows(self, spans: Sequence[Span] | None) -> Tensor | None:
-        """(l,) int32 scale of every token; None where a single row serves all."""
-        assert self.means is not None
-        if spans is None or len(self.means) == 1:
-            return None
-        scales = mean_rows(spans, len(self.means)).int()
+    def _tables(
+        self, spans: Sequence[Span] | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Means, bias and (l,) int32 the row of both that each token takes; None where the first
+        serves all, to which the tables are cut if all tokens are of one scale."""
+        means, bias = self.means, self.bias
+        if means is None or bias is None or spans is None or len(means) == 1:
+            return means, bias, None
+        scales = mean_rows(spans, len(means))
         if len(spans) == 1:
-            return scales
+            only = slice(scales[0], scales[0] + 1)
+            return means[only], bias[only], None
         lengths = [span.length for span in spans]
-        counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-        return scales.repeat_interleave(counts, output_size=sum(lengths))
+        found, counts = torch.tensor([scales, lengths], dtype=torch.int32, device="cpu")
+        return means, bias, found.repeat_interleave(counts, output_size=sum(lengths))
 
     def extra_repr(self) -> str:
         return f"{self.layer}, in={self.in_features}, out={self.out_features}, {self.kernels.name}"
