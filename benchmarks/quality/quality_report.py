@@ -20,7 +20,7 @@ import matplotlib
 
 from benchmarks.common import orbitquant
 from benchmarks.common.judges import RESNET56
-from benchmarks.common.methods_rows import PRESET, PRESET_IMAGES
+from benchmarks.common.methods_rows import FLOAT, PRESET, PRESET_IMAGES, STUDIES
 from benchmarks.common.pages import DOCS, replace, save, table
 from benchmarks.common.quality4bit_rows import (
     FINER,
@@ -63,7 +63,7 @@ RUNS = {
 
 PAPER = "w4a4+paper"
 # Images of a preset, and of the float model that they are compared with.
-SAMPLED = 1000
+SAMPLED = 10_000
 
 
 class Target(NamedTuple):
@@ -197,22 +197,20 @@ def presets(lines: list[Line]) -> list[str]:
     return [*rows, ""]
 
 
-def images(lines: list[Line]) -> list[str]:
-    """Samples of the presets."""
-    part = [x for x in lines if x["count"] == x.get("float_images") == SAMPLED]
+def images(presets: list[Line], floats: list[Line]) -> list[str]:
+    """Samples of the presets, and of the float model from other seeds."""
+    part = [x for x in presets + floats if x["count"] == x.get("float_images") == SAMPLED]
     part = [x for x in part if x["network"] == RESNET56]
     head = ["preset", "FD to float samples", "FD to real images", "LPIPS to float", "right class"]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in OFFERED:
-        found = [x["images"] for x in part if (x["width"], x["method"]) == (name, PRESET)]
-        if not found:
-            continue
-        cells = [f"`{name}`"]
+    rows: list[list[str]] = []
+    for width, method in (*((name, PRESET) for name in OFFERED), (FLOAT, FLOAT)):
+        found = [x["images"] for x in part if (x["width"], x["method"]) == (width, method)]
+        cells = ["float, other seeds" if width == FLOAT else f"`{width}`"]
         for field, digits in (("fd2fp", ".3f"), ("fd", ".2f"), ("lpips", ".4f")):
             cells.append(format(mean(x[field] for x in found), digits))
         cells.append(f"{mean(x['accuracy'] for x in found):.1%}")
-        rows.append(f"| {' | '.join(cells)} |")
-    return [*rows, ""]
+        rows.append(cells)
+    return table(head, rows)
 
 
 # Whose bits are counted: the name, and the size where there are several.
@@ -346,7 +344,8 @@ def main(say: Callable[[str], None] = print) -> None:
     ]
     replace(DOCS / "quality.md", "presets", presets(lines))
     replace(DOCS / "quality.md", "preset bops", bit_operations())
-    replace(DOCS / "quality.md", "preset images", images(read_lines(PRESET_IMAGES)))
+    sampled = images(read_lines(PRESET_IMAGES), read_lines(STUDIES["demo"].name))
+    replace(DOCS / "quality.md", "preset images", sampled)
     replace(DOCS / "tables/quality4bit.md", "targets", rows)
     replace(DOCS / "tables/quality4bit.md", "runs", [*tables(lines), *pictures])
 
