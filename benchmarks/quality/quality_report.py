@@ -12,12 +12,14 @@ calibration seeds, behind +- half of what lies between the smallest and the larg
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from statistics import mean
 from typing import NamedTuple
 
 import matplotlib
 
+import varptq
 from benchmarks.common import orbitquant
 from benchmarks.common.judges import RESNET56
 from benchmarks.common.methods_rows import FLOAT, PRESET, PRESET_IMAGES, STUDIES
@@ -36,6 +38,8 @@ from benchmarks.common.quality4bit_rows import (
     TUNED_LAST,
 )
 from benchmarks.common.results import Line, read_lines
+from benchmarks.quality.quality4bit import rows as rows_of_runs
+from varptq.analyze.suggest import Prices
 from varptq.models.families import family
 from varptq.models.meta import on_meta
 from varptq.models.pipeline import Pipeline
@@ -45,6 +49,7 @@ from varptq.quant.describe import bops_account
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 RUNS = {
     2: "Centring and smoothing, without rotation",
@@ -259,13 +264,18 @@ class Mark(NamedTuple):
     side: str = "left"
 
 
+# By label, None where there is no such number.
+Places = Mapping[str, float | None]
+# Runs whose rows are finals.
+FINAL_RUNS = (8, 12, LAST, TUNED_LAST)
 GROUPS = (HEAD_4, GROUPED, FINER, "w4a8+groups", "w6a6")
 # By rising bit operations: of those that cost more, those that are no better are left out.
 BY_PRICE = ("bops1", "best", "w3a8", "w4a8", "w8a8")
+PRESETS = "presets"
 CURVES = {
     "released quantizers": ("w4a4 released", "w4a8 released", "w6a6 released", "w8a8 released"),
     "in groups, GPTQ": tuple(f"{name}, gptq" for name in GROUPS),
-    "presets": BY_PRICE,
+    PRESETS: BY_PRICE,
     "presets, tuned": tuple(f"{name}, tuned" for name in ("bops1", "best")),
     "sas, converged": ("sas",),
     "FPQVAR": ("fpqvar",),
@@ -275,42 +285,62 @@ CURVES = {
 MARKS = (
     Mark("w4a4 released", "w4a4"),
     Mark("w4a8 released", "w4a8", (-6, -3), "right"),
-    Mark("w6a6 released", "w6a6", (6, 3)),
+    Mark("w6a6 released", "w6a6", (6, -3)),
     Mark("w8a8 released", "w8a8", (0, 7)),
     Mark(f"{GROUPED}, gptq", "w4a4 in groups"),
     Mark("w4a8+groups, gptq", "w4a8 in groups"),
-    *(Mark(name, name, (-6, -4), "right") for name in BY_PRICE),
-    Mark("fpqvar", "FPQVAR", (6, -4)),
+    *(Mark(name, name, (-6, -4), "right") for name in OFFERED),
+    Mark("fpqvar", "FPQVAR", (6, -6)),
     Mark("litevar", "LiteVAR", (-6, 5), "right"),
     *(Mark(name, name.split()[1], (-6, 4), "right") for name in orbitquant.WIDTHS),
 )
 
 
+def megabytes(labels: Iterable[str]) -> dict[str, float]:
+    """What the transformer of the demo model takes as an artifact stores it, by label."""
+    prices = Prices(varptq.load_model("demo"))
+    entries = rows_of_runs()
+    found = {entry.label: entry.config for run in FINAL_RUNS for entry in entries[run]}
+    return {label: prices.bytes(found[label]) / 1e6 for label in labels}
+
+
 def plot_frontier(lines: list[Line]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
-    final = [x for x in lines if x["run"] in (8, LAST, TUNED_LAST)]
-    final += [x for x in lines if x["run"] == 12 and x["label"] not in OFFERED]
-    for axis, model in zip(axes, MODELS, strict=True):
-        curves = zip(CURVES.items(), "sov^PDXh", strict=True)
-        for index, ((name, labels), marker) in enumerate(curves):
-            points = [
-                [value(final, model, label, field) for field in ("bops", "kl")] for label in labels
-            ]
-            found = [(x, y) for x, y in points if x is not None and y is not None]
-            if found:
-                axis.plot(*zip(*found, strict=True), marker, ms=5, label=name, c=f"C{index}")
-        for mark in MARKS:
-            place = [value(final, model, mark.label, field) for field in ("bops", "kl")]
-            if None not in place:
-                axis.annotate(mark.words, place, fontsize=7, xytext=mark.offset, va="center",
-                              ha=mark.side, textcoords="offset points")  # fmt: skip
-        axis.set(title=model, xscale="log", yscale="log", xlim=(0.6, 7))
-        axis.set(xlabel="BOPs, relative to w4a4+paper")
-        axis.set_xticks([1, 2, 4], ["1x", "2x", "4x"])
-        axis.minorticks_off()
-    axes[0].set_ylabel("KL, nats per token")
-    axes[0].legend(fontsize=7, loc="lower left")
+    """KL over bit operations and over bytes."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.6))
+    final = [x for x in lines if x["run"] in FINAL_RUNS]
+    final = [x for x in final if x["run"] != 12 or x["label"] not in OFFERED]
+    labels = {*OFFERED, *chain.from_iterable(CURVES.values())}
+    stored = megabytes(labels)
+    for (above, below), model in zip(axes.T, MODELS, strict=True):
+        kl, bops = (
+            {label: value(final, model, label, field) for label in labels}
+            for field in ("kl", "bops")
+        )
+        frontier(above, bops, kl, BY_PRICE)
+        frontier(below, stored, kl, OFFERED)
+        above.set(title=model, xscale="log", xlim=(0.6, 7), xlabel="BOPs, relative to w4a4+paper")
+        above.set_xticks([1, 2, 4], ["1x", "2x", "4x"])
+        above.minorticks_off()
+        below.set(xlim=(1.5, 15.5), xlabel="MB of the transformer, as stored")
+    axes[0][0].legend(fontsize=7, loc="lower left")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("KL, nats per token")
     save(figure, "quality_frontier.png")
+
+
+def frontier(axis: Axes, price: Places, kl: Places, names: Sequence[str]) -> None:
+    """The finals by price and KL; names: the presets among them."""
+    for index, (name, marker) in enumerate(zip(CURVES, "sov^PDXh", strict=True)):
+        labels = names if name == PRESETS else CURVES[name]
+        found = [(price[x], kl[x]) for x in labels if price[x] is not None and kl[x] is not None]
+        if found:
+            axis.plot(*zip(*found, strict=True), marker, ms=5, label=name, c=f"C{index}")
+    for mark in MARKS:
+        x, y = price[mark.label], kl[mark.label]
+        if x is not None and y is not None and mark.label not in set(OFFERED) - set(names):
+            axis.annotate(mark.words, (x, y), fontsize=7, xytext=mark.offset, va="center",
+                          ha=mark.side, textcoords="offset points")  # fmt: skip
+    axis.set_yscale("log")
 
 
 def plot_scales(lines: list[Line]) -> None:
@@ -337,7 +367,7 @@ def main(say: Callable[[str], None] = print) -> None:
     pictures = [
         "![where the error comes from](../images/quality_attribution.png)",
         "",
-        "![KL over bit operations](../images/quality_frontier.png)",
+        "![KL over bit operations and over bytes](../images/quality_frontier.png)",
         "",
         "![KL per scale](../images/quality_scales.png)",
         "",

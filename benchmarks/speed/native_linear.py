@@ -39,6 +39,7 @@ from benchmarks.common.timing import alternate, copy_rate
 from varptq.native import binding
 from varptq.native.linear import linear, pack
 from varptq.native.quantize import Codebook, quantize
+from varptq.native.room import Room
 from varptq.quant.codebook import HALVES, entries, reach
 
 QUICK_ROWS = (2, 32, 128, 512)
@@ -83,12 +84,13 @@ def integer_call(scheme: str, x: Tensor, outputs: int, bias: Tensor) -> Callable
         table=entries(weight_bits) if of_weights else None,
     )
     book = Codebook(HALVES[row_bits], reach(row_bits)) if of_rows else None
+    room = Room()  # as the runtime has it
 
     def call() -> Tensor:
         rows = quantize(
             x, num_bits=row_bits, row_group=row_group, weight_group=weight_group, codebook=book
         )
-        return linear(rows, weight, bias)
+        return linear(rows, weight, bias, room=room)
 
     return call
 

@@ -32,7 +32,7 @@ from varptq.runtime.reference import ReferenceKernels
 
 BOOKS = ("w4a4", "w2a8", "w3a5+proj8")
 PRESETS = (
-    *("w8a8", "w6a6", "w4a8", "w4a4", "best", "bops1", "w2a8"),
+    *("w8a8", "w6a6", "w4a8", "w3a8", "w2a8", "w4a4", "best", "bops1"),
     *("w4a8+groups", "w4a4+groups", "w4a4+groups+qk6+v6+g32", "w4a4+groups+segment"),
 )
 # A sum of a few hundred float32 terms in another order.
