@@ -233,7 +233,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if (batch, count) in done:
                 continue
             torch.set_num_threads(count)
-            rounds = 1 if options.quick or batch > 1 else 3
+            rounds = 1 if options.quick or batch > 1 else 5
             case: dict[str, Any] = {"batch": batch, "threads": count}
             case["seconds"] = measure(found, batch, rounds)
             case["ratios"] = {p: ratios(case["seconds"], p) for p in presets}
