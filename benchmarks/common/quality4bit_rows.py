@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.common import fpqvar, orbitquant
 from varptq.analyze.sensitivity import GROUPS
+from varptq.quant.config import LayerRule, QuantConfig
 
 NAME = "quality4bit"
 MODELS = ("demo", "twin")
@@ -20,3 +22,26 @@ WITH_PARTS = (
     *(("w4a4", "resample"), ("bops1", "resample"), ("best", "resample")),
     *(("w6a6", "resample"), ("w6a6", "shift")),
 )
+# Labels of the paper's assignment, by what rounds it.
+PAPER_LABELS = ("rtn", "brecq", "sas")
+
+
+def config_of(label: str) -> QuantConfig:
+    """What the bits of a final are counted by: a preset, whatever stands behind its name, or one of
+    what presets are held against."""
+    name = label.split(", gptq")[0].split(", tuned")[0]
+    if name == HEAD_4:
+        return head(QuantConfig.preset(GROUPED), 4, 4)
+    if name == "fpqvar":
+        return fpqvar.account_config()
+    if name in orbitquant.WIDTHS:
+        return orbitquant.account_config(*orbitquant.WIDTHS[name])
+    if name == "litevar" or name in PAPER_LABELS:
+        return QuantConfig.preset("w4a4+paper" + ("+litevar" if name == "litevar" else ""))
+    return QuantConfig.preset(name.replace(" released", "+paper+released"))
+
+
+def head(config: QuantConfig, weight_bits: int, input_bits: int = 8) -> QuantConfig:
+    """Other bits at the head."""
+    other = QuantConfig.preset(f"w{weight_bits}a{input_bits}+paper").linear
+    return config.with_rules(LayerRule(targets="head", weight=other.weight, input=other.input))

@@ -43,6 +43,8 @@ from benchmarks.common.quality4bit_rows import (
     TUNABLE,
     TUNED_LAST,
     WITH_PARTS,
+    config_of,
+    head,
 )
 from benchmarks.common.results import append_line, read_lines
 from benchmarks.common.twin import with_outliers
@@ -120,11 +122,6 @@ def fc2(config: QuantConfig, kind: str, how: InputTransform | None) -> QuantConf
     return config.with_rules(LayerRule(targets=FC2, input=spec, input_transform=how))
 
 
-def head(config: QuantConfig, weight_bits: int, input_bits: int = 8) -> QuantConfig:
-    other = QuantConfig.preset(f"w{weight_bits}a{input_bits}+paper").linear
-    return config.with_rules(LayerRule(targets="head", weight=other.weight, input=other.input))
-
-
 def rows() -> dict[int, list[Entry]]:
     """Every row of every run."""
     P = QuantConfig.preset
@@ -163,7 +160,7 @@ def rows() -> dict[int, list[Entry]]:
     }
     found[6].append(Entry(f"{GROUPED}, copies", ours, "rtn+shift", models=("demo",)))
     closed = {name: P(name) for name in ("w4a4+paper", GROUPED, *PRESETS)}
-    closed[HEAD_4] = head(ours, 4, 4)
+    closed[HEAD_4] = config_of(HEAD_4)
     found[8] = [
         Entry(f"{name}, gptq", config, "gptq", SEEDS, CLOSED_FORM)
         for name, config in closed.items()
@@ -183,21 +180,25 @@ def rows() -> dict[int, list[Entry]]:
 
 def finals() -> list[Entry]:
     """The presets, to nearest, and what they are held against."""
-    P = QuantConfig.preset
-    released = [
-        Entry(f"{width} released", P(f"{width}+paper+released"), "rtn+shift", SEEDS)
-        for width in ("w4a4", "w4a8", "w6a6", "w8a8")
-    ]
+
+    def final(label: str, **more: Any) -> Entry:
+        return Entry(label, config_of(label), **more)
+
     return [
-        *released,
-        Entry("fpqvar", fpqvar.account_config(), seeds=SEEDS, baseline=by_fpqvar),
-        *(by_orbitquant(label, widths) for label, widths in orbitquant.WIDTHS.items()),
-        Entry("rtn", P("w4a4+paper")),
-        Entry("litevar", P("w4a4+paper+litevar")),
-        Entry("brecq", P("w4a4+paper"), "brecq", calibration=CONVERGED, models=("demo",)),
-        Entry("sas", P("w4a4+paper"), "sas", calibration=CONVERGED),
-        *(Entry(name, P(name), seeds=SEEDS) for name in (GROUPED, *PRESETS)),
-        Entry(HEAD_4, head(P(GROUPED), 4, 4), seeds=SEEDS),
+        *(
+            final(f"{width} released", method="rtn+shift", seeds=SEEDS)
+            for width in ("w4a4", "w4a8", "w6a6", "w8a8")
+        ),
+        final("fpqvar", seeds=SEEDS, baseline=by_fpqvar),
+        *(
+            final(label, seeds=SEEDS, baseline=by_orbitquant(widths))
+            for label, widths in orbitquant.WIDTHS.items()
+        ),
+        final("rtn"),
+        final("litevar"),
+        final("brecq", method="brecq", calibration=CONVERGED, models=("demo",)),
+        final("sas", method="sas", calibration=CONVERGED),
+        *(final(name, seeds=SEEDS) for name in (GROUPED, *PRESETS, HEAD_4)),
     ]
 
 
@@ -205,12 +206,11 @@ def by_fpqvar(pipe: Pipeline, samples: CalibrationSet, _: int) -> Pipeline:
     return fpqvar.fpqvar(pipe, samples)
 
 
-def by_orbitquant(label: str, widths: tuple[int, int]) -> Entry:
+def by_orbitquant(widths: tuple[int, int]) -> Baseline:
     def made(pipe: Pipeline, _: CalibrationSet, seed: int) -> Pipeline:
         return orbitquant.orbitquant(pipe, widths, seed)
 
-    config = orbitquant.account_config(*widths)
-    return Entry(label, config, seeds=SEEDS, baseline=made)
+    return made
 
 
 def log2(config: QuantConfig) -> Any:

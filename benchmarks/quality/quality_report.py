@@ -36,9 +36,9 @@ from benchmarks.common.quality4bit_rows import (
     PARTS_LAST,
     TUNABLE,
     TUNED_LAST,
+    config_of,
 )
 from benchmarks.common.results import Line, read_lines
-from benchmarks.quality.quality4bit import rows as rows_of_runs
 from varptq.analyze.suggest import Prices
 from varptq.models.families import family
 from varptq.models.meta import on_meta
@@ -299,9 +299,7 @@ MARKS = (
 def megabytes(labels: Iterable[str]) -> dict[str, float]:
     """What the transformer of the demo model takes as an artifact stores it, by label."""
     prices = Prices(varptq.load_model("demo"))
-    entries = rows_of_runs()
-    found = {entry.label: entry.config for run in FINAL_RUNS for entry in entries[run]}
-    return {label: prices.bytes(found[label]) / 1e6 for label in labels}
+    return {label: prices.bytes(config_of(label)) / 1e6 for label in labels}
 
 
 def plot_frontier(lines: list[Line]) -> None:
