@@ -12,7 +12,8 @@ namespace vq {
 namespace {
 
 constexpr int64_t kRowsOfTask = 96;      // a multiple of every kernel's tile height
-// Bytes of codes that panel after panel meets: more would come from beyond the L2 cache each time.
+// Bytes of codes that panel after panel meets on tiles, which are fast enough to notice where they
+// come from: more would come from beyond the L2 cache each time.
 constexpr int64_t kCodesOfTask = 1 << 20;
 constexpr int64_t kTasksPerThread = 4;
 
@@ -92,6 +93,7 @@ void fill_corrections(const Job& job, int32_t* out) {
 int64_t rows_of_task(const Job& job, int64_t panels, int threads) {
   const int64_t rows = job.args->rows;
   if (rows > kRowsOfTask && panels < kTasksPerThread * threads && threads > 1) return kRowsOfTask;
+  if (!job.tiles) return rows;
   const int64_t parts = (rows * job.code_stride + kCodesOfTask - 1) / kCodesOfTask;
   const int64_t even = (rows + parts - 1) / parts;
   return parts == 1 ? rows : (even + kRowsOfTask - 1) / kRowsOfTask * kRowsOfTask;
