@@ -225,6 +225,11 @@ def simulated(pipe: Pipeline, preset: str) -> QuantizedPipeline:
     )
 
 
+def integers(pipe: Pipeline, preset: str, decoder: torch.dtype = torch.float32) -> Pipeline:
+    """A preset on the native core; decoder: the type of what it leaves in float."""
+    return decode_in(on_integers(simulated(pipe, preset), cpu_kernels()), decoder)
+
+
 def torchao_variant(pipe: Pipeline) -> Variant | str:
     """torchao's dynamic int8 on the prepacked variant's model, or why there is none."""
     try:
@@ -243,9 +248,9 @@ def variants(pipe: Pipeline, presets: tuple[str, ...], *, quick: bool) -> dict[s
     found = {"eager fp32": variant(eager(pipe))}
     if has_bfloat16():
         found["eager bf16 autocast"] = variant(eager(pipe), autocast=True)
-        found["prepacked bf16"] = variant(_prepacked(pipe, torch.bfloat16), autocast=True)
+        found["prepacked bf16"] = variant(prepacked(pipe, torch.bfloat16), autocast=True)
     if not (quick and has_bfloat16()):
-        found["prepacked fp32"] = variant(_prepacked(pipe, torch.float32))
+        found["prepacked fp32"] = variant(prepacked(pipe, torch.float32))
     if has_bfloat16() and not quick:
         made = torchao_variant(pipe)
         if isinstance(made, str):
@@ -253,14 +258,13 @@ def variants(pipe: Pipeline, presets: tuple[str, ...], *, quick: bool) -> dict[s
         else:
             found["torchao int8"] = made
     for preset in presets:
-        quantized = simulated(pipe, preset)
-        ours = on_integers(quantized, cpu_kernels())
-        found[preset] = variant(decode_in(ours, torch.float32))
+        found[preset] = variant(integers(pipe, preset))
         if preset == presets[0]:
             # A model of its own: the other one shares tensors with `ours`.
             found["simulated"] = variant(simulated(pipe, preset))
     return found
 
 
-def _prepacked(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
+def prepacked(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
+    """oneDNN's weights, packed beforehand."""
     return with_linears(pipe, "prepacked", lambda linear: PrepackedLinear(linear, dtype))

@@ -36,12 +36,9 @@ import varptq
 from benchmarks.common import few_blocks
 from benchmarks.common.pages import DOCS, replace, table
 from benchmarks.common.results import read_document, read_lines
-from benchmarks.common.runtime_variants import Stopwatch, simulated
+from benchmarks.common.runtime_variants import Stopwatch, integers, simulated
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts
-from varptq.runtime.convert import on_integers
-from varptq.runtime.cpu import cpu_kernels
-from varptq.runtime.decoder import decode_in
 
 NAME = "benchmarks.speed.infinity_cpu"
 MODEL, TEXT_TOKENS = "infinity-2b", 24
@@ -107,8 +104,7 @@ def measure(options: argparse.Namespace, presets: tuple[str, ...]) -> dict[str, 
     # Before the float variant's decoder is watched: deep copies are made of it.
     found: dict[str, Callable[[], Seconds]] = {}
     for preset in presets:
-        ours = on_integers(simulated(wide, preset), cpu_kernels())
-        found[preset] = variant(decode_in(ours, torch.bfloat16))
+        found[preset] = variant(integers(wide, preset, torch.bfloat16))
     found["eager bf16"] = variant(in_dtype(wide, torch.bfloat16))
     found["eager fp32"] = variant(wide)
     times: dict[str, list[Seconds]] = {name: [] for name in found}

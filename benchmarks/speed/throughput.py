@@ -22,18 +22,8 @@ import torch
 from benchmarks.common.bfloat16 import has_bfloat16
 from benchmarks.common.pages import DOCS, replace, table
 from benchmarks.common.results import RESULTS, read_document, write_document
-from benchmarks.common.runtime_variants import (
-    PrepackedLinear,
-    Variant,
-    eager,
-    simulated,
-    variant,
-    with_linears,
-)
+from benchmarks.common.runtime_variants import Variant, eager, integers, prepacked, variant
 from varptq.models.pipeline import Pipeline, build_model
-from varptq.runtime.convert import on_integers
-from varptq.runtime.cpu import cpu_kernels
-from varptq.runtime.decoder import decode_in
 
 NAME, PAGE, MARK = "throughput", DOCS / "benchmarks.md", "throughput"
 EAGER, PACKED = "eager float32", "packed bfloat16"
@@ -57,12 +47,8 @@ STUDIES = {
 def variants(pipe: Pipeline, study: Study) -> dict[str, Variant]:
     found = {EAGER: variant(eager(pipe))}
     if study.packed and has_bfloat16():
-        packed = with_linears(pipe, PACKED, lambda one: PrepackedLinear(one, torch.bfloat16))
-        found[PACKED] = variant(packed, autocast=True)
-    for preset in study.presets:
-        ours = on_integers(simulated(pipe, preset), cpu_kernels())
-        found[preset] = variant(decode_in(ours, torch.float32))
-    return found
+        found[PACKED] = variant(prepacked(pipe, torch.bfloat16), autocast=True)
+    return found | {preset: variant(integers(pipe, preset)) for preset in study.presets}
 
 
 def measure(name: str, rounds: int) -> Iterator[dict[str, Any]]:
@@ -85,7 +71,7 @@ def report(document: dict[str, Any]) -> Iterator[str]:
     yield f"{threads} threads of {machine}, medians of {rounds}. Images a minute (over {EAGER}):"
     yield ""
     cases = document["cases"]
-    names = [who for who in cases[0]["seconds"]]
+    names = list(cases[0]["seconds"])
     rows = list[list[str]]()
     for case in cases:
         taken = case["seconds"]

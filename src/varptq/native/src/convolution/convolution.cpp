@@ -49,7 +49,7 @@ Taps taps_of(const Convolution& job, int64_t row_phase, int64_t column_phase) {
   Taps taps{};
   for (int64_t ky = 0; ky < a.kernel_height; ++ky) {
     const int64_t row = offset(ky, a.top, row_phase, up) * job.row;
-    int64_t begun = taps.count;
+    const int64_t begun = taps.count;
     for (int64_t kx = 0; kx < a.kernel_width; ++kx) {
       const int64_t codes = row + offset(kx, a.left, column_phase, up) * bytes;
       Run& last = taps.runs[taps.count > begun ? taps.count - 1 : begun];
@@ -57,9 +57,8 @@ Taps taps_of(const Convolution& job, int64_t row_phase, int64_t column_phase) {
         last.steps += bytes / 4;
         continue;
       }
-      taps.runs[taps.count++] = {codes, ky * row_weights + kx * bytes * kPanel, bytes / 4, false};
+      taps.runs[taps.count++] = {codes, ky * row_weights + kx * bytes * kPanel, bytes / 4};
     }
-    if (taps.count == begun + 1) taps.runs[begun].whole = true;
   }
   return taps;
 }

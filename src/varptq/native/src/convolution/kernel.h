@@ -21,7 +21,6 @@ struct Run {
   int64_t codes;    // bytes from the pixel an output starts at
   int64_t weights;  // bytes from the panel's start
   int64_t steps;    // of 4 inputs
-  bool whole;       // the kernel row, so that the padding of its weights follows
 };
 
 // The runs of an output: with upsampling they depend on whether its row and column are odd.
