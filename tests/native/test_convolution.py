@@ -58,6 +58,7 @@ KINDS = {
     "1x1": (1, 1, (0, 0, 0, 0), False),
     "down": (3, 2, (0, 1, 0, 1), False),
     "up": (3, 1, (1, 1, 1, 1), True),
+    "up, two sides": (3, 1, (0, 1, 1, 0), True),
 }
 
 
@@ -120,6 +121,18 @@ def test_the_result_is_that_of_plain_torch(
         taken = residual.clone()
         made = run(c, found, residual=taken, in_place=True)
         assert made is taken and torch.equal(made, want + residual), name
+
+
+@pytest.mark.parametrize("kind", ["3x3", "up"])
+def test_rows_so_long_that_strips_have_two_are_those_of_the_portable_kernels(kind: str) -> None:
+    c = case(kind, 1, (5, 640), (320, 3))
+    made = {}
+    for name in sets():
+        binding.select_isa(name)
+        moments = native.new_moments(1, 3)
+        made[name] = (run(c, native.map_codes(c.x), moments=moments), *moments)
+    for name, found in made.items():
+        assert all(map(torch.equal, found, made["portable"])), name
 
 
 @settings(max_examples=30, deadline=None)

@@ -21,7 +21,7 @@ namespace {
 constexpr int kVectors = 4, kTileQueries = 6;
 #elif defined(VQ_VNNI256)
 constexpr int kVectors = 1, kTileQueries = 6;
-#elif defined(VQ_NEON)
+#elif defined(VQ_NEON) || defined(__AVX2__)
 constexpr int kVectors = 1, kTileQueries = 4;
 #else
 constexpr int kVectors = 1, kTileQueries = 2;
@@ -265,8 +265,9 @@ template <class Function>
 inline void by_tiles(int count, Function function) {
   int q = 0;
   for (; q + kTileQueries <= count; q += kTileQueries) function(Size<kTileQueries>(), q);
-#if defined(VQ_LANES512) || defined(VQ_VNNI256) || defined(VQ_NEON)
-  for (; q + 4 <= count; q += 4) function(Size<4>(), q);
+#if defined(__AVX2__) || defined(VQ_NEON)
+  if constexpr (kTileQueries > 4)
+    for (; q + 4 <= count; q += 4) function(Size<4>(), q);
   for (; q + 2 <= count; q += 2) function(Size<2>(), q);
 #endif
   for (; q < count; ++q) function(Size<1>(), q);

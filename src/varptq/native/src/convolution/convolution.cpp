@@ -35,23 +35,21 @@ bool valid(const vq_convolution_args* a) {
          a->panel_bias && a->y;
 }
 
-int64_t below(int64_t x, int64_t divisor) { return (x + divisor * 2) / divisor - 2; }  // x >= -2
-
 // Where tap `tap` of an output lies, in pixels from the one it starts at.
-int64_t offset(int64_t tap, int64_t before, int64_t phase, int64_t up) {
-  return below(phase + tap - before, up);
+int64_t offset(int64_t tap, int64_t before, int64_t phase, bool up) {
+  return up ? upsampled_offset(tap, before, phase) : tap - before;
 }
 
 Taps taps_of(const Convolution& job, int64_t row_phase, int64_t column_phase) {
   const vq_convolution_args& a = *job.args;
-  const int64_t up = a.upsample ? 2 : 1, bytes = channel_bytes(a.inputs);
+  const int64_t bytes = channel_bytes(a.inputs);
   const int64_t row_weights = padded(a.kernel_width * bytes) * kPanel;
   Taps taps{};
   for (int64_t ky = 0; ky < a.kernel_height; ++ky) {
-    const int64_t row = offset(ky, a.top, row_phase, up) * job.row;
+    const int64_t row = offset(ky, a.top, row_phase, a.upsample) * job.row;
     const int64_t begun = taps.count;
     for (int64_t kx = 0; kx < a.kernel_width; ++kx) {
-      const int64_t codes = row + offset(kx, a.left, column_phase, up) * bytes;
+      const int64_t codes = row + offset(kx, a.left, column_phase, a.upsample) * bytes;
       Run& last = taps.runs[taps.count > begun ? taps.count - 1 : begun];
       if (taps.count > begun && codes == last.codes + last.steps * 4) {
         last.steps += bytes / 4;
@@ -74,16 +72,19 @@ Convolution make_job(const vq_convolution_args* a) {
   job.image = (a->height + 2 * kBorder) * job.row;
   job.panel_bytes = a->kernel_height * padded(a->kernel_width * job.pixel) * kPanel;
   // A part of the definition of the moments: from sizes alone, never from threads.
+  // Even, for kernels that make two rows at once.
   const int64_t rows = std::max<int64_t>(1, kStripBytes / job.row - 2) * job.phases / a->stride;
-  job.strip_rows = std::min(std::max<int64_t>(1, rows), job.out_height);
+  job.strip_rows = std::min(std::max<int64_t>(2, rows - rows % 2), job.out_height);
   job.strips = (job.out_height + job.strip_rows - 1) / job.strip_rows;
   for (int64_t y = 0; y < job.phases; ++y)
     for (int64_t x = 0; x < job.phases; ++x) job.taps[y][x] = taps_of(job, y, x);
   return job;
 }
 
-StripKernel kernel() {
+StripKernel kernel(const Convolution& job) {
 #if defined(VQ_X86)
+  if (isa() == Isa::avx2)
+    if (const StripKernel words = convolution_words(job)) return words;
   if (isa() == Isa::amx) return convolution_amx();
   if (isa() == Isa::amx_emulated) return convolution_amx_emulated();
 #endif
@@ -176,7 +177,7 @@ int vq_convolution(const vq_convolution_args* a) {
   vq::Convolution job = vq::make_job(a);
   const int64_t panels = vq::padded(a->outputs) / vq::kPanel, strips = a->images * job.strips;
   job.partial = vq::room_for(job, strips * panels * vq::kPanel);
-  const vq::StripKernel strip = vq::kernel();
+  const vq::StripKernel strip = vq::kernel(job);
   auto task = [&](int64_t index, int) {
     const int64_t at = index / panels;
     strip(job, at / job.strips, at % job.strips, index % panels);

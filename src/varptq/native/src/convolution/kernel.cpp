@@ -1,7 +1,7 @@
 // Products of a strip in lanes of 16 outputs; compiled once per instruction set.
 //
 //   a tile: R pixels of a row x V vectors of 16 outputs, all sums in registers over all taps
-//   AVX-512: 6 x 4, 8 x 3 or 12 x 2 = 24 sums     AVX2: 4 x 1, of the byte product in 16 bits
+//   AVX-512: 6 x 4, 8 x 3 or 12 x 2 = 24 sums     AVX2: 4 x 1; 3 x 3 in kernel_words.cpp
 //   NEON: 4 x 1 = 16 registers of sums
 //
 // A tap's codes lie in the map at one distance from pixel to pixel, whatever stride, padding and

@@ -16,6 +16,12 @@ constexpr int64_t kMostInputs = 65536;     // of an output, whose products fit 3
 
 constexpr int64_t channel_bytes(int64_t channels) { return (channels + 3) / 4 * 4; }
 
+// Where tap `tap` of an output of this phase lies in a map that is upsampled to twice its side, in
+// pixels from the one it starts at: half of what is at least -1, rounded down.
+constexpr int64_t upsampled_offset(int64_t tap, int64_t before, int64_t phase) {
+  return (phase + tap - before + 2) / 2 - 1;
+}
+
 // Taps of a kernel row that lie side by side in the map too: one run of inputs.
 struct Run {
   int64_t codes;    // bytes from the pixel an output starts at
@@ -51,6 +57,8 @@ StripKernel convolution_kernel(Set<Isa::avxvnni_evex>);
 StripKernel convolution_kernel(Set<Isa::neon_dotprod>);
 StripKernel convolution_kernel(Set<Isa::neon_i8mm>);
 #if defined(VQ_X86)
+// Null for convolutions that gain nothing from it.
+StripKernel convolution_words(const Convolution&);
 StripKernel convolution_amx();
 StripKernel convolution_amx_emulated();
 #endif

@@ -72,7 +72,7 @@ Job make_job(const vq_linear_args* a) {
   job.short_segments = is_short(a->segment, a->inputs);
   const bool bytes = a->weight_bits == 8 || a->table;
   const int largest = bytes ? 128 : (1 << a->weight_bits) - 1;
-  job.narrow = 2 * largest * ((1 << a->row_bits) - 1) <= INT16_MAX;
+  job.largest_pair = 2 * largest * ((1 << a->row_bits) - 1);
   return job;
 }
 

@@ -43,7 +43,7 @@ struct Job {
   int64_t code_stride;            // bytes of a row of codes
   int64_t panel_bytes;
   bool short_segments;            // corrections by 16-bit pairs (is_short)
-  bool narrow;                    // two products of codes fit a signed 16-bit sum
+  int64_t largest_pair;           // magnitude of the sum of two products of codes, at most
   const int32_t* corrections;     // (rows, S): (za, A1 - L za) as 16-bit pairs, or A1 - L za
   const uint8_t* tiles;           // AMX: the codes by tiles (tile_codes)
 };

@@ -2,7 +2,7 @@
 //
 //   a tile: R rows x V vectors of 16 columns, all sums in registers for all of K
 //   AVX-512: 6 x 4 = 24 sums, 4 weights, 1 repeated code: 29 of 32 registers
-//   AVX2:    4 x 1 = 8 registers of sums, 2 of weights, 1 code, 3 for the byte product: 14 of 16
+//   AVX2:    4 x 1 = 8 registers of sums, 4 of widened weights, 2 of codes, 1 product, 1 mask: 16 of 16
 //   DotProd: 4 x 1 = 16 registers of sums, 4 of weights, 4 of codes, 1 for their shift: 25 of 32
 //   I8MM:    4 x 1 = 16 registers of sums, 8 of weights, 2 of codes: 26 of 32
 //
