@@ -16,7 +16,12 @@ from benchmarks.common.results import read_document
 from benchmarks.common.runtime_variants import PARTS
 
 # Results of a class of CPU each.
-CLASSES = ("runtime_cpu", "runtime_cpu_emerald_rapids", "runtime_cpu_ice_lake")
+CLASSES = (
+    "runtime_cpu",
+    "runtime_cpu_emerald_rapids",
+    "runtime_cpu_ice_lake",
+    "runtime_cpu_zen_3",
+)
 PAGE, DETAILS = DOCS / "benchmarks.md", DOCS / "tables" / "runtime.md"
 FLOATS = {"float32": "fp32", "bfloat16": "bf16"}
 # The Linear whose row counts are shown one by one.
@@ -114,13 +119,14 @@ def memory(found: list[Document]) -> Iterator[str]:
 
 def summary(document: Document) -> Iterator[str]:
     """Of one class of CPU: ratios beside targets, an image by parts, memory."""
-    column = "with" if document["isa"] == "amx" else "without"
+    target = {"amx": "with AMX", "avx2": "with VNNI, which this one has not"}
+    meant = target.get(document["isa"], "without AMX")
     capped = f"capped at {document['onednn']}" if document["onednn"] else "not capped"
     yield f"### {document['machine']}"
     yield ""
     yield (
         f"Native core on {document['isa']}, torch {document['torch']} on {document['cpu']}, oneDNN "
-        f"{capped}. Targets {column} AMX; of one image, whole-image ratios at W8A8."
+        f"{capped}. Targets of CPUs {meant}; of one image, whole-image ratios at W8A8."
     )
     yield ""
     yield from headline(document)

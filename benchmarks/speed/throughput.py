@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.throughput [--model var-d16] [--threads 2] [--rounds 3]
     python -m benchmarks.speed.throughput --model var-d30   # keeps what is there of the other
+    python -m benchmarks.speed.throughput --result throughput_zen_3   # of another class of CPU
     python -m benchmarks.speed.throughput --report
 
 Whole images of models with random weights, the decoder's part included, as runtime_variants.py
@@ -25,7 +26,9 @@ from benchmarks.common.results import RESULTS, read_document, write_document
 from benchmarks.common.runtime_variants import Variant, eager, integers, prepacked, variant
 from varptq.models.pipeline import Pipeline, build_model
 
-NAME, PAGE, MARK = "throughput", DOCS / "benchmarks.md", "throughput"
+PAGE, MARK = DOCS / "benchmarks.md", "throughput"
+# One for each class of CPU.
+NAMES = ("throughput", "throughput_zen_3")
 EAGER, PACKED = "eager float32", "packed bfloat16"
 IMAGES = 50_000
 
@@ -97,7 +100,12 @@ def hours(seconds: float | None) -> str:
 
 
 def write_page() -> None:
-    replace(PAGE, MARK, ["", *report(read_document(NAME))])
+    lines = (line for name in NAMES if exists(name) for line in report(read_document(name)))
+    replace(PAGE, MARK, ["", *lines])
+
+
+def exists(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
 
 
 def main() -> None:
@@ -107,17 +115,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", choices=STUDIES, default="var-d16")
+    parser.add_argument("--result", choices=NAMES, default=NAMES[0], help="the file in results/")
     parser.add_argument("--machine", default="", help="what CPU this is, for the page")
     parser.add_argument("--report", action="store_true", help="only write docs/benchmarks.md")
     asked = parser.parse_args()
     if not asked.report:
         torch.set_num_threads(asked.threads)
         settings = {name: getattr(asked, name) for name in ("machine", "threads", "rounds")}
-        there = read_document(NAME)["cases"] if (RESULTS / f"{NAME}.json").exists() else []
+        there = read_document(asked.result)["cases"] if exists(asked.result) else []
         cases = [case for case in there if case["model"] != asked.model]
         for case in measure(asked.model, asked.rounds):
             cases.append(case)
-            write_document(NAME, {**settings, "cases": cases})
+            write_document(asked.result, {**settings, "cases": cases})
     write_page()
 
 
