@@ -54,7 +54,12 @@ def preset_of(width: str, method: str) -> str:
     # Methods differ in the transformer; the autoencoder is the float one.
     if method == BARE:
         return f"{width}{OURS}+vae32"
-    return width + PAPER + ("+litevar" if "litevar" in method else "")
+    return width + PAPER + preset_part(method)
+
+
+def preset_part(method: str) -> str:
+    """What a method adds to the name of a preset."""
+    return "+litevar" if "litevar" in method else ""
 
 
 def calibration_method(method: str) -> str:

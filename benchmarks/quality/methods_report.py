@@ -301,6 +301,29 @@ def beside(results: Results) -> list[str]:
     ]
 
 
+def presets(proof: list[Line]) -> list[str]:
+    """Our presets by their own names, in tokens alone."""
+    found: dict[str, list[Line]] = {}
+    for line in proof:
+        if "+" not in line["width"] and line["method"] == BARE_METHOD:
+            found.setdefault(line["width"], []).append(line["fidelity"])
+    rows = [
+        [
+            f"`{name}`",
+            str(len(lines)),
+            *(over_seeds([x[key] for x in lines], 3) for key in ("kl_filtered", "top1")),
+        ]
+        for name, lines in found.items()
+    ]
+    if not rows:
+        return []
+    return [
+        "**The presets as they are now**, weights rounded by GPTQ:",
+        "",
+        *table(["preset", "seeds", "KL", "top-1"], rows),
+    ]
+
+
 def others(lines: list[Line]) -> list[str]:
     """The same distances in features of another network, where they were measured; too many
     features for the error, so chance has its deviation over image seeds instead."""
@@ -345,6 +368,7 @@ def write(study: Study, lines: list[Line], proof: list[Line]) -> None:
         f"![methods by width, and KL against FD2FP](../images/{study.name}.png)",
         "",
         *changes(results),
+        *presets(proof),
         *(line for one in others_of for line in beside(one)),
         *others([line for line in lines if line["network"] != RESNET56]),
     ]

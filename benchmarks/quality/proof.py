@@ -20,6 +20,7 @@ import torch
 
 import varptq
 from benchmarks.common.held_out import CALIBRATION, held_out
+from benchmarks.common.methods_rows import calibration_method, preset_part
 from benchmarks.common.proof_rows import METHODS, NAMES, SEEDS, WIDTHS
 from benchmarks.common.results import append_line, read_lines
 from varptq.calibrate.config import CalibrationConfig
@@ -45,9 +46,10 @@ def one(
     seed: int,
     calibration: CalibrationConfig,
 ) -> dict[str, Any]:
-    """Calibrate once and measure; "sas+litevar" is the method sas on "<width>+litevar"."""
-    name, litevar, _ = method.partition("+litevar")
-    config = varptq.QuantConfig.preset(width + litevar)
+    """Calibrate once and measure; "sas+litevar" is the method sas on "<width>+litevar", "litevar"
+    is brecq on it."""
+    name = calibration_method(method)
+    config = varptq.QuantConfig.preset(width + preset_part(method))
     started = time.monotonic()
     quantized = varptq.quantize(pipe, config, method=name, calibration=calibration, seed=seed)
     seconds = time.monotonic() - started
