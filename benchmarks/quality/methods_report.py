@@ -229,7 +229,8 @@ def ticks(axis: Axis) -> None:
 
 def picture(results: Results) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2))
-    widths, shown = results.widths(), list(results.study.methods)
+    # Those with images, of which some have none.
+    widths, shown = list(dict(results.rows())), list(results.study.methods)
     for place, method in enumerate(shown):
         there = [i for i, width in enumerate(widths) if results.of(width, method)]
         values = [mean(results.images(widths[i], method, "fd2fp")) for i in there]
