@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import varptq
 from benchmarks.common.edits import Box, edited
 from benchmarks.common.judges import CLASSIFIER, LPIPS, REFERENCE, RESNET56
+from benchmarks.common.methods_rows import calibration_method, preset_part
 from benchmarks.common.pages import DOCS, replace
 from benchmarks.common.results import Line, append_line, read_lines
 from varptq.calibrate.config import CalibrationConfig
@@ -125,8 +126,8 @@ def model(pipe: Pipeline, preset: str, method: str) -> Pipeline:
         return pipe
     folder = CACHE / f"{preset}-{method}"
     if not folder.is_dir():
-        name, litevar, _ = method.partition("+litevar")
-        config = varptq.QuantConfig.preset(preset + litevar)
+        name = calibration_method(method)
+        config = varptq.QuantConfig.preset(preset + preset_part(method))
         varptq.save(
             varptq.quantize(pipe, config, method=name, calibration=CALIBRATION, seed=SEED), folder
         )
