@@ -75,6 +75,25 @@ void polynomials() {
   expect(one[5] == 1.0f, "exp(0) is 1");
 }
 
+// Against libm's, also where two roundings give another float than one: products and sums that lie
+// between two floats, but for a last bit far below.
+void fused_operation() {
+  Random random(11);
+  std::uniform_int_distribution<int> exponent(-90, 40), bit(0, 1);
+  std::uniform_real_distribution<float> mantissa(1.0f, 2.0f);
+  for (int i = 0; i < 200000; ++i) {
+    const float a = std::ldexp(bit(random) ? 1.0f + 0x1p-12f * static_cast<float>(i % 4096)
+                                           : mantissa(random), bit(random));
+    const float b = std::ldexp(bit(random) ? 1.0f + 0x1p-12f : mantissa(random), bit(random));
+    const float added = std::ldexp(a * b, exponent(random));
+    const float c = bit(random) ? added : -added;
+    float lanes[vq::kLanes];
+    vq::store(lanes, vq::fused(vq::all(a), vq::all(b), vq::all(c)));
+    const float want = std::fma(a, b, c);
+    if (std::memcmp(&lanes[3], &want, sizeof want) != 0) return expect(false, "a b + c");
+  }
+}
+
 struct Shape {
   int64_t batch, heads, width;
   int32_t policy, bits;
@@ -176,7 +195,8 @@ void attentions() {
   const Shape shapes[] = {{1, 1, 1, VQ_POLICY_TOKEN, 8, -1.0f},   {2, 3, 20, VQ_POLICY_TOKEN, 8, -1.0f},
                           {1, 2, 64, VQ_POLICY_TOKEN, 4, 0.01f},  {3, 1, 128, VQ_POLICY_TOKEN, 8, -1.0f},
                           {2, 2, 37, VQ_POLICY_SEGMENT, 6, -1.0f}, {1, 2, 64, VQ_POLICY_SEGMENT, 4, 0.02f},
-                          {2, 2, 20, VQ_POLICY_TOKEN, 8, -1.0f, true}, {1, 1, 128, VQ_POLICY_SEGMENT, 4, 0.02f, true}};
+                          {2, 2, 20, VQ_POLICY_TOKEN, 8, -1.0f, true}, {1, 1, 128, VQ_POLICY_SEGMENT, 4, 0.02f, true},
+                          {1, 6, 24, VQ_POLICY_TOKEN, 8, -1.0f},   {1, 5, 16, VQ_POLICY_SEGMENT, 8, -1.0f}};
   for (const Shape& shape : shapes)
     for (const bool extreme : {false, true})
       on_every_set("attention differs between instruction sets", [&] {
@@ -246,6 +266,7 @@ void maps() {
 
 int main() {
   polynomials();
+  fused_operation();
   attentions();
   samplers();
   maps();

@@ -109,16 +109,17 @@ std::vector<Piece> pieces_of(const vq_attention_args& args) {
 // One worker's buffers, 64-byte aligned in one block.
 class Buffers {
  public:
-  explicit Buffers(const AttentionCall& call) {
+  Buffers(const AttentionCall& call, const std::vector<QueryBlock>& blocks) {
     const vq_attention_args& args = *call.args;
-    int64_t rows = kQueryTile;
-    if (args.theta >= 0)
-      for (int64_t i = 0; i < args.num_spans; ++i)
-        rows = std::max(rows, args.spans[3 * i + 1] - args.spans[3 * i]);
+    int64_t queries = 0;
+    for (const QueryBlock& block : blocks) queries = std::max(queries, block.last - block.first);
+    queries = round_up(queries, 16);
+    const int64_t rows = args.theta >= 0 ? std::max<int64_t>(kQueryTile, queries) : kQueryTile;
     const int64_t floats = rows * call.stride, places = call.layout.places;
     const int64_t values = args.theta >= 0 ? places * call.layout.channels : 0;
     // Zeros: what lies behind the last key is read, multiplied by nothing.
-    const int64_t bytes = (floats + 3 * call.stride) * 4 + kQueryTile * places + values;
+    const int64_t bytes = (floats + 3 * call.stride) * 4 + kQueryTile * places + values +
+                          queries * (call.layout.channels + 8);
     memory_.assign(static_cast<size_t>(bytes + 64), 0);
     auto* at = reinterpret_cast<uint8_t*>(
         round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory_.data())), 64));
@@ -128,6 +129,10 @@ class Buffers {
     scratch.orders = reinterpret_cast<int32_t*>(scratch.mean + call.stride);
     scratch.codes = reinterpret_cast<uint8_t*>(scratch.orders + call.stride);
     scratch.values = reinterpret_cast<int8_t*>(scratch.codes + kQueryTile * places);
+    scratch.query_codes = reinterpret_cast<uint8_t*>(scratch.values + values);
+    scratch.query_pairs =
+        reinterpret_cast<int32_t*>(scratch.query_codes + queries * call.layout.channels);
+    scratch.query_scale = reinterpret_cast<float*>(scratch.query_pairs + queries);
   }
 
   Buffers(Buffers&&) = default;  // not copied: scratch points into memory_
@@ -164,7 +169,7 @@ int run(const vq_attention_args& args) {
   const std::vector<QueryBlock> blocks = blocks_of(args, whole_heads ? args.queries : kBlockQueries);
   std::vector<Buffers> buffers;
   buffers.reserve(static_cast<size_t>(threads));
-  for (int worker = 0; worker < threads; ++worker) buffers.emplace_back(call);
+  for (int worker = 0; worker < threads; ++worker) buffers.emplace_back(call, blocks);
   std::atomic<bool> finite{true};
   const int64_t spare = threads == 1 ? kMostHeads : heads / (4 * threads);
   const int64_t together = whole_heads ? std::min({kMostHeads, args.heads, spare}) : 1;

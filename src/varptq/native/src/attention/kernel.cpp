@@ -12,7 +12,8 @@ namespace {
 struct Task {
   Head head;
   const AttentionScratch& scratch;
-  int64_t span, keys, padded;  // keys rounded up to 16
+  int64_t span, first;   // query of the block
+  int64_t keys, padded;  // rounded up to 16
   const int8_t* values;
   float largest_step;
 };
@@ -27,11 +28,14 @@ inline int64_t trace_at(const Task& task, int64_t query) {
 
 // Scores of up to kQueryTile queries and, in their place, exponentials: as they are with theta,
 // else times the relative steps.
-inline bool softmax_rows(const Task& task, int64_t first, int count, float* rows, RowSums* sums) {
+inline void softmax_rows(const Task& task, int64_t first, int count, float* rows, RowSums* sums) {
   const Head& head = task.head;
   const float* factors = folded(task) && !with_theta(task) ? task.scratch.relative : nullptr;
-  Queries queries;
-  if (!quantize_queries(head, first, count, queries)) return false;
+  const int64_t at = first - task.first;
+  const int64_t channels = head.call.layout.channels;
+  const AttentionScratch& scratch = task.scratch;
+  const Queries queries = {scratch.query_codes + at * channels, channels,
+                           scratch.query_pairs + at, scratch.query_scale + at};
   Floats best[kQueryTile];
   for (Floats& one : best) one = all(kLowest);
   by_tiles(count, [&](auto size, int q0) {
@@ -44,11 +48,10 @@ inline bool softmax_rows(const Task& task, int64_t first, int count, float* rows
                   static_cast<size_t>(task.keys) * sizeof(float));
     sums[i] = exponentials(row, task.padded, largest_of(best[i]), factors);
   }
-  return true;
 }
 
 // Probabilities of all queries of the span, and their sums per key in the order of the queries.
-inline bool mean_probabilities(const Task& task, int64_t first, int64_t last) {
+inline void mean_probabilities(const Task& task, int64_t first, int64_t last) {
   const int64_t stride = task.head.call.stride;
   float* mean = task.scratch.mean;
   for (int64_t j = 0; j < task.padded; j += kLanes) store(mean + j, all(0.0f));
@@ -56,7 +59,7 @@ inline bool mean_probabilities(const Task& task, int64_t first, int64_t last) {
     const int count = static_cast<int>(last - query < kQueryTile ? last - query : kQueryTile);
     float* rows = task.scratch.scores + (query - first) * stride;
     RowSums sums[kQueryTile];
-    if (!softmax_rows(task, query, count, rows, sums)) return false;
+    softmax_rows(task, query, count, rows, sums);
     for (int i = 0; i < count; ++i) {
       const Floats divisor = all(sums[i].total);
       for (int64_t j = 0; j < task.padded; j += kLanes) {
@@ -66,7 +69,6 @@ inline bool mean_probabilities(const Task& task, int64_t first, int64_t last) {
       }
     }
   }
-  return true;
 }
 
 // Order of each key: how many of theta, 2 theta, 4 theta, ... its mean probability exceeds.
@@ -195,7 +197,8 @@ inline void mix_rows(const Task& task, int64_t first, int count, const float* ro
       mix.zero_sum[i] =
           with_theta(task)
               ? 0
-              : zero_point_sum(codes, head.at<int8_t>(layout.value_zero), piece->place, last);
+              : zero_point_sum(codes, head.at<int8_t>(layout.value_zero), piece->place, last,
+                               end == task.keys);
     }
     by_tiles(count, [&](auto size, int q0) {
       mix_queries<decltype(size)::value>(mix, task.scratch.codes, q0, piece->place, last);
@@ -209,10 +212,11 @@ bool attend(const AttentionCall& call, int64_t row, int64_t head, const QueryBlo
             const AttentionScratch& scratch) {
   const Head one(call, row, head);
   const int64_t keys = call.args->spans[3 * block.span + 2];
-  Task task = {one, scratch, block.span, keys, (keys + kLanes - 1) / kLanes * kLanes,
+  Task task = {one, scratch, block.span, block.first, keys, (keys + kLanes - 1) / kLanes * kLanes,
                one.at<int8_t>(call.layout.values), 1.0f};
+  if (!quantize_queries(one, block.first, block.last, scratch)) return false;
   if (with_theta(task)) {
-    if (!mean_probabilities(task, block.first, block.last)) return false;
+    mean_probabilities(task, block.first, block.last);
     find_orders(task, block.last - block.first);
     values_at_orders(task);
     task.values = scratch.values;
@@ -224,7 +228,7 @@ bool attend(const AttentionCall& call, int64_t row, int64_t head, const QueryBlo
     RowSums sums[kQueryTile];
     float* rows = scratch.scores;
     if (!with_theta(task)) {
-      if (!softmax_rows(task, query, count, rows, sums)) return false;
+      softmax_rows(task, query, count, rows, sums);
     } else {
       rows += (query - block.first) * call.stride;
       for (int i = 0; i < count; ++i)

@@ -43,6 +43,9 @@ struct AttentionCall {
 
 // Buffers of one worker. `scores` has rows for a tile of queries, with theta for all of a span.
 struct AttentionScratch {
+  uint8_t* query_codes;  // of the queries of a block, c16 bytes each
+  int32_t* query_pairs;
+  float* query_scale;
   float* scores;
   float* relative;    // (stride): step of each key over the largest
   float* mean;        // (stride), with theta: probabilities summed over queries

@@ -8,7 +8,7 @@
 // queries by kVectors vectors of 16 keys (or channels) in registers, over all channels (places).
 #pragma once
 
-#include "attention/codes.h"
+#include "attention/append.h"
 #include "lanes/products.h"
 #include "lanes/vmath.h"
 
@@ -33,64 +33,66 @@ constexpr float kFarBelow = -60.0f;
 alignas(64) constexpr int32_t kIndex[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                 8, 9, 10, 11, 12, 13, 14, 15};
 
-// The queries of a tile as codes.
+// Queries as codes, from one on: codes (`stride` bytes apart), int16 pairs of kLeftShift - zq and
+// c zq - sum q, and steps.
 struct Queries {
-  alignas(64) uint8_t codes[kQueryTile][kMaxHeadWidth];
-  int32_t pair[kQueryTile];  // int16 kLeftShift - zq, c zq - sum q
-  float scale[kQueryTile];
+  const uint8_t* codes;
+  int64_t stride;
+  const int32_t* pair;
+  const float* scale;
 };
 
-template <int Q, int V>
-struct Sums {
-  Ints of[Q][V];
-};
+inline void trace_query(const Head& head, int64_t query, const uint8_t* codes, float scale,
+                        int32_t zero) {
+  const vq_attention_args& args = head.args;
+  const int64_t at = head.index() * args.queries + query;
+  args.trace->query_scale[at] = scale;
+  args.trace->query_zero[at] = zero;
+  std::memcpy(args.trace->query_codes + at * args.width, codes, static_cast<size_t>(args.width));
+}
 
-inline bool quantize_queries(const Head& head, int64_t first, int count, Queries& queries) {
+// Codes of queries first .. last - 1 of a head into the buffers of `scratch`; false where one is
+// not finite.
+inline bool quantize_queries(const Head& head, int64_t first, int64_t last,
+                             const AttentionScratch& scratch) {
   const vq_attention_args& args = head.args;
   const int64_t channels = head.call.layout.channels, width = args.width;
-  const Floats factor = all(args.query_factor[head.head]);
-  Channels x;
-  for (int i = 0; i < count; ++i) {
-    const float* bias = args.query_bias ? args.query_bias + head.head * width : nullptr;
-    head.fetch(head.query, first + i + kAhead);
-    if (!load_channels(x, head.query.token(first + i), bias, width, channels)) return false;
-    if (args.l2_norm) make_unit(x, channels);
-    for (int64_t c = 0; c < channels; c += kLanes) store(x.v + c, load(x.v + c) * factor);
-    turn(x, args, args.start + first + i);
-    Range range;
-    widen(range, x, channels);
-    const Grid grid = head.query_coding.grid(range, x, width);
-    uint8_t* codes = queries.codes[i];
-    for (int64_t c = 0; c < channels; c += kLanes)
-      store_bytes(codes + c, head.query_coding.codes(load(x.v + c), grid));
-    int32_t sum = 0;
-    for (int64_t c = 0; c < width; ++c) sum += codes[c];
-    std::memset(codes + width, 0, static_cast<size_t>(channels - width));
-    const int16_t pair[2] = {static_cast<int16_t>(kLeftShift - grid.zero),
-                             static_cast<int16_t>(width * grid.zero - sum)};
-    std::memcpy(&queries.pair[i], pair, sizeof pair);
-    queries.scale[i] = grid.scale;
-    if (args.trace) {
-      const int64_t at = head.index() * args.queries + first + i;
-      args.trace->query_scale[at] = grid.scale;
-      args.trace->query_zero[at] = grid.zero;
-      std::memcpy(args.trace->query_codes + at * width, codes, static_cast<size_t>(width));
+  const float* bias = args.query_bias ? args.query_bias + head.head * width : nullptr;
+  Rows rows;
+  rows.width = width;
+  rows.channels = channels;
+  for (int64_t query = first; query < last; query += kRows) {
+    const int count = static_cast<int>(last - query < kRows ? last - query : kRows);
+    const bool finite = load_rows(rows, count, [&](int r) {
+      head.fetch(head.query, query + r + kAhead);
+      return std::pair<const float*, const float*>{head.query.token(query + r), bias};
+    });
+    if (!finite) return false;
+    if (args.l2_norm) make_units(rows);
+    times(rows, args.query_factor[head.head]);
+    for (int r = 0; r < count; ++r) turn(rows, r, args, args.start + query + r);
+    Grids grids;
+    head.query_coding.grids(rows, grids);
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = query - first + r;
+      uint8_t* codes = scratch.query_codes + i * channels;
+      const int32_t sum = head.query_coding.store_codes(rows, r, grids, codes);
+      const int32_t zero = grids.zero[r];
+      const int16_t pair[2] = {static_cast<int16_t>(kLeftShift - zero),
+                               static_cast<int16_t>(width * zero - sum)};
+      std::memcpy(scratch.query_pairs + i, pair, sizeof pair);
+      scratch.query_scale[i] = grids.scale[r];
+      if (args.trace) trace_query(head, query + r, codes, grids.scale[r], zero);
     }
   }
   return true;
 }
 
-// sums[q][v] += over 4 `count` products of u8 rows on the left, s8 vectors on the right; `started`:
-// the sums hold already what kLeftShift takes from them, else columns are added up for it. A function
-// of its own with unrolled loops: only then do compilers keep all sums in registers.
+// s[q][v] += over 4 `count` products of u8 rows on the left, s8 vectors on the right; `started`: they
+// hold already what kLeftShift takes from them, else columns are added up for it.
 template <bool started, int Q, int V>
-VQ_APART void multiply(const uint8_t* left, int64_t left_stride, const int8_t* right,
-                       int64_t vector_stride, int64_t step, int64_t count, Sums<Q, V>& sums) {
-  Ints s[Q][V];
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) s[q][v] = sums.of[q][v];
+VQ_INLINE void multiply(const uint8_t* left, int64_t left_stride, const int8_t* right,
+                        int64_t vector_stride, int64_t step, int64_t count, Ints (&s)[Q][V]) {
   Ints columns[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) columns[v] = all_int(0);
@@ -101,43 +103,53 @@ VQ_APART void multiply(const uint8_t* left, int64_t left_stride, const int8_t* r
                         if constexpr (!started) columns[v] = sum4(columns[v], x);
                         return x;
                       });
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) pin(s[q][v]);
   if constexpr (!started) {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) s[q][v] = s[q][v] + times(columns[v], all_int(kLeftShift));
   }
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums.of[q][v] = s[q][v];
 }
 
-// Scores of Q queries with V vectors of keys; `best` keeps the running maximum of each query.
+// Scores of Q queries with V vectors of keys; `best` keeps the running maximum of each query. A
+// function of its own with unrolled loops: only then do compilers keep all sums in registers.
 template <int Q, int V>
-inline void score_tile(const Head& head, const Queries& queries, int q0, int64_t vector,
-                       int64_t keys, float* scores, Floats* best) {
+VQ_APART void score_tile(const Head& head, const Queries& queries, int q0, int64_t vector,
+                         int64_t keys, float* scores, Floats* best) {
   const CacheLayout& layout = head.call.layout;
   const int8_t* codes = head.at<int8_t>(layout.keys) + vector * layout.quads * 64;
   const int32_t* pairs = head.at<int32_t>(layout.pairs) + vector * kLanes;
   const float* scale = head.at<float>(layout.key_scale) + vector * kLanes;
-  Sums<Q, V> sums;
+  Ints s[Q][V];
+#pragma GCC unroll 8
   for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
-      sums.of[q][v] = dot2(all_int(0), load(pairs + v * kLanes), all_int(queries.pair[q0 + q]));
-  multiply<true, Q, V>(queries.codes[q0], sizeof queries.codes[0], codes, layout.quads * 64, 64,
-                       layout.quads, sums);
-  for (int v = 0; v < V; ++v) {
-    const Floats key_scale = load(scale + v * kLanes);
-    const int64_t at = (vector + v) * kLanes;
-    for (int q = 0; q < Q; ++q) {
-      Floats s = to_float(sums.of[q][v]) * (all(queries.scale[q0 + q]) * key_scale);
-      // Lanes behind the last key hold whatever the cache held.
-      if (at + kLanes > keys)
-        s = where_less(to_float(load(kIndex)), all(static_cast<float>(keys - at)), s, all(kLowest));
-      best[q0 + q] = larger(best[q0 + q], s);
-      store(scores + (q0 + q) * head.call.stride + at, s);
+      s[q][v] = dot2(all_int(0), load(pairs + v * kLanes), all_int(queries.pair[q0 + q]));
+  multiply<true, Q, V>(queries.codes + q0 * queries.stride, queries.stride, codes,
+                       layout.quads * 64, 64, layout.quads, s);
+  // Lanes behind the last key hold whatever the cache held.
+  const int64_t at = vector * kLanes;
+  const bool whole = at + V * kLanes <= keys;
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+    Floats top = best[q0 + q];
+    float* row = scores + (q0 + q) * head.call.stride + at;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Floats step = all(queries.scale[q0 + q]) * load(scale + v * kLanes);
+      Floats x = to_float(s[q][v]) * step;
+      if (!whole)
+        x = where_less(to_float(load(kIndex)), all(static_cast<float>(keys - at - v * kLanes)), x,
+                       all(kLowest));
+      top = larger(top, x);
+      store(row + v * kLanes, x);
     }
+    best[q0 + q] = top;
   }
 }
 
@@ -148,6 +160,9 @@ inline void score_queries(const Head& head, const Queries& queries, int q0, int6
   int64_t v = 0;
   for (; v + kVectors <= vectors; v += kVectors)
     score_tile<Q, kVectors>(head, queries, q0, v, keys, scores, best);
+  if constexpr (kVectors > 2) {
+    for (; v + 2 <= vectors; v += 2) score_tile<Q, 2>(head, queries, q0, v, keys, scores, best);
+  }
   for (; v < vectors; ++v) score_tile<Q, 1>(head, queries, q0, v, keys, scores, best);
 }
 
@@ -200,14 +215,14 @@ inline float probability_codes(const Head& head, const float* row, int64_t keys,
   return peak / sums.total / top;
 }
 
-// sum p zv' over places first .. last - 1, whose codes behind `last` are another piece's.
+// sum p zv' over places first .. last - 1; the codes behind them are zeros, or another piece's.
 inline int32_t zero_point_sum(const uint8_t* codes, const int8_t* zeros, int64_t first,
-                              int64_t last) {
+                              int64_t last, bool zeros_behind) {
   alignas(64) uint8_t tail[64] = {};
   Ints sum = all_int(0);
   for (int64_t place = first; place < last; place += 64) {
     const uint8_t* four = codes + place;
-    if (place + 64 > last) {
+    if (!zeros_behind && place + 64 > last) {
       std::memcpy(tail, four, static_cast<size_t>(last - place));
       four = tail;
     }
@@ -228,19 +243,23 @@ struct Mixture {
 };
 
 template <int Q, int V>
-inline void mix_tile(const Mixture& mix, const uint8_t* codes, int q0, int64_t channel,
-                     int64_t first, int64_t last) {
-  Sums<Q, V> sums;
+VQ_APART void mix_tile(const Mixture& mix, const uint8_t* codes, int q0, int64_t channel,
+                       int64_t first, int64_t last) {
+  Ints s[Q][V];
+#pragma GCC unroll 8
   for (int q = 0; q < Q; ++q)
-    for (int v = 0; v < V; ++v) sums.of[q][v] = all_int(-mix.zero_sum[q0 + q]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) s[q][v] = all_int(-mix.zero_sum[q0 + q]);
   multiply<kLeftShift == 0, Q, V>(codes + q0 * mix.places + first, mix.places,
                                   mix.values + first * mix.channels + 4 * channel, 64,
-                                  4 * mix.channels, (last - first + 3) / 4, sums);
+                                  4 * mix.channels, (last - first + 3) / 4, s);
+#pragma GCC unroll 8
   for (int q = 0; q < Q; ++q) {
+    float* out = mix.out + (q0 + q) * kMaxHeadWidth + channel;
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      float* out = mix.out + (q0 + q) * kMaxHeadWidth + channel + v * kLanes;
-      const Floats x = to_float(sums.of[q][v]) * all(mix.scale[q0 + q]);
-      store(out, mix.first ? x : load(out) + x);
+      const Floats x = to_float(s[q][v]) * all(mix.scale[q0 + q]);
+      store(out + v * kLanes, mix.first ? x : load(out + v * kLanes) + x);
     }
   }
 }

@@ -1,5 +1,5 @@
-// What the Linear kernels need of sixteen lanes beyond lanes.h: the one fused operation, exchange
-// of lanes for rotations, and a look for NaN and infinity.
+// What kernels need of sixteen lanes beyond lanes.h: the one fused operation, exchange of lanes for
+// rotations, and a look for NaN and infinity.
 #pragma once
 
 #include "lanes/bfloat16.h"
@@ -8,7 +8,23 @@
 namespace vq {
 namespace {
 
-// a b + c, rounded once: only where a definition says so (linear/linear.h).
+// a b + c rounded once, without an instruction for it. The product is exact in double; of a sum
+// that is rounded to odd the second rounding is that of the exact one (Boldo and Melquiond, 2008).
+inline float fused_in_double(float a, float b, float c) {
+  const double product = static_cast<double>(a) * b, sum = product + c;
+  const double added = sum - product;
+  const double lost = (product - (sum - added)) + (c - added);
+  int64_t bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  const bool inexact = lost > 0.0 || lost < 0.0;
+  const int64_t toward = (lost > 0.0) == (sum > 0.0) ? 1 : -1;
+  bits += inexact && !(bits & 1) ? toward : 0;
+  double odd;
+  std::memcpy(&odd, &bits, sizeof odd);
+  return static_cast<float>(odd);
+}
+
+// a b + c, rounded once: only where a definition says so (linear/linear.h, lanes/vmath.h).
 inline Floats fused(Floats a, Floats b, Floats c) {
 #if defined(VQ_LANES512)
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
@@ -17,7 +33,7 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #elif defined(VQ_NEON)
   return quarterwise<Floats>([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
 #else
-  return lanewise<Floats>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
+  return lanewise<Floats>([&](int i) { return fused_in_double(a.v[i], b.v[i], c.v[i]); });
 #endif
 }
 
