@@ -105,20 +105,20 @@ class NormedConvolution(Convolution):
         x_BHWC, norm = _channels_last(input.x_BCHW), input.norm
         read = Map(x_BHWC, getattr(input.x_BCHW, FOUND, None))
         gain_BC, shift_BC = self.kernels.affine(read, norm)
-        height, reach = x_BHWC.shape[1], self.taps.pads[2]
-        rows = max(1, PART_ELEMENTS // x_BHWC[0, 0].numel())
-        parts: list[Tensor] = []
+        batch, height, width, channels = x_BHWC.shape
+        rows, reach = max(1, PART_ELEMENTS // x_BHWC[0, 0].numel()), self.taps.pads[2]
+        whole = x_BHWC.new_empty((batch, self.out_channels, height, width))
+        # One buffer for all parts: what each of them would leave lies between results that stay.
+        buffer = x_BHWC.new_empty(batch * min(rows + 2 * reach, height) * width * channels)
         for start in range(0, height, rows):
             end = min(start + rows, height)
             low, high = max(start - reach, 0), min(end + reach, height)
-            # In place: memory given back between parts comes back page by page.
-            y_BHWC = (x_BHWC[:, low:high] * gain_BC[:, None, None]).add_(shift_BC[:, None, None])
-            y_BCHW = y_BHWC.permute(0, 3, 1, 2)
+            y_BHWC = buffer[: batch * (high - low) * width * channels].view(batch, -1, width, channels)
+            torch.mul(x_BHWC[:, low:high], gain_BC[:, None, None], out=y_BHWC)
+            y_BCHW = y_BHWC.add_(shift_BC[:, None, None]).permute(0, 3, 1, 2)
             if norm.silu:
                 y_BCHW = F.silu(y_BCHW, inplace=True)
-            made = super().forward(y_BCHW)
-            parts.append(made[:, :, start - low : end - low])
-        whole = torch.cat(parts, dim=2)
+            whole[:, :, start:end] = super().forward(y_BCHW)[:, :, start - low : end - low]
         return whole if skip is None else skip + whole
 
 
