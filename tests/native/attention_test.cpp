@@ -98,35 +98,46 @@ struct Shape {
   int64_t batch, heads, width;
   int32_t policy, bits;
   float theta;
-  bool rotary = false;
+  bool rotary = false, packed = false;
+
+  bool keys_pack() const { return packed && bits <= 4 && width % 4 == 0 && width > 4; }
+  bool values_pack() const { return packed && bits <= 4 && theta < 0; }
 };
+
+// The third scale ends within 64 places of its beginning, the fourth far behind.
+constexpr int64_t kTokens = 105;
 
 // Four scales in one call; `extreme` inputs have codes at the ends only.
 std::vector<float> attention(const Shape& shape, bool extreme, int threads) {
-  const int64_t ends[] = {1, 4, 9, 46}, spans[] = {0, 1, 1, 1, 4, 4, 4, 9, 9, 9, 46, 46};
+  const int64_t ends[] = {1, 4, 40, kTokens};
+  const int64_t spans[] = {0, 1, 1, 1, 4, 4, 4, 40, 40, 40, kTokens, kTokens};
   const int64_t width = shape.heads * shape.width;
   Random random(7);
-  std::vector<float> qkv = normal(random, static_cast<size_t>(shape.batch * 46 * 3 * width));
+  std::vector<float> qkv = normal(random, static_cast<size_t>(shape.batch * kTokens * 3 * width));
   if (extreme)
     for (float& x : qkv) x = x > 0 ? 1.0f : -1.0f;
   const std::vector<float> bias = normal(random, static_cast<size_t>(width), extreme ? 0.0f : 1.0f);
   const std::vector<float> factor(static_cast<size_t>(shape.heads), 2.0f);
-  const size_t angles = static_cast<size_t>(46 * (shape.width / 2));
+  const size_t angles = static_cast<size_t>(kTokens * (shape.width / 2));
   const std::vector<float> cosine = normal(random, angles), sine = normal(random, angles);
-  const int64_t bytes = vq_attention_cache_bytes(shape.width, 46, 4);
-  std::vector<uint8_t> cache(static_cast<size_t>(shape.batch * shape.heads * bytes));
-  std::vector<float> out(static_cast<size_t>(shape.batch * 46 * width));
+  const int64_t bytes =
+      vq_attention_cache_bytes(shape.width, kTokens, 4, shape.keys_pack(), shape.values_pack());
+  // What a cache holds behind its tokens must not count.
+  std::vector<uint8_t> cache(static_cast<size_t>(shape.batch * shape.heads * bytes), 0xA5);
+  std::vector<float> out(static_cast<size_t>(shape.batch * kTokens * width));
   vq_attention_args a = {};
   a.batch = shape.batch;
   a.heads = shape.heads;
   a.width = shape.width;
-  a.queries = a.tokens = a.capacity = 46;
+  a.queries = a.tokens = a.capacity = kTokens;
   a.ends = ends;
   a.segments = a.num_spans = 4;
   a.spans = spans;
   a.policy = shape.policy;
   a.query_bits = a.key_bits = a.value_bits = shape.bits;
   a.probability_bits = 8;
+  a.packed_keys = shape.keys_pack();
+  a.packed_values = shape.values_pack();
   a.l2_norm = !extreme;
   a.max_order = 3;
   a.theta = shape.theta;
@@ -156,8 +167,10 @@ std::vector<float> over_text(const Shape& shape, int64_t keys, int threads) {
   const std::vector<float> q = normal(random, static_cast<size_t>(shape.batch * 5 * width), 3.0f);
   const std::vector<float> bias = normal(random, static_cast<size_t>(width));
   const std::vector<float> factor(static_cast<size_t>(shape.heads), 0.125f);
-  const int64_t bytes = vq_attention_cache_bytes(shape.width, keys, 1);
-  std::vector<uint8_t> cache(static_cast<size_t>(shape.batch * shape.heads * bytes));
+  const int64_t bytes =
+      vq_attention_cache_bytes(shape.width, keys, 1, shape.keys_pack(), shape.values_pack());
+  // What a cache holds behind its tokens must not count.
+  std::vector<uint8_t> cache(static_cast<size_t>(shape.batch * shape.heads * bytes), 0xA5);
   std::vector<float> out(q.size());
   vq_attention_args a = {};
   a.batch = shape.batch;
@@ -169,6 +182,8 @@ std::vector<float> over_text(const Shape& shape, int64_t keys, int threads) {
   a.policy = shape.policy;
   a.query_bits = a.key_bits = a.value_bits = shape.bits;
   a.probability_bits = 8;
+  a.packed_keys = shape.keys_pack();
+  a.packed_values = shape.values_pack();
   a.max_order = 3;
   a.theta = shape.theta;
   a.key = kv.data();
@@ -196,12 +211,22 @@ void attentions() {
                           {1, 2, 64, VQ_POLICY_TOKEN, 4, 0.01f},  {3, 1, 128, VQ_POLICY_TOKEN, 8, -1.0f},
                           {2, 2, 37, VQ_POLICY_SEGMENT, 6, -1.0f}, {1, 2, 64, VQ_POLICY_SEGMENT, 4, 0.02f},
                           {2, 2, 20, VQ_POLICY_TOKEN, 8, -1.0f, true}, {1, 1, 128, VQ_POLICY_SEGMENT, 4, 0.02f, true},
-                          {1, 6, 24, VQ_POLICY_TOKEN, 8, -1.0f},   {1, 5, 16, VQ_POLICY_SEGMENT, 8, -1.0f}};
+                          {1, 6, 24, VQ_POLICY_TOKEN, 8, -1.0f},   {1, 5, 16, VQ_POLICY_SEGMENT, 8, -1.0f},
+                          {2, 3, 20, VQ_POLICY_TOKEN, 3, -1.0f, false, true},
+                          {1, 5, 64, VQ_POLICY_TOKEN, 4, -1.0f, false, true},
+                          {2, 2, 12, VQ_POLICY_SEGMENT, 4, -1.0f, false, true},
+                          {1, 2, 37, VQ_POLICY_TOKEN, 2, -1.0f, false, true},
+                          {1, 2, 16, VQ_POLICY_SEGMENT, 4, 0.02f, false, true}};
+  const auto unpacked = [](Shape shape) {
+    shape.packed = false;
+    return shape;
+  };
   for (const Shape& shape : shapes)
     for (const bool extreme : {false, true})
       on_every_set("attention differs between instruction sets", [&] {
         const std::vector<float> one = attention(shape, extreme, 1);
         expect(one == attention(shape, extreme, 2), "attention depends on threads");
+        expect(one == attention(unpacked(shape), extreme, 1), "attention depends on packing");
         return one;
       });
   for (const Shape& shape : shapes)
@@ -209,6 +234,7 @@ void attentions() {
       on_every_set("cross-attention differs between instruction sets", [&] {
         const std::vector<float> one = over_text(shape, keys, 1);
         expect(one == over_text(shape, keys, 2), "cross-attention depends on threads");
+        expect(one == over_text(unpacked(shape), keys, 1), "cross-attention depends on packing");
         return one;
       });
 }

@@ -35,11 +35,15 @@ pytestmark = [
 
 attention = pytest.importorskip("varptq.native.attention")
 
-ENDS = (1, 4, 9, 46)  # scales of 1, 3, 5 and 37 tokens
+# Scales of 1, 3, 36 and 65 tokens: the third ends within 64 places of its beginning, the fourth far
+# behind.
+ENDS = (1, 4, 40, 105)
+# What a cache holds behind its tokens must not count.
+GARBAGE = 0xA5
 # A code moves by one step where float32 softmaxes differ in their last bits and it sat on a tie:
 # p / s is off by at most 255 * 2e-6 steps.
 TIE_WIDTH = 1e-3
-# Sums of 46 terms of float32 in another order.
+# Sums of 105 terms of float32 in another order.
 ROUNDING = 2e-6
 SPANS = [Span(slice(a, b), ENDS[: i + 1]) for i, (a, b) in enumerate(pairwise((0, *ENDS)))]
 
@@ -51,6 +55,7 @@ class Case:
         given = {"heads": 3, "head_width": 20, "ends": ENDS, "policy": "token", "l2_norm": False}
         given |= dict.fromkeys(("query_bits", "key_bits", "value_bits", "probability_bits"), 8)
         self.theta, rotary = changes.pop("theta", None), changes.pop("rotary", False)
+        changes.setdefault("shift_sum", self.theta is not None)
         self.type = "codebook" if changes.pop("codebook", False) else "affine"
         if self.type == "codebook":
             for what in ("query", "key", "value"):
@@ -84,7 +89,9 @@ class Case:
     def forced(self, trace: Any = None, qkv: Tensor | None = None) -> Tensor:
         """All scales in one call."""
         qkv = self.qkv if qkv is None else qkv
-        return self.run(qkv, attention.AttentionCache(self.scheme, len(qkv)), SPANS, trace)
+        cache = attention.AttentionCache(self.scheme, len(qkv))
+        cache.data.fill_(GARBAGE)
+        return self.run(qkv, cache, SPANS, trace)
 
     def traced(self) -> tuple[Tensor, Any]:
         trace = attention.new_trace(self.scheme, len(self.qkv), ENDS[-1], len(SPANS))
@@ -137,6 +144,8 @@ CASES = [
     {"rotary": True, "l2_norm": True, "policy": "segment", "head_width": 64, "value_bits": 4},
     {"rotary": True, "head_width": 128, "rows": 1, "value_bits": 4, "theta": 0.02},
     {"codebook": True, "query_bits": 4, "key_bits": 5, "value_bits": 6, "max_order": 0},
+    {"codebook": True, "query_bits": 4, "key_bits": 4, "value_bits": 4, "max_order": 0},
+    {"policy": "segment", "head_width": 64, "query_bits": 3, "key_bits": 3, "value_bits": 3},
     {
         **{"codebook": True, "query_bits": 2, "key_bits": 6, "value_bits": 4, "head_width": 128},
         **{"max_order": 0, "theta": 0.02, "l2_norm": True},
@@ -318,6 +327,18 @@ def test_every_instruction_set_gives_the_same_bits(changes: dict[str, Any]) -> N
             outputs.append(Case(**changes).forced())
     assert len(outputs) >= len(binding.features())
     assert all(torch.equal(outputs[0], other) for other in outputs)
+
+
+def test_a_cache_of_four_bits_takes_half_the_room() -> None:
+    eight, four = Case(head_width=64), Case(head_width=64, key_bits=4, value_bits=4)
+    orders = Case(head_width=64, key_bits=8, value_bits=4, theta=0.01)
+    size = {
+        name: attention.AttentionCache(case.scheme, 1).data.numel()
+        for name, case in (("eight", eight), ("four", four), ("orders", orders))
+    }
+    codes = 2 * 3 * 64 * ENDS[-1]  # of three heads
+    assert size["eight"] - size["four"] >= codes / 2
+    assert size["orders"] == size["eight"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

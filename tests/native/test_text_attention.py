@@ -55,7 +55,9 @@ class Case:
         heads, self.theta, self.bits = 3, theta, bits
         channels = heads * head_width
         self.scheme = attention.AttentionScheme(
-            heads, head_width, (length,), policy, bits, bits, bits, 8, l2_norm=False
+            *(heads, head_width, (length,), policy, bits, bits, bits, 8),
+            l2_norm=False,
+            shift_sum=theta is not None,
         )
         g = torch.Generator().manual_seed(length)
         self.q = spread * torch.randn(rows, QUERIES, channels, generator=g)

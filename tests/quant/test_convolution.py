@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ from varptq.quant.convolution import (
 )
 from varptq.quant.find import quant_convolutions
 from varptq.runtime.kernels import NormRule
-from varptq.runtime.reference_convolution import norm_codes, products, scaled
+from varptq.runtime.reference_convolution import fused, norm_codes, products, scaled
 
 # Sums of a few hundred float32 terms in two orders.
 ROUNDING = 2e-5
@@ -145,6 +147,27 @@ def test_a_map_without_a_range_is_refused_by_name(bad: float) -> None:
     x[1, 0, 0, 0] = bad
     with pytest.raises(NonFiniteError, match=r"^layer conv: input holds NaN or infinity$"):
         layer(x)
+
+
+def nearest_float(exact: Fraction) -> float:
+    """By looking at three; of two as near the one that ends in 0."""
+    found = np.float32(float(exact))
+    around = [found, *(np.nextafter(found, np.float32(end)) for end in (-np.inf, np.inf))]
+    last = min(around, key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(np.int32)) & 1))
+    return float(last)
+
+
+@pytest.mark.parametrize("c", [1.0, 2.0**-60, -(2.0**-70), 1.5 * 2.0**-40])
+def test_a_sum_with_a_product_is_rounded_once(c: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    # Products of these lie between two floats, so that the smallest sum decides.
+    between = 1 + torch.randint(0, 4096, (1000,), generator=g) * 2.0**-12
+    a = torch.cat((between, torch.randn(1000, generator=g)))
+    b = torch.cat((torch.full((1000,), 1 + 2.0**-12), torch.randn(1000, generator=g)))
+    exact = [
+        Fraction(x) * Fraction(y) + Fraction(c) for x, y in zip(a.tolist(), b.tolist(), strict=True)
+    ]
+    assert fused(a, b, c).tolist() == [nearest_float(one) for one in exact]
 
 
 def test_a_weight_without_a_range_is_refused_by_name() -> None:

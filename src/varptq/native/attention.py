@@ -31,6 +31,8 @@ from varptq.native.quantize import Codebook, CodebookArgs
 
 NO_THETA = -1.0
 FLOAT_BYTES = 4
+# Codes of up to so many bits take half a byte each.
+PACKED_BITS = 4
 _POLICIES = {"token": 0, "segment": 1}
 
 
@@ -74,6 +76,8 @@ class AttentionArgs(ctypes.Structure):
         ("key_bits", c_int32),
         ("value_bits", c_int32),
         ("probability_bits", c_int32),
+        ("packed_keys", c_int32),
+        ("packed_values", c_int32),
         ("query_book", CodebookArgs),
         ("key_book", CodebookArgs),
         ("value_book", CodebookArgs),
@@ -105,7 +109,8 @@ class AttentionScheme:
     become unit vectors before their factors. Ranges contain zero, probabilities are uniform.
     max_order: finest order of shift-and-sum, which counts in calls with theta only. query_book and
     the others: codes are entries of a codebook, with zero points 128; values then have policy
-    "token" and order 0.
+    "token" and order 0. shift_sum: whether calls give a theta; without it a cache keeps values of
+    up to 4 bits in halves of bytes, as it keeps keys.
     """
 
     heads: int
@@ -121,6 +126,16 @@ class AttentionScheme:
     query_book: Codebook | None = None
     key_book: Codebook | None = None
     value_book: Codebook | None = None
+    shift_sum: bool = True
+
+    @property
+    def packed_keys(self) -> bool:
+        """Whether a cache has two keys' codes in a byte."""
+        return self.key_bits <= PACKED_BITS and self.head_width % 4 == 0 and self.head_width > 4
+
+    @property
+    def packed_values(self) -> bool:
+        return self.value_bits <= PACKED_BITS and not self.shift_sum
 
     @property
     def capacity(self) -> int:
@@ -131,7 +146,8 @@ class AttentionScheme:
 def _cache_bytes(scheme: AttentionScheme) -> int:
     """Bytes of the cache of one head."""
     size: int = library().vq_attention_cache_bytes(
-        scheme.head_width, scheme.capacity, len(scheme.ends)
+        *(scheme.head_width, scheme.capacity, len(scheme.ends)),
+        *(scheme.packed_keys, scheme.packed_values),
     )
     assert size > 0, scheme
     return size
@@ -216,6 +232,8 @@ class _Call:
             book: Codebook | None = getattr(scheme, name)
             if book is not None:
                 setattr(a, name, book.arguments())
+        assert theta is None or scheme.shift_sum, scheme
+        a.packed_keys, a.packed_values = scheme.packed_keys, scheme.packed_values
         a.l2_norm, a.max_order = scheme.l2_norm, scheme.max_order
         a.theta = NO_THETA if theta is None else theta
         size = _cache_bytes(scheme)

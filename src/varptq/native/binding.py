@@ -39,7 +39,7 @@ def _load() -> _Loaded:
     if found != build.source_hash():
         return _Loaded(None, f"{path.name} was built from other sources: {hint}")
     library.vq_packed_bytes.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int32]
-    library.vq_attention_cache_bytes.argtypes = [ctypes.c_int64] * 3
+    library.vq_attention_cache_bytes.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int32] * 2
     library.vq_map_bytes.argtypes = library.vq_kernel_bytes.argtypes = [ctypes.c_int64] * 4
     library.vq_map_bytes.restype = library.vq_kernel_bytes.restype = ctypes.c_int64
     library.vq_packed_bytes.restype = ctypes.c_int64

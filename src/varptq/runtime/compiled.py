@@ -175,6 +175,7 @@ def _attend(qkv_BLD: Tensor, *arguments: Any) -> Tensor:
         policy=policy,
         l2_norm=l2_norm,
         max_order=max_order,
+        shift_sum=theta is not None,
     )
     spans = [(slice(*cuts[i : i + 2]), (seen,)) for i, seen in enumerate(keys)]
     return attention.attend(
@@ -209,6 +210,7 @@ def _answer(q_RlC: Tensor, kv_RTD: Tensor, *arguments: Any) -> Tensor:
         policy=policy,
         l2_norm=False,
         max_order=max_order,
+        shift_sum=theta is not None,
     )
     cache = attention.AttentionCache(scheme, rows)
     said: dict[str, Any] = {"theta": theta, "layer": layer}

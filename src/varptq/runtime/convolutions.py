@@ -113,7 +113,9 @@ class NormedConvolution(Convolution):
         for start in range(0, height, rows):
             end = min(start + rows, height)
             low, high = max(start - reach, 0), min(end + reach, height)
-            y_BHWC = buffer[: batch * (high - low) * width * channels].view(batch, -1, width, channels)
+            y_BHWC = buffer[: batch * (high - low) * width * channels].view(
+                batch, -1, width, channels
+            )
             torch.mul(x_BHWC[:, low:high], gain_BC[:, None, None], out=y_BHWC)
             y_BCHW = y_BHWC.add_(shift_BC[:, None, None]).permute(0, 3, 1, 2)
             if norm.silu:

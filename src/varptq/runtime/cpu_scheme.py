@@ -30,6 +30,7 @@ def scheme(rule: AttentionRule, ends: tuple[int, ...] = ()) -> AttentionScheme:
         policy=spec.policy,
         l2_norm=rule.l2_norm,
         max_order=spec.max_order,
+        shift_sum=rule.theta is not None,
     )
 
 

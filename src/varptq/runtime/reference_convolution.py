@@ -10,8 +10,9 @@ rounded, none fused. Maps are channels last: NHWC.
 
 Mean and variance come from sums in double, which leave no trace of their order when they are
 rounded; all else is float32, each operation rounded, e^x the polynomial of the native core
-(src/lanes/vmath.h). The range of SiLU is what the ends of v leave possible: it falls to its lowest
-point and rises from there, so nothing else has to be known of a map before it is coded.
+(src/lanes/vmath.h), whose steps are fused. The range of SiLU is what the ends of v leave possible:
+it falls to its lowest point and rises from there, so nothing else has to be known of a map before
+it is coded.
 """
 
 from __future__ import annotations
@@ -28,18 +29,41 @@ from varptq.runtime.kernels import NormRule
 LOWEST, NOTHING = -1.2784645, -87.0
 # Adding 1.5 2^23 rounds to an integer and leaves it in the low bits.
 SHIFT = 12582912.0
+# The bits of a double that a float has not, and those of one halfway between two floats.
+BELOW_FLOAT, BETWEEN_FLOATS = 2**29 - 1, 2**28
+PART = 2**16
 # 2^f for |f| <= 1/2, the highest power first.
 POWERS = ("0x1.5bba18p-10", "0x1.3cea88p-7", "0x1.c6b752p-5", "0x1.ebf9bcp-3", "0x1.62e42ap-1")
 
 
+def fused(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """a b + c of normal float32 numbers, rounded once. The product is exact in double. The sum is
+    not, but a second rounding tells only where the first one ended between two floats."""
+    product = a.double() * b.double()
+    total = product + c
+    bits = total.view(torch.int64)
+    between = bits & BELOW_FLOAT == BETWEEN_FLOATS
+    if between.any():
+        added = total - product
+        lost = (product - (total - added)) + (c - added)
+        toward = torch.where((lost > 0) == (total > 0), 1, -1)
+        bits = torch.where(between & (lost != 0), bits + toward, bits)
+    return bits.view(torch.float64).float()
+
+
 def exp_within(x: Tensor) -> Tensor:
     """e^x of float32 for -87 <= x <= 88, to 2e-7 + 8e-8 |x|."""
+    # In parts that caches hold: a map of doubles would be fresh memory at every step.
+    return torch.cat([_exp_within(part) for part in x.flatten().split(PART)]).view_as(x)
+
+
+def _exp_within(x: Tensor) -> Tensor:
     y = x * 1.44269504
     shifted = y + SHIFT
     f = y - (shifted - SHIFT)
     p = torch.full_like(x, float.fromhex(POWERS[0]))
     for power in (*map(float.fromhex, POWERS[1:]), 1.0):
-        p = p * f + power
+        p = fused(p, f, power)
     return (p.view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)
 
 

@@ -26,9 +26,9 @@ struct Head {
 
   Head(const AttentionCall& all_of, int64_t b, int64_t h)
       : call(all_of), args(*all_of.args), row(b), head(h),
-        query_coding{args.query_bits, Codebook(args.query_book)},
-        key_coding{args.key_bits, Codebook(args.key_book)},
-        value_coding{args.value_bits, Codebook(args.value_book)} {
+        query_coding(args.query_bits, args.query_book, false),
+        key_coding(args.key_bits, args.key_book, args.packed_keys != 0),
+        value_coding(args.value_bits, args.value_book, args.packed_values != 0) {
     cache = args.cache + (b * args.heads + h) * call.layout.bytes;
     query = operand(args.query, args.query_stride, args.queries);
     key = operand(args.key, args.key_stride, args.tokens);
@@ -41,6 +41,11 @@ struct Head {
   template <class T>
   T* at(int64_t offset) const {
     return reinterpret_cast<T*>(cache + offset);
+  }
+  // The first four channels of a token's key; the next lie 64 bytes on.
+  uint8_t* key_at(int64_t token) const {
+    return at<uint8_t>(call.layout.keys) + token / 16 * call.layout.stored_quads * 64 +
+           token % 16 * 4;
   }
   // Rows of a head lie a multiple of a page apart, where no hardware fetches ahead. Inlined by order:
   // GCC takes a function of nothing but prefetches for one without effect, and drops calls of it.
@@ -64,10 +69,14 @@ inline void trace_key(const Head& head, int64_t token, float scale, int32_t zero
   const int64_t at = head.index() * head.args.capacity + token;
   trace->key_scale[at] = scale;
   trace->key_zero[at] = zero;
-  const uint8_t* keys =
-      head.at<uint8_t>(layout.keys) + token / 16 * layout.quads * 64 + token % 16 * 4;
-  for (int64_t c = 0; c < head.args.width; ++c)
-    trace->key_codes[at * head.args.width + c] = keys[c / 4 * 64 + c % 4] ^ 0x80;
+  const uint8_t* keys = head.key_at(token);
+  for (int64_t c = 0; c < head.args.width; ++c) {
+    const bool high = c / 4 >= layout.stored_quads;
+    const uint8_t byte = keys[(c / 4 - (high ? layout.stored_quads : 0)) * 64 + c % 4];
+    const int half = high ? byte >> 4 : byte & 0xF;
+    trace->key_codes[at * head.args.width + c] = static_cast<uint8_t>(
+        layout.packed_keys() ? head.key_coding.table[half] + 128 : byte ^ 0x80);
+  }
 }
 
 inline void trace_value(const Head& head, int64_t token, float scale, int32_t zero) {
@@ -78,9 +87,12 @@ inline void trace_value(const Head& head, int64_t token, float scale, int32_t ze
   trace->value_scale[at] = scale;
   trace->value_zero[at] = fine ? 0 : zero;
   const int8_t* values =
-      head.at<int8_t>(layout.values) + place / 4 * layout.channels * 4 + place % 4;
-  for (int64_t c = 0; c < head.args.width; ++c)
-    trace->value_codes[at * head.args.width + c] = values[4 * c] + (fine ? 0 : 128);
+      head.at<int8_t>(layout.values) + layout.group_of(place) * layout.channels * 4 + place % 4;
+  for (int64_t c = 0; c < head.args.width; ++c) {
+    const int half = static_cast<uint8_t>(values[4 * c]) >> layout.shift_of(place) & 0xF;
+    const int32_t value = layout.packed_values ? head.value_coding.table[half] : values[4 * c];
+    trace->value_codes[at * head.args.width + c] = value + (fine ? 0 : 128);
+  }
 }
 
 // Heads whose keys and values enter together: a token's are one piece of memory, and heads of one
@@ -110,18 +122,28 @@ struct Heads {
   int64_t most_tokens() const { return kRows / count; }
 };
 
+inline uint32_t four_at(const uint8_t* bytes) {
+  uint32_t four;
+  std::memcpy(&four, bytes, sizeof four);
+  return four;
+}
+inline void put_four(uint8_t* bytes, uint32_t four) { std::memcpy(bytes, &four, sizeof four); }
+
 inline void put_key(const Head& head, int64_t token, const Rows& rows, int r, const Grids& grids) {
   const CacheLayout& layout = head.call.layout;
   alignas(64) uint8_t codes[kMaxHeadWidth];
   const int32_t sum = head.key_coding.store_codes(rows, r, grids, codes);
   // Channels beyond c must not count: their stored code is 0.
   for (int64_t c = rows.width; c < 4 * layout.quads; ++c) codes[c] = 0x80;
-  uint8_t* keys = head.at<uint8_t>(layout.keys) + token / 16 * layout.quads * 64 + token % 16 * 4;
-  for (int64_t quad = 0; quad < layout.quads; ++quad) {
-    uint32_t four;
-    std::memcpy(&four, codes + quad * 4, 4);
-    four ^= 0x80808080u;
-    std::memcpy(keys + quad * 64, &four, 4);
+  uint8_t* keys = head.key_at(token);
+  if (layout.packed_keys()) {
+    std::memset(codes + layout.channels, 0, sizeof codes - static_cast<size_t>(layout.channels));
+    for (int64_t quad = 0; quad < layout.stored_quads; ++quad)
+      put_four(keys + quad * 64, four_at(codes + quad * 4) |
+                                     four_at(codes + (quad + layout.stored_quads) * 4) << 4);
+  } else {
+    for (int64_t quad = 0; quad < layout.quads; ++quad)
+      put_four(keys + quad * 64, four_at(codes + quad * 4) ^ 0x80808080u);
   }
   int16_t* pair = head.at<int16_t>(layout.pairs) + 2 * token;
   pair[0] = static_cast<int16_t>(sum - 128 * head.args.width);
@@ -148,44 +170,51 @@ inline bool append_keys(const Heads& heads, int64_t t, int64_t count, Rows& rows
   return true;
 }
 
-// What is stored of 16 channels of row r.
+// What is stored of 16 channels of row r, in the low byte or half of it.
 inline Ints value_codes(const Head& head, const Rows& rows, int r, int64_t channel,
                         const Grids& grids) {
   // A codebook has no finer grid: its entries are what either way stores.
   if (head.args.theta >= 0 && !head.value_coding.book)
     return head.value_coding.fine_steps(rows, r, channel, grids, head.args.max_order);
+  if (head.value_coding.halves) return head.value_coding.bytes(rows, r, channel, grids);
   return head.value_coding.codes(rows, r, channel, grids) - all_int(128);
 }
 
-// Bytes first .. last - 1 of the groups of four from row r on, `step` rows apart; others stay.
+// Bytes first .. last - 1, or halves of them, of the groups of four that have `place`, from row r on,
+// `step` rows apart; what else is in the groups stays.
 template <int first, int last>
-inline void put_value_bytes(const Head& head, int32_t* group, const Rows& rows, int r, int step,
+inline void put_value_bytes(const Head& head, int64_t place, const Rows& rows, int r, int step,
                             const Grids& grids) {
-  constexpr bool kWhole = last - first == 4;
+  const CacheLayout& layout = head.call.layout;
+  const bool whole = last - first == 4 && !layout.packed_values;
+  const int shift = layout.shift_of(place);
+  const uint32_t bytes = (0xFFFFFFFFu >> (32 - 8 * (last - first))) << (8 * first);
+  const uint32_t taken = layout.packed_values ? (bytes & 0x0F0F0F0Fu) << shift : bytes;
+  int32_t* group = head.at<int32_t>(layout.values) + layout.group_of(place) * layout.channels;
   for (int64_t c = 0; c < rows.channels; c += kLanes) {
     Ints four = all_int(0);
-    if (!kWhole)
-      four = load(group + c) & all_int(static_cast<int32_t>(~(0xFFu << (8 * first))));
     unrolled(std::make_integer_sequence<int, last - first>{}, [&](auto i) VQ_INLINED {
       constexpr int kByte = first + decltype(i)::value;
       const Ints code = value_codes(head, rows, r + decltype(i)::value * step, c, grids);
       four = four | shift_left<8 * kByte>(code & all_int(0xFF));
     });
+    if (shift) four = shift_left<4>(four);
+    if (!whole) four = four | (load(group + c) & all_int(static_cast<int32_t>(~taken)));
     store(group + c, four);
   }
 }
 
-inline void put_value_byte(const Head& head, int32_t* group, int byte, const Rows& rows, int r,
+inline void put_value_byte(const Head& head, int64_t place, const Rows& rows, int r,
                            const Grids& grids) {
-  switch (byte) {
+  switch (place % 4) {
     case 0:
-      return put_value_bytes<0, 1>(head, group, rows, r, 0, grids);
+      return put_value_bytes<0, 1>(head, place, rows, r, 0, grids);
     case 1:
-      return put_value_bytes<1, 2>(head, group, rows, r, 0, grids);
+      return put_value_bytes<1, 2>(head, place, rows, r, 0, grids);
     case 2:
-      return put_value_bytes<2, 3>(head, group, rows, r, 0, grids);
+      return put_value_bytes<2, 3>(head, place, rows, r, 0, grids);
     default:
-      return put_value_bytes<3, 4>(head, group, rows, r, 0, grids);
+      return put_value_bytes<3, 4>(head, place, rows, r, 0, grids);
   }
 }
 
@@ -194,15 +223,13 @@ inline void put_values(const Head& head, int64_t token, int64_t count, const Row
                        int step, const Grids& grids) {
   const CacheLayout& layout = head.call.layout;
   const int64_t place = place_of(head.call, token);
-  auto* groups = head.at<int32_t>(layout.values);
   for (int64_t i = 0; i < count;) {
-    int32_t* group = groups + (place + i) / 4 * layout.channels;
-    const int first = r + static_cast<int>(i) * step, byte = static_cast<int>((place + i) % 4);
-    const bool whole = byte == 0 && i + 4 <= count;
+    const int first = r + static_cast<int>(i) * step;
+    const bool whole = (place + i) % 4 == 0 && i + 4 <= count;
     if (whole)
-      put_value_bytes<0, 4>(head, group, rows, first, step, grids);
+      put_value_bytes<0, 4>(head, place + i, rows, first, step, grids);
     else
-      put_value_byte(head, group, byte, rows, first, grids);
+      put_value_byte(head, place + i, rows, first, grids);
     i += whole ? 4 : 1;
   }
   for (int64_t i = 0; i < count; ++i, r += step) {

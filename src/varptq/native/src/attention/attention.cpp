@@ -22,9 +22,12 @@ constexpr int64_t kBlockQueries = 8 * kQueryTile;
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-CacheLayout layout_of(int64_t width, int64_t capacity, int64_t segments) {
+CacheLayout layout_of(int64_t width, int64_t capacity, int64_t segments, bool packed_keys,
+                      bool packed_values) {
   CacheLayout layout = {};
   layout.quads = round_up(width, 4) / 4;
+  layout.stored_quads = packed_keys ? round_up(layout.quads, 2) / 2 : layout.quads;
+  layout.packed_values = packed_values;
   layout.channels = round_up(width, 16);
   layout.tokens = round_up(capacity, 16);
   // 16 codes are written at a time, from the start of a piece on.
@@ -35,17 +38,18 @@ CacheLayout layout_of(int64_t width, int64_t capacity, int64_t segments) {
     offset += round_up(bytes, 64);
     return start;
   };
-  layout.keys = take(layout.tokens * layout.quads * 4);
+  layout.keys = take(layout.tokens * layout.stored_quads * 4);
   layout.pairs = take(layout.tokens * 4);
   layout.key_scale = take(layout.tokens * 4);
-  layout.values = take(layout.places * layout.channels);
+  layout.values = take(layout.places * layout.channels / (packed_values ? 2 : 1));
   layout.value_zero = take(layout.places + 64);
   layout.value_scale = take(layout.tokens * 4);
   layout.bytes = offset;
   return layout;
 }
 
-bool sizes_fit(int64_t width, int64_t capacity, int64_t segments) {
+bool sizes_fit(int64_t width, int64_t capacity, int64_t segments, bool packed_keys) {
+  if (packed_keys && (width % 4 != 0 || width < 8)) return false;
   return width >= 1 && width <= kMaxHeadWidth && capacity >= 1 && capacity <= 1 << 20 &&
          segments >= 1 && segments <= capacity;
 }
@@ -76,7 +80,11 @@ bool segments_fit(const vq_attention_args& args) {
 }
 
 bool acceptable(const vq_attention_args& args) {
-  if (!sizes_fit(args.width, args.capacity, args.segments)) return false;
+  if (!sizes_fit(args.width, args.capacity, args.segments, args.packed_keys != 0)) return false;
+  if (args.packed_keys && (args.key_bits > 4 || args.key_book.count > kHalfEntries)) return false;
+  if (args.packed_values &&
+      (args.value_bits > 4 || args.value_book.count > kHalfEntries || args.theta >= 0))
+    return false;
   if (args.batch < 0 || args.heads < 1 || args.start < 0) return false;
   if (args.tokens < 0 || args.queries < 0) return false;
   if (args.start + args.tokens > args.capacity) return false;
@@ -157,7 +165,8 @@ std::vector<QueryBlock> blocks_of(const vq_attention_args& args, int64_t queries
 
 int run(const vq_attention_args& args) {
   const std::vector<Piece> pieces = pieces_of(args);
-  const CacheLayout layout = layout_of(args.width, args.capacity, args.segments);
+  const CacheLayout layout = layout_of(args.width, args.capacity, args.segments,
+                                       args.packed_keys != 0, args.packed_values != 0);
   const AttentionCall call = {&args, layout, pieces.data(), static_cast<int64_t>(pieces.size()),
                               layout.tokens + 16};
   const int threads = usable_threads(args.threads);
@@ -210,9 +219,11 @@ int run(const vq_attention_args& args) {
 
 extern "C" {
 
-int64_t vq_attention_cache_bytes(int64_t width, int64_t capacity, int64_t segments) {
-  if (!vq::sizes_fit(width, capacity, segments)) return 0;
-  return vq::layout_of(width, capacity, segments).bytes;
+int64_t vq_attention_cache_bytes(int64_t width, int64_t capacity, int64_t segments,
+                                 int32_t packed_keys, int32_t packed_values) {
+  const bool keys = packed_keys != 0;
+  if (!vq::sizes_fit(width, capacity, segments, keys)) return 0;
+  return vq::layout_of(width, capacity, segments, keys, packed_values != 0).bytes;
 }
 
 int vq_attention(const vq_attention_args* args) {

@@ -53,6 +53,8 @@ typedef struct {
   int64_t num_spans;
   int32_t policy;
   int32_t query_bits, key_bits, value_bits, probability_bits;  // 2 .. 8
+  int32_t packed_keys, packed_values;  // in halves of bytes: up to 4 bits, keys of 4 n > 4 channels,
+                                       // values without theta
   vq_codebook query_book, key_book, value_book;  // codes are entries, zero points 0; token policy
   int32_t l2_norm;
   int32_t max_order;
@@ -73,7 +75,8 @@ typedef struct {
 } vq_attention_args;
 
 // Bytes of the cache of one row and head; a multiple of 64. 0 for sizes that cannot be served.
-VQ_API int64_t vq_attention_cache_bytes(int64_t width, int64_t capacity, int64_t segments);
+VQ_API int64_t vq_attention_cache_bytes(int64_t width, int64_t capacity, int64_t segments,
+                                        int32_t packed_keys, int32_t packed_values);
 VQ_API int vq_attention(const vq_attention_args* args);
 
 #ifdef __cplusplus

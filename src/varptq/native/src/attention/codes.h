@@ -135,10 +135,25 @@ inline void affine_grids(const Ranges& ranges, int32_t num_bits, Grids& grids) {
   store(grids.zero, to_int(zero));
 }
 
-// How one operand becomes codes; with a codebook they are its entries plus 128.
+// How one operand becomes codes; with a codebook they are its entries plus 128. In halves of bytes
+// are codes, or places in a codebook, and `table` has what they stand for: codes less 128.
 struct Coding {
   int32_t num_bits;
   Codebook book;
+  bool halves;
+  alignas(16) int8_t table[2 * kHalfEntries];
+
+  Coding(int32_t bits, const vq_codebook& given, bool in_halves)
+      : num_bits(bits), book(given), halves(in_halves) {
+    for (int32_t i = 0; i < 2 * kHalfEntries; ++i) {
+      const int32_t place = i % kHalfEntries;
+      const float entry = book && place < book.count ? book.entries[place] : 0.0f;
+      const float either = i < kHalfEntries ? entry : -entry;
+      table[i] = static_cast<int8_t>(book ? static_cast<int32_t>(either) : i - 128);
+    }
+  }
+  // The code of a stored byte.
+  int32_t code_of(uint8_t byte) const { return halves ? table[byte] + 128 : byte; }
 
   void grids(const Rows& rows, Grids& out) const {
     Ranges ranges;
@@ -169,17 +184,34 @@ struct Coding {
     return smaller(larger(steps, all_int(0)), all_int((1 << num_bits) - 1));
   }
 
-  // Codes of row r at `out`, zeros behind the last channel; returns their sum.
+  // What is stored of 16 channels of row r: their codes, or what `halves` says.
+  Ints bytes(const Rows& rows, int r, int64_t channel, const Grids& grids) const {
+    if (!halves || !book) return codes(rows, r, channel, grids);
+    // As Codebook::nearest, kHalfEntries more for a negative one.
+    const Floats x = load(rows.x[r] + channel);
+    const Floats size = floats_of(bits_of(x) & all_int(0x7FFFFFFF)) / all(divisor_of(grids.start[r]));
+    Floats found = all(0.0f);
+    for (int32_t i = 1; i < book.count; ++i)
+      found = where_less(size, all(book.borders[i]), found, all(static_cast<float>(i)));
+    const Floats behind = found + all(static_cast<float>(kHalfEntries));
+    return to_int(where_less(x, all(0.0f), behind, found));
+  }
+
+  // Bytes of row r at `out`, zeros behind the last channel; returns the sum of their codes.
   int32_t store_codes(const Rows& rows, int r, const Grids& grids, uint8_t* out) const {
+    const Ints entries = all_entries(table);
     Ints sums = all_int(0);
     for (int64_t c = 0; c < rows.channels; c += kLanes) {
-      const Ints some = codes(rows, r, c, grids);
-      sums = sums + some;
+      const Ints some = bytes(rows, r, c, grids);
       store_bytes(out + c, some);
+      if (halves)
+        sums = sums + (shift_right<24>(shift_left<24>(entries_at(entries, some))) + all_int(128));
+      else
+        sums = sums + some;
     }
     int32_t sum = sum_of(sums);
     for (int64_t c = rows.width; c < rows.channels; ++c) {
-      sum -= out[c];
+      sum -= code_of(out[c]);
       out[c] = 0;
     }
     return sum;

@@ -39,7 +39,11 @@ inline void softmax_rows(const Task& task, int64_t first, int count, float* rows
   Floats best[kQueryTile];
   for (Floats& one : best) one = all(kLowest);
   by_tiles(count, [&](auto size, int q0) {
-    score_queries<decltype(size)::value>(head, queries, q0, task.keys, rows, best);
+    constexpr int kCount = decltype(size)::value;
+    if (head.call.layout.packed_keys())
+      score_queries<true, kCount>(head, queries, q0, task.keys, rows, best);
+    else
+      score_queries<false, kCount>(head, queries, q0, task.keys, rows, best);
   });
   for (int i = 0; i < count; ++i) {
     float* row = rows + i * head.call.stride;
@@ -184,7 +188,7 @@ inline void mix_rows(const Task& task, int64_t first, int count, const float* ro
     if (folded(task)) scale[i] *= task.largest_step;
   }
   if (head.args.trace) trace_rows(task, first, count, scale);
-  Mixture mix = {task.values, layout.channels, layout.places, {}, {}, out, true};
+  Mixture mix = {layout, task.values, head.value_coding.table, {}, {}, out, true};
   for (const Piece* piece = call.pieces; piece < call.pieces + call.num_pieces; ++piece) {
     if (piece->start >= task.keys) break;
     const int64_t end = piece->end < task.keys ? piece->end : task.keys;
@@ -201,7 +205,11 @@ inline void mix_rows(const Task& task, int64_t first, int count, const float* ro
                                end == task.keys);
     }
     by_tiles(count, [&](auto size, int q0) {
-      mix_queries<decltype(size)::value>(mix, task.scratch.codes, q0, piece->place, last);
+      constexpr int kCount = decltype(size)::value;
+      if (layout.packed_values)
+        mix_queries<true, kCount>(mix, task.scratch.codes, q0, piece->place, last);
+      else
+        mix_queries<false, kCount>(mix, task.scratch.codes, q0, piece->place, last);
     });
     mix.first = false;
   }

@@ -88,50 +88,73 @@ inline bool quantize_queries(const Head& head, int64_t first, int64_t last,
   return true;
 }
 
-// s[q][v] += over 4 `count` products of u8 rows on the left, s8 vectors on the right; `started`: they
-// hold already what kLeftShift takes from them, else columns are added up for it.
+// Sums of a tile. `started`: they hold already what kLeftShift takes from them, else columns are
+// added up for it.
 template <bool started, int Q, int V>
-VQ_INLINE void multiply(const uint8_t* left, int64_t left_stride, const int8_t* right,
-                        int64_t vector_stride, int64_t step, int64_t count, Ints (&s)[Q][V]) {
-  Ints columns[V];
+struct Tile {
+  Ints s[Q][V], columns[V];
+
+  template <class Start>
+  VQ_INLINE explicit Tile(Start start) {
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) columns[v] = all_int(0);
-  add_products<Bytes>(s, left, left_stride, reinterpret_cast<const uint8_t*>(right), step, count,
-                      [&](const uint8_t* at, int v) VQ_INLINED {
-                        const auto* vector = at + v * vector_stride;
-                        const Ints x = load(reinterpret_cast<const int32_t*>(vector));
-                        if constexpr (!started) columns[v] = sum4(columns[v], x);
-                        return x;
-                      });
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) pin(s[q][v]);
-  if constexpr (!started) {
+    for (int v = 0; v < V; ++v) columns[v] = all_int(0);
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) s[q][v] = s[q][v] + times(columns[v], all_int(kLeftShift));
+      for (int v = 0; v < V; ++v) s[q][v] = start(q, v);
   }
-}
+
+  // += over 4 `count` products of u8 rows on the left, s8 vectors on the right that `decode` makes.
+  template <class Decode>
+  VQ_INLINE void add(const uint8_t* left, int64_t left_stride, const int8_t* right,
+                     int64_t vector_stride, int64_t step, int64_t count, Decode decode) {
+    add_products<Bytes>(s, left, left_stride, reinterpret_cast<const uint8_t*>(right), step, count,
+                        [&](const uint8_t* at, int v) VQ_INLINED {
+                          const auto* vector = at + v * vector_stride;
+                          const Ints x = decode(load(reinterpret_cast<const int32_t*>(vector)));
+                          if constexpr (!started) columns[v] = sum4(columns[v], x);
+                          return x;
+                        });
+  }
+
+  // After the loops: what follows is not to decide about registers within them.
+  VQ_INLINE void settle() {
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        pin(s[q][v]);
+        if constexpr (!started) s[q][v] = s[q][v] + times(columns[v], all_int(kLeftShift));
+      }
+  }
+};
 
 // Scores of Q queries with V vectors of keys; `best` keeps the running maximum of each query. A
 // function of its own with unrolled loops: only then do compilers keep all sums in registers.
-template <int Q, int V>
+template <bool packed, int Q, int V>
 VQ_APART void score_tile(const Head& head, const Queries& queries, int q0, int64_t vector,
                          int64_t keys, float* scores, Floats* best) {
   const CacheLayout& layout = head.call.layout;
-  const int8_t* codes = head.at<int8_t>(layout.keys) + vector * layout.quads * 64;
+  const int64_t stride = layout.stored_quads * 64;
+  const int8_t* codes = head.at<int8_t>(layout.keys) + vector * stride;
   const int32_t* pairs = head.at<int32_t>(layout.pairs) + vector * kLanes;
   const float* scale = head.at<float>(layout.key_scale) + vector * kLanes;
-  Ints s[Q][V];
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      s[q][v] = dot2(all_int(0), load(pairs + v * kLanes), all_int(queries.pair[q0 + q]));
-  multiply<true, Q, V>(queries.codes + q0 * queries.stride, queries.stride, codes,
-                       layout.quads * 64, 64, layout.quads, s);
+  Tile<true, Q, V> tile([&](int q, int v) VQ_INLINED {
+    return dot2(all_int(0), load(pairs + v * kLanes), all_int(queries.pair[q0 + q]));
+  });
+  const uint8_t* left = queries.codes + q0 * queries.stride;
+  if constexpr (packed) {
+    const Ints table = all_entries(head.key_coding.table);
+    tile.add(left, queries.stride, codes, stride, 64, layout.stored_quads,
+             [&](Ints x) VQ_INLINED { return entries_at(table, low_half(x)); });
+    tile.add(left + 4 * layout.stored_quads, queries.stride, codes, stride, 64,
+             layout.quads - layout.stored_quads,
+             [&](Ints x) VQ_INLINED { return entries_at(table, high_half(x)); });
+  } else {
+    tile.add(left, queries.stride, codes, stride, 64, layout.quads,
+             [](Ints x) VQ_INLINED { return x; });
+  }
+  tile.settle();
   // Lanes behind the last key hold whatever the cache held.
   const int64_t at = vector * kLanes;
   const bool whole = at + V * kLanes <= keys;
@@ -142,7 +165,7 @@ VQ_APART void score_tile(const Head& head, const Queries& queries, int q0, int64
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const Floats step = all(queries.scale[q0 + q]) * load(scale + v * kLanes);
-      Floats x = to_float(s[q][v]) * step;
+      Floats x = to_float(tile.s[q][v]) * step;
       if (!whole)
         x = where_less(to_float(load(kIndex)), all(static_cast<float>(keys - at - v * kLanes)), x,
                        all(kLowest));
@@ -153,17 +176,17 @@ VQ_APART void score_tile(const Head& head, const Queries& queries, int q0, int64
   }
 }
 
-template <int Q>
+template <bool packed, int Q>
 inline void score_queries(const Head& head, const Queries& queries, int q0, int64_t keys,
                           float* scores, Floats* best) {
   const int64_t vectors = (keys + kLanes - 1) / kLanes;
   int64_t v = 0;
   for (; v + kVectors <= vectors; v += kVectors)
-    score_tile<Q, kVectors>(head, queries, q0, v, keys, scores, best);
-  if constexpr (kVectors > 2) {
-    for (; v + 2 <= vectors; v += 2) score_tile<Q, 2>(head, queries, q0, v, keys, scores, best);
-  }
-  for (; v < vectors; ++v) score_tile<Q, 1>(head, queries, q0, v, keys, scores, best);
+    score_tile<packed, Q, kVectors>(head, queries, q0, v, keys, scores, best);
+  if constexpr (kVectors > 2)
+    for (; v + 2 <= vectors; v += 2)
+      score_tile<packed, Q, 2>(head, queries, q0, v, keys, scores, best);
+  for (; v < vectors; ++v) score_tile<packed, Q, 1>(head, queries, q0, v, keys, scores, best);
 }
 
 struct RowSums {
@@ -215,9 +238,11 @@ inline float probability_codes(const Head& head, const float* row, int64_t keys,
   return peak / sums.total / top;
 }
 
-// sum p zv' over places first .. last - 1; the codes behind them are zeros, or another piece's.
+// sum p zv' over places first .. last - 1; `ends`: they are the last ones. Codes behind those are
+// zeros, but only up to a multiple of 64.
 inline int32_t zero_point_sum(const uint8_t* codes, const int8_t* zeros, int64_t first,
-                              int64_t last, bool zeros_behind) {
+                              int64_t last, bool ends) {
+  const bool zeros_behind = ends && first % 64 == 0;
   alignas(64) uint8_t tail[64] = {};
   Ints sum = all_int(0);
   for (int64_t place = first; place < last; place += 64) {
@@ -234,44 +259,65 @@ inline int32_t zero_point_sum(const uint8_t* codes, const int8_t* zeros, int64_t
 
 // What the products of one piece are multiplied by, and where they go.
 struct Mixture {
+  const CacheLayout& layout;
   const int8_t* values;
-  int64_t channels, places;
+  const int8_t* table;  // of packed values
   float scale[kQueryTile];
   int32_t zero_sum[kQueryTile];
   float* out;  // (kQueryTile, kMaxHeadWidth)
   bool first;
 };
 
-template <int Q, int V>
+template <bool packed, int Q, int V>
 VQ_APART void mix_tile(const Mixture& mix, const uint8_t* codes, int q0, int64_t channel,
                        int64_t first, int64_t last) {
-  Ints s[Q][V];
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) s[q][v] = all_int(-mix.zero_sum[q0 + q]);
-  multiply<kLeftShift == 0, Q, V>(codes + q0 * mix.places + first, mix.places,
-                                  mix.values + first * mix.channels + 4 * channel, 64,
-                                  4 * mix.channels, (last - first + 3) / 4, s);
+  const CacheLayout& layout = mix.layout;
+  const int64_t stride = layout.places, step = 4 * layout.channels;
+  const uint8_t* left = codes + q0 * stride;
+  const int8_t* values = mix.values + 4 * channel;
+  Tile<kLeftShift == 0, Q, V> tile([&](int q, int) VQ_INLINED {
+    return all_int(-mix.zero_sum[q0 + q]);
+  });
+  if constexpr (packed) {
+    const Ints table = all_entries(mix.table);
+    for (int64_t place = first; place < last;) {
+      const int64_t border = (place / kHalfPlaces + 1) * kHalfPlaces;
+      const int64_t end = last < border ? last : border;
+      const int8_t* groups = values + layout.group_of(place) * step;
+      const int64_t count = (end - place + 3) / 4;
+      if (layout.shift_of(place))
+        tile.add(left + place, stride, groups, 64, step, count,
+                 [&](Ints x) VQ_INLINED { return entries_at(table, high_half(x)); });
+      else
+        tile.add(left + place, stride, groups, 64, step, count,
+                 [&](Ints x) VQ_INLINED { return entries_at(table, low_half(x)); });
+      place = end;
+    }
+  } else {
+    tile.add(left + first, stride, values + first / 4 * step, 64, step, (last - first + 3) / 4,
+             [](Ints x) VQ_INLINED { return x; });
+  }
+  tile.settle();
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q) {
     float* out = mix.out + (q0 + q) * kMaxHeadWidth + channel;
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const Floats x = to_float(s[q][v]) * all(mix.scale[q0 + q]);
+      const Floats x = to_float(tile.s[q][v]) * all(mix.scale[q0 + q]);
       store(out + v * kLanes, mix.first ? x : load(out + v * kLanes) + x);
     }
   }
 }
 
-template <int Q>
+template <bool packed, int Q>
 inline void mix_queries(const Mixture& mix, const uint8_t* codes, int q0, int64_t first,
                         int64_t last) {
+  const int64_t channels = mix.layout.channels;
   int64_t channel = 0;
-  for (; channel + kVectors * kLanes <= mix.channels; channel += kVectors * kLanes)
-    mix_tile<Q, kVectors>(mix, codes, q0, channel, first, last);
-  for (; channel < mix.channels; channel += kLanes)
-    mix_tile<Q, 1>(mix, codes, q0, channel, first, last);
+  for (; channel + kVectors * kLanes <= channels; channel += kVectors * kLanes)
+    mix_tile<packed, Q, kVectors>(mix, codes, q0, channel, first, last);
+  for (; channel < channels; channel += kLanes)
+    mix_tile<packed, Q, 1>(mix, codes, q0, channel, first, last);
 }
 
 // Calls function(Size<Q>, q0) for tiles of queries that cover `count`.

@@ -49,6 +49,10 @@ inline Ints times(Ints a, Ints b) {
 #endif
 }
 
+// Of each byte.
+inline Ints low_half(Ints x) { return x & all_int(0x0f0f0f0f); }
+inline Ints high_half(Ints x) { return shift_right<4>(x) & all_int(0x0f0f0f0f); }
+
 // x with the sign bit of `signs` changed where that is set.
 inline Floats flipped(Floats x, Floats signs) {
 #if defined(VQ_LANES512)

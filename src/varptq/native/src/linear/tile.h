@@ -29,8 +29,6 @@ constexpr int64_t kAhead = 8 * kStep;    // bytes between a load of weights and 
 enum class Store { bytes, halves, entries, ordered };
 
 inline Ints load_weights(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
-inline Ints low_half(Ints x) { return x & all_int(0x0f0f0f0f); }
-inline Ints high_half(Ints x) { return shift_right<4>(x) & all_int(0x0f0f0f0f); }
 
 // How the sums of a segment start: at `all`, and with the correction of a short segment, row m's
 // pair times each column's.
