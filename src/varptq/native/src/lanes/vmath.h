@@ -62,8 +62,8 @@ inline Floats log_one_minus(Floats u) {
 // GELU with tanh: x / (1 + exp(-2 u)), u = sqrt(2/pi) (x + 0.044715 x^3).
 inline Floats gelu_of(Floats x) {
   const Floats cube = x * x * x;
-  const Floats u = all(0.79788456f) * (x + all(0.044715f) * cube);
-  return x / (all(1.0f) + exp_of(all(-2.0f) * u));
+  const Floats exponent = all(-2.0f * 0.79788456f) * (x + all(0.044715f) * cube);
+  return x / (all(1.0f) + exp_of(exponent));
 }
 
 }  // namespace

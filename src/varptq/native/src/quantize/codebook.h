@@ -76,17 +76,18 @@ inline Fit codebook_fit(int64_t n, float largest, const Codebook& book, float* r
   bits &= 0x7F800000;
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  const float unit = largest >= kLeastScale ? power : 1.0f;
-  const Floats units = all(unit);
+  // A power of two whose inverse is a normal float, so that products are the quotients.
+  const float unit = largest < kLeastScale ? 1.0f : power < 0x1p126f ? power : 0x1p126f;
+  const Floats inverse = all(1.0f / unit);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Floats x = load_at(i) / units;
+    const Floats x = load_at(i) * inverse;
     store(room + i, x * x);
   }
   const float start = std::sqrt(halving_sum(room, n) / static_cast<float>(n)) * book.reach;
   const Floats starts = all(divisor_of(start));
   Ints squares = all_int(0);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Floats given = load_at(i), x = given / units, c = book.nearest(x, starts, given);
+    const Floats given = load_at(i), x = given * inverse, c = book.nearest(x, starts, given);
     chosen(i, c);
     store(room + i, x * c);
     squares = squares + to_int(c * c);

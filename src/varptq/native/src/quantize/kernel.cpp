@@ -48,35 +48,45 @@ inline float ordered_sum(const float* x, int64_t n, float fill, Term term) {
   return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-inline void normalize(const vq_quantize_args& a, int64_t m, float* row) {
-  const int64_t n = a.width, image = m / a.rows_per_image;
-  const float* gain = a.gain + image * a.modulation_stride;
-  const float* shift = a.shift + image * a.modulation_stride;
-  const float width = static_cast<float>(n);
-  const float mean = ordered_sum(row, n, 0.0f, [](Floats v) { return v; }) / width;
-  const Floats centre = all(mean);
-  const float squares = ordered_sum(row, n, mean, [&](Floats v) {
-    const Floats d = v - centre;
-    return d * d;
-  });
-  const Floats factor = all(1.0f / std::sqrt(squares / width + a.eps));
-  const auto one = [&](Floats x, Floats g, Floats s) {
-    return (x - centre) * factor * (all(1.0f) + g) + s;
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    store(row + i, one(load(row + i), load(gain + i), load(shift + i)));
-  // The row has room beyond its end, gain and shift do not.
-  if (i < n)
-    store(row + i, one(load(row + i), load_tail(gain + i, n - i, 0.0f),
-                       load_tail(shift + i, n - i, 0.0f)));
+// 16 of n floats from i on, filled up with zeros.
+inline Floats lanes_at(const float* x, int64_t i, int64_t n) {
+  return i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, 0.0f);
 }
+
+// LayerNorm of one row, modulated as its image is.
+struct Norm {
+  const float *gain, *shift;
+  Floats centre, factor;
+
+  Norm(const vq_quantize_args& a, int64_t m, const float* row) {
+    const int64_t n = a.width, image = m / a.rows_per_image;
+    gain = a.gain + image * a.modulation_stride;
+    shift = a.shift + image * a.modulation_stride;
+    const float width = static_cast<float>(n);
+    const float mean = ordered_sum(row, n, 0.0f, [](Floats v) { return v; }) / width;
+    centre = all(mean);
+    const float squares = ordered_sum(row, n, mean, [&](Floats v) {
+      const Floats d = v - centre;
+      return d * d;
+    });
+    factor = all(1.0f / std::sqrt(squares / width + a.eps));
+  }
+  Floats of(Floats x, int64_t i, int64_t n) const {
+    return (x - centre) * factor * (all(1.0f) + lanes_at(gain, i, n)) + lanes_at(shift, i, n);
+  }
+};
 
 template <int stride>
 inline Floats butterfly(Floats x) {
   float signs[kLanes];
+#if defined(__AVX2__)
+  // A product with 1 or -1 is exact, so this is the same sum, in one instruction.
+  for (int i = 0; i < kLanes; ++i) signs[i] = i & stride ? -1.0f : 1.0f;
+  return fused(x, load(signs), exchanged<stride>(x));
+#else
   for (int i = 0; i < kLanes; ++i) signs[i] = i & stride ? -0.0f : 0.0f;
   return exchanged<stride>(x) + flipped(x, load(signs));
+#endif
 }
 
 // Strides 1 to 8, as far as they are shorter than the block.
@@ -88,56 +98,120 @@ inline Floats small_butterflies(Floats x, int64_t block) {
   return x;
 }
 
-inline void pair_of(float* first, float* second) {
-  const Floats a = load(first), b = load(second);
-  store(first, a + b);
-  store(second, a - b);
+// So many strides are done while what they combine, two to that power of vectors, is in registers.
+#if defined(VQ_LANES512)
+constexpr int kMostLevels = 3;
+#else
+constexpr int kMostLevels = 2;
+#endif
+
+// Vectors `levels` strides of a rotation combine; `at` reads, `put` writes the k-th of them.
+template <int levels, class At, class Put>
+VQ_INLINE void combine(At at, Put put) {
+  constexpr int kCount = 1 << levels;
+  Floats v[kCount];
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) v[k] = at(k);
+#pragma GCC unroll 8
+  for (int stride = 1; stride < kCount; stride *= 2)
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k)
+      if (!(k & stride)) {
+        const Floats a = v[k], b = v[k + stride];
+        v[k] = a + b;
+        v[k + stride] = a - b;
+      }
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) put(k, v[k]);
 }
 
-inline void rotate(float* row, int64_t n, int64_t block, const float* signs) {
-  const Floats scale = all(static_cast<float>(1.0 / std::sqrt(static_cast<double>(block))));
+template <int levels>
+struct Levels {
+  static constexpr int value = levels;
+};
+
+template <class Function>
+VQ_INLINE void with_levels(int levels, Function function) {
+  if (levels == 0) return function(Levels<0>());
+  if (levels == 1) return function(Levels<1>());
+  if (kMostLevels == 2 || levels == 2) return function(Levels<2>());
+  return function(Levels<kMostLevels>());
+}
+
+// `at(i)`: 16 values from i on. Strides come in the order of their lengths.
+template <class At>
+inline void rotate(float* row, int64_t n, int64_t block, const float* signs, At at) {
   const int64_t span = block < kLanes ? kLanes : block;
-  for (int64_t start = 0; start < n; start += span) {
-    float* x = row + start;
-    for (int64_t i = 0; i < span; i += kLanes)
-      store(x + i, small_butterflies(flipped(load(x + i), load(signs + i)), block));
-    for (int64_t stride = kLanes; stride < block; stride *= 2)
-      for (int64_t i = 0; i < block; i += 2 * stride)
-        for (int64_t j = i; j < i + stride; j += kLanes) pair_of(x + j, x + j + stride);
-    for (int64_t i = 0; i < span; i += kLanes) store(x + i, load(x + i) * scale);
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+  int left = 0;
+  while (kLanes << left < span) ++left;
+  for (int64_t stride = kLanes, first = 1; first || left; first = 0) {
+    const int levels = left < kMostLevels ? left : kMostLevels;
+    left -= levels;
+    const Floats factor = all(left ? 1.0f : scale);
+    with_levels(levels, [&](auto count) VQ_INLINED {
+      constexpr int kLevels = decltype(count)::value;
+      const int64_t step = stride << kLevels;
+      for (int64_t i = 0; i < n; i += step)
+        for (int64_t j = i; j < i + stride; j += kLanes) {
+          const auto put = [&](int k, Floats v) VQ_INLINED {
+            store(row + j + k * stride, v * factor);
+          };
+          if (first)
+            combine<kLevels>(
+                [&](int k) VQ_INLINED {
+                  const int64_t from = j + k * stride;
+                  const Floats v = flipped(at(from), load(signs + (from & (span - 1))));
+                  return small_butterflies(v, block);
+                },
+                put);
+          else
+            combine<kLevels>([&](int k) VQ_INLINED { return load(row + j + k * stride); }, put);
+        }
+    });
+    stride <<= levels;
   }
 }
 
-inline void load_row(const vq_quantize_args& a, int64_t m, float* row) {
-  if (a.x_type == VQ_FLOAT32) {
-    std::memcpy(row, static_cast<const float*>(a.x) + m * a.row_stride, a.width * sizeof(float));
-    return;
-  }
+inline const float* load_row(const vq_quantize_args& a, int64_t m, float* room) {
+  if (a.x_type == VQ_FLOAT32) return static_cast<const float*>(a.x) + m * a.row_stride;
   const uint16_t* x = static_cast<const uint16_t*>(a.x) + m * a.row_stride;
   int64_t i = 0;
-  for (; i + kLanes <= a.width; i += kLanes) store(row + i, load_bfloat16(x + i));
-  for (; i < a.width; ++i) row[i] = from_bfloat16(x[i]);
+  for (; i + kLanes <= a.width; i += kLanes) store(room + i, load_bfloat16(x + i));
+  for (; i < a.width; ++i) room[i] = from_bfloat16(x[i]);
+  return room;
+}
+
+// x after `prologue`, less its mean and rotated, at `row`, which may be where x is.
+template <class Prologue>
+inline void prepare(const vq_quantize_args& a, int64_t m, const float* x, float* row,
+                    const float* signs, Prologue prologue) {
+  const int64_t n = a.width;
+  const float* mean = nullptr;
+  if (a.means) mean = a.means + (a.mean_row ? a.mean_row[m % a.rows_per_image] : 0) * n;
+  const auto at = [&](int64_t i) VQ_INLINED {
+    const Floats v = prologue(lanes_at(x, i, n), i);
+    return mean ? v - lanes_at(mean, i, n) : v;
+  };
+  if (a.hadamard > 1) return rotate(row, n, a.hadamard, signs, at);
+  for (int64_t i = 0; i < n; i += kLanes) store(row + i, at(i));
 }
 
 // The row that is quantized: the caller's own where nothing changes it.
 inline const float* prepared(const vq_quantize_args& a, int64_t m, float* row,
                              const float* signs) {
-  const int64_t n = a.width;
-  const bool plain = a.prologue == VQ_NONE && !a.means && a.hadamard < 2;
-  if (plain && a.x_type == VQ_FLOAT32) return static_cast<const float*>(a.x) + m * a.row_stride;
-  for (int64_t i = n; i < n + kLanes; ++i) row[i] = 0.0f;
-  load_row(a, m, row);
-  if (a.prologue == VQ_NORM) normalize(a, m, row);
-  if (a.prologue == VQ_GELU)
-    for (int64_t i = 0; i < n; i += kLanes) store(row + i, gelu_of(load(row + i)));
-  if (a.means) {
-    const int64_t table = a.mean_row ? a.mean_row[m % a.rows_per_image] : 0;
-    const float* mean = a.means + table * n;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(row + i, load(row + i) - load(mean + i));
-    for (; i < n; ++i) row[i] -= mean[i];
+  const float* x = load_row(a, m, row);
+  if (a.prologue == VQ_NORM) {
+    const Norm norm(a, m, x);
+    prepare(a, m, x, row, signs,
+            [&](Floats v, int64_t i) VQ_INLINED { return norm.of(v, i, a.width); });
+  } else if (a.prologue == VQ_GELU) {
+    prepare(a, m, x, row, signs, [](Floats v, int64_t) VQ_INLINED { return gelu_of(v); });
+  } else if (a.means || a.hadamard > 1) {
+    prepare(a, m, x, row, signs, [](Floats v, int64_t) VQ_INLINED { return v; });
+  } else {
+    return x;
   }
-  if (a.hadamard > 1) rotate(row, n, a.hadamard, signs);
   return row;
 }
 
