@@ -28,7 +28,7 @@ from varptq.models.pipeline import Pipeline, build_model
 
 PAGE, MARK = DOCS / "benchmarks.md", "throughput"
 # One for each class of CPU.
-NAMES = ("throughput", "throughput_zen_3")
+NAMES = ("throughput", "throughput_zen_4", "throughput_zen_3")
 EAGER, PACKED = "eager float32", "packed bfloat16"
 IMAGES = 50_000
 
