@@ -47,8 +47,8 @@ struct Head {
     return at<uint8_t>(call.layout.keys) + token / 16 * call.layout.stored_quads * 64 +
            token % 16 * 4;
   }
-  // Rows of a head lie a multiple of a page apart, where no hardware fetches ahead. Inlined by order:
-  // GCC takes a function of nothing but prefetches for one without effect, and drops calls of it.
+  // Rows of a head lie a multiple of a page apart, where no hardware fetches ahead. Inlined by
+  // order: GCC takes a function of prefetches alone for one without effect and drops its calls.
   VQ_INLINE void fetch(const Operand& operand, int64_t t) const {
     if (t >= operand.tokens) return;
     for (int64_t c = 0; c < args.width; c += kLanes) __builtin_prefetch(operand.token(t) + c);
@@ -180,8 +180,8 @@ inline Ints value_codes(const Head& head, const Rows& rows, int r, int64_t chann
   return head.value_coding.codes(rows, r, channel, grids) - all_int(128);
 }
 
-// Bytes first .. last - 1, or halves of them, of the groups of four that have `place`, from row r on,
-// `step` rows apart; what else is in the groups stays.
+// Bytes first .. last - 1, or halves of them, of the groups of four that have `place`, from row r
+// on, `step` rows apart; what else is in the groups stays.
 template <int first, int last>
 inline void put_value_bytes(const Head& head, int64_t place, const Rows& rows, int r, int step,
                             const Grids& grids) {
@@ -264,8 +264,8 @@ inline bool segment_ranges(const Heads& heads, int64_t t, int64_t last, Rows& ro
   return true;
 }
 
-// Values of tokens `t` to `last` - 1 of the call, all of one piece: with its grids, or NULL and grids
-// of their own.
+// Values of tokens `t` to `last` - 1 of the call, all of one piece: with its grids, or NULL and
+// grids of their own.
 inline bool append_piece(const Heads& heads, int64_t t, int64_t last, Rows& rows,
                          const Grids* shared) {
   const int64_t start = heads.of[0].args.start;

@@ -53,8 +53,9 @@ typedef struct {
   int64_t num_spans;
   int32_t policy;
   int32_t query_bits, key_bits, value_bits, probability_bits;  // 2 .. 8
-  int32_t packed_keys, packed_values;  // in halves of bytes: up to 4 bits, keys of 4 n > 4 channels,
-                                       // values without theta
+  // Two codes in a byte of the cache, of up to 4 bits: keys of 8, 12, 16, .. channels, values
+  // without theta.
+  int32_t packed_keys, packed_values;
   vq_codebook query_book, key_book, value_book;  // codes are entries, zero points 0; token policy
   int32_t l2_norm;
   int32_t max_order;

@@ -189,7 +189,8 @@ struct Coding {
     if (!halves || !book) return codes(rows, r, channel, grids);
     // As Codebook::nearest, kHalfEntries more for a negative one.
     const Floats x = load(rows.x[r] + channel);
-    const Floats size = floats_of(bits_of(x) & all_int(0x7FFFFFFF)) / all(divisor_of(grids.start[r]));
+    const Floats start = all(divisor_of(grids.start[r]));
+    const Floats size = floats_of(bits_of(x) & all_int(0x7FFFFFFF)) / start;
     Floats found = all(0.0f);
     for (int32_t i = 1; i < book.count; ++i)
       found = where_less(size, all(book.borders[i]), found, all(static_cast<float>(i)));
