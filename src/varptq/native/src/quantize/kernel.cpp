@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "lanes/lanes_more.h"
 #include "lanes/vmath.h"
@@ -125,20 +126,15 @@ VQ_INLINE void combine(At at, Put put) {
   for (int k = 0; k < kCount; ++k) put(k, v[k]);
 }
 
-template <int levels>
-struct Levels {
-  static constexpr int value = levels;
-};
-
 template <class Function>
 VQ_INLINE void with_levels(int levels, Function function) {
-  if (levels == 0) return function(Levels<0>());
-  if (levels == 1) return function(Levels<1>());
-  if (kMostLevels == 2 || levels == 2) return function(Levels<2>());
-  return function(Levels<kMostLevels>());
+  if (levels == 0) return function(std::integral_constant<int, 0>());
+  if (levels == 1) return function(std::integral_constant<int, 1>());
+  if (kMostLevels == 2 || levels == 2) return function(std::integral_constant<int, 2>());
+  return function(std::integral_constant<int, kMostLevels>());
 }
 
-// `at(i)`: 16 values from i on. Strides come in the order of their lengths.
+// `at(i)`: 16 values from i on. Strides come in the order of their lengths; the last pass scales.
 template <class At>
 inline void rotate(float* row, int64_t n, int64_t block, const float* signs, At at) {
   const int64_t span = block < kLanes ? kLanes : block;
