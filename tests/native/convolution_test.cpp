@@ -44,9 +44,9 @@ struct Problem {
 
   Problem() {
     vq_convolution_args& s = shape;
-    s.images = pick(1, 2), s.height = pick(2, 9), s.width = pick(2, 40);
-    s.inputs = pick(1, 4) == 1 ? pick(1, 3) * 64 : pick(1, 70), s.outputs = pick(1, 150);
-    // Half of them 3 x 3, for which AVX2 has ways of its own.
+    s.images = pick(1, 2), s.height = pick(2, 18), s.width = pick(2, 40);
+    s.inputs = pick(1, 4) == 1 ? pick(1, 7) * 64 : pick(1, 70), s.outputs = pick(1, 150);
+    // Half of them 3 x 3, which words have ways of their own for.
     const bool square = pick(0, 1);
     s.kernel_height = square ? 3 : pick(1, 3), s.kernel_width = square ? 3 : pick(1, 3);
     s.upsample = static_cast<int32_t>(pick(0, 1)), s.stride = s.upsample ? 1 : pick(1, 2);
@@ -69,11 +69,11 @@ struct Problem {
     const int64_t columns = (s.outputs + 63) / 64 * 64;
     floats(scale, columns), floats(bias, columns);
     floats(residual, s.images * out_height * out_width * s.outputs);
-    const bool extreme = pick(0, 1);
+    const bool extreme = pick(0, 1), alike = pick(0, 1);
     weight.resize(s.outputs * s.inputs * s.kernel_height * s.kernel_width);
     for (int8_t& w : weight) w = static_cast<int8_t>(extreme ? -127 : pick(-127, 127));
     if (extreme)
-      for (float& value : x) value = value > 0 ? 1.0f : -1.0f;
+      for (float& value : x) value = value > 0 && !alike ? 1.0f : -1.0f;
   }
 
   int code(Result& r, int32_t threads) const {

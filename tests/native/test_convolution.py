@@ -52,7 +52,8 @@ class Case(NamedTuple):
     upsample: bool
 
 
-SIDES = ((1, 1), (1, 5), (3, 3), (7, 13), (16, 17), (2, 40))
+# The last two are large enough for words on every set (src/convolution/kernel_words.cpp).
+SIDES = ((1, 1), (1, 5), (3, 3), (7, 13), (16, 17), (2, 40), (21, 33), (26, 30))
 KINDS = {
     "3x3": (3, 1, (1, 1, 1, 1), False),
     "1x1": (1, 1, (0, 0, 0, 0), False),
@@ -123,8 +124,24 @@ def test_the_result_is_that_of_plain_torch(
         assert made is taken and torch.equal(made, want + residual), name
 
 
+@pytest.mark.parametrize("channels", [224, 228, 352])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_sums_are_exact_where_all_products_are_as_large_as_they_can_be(
+    channels: int, sign: int
+) -> None:
+    x, g = torch.full((1, 24, 24, channels), -1.0), torch.Generator().manual_seed(channels)
+    weight = torch.full((17, channels, 3, 3), sign * 128 - (sign > 0), dtype=torch.int8)
+    x[:, ::9, ::8] = -torch.rand(1, 3, 3, channels, generator=g)
+    c = Case(x, weight, torch.ones(17), torch.zeros(17), 1, (1, 1, 1, 1), False)
+    for name in sets():
+        binding.select_isa(name)
+        found = native.map_codes(x)
+        want = oracle(c, found.plain.float(), found.scale, found.zero_point)
+        assert torch.equal(run(c, found), want), name
+
+
 @pytest.mark.parametrize("kind", ["3x3", "up"])
-def test_rows_so_long_that_strips_have_two_are_those_of_the_portable_kernels(kind: str) -> None:
+def test_rows_so_long_that_strips_have_four_are_those_of_the_portable_kernels(kind: str) -> None:
     c = case(kind, 1, (5, 640), (320, 3))
     made = {}
     for name in sets():

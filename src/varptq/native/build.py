@@ -92,7 +92,7 @@ ISAS_OF = {
     "linear/gemm_amx.cpp": ("amx",),
     "linear/gemm_bytes.cpp": ("neon_dotprod", *_BYTES),
     "convolution/kernel_amx.cpp": ("amx",),
-    "convolution/kernel_words.cpp": ("avx2",),
+    "convolution/kernel_words.cpp": ("avx2", "avx512vnni", "avxvnni", "avxvnni_evex"),
 }
 
 

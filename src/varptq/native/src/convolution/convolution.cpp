@@ -13,6 +13,9 @@ namespace {
 
 // Codes of a strip, with those of its neighbours: beside a panel of weights they fit the L2 cache.
 constexpr int64_t kStripBytes = 384 * 1024;
+// Words of kernels made at a time: what the strips of a map read again and again fits the L3 cache.
+constexpr int64_t kKernelBytes = 8 * 1024 * 1024;
+constexpr int64_t kVectors = kPanel / 16;
 // Reads beyond the map: the padding of a run's weights.
 constexpr int64_t kSlack = 64;
 
@@ -72,24 +75,77 @@ Convolution make_job(const vq_convolution_args* a) {
   job.image = (a->height + 2 * kBorder) * job.row;
   job.panel_bytes = a->kernel_height * padded(a->kernel_width * job.pixel) * kPanel;
   // A part of the definition of the moments: from sizes alone, never from threads.
-  // Even, for kernels that make two rows at once.
+  // In fours, for kernels that make four rows at once.
   const int64_t rows = std::max<int64_t>(1, kStripBytes / job.row - 2) * job.phases / a->stride;
-  job.strip_rows = std::min(std::max<int64_t>(2, rows - rows % 2), job.out_height);
+  job.strip_rows = std::min((rows + 3) / 4 * 4, job.out_height);
   job.strips = (job.out_height + job.strip_rows - 1) / job.strip_rows;
   for (int64_t y = 0; y < job.phases; ++y)
     for (int64_t x = 0; x < job.phases; ++x) job.taps[y][x] = taps_of(job, y, x);
   return job;
 }
 
-StripKernel kernel(const Convolution& job) {
+StripKernel strip_kernel() {
 #if defined(VQ_X86)
-  if (isa() == Isa::avx2)
-    if (const StripKernel words = convolution_words(job)) return words;
   if (isa() == Isa::amx) return convolution_amx();
   if (isa() == Isa::amx_emulated) return convolution_amx_emulated();
 #endif
   return on_product_isa([](auto set) { return convolution_kernel(set); });
 }
+
+void run_strips(const Convolution& job, int64_t strips, int64_t panels) {
+  const StripKernel kernel = strip_kernel();
+  auto task = [&](int64_t index, int) {
+    const int64_t at = index / panels;
+    kernel(job, at / job.strips, at % job.strips, index % panels);
+  };
+  parallel_for(strips * panels, usable_threads(job.args->threads), task);
+}
+
+#if defined(VQ_X86)
+WordKernels word_kernels() {
+  switch (isa()) {
+    case Isa::avx2:
+      return convolution_words(Set<Isa::avx2>{});
+    case Isa::avx512vnni:
+      return convolution_words(Set<Isa::avx512vnni>{});
+    case Isa::avxvnni:
+      return convolution_words(Set<Isa::avxvnni>{});
+    case Isa::avxvnni_evex:
+      return convolution_words(Set<Isa::avxvnni_evex>{});
+    default:
+      return {};
+  }
+}
+
+// Codes become words once for all panels of a task, so these are divided only where strips are few.
+bool ran_in_words(const Convolution& job, int64_t strips, int64_t panels) {
+  const WordKernels words = word_kernels();
+  if (!words.gains || !words.gains(job)) return false;
+  const int threads = usable_threads(job.args->threads);
+  const int64_t size = words.panel_bytes(job) / sizeof(int16_t);
+  const int64_t most = std::max<int64_t>(1, kKernelBytes / words.panel_bytes(job));
+  thread_local Scratch scratch;
+  auto* kernels =
+      static_cast<int16_t*>(scratch.at_least(std::min(most, panels) * size * sizeof(int16_t)));
+  for (int64_t first = 0; first < panels; first += most) {
+    const int64_t count = std::min(most, panels - first);
+    auto make = [&](int64_t i, int) {
+      words.make(job, first + i / kVectors, i % kVectors, kernels + i / kVectors * size);
+    };
+    parallel_for(count * kVectors, threads, make);
+    const int64_t parts = strips < 4 * threads && threads > 1 ? count : 1, each = count / parts;
+    auto task = [&](int64_t i, int) {
+      const int64_t at = i / parts, part = i % parts * each;
+      words.strip(job, at / job.strips, at % job.strips, first + part, each,
+                  kernels + part * size);
+    };
+    parallel_for(strips * parts, threads, task);
+  }
+  return true;
+}
+#else
+bool ran_in_words(const Convolution&, int64_t, int64_t) { return false; }
+#endif
 
 vq_moments room_for(const Convolution& job, int64_t count) {
   thread_local Scratch scratch;
@@ -177,12 +233,7 @@ int vq_convolution(const vq_convolution_args* a) {
   vq::Convolution job = vq::make_job(a);
   const int64_t panels = vq::padded(a->outputs) / vq::kPanel, strips = a->images * job.strips;
   job.partial = vq::room_for(job, strips * panels * vq::kPanel);
-  const vq::StripKernel strip = vq::kernel(job);
-  auto task = [&](int64_t index, int) {
-    const int64_t at = index / panels;
-    strip(job, at / job.strips, at % job.strips, index % panels);
-  };
-  vq::parallel_for(strips * panels, vq::usable_threads(a->threads), task);
+  if (!vq::ran_in_words(job, strips, panels)) vq::run_strips(job, strips, panels);
   if (a->moments.sum) vq::combine(job);
   return VQ_OK;
 }

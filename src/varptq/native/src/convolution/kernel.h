@@ -57,8 +57,22 @@ StripKernel convolution_kernel(Set<Isa::avxvnni_evex>);
 StripKernel convolution_kernel(Set<Isa::neon_dotprod>);
 StripKernel convolution_kernel(Set<Isa::neon_i8mm>);
 #if defined(VQ_X86)
-// Null for convolutions that gain nothing from it.
-StripKernel convolution_words(const Convolution&);
+// Convolutions of 3 x 3 with a quarter of the products, in words of 16 bits. Kernels are made of
+// the packed weights once for all strips.
+struct WordKernels {
+  bool (*gains)(const Convolution&);
+  int64_t (*panel_bytes)(const Convolution&);
+  // Of one vector of 16 outputs of a panel: its place in the panel's kernel is the same for all.
+  void (*make)(const Convolution&, int64_t panel, int64_t vector, int16_t* kernel);
+  // Of `count` panels, whose kernels follow one another.
+  void (*strip)(const Convolution&, int64_t image, int64_t strip, int64_t panel, int64_t count,
+                const int16_t* kernels);
+};
+
+WordKernels convolution_words(Set<Isa::avx2>);
+WordKernels convolution_words(Set<Isa::avx512vnni>);
+WordKernels convolution_words(Set<Isa::avxvnni>);
+WordKernels convolution_words(Set<Isa::avxvnni_evex>);
 StripKernel convolution_amx();
 StripKernel convolution_amx_emulated();
 #endif

@@ -62,6 +62,7 @@ struct Tile {
   int64_t code_stride;   // bytes
   int64_t y, y_stride;   // floats
   int64_t image, column;
+  int32_t centre;        // what codes were lessened by
 };
 
 // One vector of outputs of R pixels; `count` of its 16 exist.
@@ -72,7 +73,7 @@ VQ_INLINE void finish_vector(const Convolution& job, const Tile& tile, const int
   const int64_t count = a.outputs - column < kLanes ? a.outputs - column : kLanes;
   const Floats scale = all(a.scale[tile.image]) * load(a.panel_scale + column);
   const Floats bias = load(a.panel_bias + column);
-  const Ints zero = all_int(a.zero_point[tile.image] - kLeftShift);
+  const Ints zero = all_int(a.zero_point[tile.image] - tile.centre);
   const Ints correction = times(zero, load(a.panel_sum + column));
   Floats out[R];
 #pragma GCC unroll 16
@@ -94,8 +95,8 @@ VQ_INLINE void finish_vector(const Convolution& job, const Tile& tile, const int
   if (moments) moments->see<R>(column % kPanel, out);
 }
 
-// function(tile, pixels) for the rows of a strip, each cut into pieces of at most `most` pixels that
-// follow the same taps.
+// function(tile, pixels, taps) for the rows of a strip, in pieces whose pixels follow the same
+// taps.
 template <class Function>
 VQ_INLINE void for_pieces(const Convolution& job, int64_t image, int64_t strip, Function function) {
   const vq_convolution_args& a = *job.args;
@@ -113,6 +114,7 @@ VQ_INLINE void for_pieces(const Convolution& job, int64_t image, int64_t strip, 
       tile.y = ((image * job.out_height + y) * job.out_width + phase) * a.outputs;
       tile.y_stride = job.phases * a.outputs;
       tile.image = image;
+      tile.centre = kLeftShift;
       function(tile, pixels, job.taps[job.phases == 2 ? y % 2 : 0][phase]);
     }
 }

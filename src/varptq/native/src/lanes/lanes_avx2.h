@@ -137,9 +137,17 @@ inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
 inline Ints dot4(Ints sum, Ints u8, Ints s8) {
   return {dot4(sum.v, u8.v, s8.v), dot4(sum.w, u8.w, s8.w)};
 }
+inline __m256i dot2(__m256i sum, __m256i a, __m256i b) {
+#if defined(VQ_VNNI256) && defined(__AVX512VNNI__)
+  return _mm256_dpwssd_epi32(sum, a, b);
+#elif defined(VQ_VNNI256)
+  return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
 inline Ints dot2(Ints sum, Ints a, Ints b) {  // int16 pairs
-  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v)),
-          _mm256_add_epi32(sum.w, _mm256_madd_epi16(a.w, b.w))};
+  return {dot2(sum.v, a.v, b.v), dot2(sum.w, a.w, b.w)};
 }
 inline __m128 halves(Floats x) {  // i, i+8 and i, i+4 by addition
   const __m256 a = _mm256_add_ps(x.v, x.w);
