@@ -19,24 +19,24 @@ JOBS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check quick lint gpu native browser test-native test-arm wheels format clean
+.PHONY: help install demo test check quick lint gpu core native browser test-native test-arm wheels format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP)  ## create .venv and install the package with its development tools
+install: core  ## create .venv and install the package with its development tools
 
-demo: $(STAMP)  ## calibrate, quantize, sample and compare on a small model; results in out/demo
+demo: core  ## calibrate, quantize, sample and compare on a small model; results in out/demo
 	$(BIN)/varptq demo --out out/demo
 
-test: $(STAMP) browser  ## run all tests
+test: core browser  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 # At the same time: types take one core for a minute.
 check: $(STAMP)  ## the inner loop, about three minutes: lint, types and the quick tests
 	@$(MAKE) --no-print-directory --jobs 2 lint quick
 
-quick: $(STAMP)
+quick: core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not web" $(ARGS)
 
 lint: $(STAMP)  ## lint, format and types, changing nothing
@@ -46,6 +46,10 @@ lint: $(STAMP)  ## lint, format and types, changing nothing
 
 gpu: $(STAMP)  ## tests, kernels and images on a GPU, at most eight minutes; results in docs/tables/gpu.md
 	$(BIN)/python -m benchmarks.speed.gpu
+
+# After a pull that changed it as well. Without a compiler the tests of the native core are skipped.
+core: $(STAMP)
+	@$(BIN)/python -m varptq.native.build > /dev/null || echo "make native builds it once a compiler is there"
 
 native: $(STAMP)  ## build the native core of the runtime "cpu" (needs g++ or clang++)
 	$(BIN)/python -m varptq.native.build
@@ -93,5 +97,4 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
 	  $(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	@$(BIN)/python -m varptq.native.build || echo "make native builds it once a compiler is there"
 	@touch $@
