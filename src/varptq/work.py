@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from varptq.distributed import Ranks
 from varptq.errors import ConfigError, OutputError
-from varptq.files import utf8_name, write_atomic
+from varptq.files import PREFIX, utf8_name, write_atomic
 from varptq.locks import HeldError, Lock
 from varptq.progress import Progress
 
@@ -97,7 +97,7 @@ class Work:
             assert self.folder is not None
             if not (self.folder / MANIFEST).exists():
                 # Nothing was started, or all is done.
-                shutil.rmtree(self.folder, ignore_errors=True)
+                _emptied(self.folder)
             self._lock.release(remove=False)
             self._lock = None
 
@@ -201,7 +201,7 @@ class Work:
         """Delete the folder, when every process is done with it."""
         self.ranks.barrier()
         if self.folder is not None and self.ranks.first:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _emptied(self.folder)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
@@ -212,11 +212,10 @@ def _locked(folder: Path) -> Lock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()}
-        # The whole work folder is deleted when its run is done.
-        if names and not names & {LOCK, MANIFEST}:
+        if foreign := names if not names & {LOCK, MANIFEST} else set(filterfalse(_is_ours, names)):
             raise OutputError(
-                f"work folder {folder}: holds {min(names)!r} and is no work folder of a run; give "
-                "another one (--work)"
+                f"work folder {folder}: holds {min(foreign)!r} and is no work folder of a run; "
+                "give another one (--work)"
             )
         return Lock(folder / LOCK)
     except OSError as error:
@@ -228,6 +227,21 @@ def _locked(folder: Path) -> Lock:
             f"work folder {folder}: process {error.owner} is working there; wait for it or give "
             "another folder (--work)"
         ) from None
+
+
+def _is_ours(name: str) -> bool:
+    """Whether it is the name of a file of a work folder."""
+    return name in {LOCK, MANIFEST} or name.endswith(SUFFIX) or name.startswith(PREFIX)
+
+
+def _emptied(folder: Path) -> None:
+    """Delete a work folder, but no file that somebody else put there meanwhile."""
+    with suppress(OSError):
+        ours = [path for path in folder.iterdir() if _is_ours(path.name)]
+        # What tells it for a work folder goes last.
+        for path in sorted(ours, key=lambda path: path.name in {LOCK, MANIFEST}):
+            path.unlink()
+        folder.rmdir()
 
 
 def _difference(manifest: Path, identity: dict[str, Any]) -> str:

@@ -298,6 +298,36 @@ def test_a_work_folder_of_something_else_is_left_alone(
     assert content(tmp_path) == {"var.safetensors": b"mine"}
 
 
+@pytest.mark.parametrize("name", ["lock", "work.json"])
+def test_a_folder_that_only_looks_like_a_work_folder_is_left_alone(
+    name: str, tmp_path: Path, counted: Callable[[], None]
+) -> None:
+    """A file of another program that has the name of one of ours."""
+    counted()
+    theirs = {name: b"theirs", "notes.txt": b"mine"}
+    for file, text in theirs.items():
+        (tmp_path / file).write_bytes(text)
+    with pytest.raises(OutputError, match=r"holds 'notes\.txt'"), Work(tmp_path):
+        pass
+    assert content(tmp_path) == theirs
+
+
+def test_files_that_come_into_a_work_folder_meanwhile_stay(
+    tmp_path: Path, counted: Callable[[], None]
+) -> None:
+    counted()
+    for begun in (True, False):
+        with Work(tmp_path / "w") as work:
+            if begun:
+                work.begin({"of": "a test"}, lambda stage, done, total, info="": None)
+                work.write("piece", Piece({"x": torch.arange(3)}))
+            (tmp_path / "w" / "notes.txt").write_bytes(b"mine")
+            if begun:
+                work.remove()
+        assert content(tmp_path / "w") == {"notes.txt": b"mine"}
+        (tmp_path / "w" / "notes.txt").unlink()
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Callable[[], None]
