@@ -27,7 +27,7 @@ from varptq.cli.asked import Asked
 from varptq.cli.model_choice import ModelChoice
 from varptq.cli.quantized import next_commands, plan, plan_rows, rows, summary
 from varptq.cli.settings import parse_size, read_calibration, read_config
-from varptq.errors import InputError
+from varptq.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from varptq.calibrate.config import CalibrationConfig
@@ -156,6 +156,8 @@ def command(
         return asked.drawing(pipe, size), streamed
 
     folder = work or work_folder(out)
+    if work is not None:
+        check_apart(work, out)
     if not published(folder):
         check_output(out, force)
     if dry_run:
@@ -315,6 +317,24 @@ def check_output(out: Path, force: bool) -> None:
     from varptq.files import StagedFolder
 
     StagedFolder(out, force=force, marker=CONFIG_FILE).check()
+
+
+def check_apart(work: Path, out: Path) -> None:
+    """Raise `OutputError` for a work folder in which the artifact would lie, or the other way
+    round: one is removed at the end, and the other one appears whole in an empty place."""
+    from varptq.files import PREFIX
+
+    pieces, artifact = (Path(os.path.realpath(path)) for path in (work, out))
+    if artifact.is_relative_to(pieces):
+        found = f"holds --out {out}"
+    # Our hidden names do not count as content of the artifact's folder.
+    elif pieces.is_relative_to(artifact) and not (
+        pieces.relative_to(artifact).parts[0].startswith(PREFIX)
+    ):
+        found = f"lies in --out {out}"
+    else:
+        return
+    raise OutputError(f"work folder {work}: {found}; give a place beside it (--work)")
 
 
 def work_folder(out: Path) -> Path:
