@@ -236,6 +236,25 @@ def test_the_work_of_a_client_that_hangs_up_stops(
     assert sampler.scales == 1 + pipe.scales.num_scales
 
 
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_hangs_up_while_it_sends_is_no_failure_of_ours(
+    on_integers: Pipeline, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    path = GENERATIONS if "json" in kind else EDITS
+    with running({"tiny": on_integers}) as server:
+        line = http.client.HTTPConnection(server.address.removeprefix("http://"))
+        line.putrequest("POST", path)
+        for name, value in (("content-type", kind), ("content-length", "1000")):
+            line.putheader(name, value)
+        line.endheaders(b"{" if "json" in kind else b"--x")
+        until(lambda: server.measured("requests_under_way") == 1)
+        line.close()
+        until(lambda: server.measured("requests_under_way") == 0)
+        text = httpx.get(f"{server.address}/metrics", trust_env=False).text
+    assert f'varptq_requests_total{{path="{path}",status="499"}} 1.0' in text
+    assert not caplog.records
+
+
 def test_told_to_end_it_finishes_what_it_has(
     waiting: tuple[Pipeline, Held], people: ThreadPoolExecutor
 ) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from varptq.errors import ConfigError, InputError, OutOfMemoryError, VarptqError
@@ -77,6 +77,7 @@ async def nobody(_: Request, __: Exception) -> Response:
 
 HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
     ClientGoneError: nobody,
+    ClientDisconnect: nobody,  # in the middle of its body
     RefusalError: refuse,
     VarptqError: refuse,
     HTTPException: refuse,
