@@ -74,6 +74,8 @@ def test_the_command_refuses_in_one_line(models: Path, tmp_path: Path) -> None:
             ((model, "--port", port), "choose another --port"),
             ((model, "--runtime", "tpu"), "runtime 'tpu': unknown"),
             ((model, "--queue", 0), "--queue"),
+            ((model, "--deadline", "inf"), "deadline inf: expected a number of seconds"),
+            ((model, "--deadline", "nan"), "--deadline"),
         ):
             ran = run("serve", "--api", *words)
             assert ran.code == 2 and says in ran.err, (words, ran.err)

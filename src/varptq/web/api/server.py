@@ -37,8 +37,11 @@ class Options:
     batch_size: int = BATCH_SIZE
 
     def check(self) -> None:
-        """Raise `InputError` for an address that other machines reach, without a token, and for a
-        token that can be guessed or does not fit into a header; the token is not repeated."""
+        """Raise `InputError` for an endless deadline, an address that other machines reach, without
+        a token, and for a token that can be guessed or does not fit into a header; the token is not
+        repeated."""
+        if not math.isfinite(self.deadline):
+            raise InputError(f"deadline {self.deadline:g}: expected a number of seconds")
         if self.token is None:
             if not is_local(self.host):
                 raise InputError(
