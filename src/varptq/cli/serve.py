@@ -168,9 +168,11 @@ def _serve_api(
     """given: fields of `Options`."""
     if not all(map(find_spec, API_PACKAGES)):
         raise InputError("serve: --api needs more packages; pip install 'varptq[api]'")
+    from varptq.runtime.resolve import asked_for
     from varptq.web.api.served import Served
     from varptq.web.api.server import Options, serve
 
+    asked_for(runtime)  # float models have none, and would not ask
     if not sources:
         raise InputError("model: none given; name models to serve, or give folders of artifacts")
     served = Options(**given)

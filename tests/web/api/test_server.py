@@ -73,6 +73,7 @@ def test_the_command_refuses_in_one_line(models: Path, tmp_path: Path) -> None:
             ((model, "--out", tmp_path), "--out: only for the studio"),
             ((model, "--port", port), "choose another --port"),
             ((model, "--runtime", "tpu"), "runtime 'tpu': unknown"),
+            (("demo", "--runtime", "tpu"), "runtime 'tpu': unknown"),
             ((model, "--queue", 0), "--queue"),
             ((model, "--deadline", "inf"), "deadline inf: expected a number of seconds"),
             ((model, "--deadline", "nan"), "--deadline"),
