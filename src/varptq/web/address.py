@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from typing import Literal
 
 import uvicorn
 from starlette.middleware import Middleware
@@ -63,8 +64,12 @@ def url(host: str, listening: socket.socket) -> str:
     return f"http://{name}:{listening.getsockname()[1]}"
 
 
-def server_of(app: ASGIApp, grace: int) -> uvicorn.Server:
-    """Not started. Told to end, it accepts nothing new and gives what it answers `grace`
-    seconds."""
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace)
+def server_of(
+    app: ASGIApp, grace: int, lifespan: Literal["auto", "off"] = "auto"
+) -> uvicorn.Server:
+    """Not started. Told to end, it accepts nothing new and gives what it answers `grace` seconds.
+    lifespan: "off" for an app that does nothing when it starts and ends."""
+    config = uvicorn.Config(
+        app, log_level="warning", lifespan=lifespan, timeout_graceful_shutdown=grace
+    )
     return uvicorn.Server(config)

@@ -160,6 +160,7 @@ class Jobs:
         self._waiting: defaultdict[str, deque[Job]] = defaultdict(deque)
         self._running: dict[str, Job] = {}
         self._busy: set[str] = set()
+        self._threads: dict[str, threading.Thread] = {}
 
     def submit(self, model: str, title: str, work: Callable[[Job], Any], *, kind: str = "") -> Job:
         """Queue `work` behind the other jobs of `model`. Raises `InputError` if too many wait."""
@@ -172,7 +173,9 @@ class Jobs:
             self._waiting[model].append(job)
             if model not in self._busy:
                 self._busy.add(model)
-                threading.Thread(target=self._serve, args=(model,), daemon=True).start()
+                thread = threading.Thread(target=self._serve, args=(model,), daemon=True)
+                self._threads[model] = thread
+                thread.start()
         return job
 
     def ahead(self, job: Job) -> int:
@@ -207,6 +210,14 @@ class Jobs:
             for job in self._running.values():
                 if job.id == job_id:
                     job.stop()
+
+    def end(self) -> None:
+        """Stop every job, and return once none computes: a thread that is inside torch while the
+        interpreter ends would abort the process."""
+        for job in self.listed():
+            self.stop(job.id)
+        for thread in list(self._threads.values()):
+            thread.join()
 
     def _serve(self, model: str) -> None:
         while True:

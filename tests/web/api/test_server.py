@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("openai", reason="the API's client is openai: varptq[dev]")
 
+import httpx
 import openai
 
 from helpers.api_server import API
@@ -24,7 +26,7 @@ from varptq.web.api.server import Options
 
 pytestmark = API
 
-TERMINATED = 143
+INTERRUPTED, TERMINATED = 130, 143
 ADDRESS = re.compile(r"varptq api: (http://\S+/v1)$", re.MULTILINE)
 TOKEN = "a token of some length"
 
@@ -51,6 +53,50 @@ def test_it_finishes_a_stream_after_sigterm(warm: Path, models: Path, tmp_path: 
         assert kinds.count("image_generation.completed") == 10
         assert process.wait(PATIENCE) == TERMINATED
         assert log.read_text().splitlines()[1:] == ["error: terminated"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers_at(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/models", timeout=PATIENCE, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("model", ["demo", "w4a4"])
+def test_a_second_ctrl_c_ends_it_in_the_middle_of_a_batch(
+    model: str, warm: Path, models: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    place = model if model == "demo" else models / model
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [warm / "varptq", "serve", "--api", place, "--port", "0"],
+            stderr=errors,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    try:
+        until(lambda: ADDRESS.search(log.read_text()) or process.poll() is not None)
+        found = ADDRESS.search(log.read_text())
+        assert found is not None, log.read_text()
+        wish = {"prompt": "cat", "n": 10}
+        with ThreadPoolExecutor(9) as people:
+            url = f"{found[1]}/images/generations"
+            asked = [
+                people.submit(httpx.post, url, json=wish, timeout=PATIENCE, trust_env=False)
+                for _ in range(8)
+            ]
+            wait(asked, return_when=FIRST_COMPLETED)
+            process.send_signal(signal.SIGINT)
+            until(lambda: not answers_at(found[1]))
+            process.send_signal(signal.SIGINT)
+            answers = [answer.result() for answer in asked]
+        assert process.wait(PATIENCE) == INTERRUPTED
+        assert log.read_text().splitlines()[1:] == ["error: interrupted"]
+        given_up = [answer.json()["error"] for answer in answers if answer.status_code != 200]
+        assert given_up and {error["code"] for error in given_up} == {"stopping"}
     finally:
         process.kill()
         process.wait()

@@ -66,6 +66,10 @@ class Gate:
             await self._through(scope, passage)
         except RefusalError as refused:
             await refused.response()(scope, receive, passage.send)
+        except asyncio.CancelledError:
+            # The server ends at once. An answer that has begun remains unfinished.
+            if not passage.status:
+                await _stopped().response()(scope, receive, passage.send)
         except Exception:
             passage.status = 500
             raise
@@ -109,6 +113,7 @@ class Gate:
             if not passage.status:
                 raise too_late(self.limits.deadline) from None
         finally:
+            passage.limit = None
             self.under_way -= 1
 
     def _again(self) -> dict[str, str]:
@@ -142,6 +147,10 @@ class _Passage:
             if self.limit is not None and not self.limit.expired():
                 self.limit.reschedule(None)
         await self._send(message)
+
+
+def _stopped() -> RefusalError:
+    return RefusalError(503, "the server was stopped; ask again soon", SERVER, code="stopping")
 
 
 def too_late(seconds: float) -> RefusalError:

@@ -68,7 +68,9 @@ def api(
     paths = frozenset(route.path for route in routes)
     gate = Middleware(Gate, limits, metrics, paths, stopping, service.batches.seconds_ahead)
     middleware = [*only_known_names(options.host), gate]
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
+    app.state.jobs = service.jobs
+    return app
 
 
 def serve(models: Sequence[Served], options: Options, announce: Callable[[str], object]) -> None:
@@ -79,6 +81,10 @@ def serve(models: Sequence[Served], options: Options, announce: Callable[[str], 
     options.check()
     listening = listen(options.host, options.port)
     app = api(models, options, lambda: server.should_exit)
-    server = server_of(app, grace=math.ceil(options.deadline) + 1)
+    server = server_of(app, grace=math.ceil(options.deadline) + 1, lifespan="off")
     announce(f"{url(options.host, listening)}/v1")
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    finally:
+        # What is under way at a second Ctrl-C, or at the deadline, ends at its next scale.
+        app.state.jobs.end()
