@@ -251,11 +251,11 @@ def _difference(manifest: Path, identity: dict[str, Any]) -> str:
         for name, value in identity.items():
             if found.get(name) != value:
                 old = found.get(name)
-                return f"of {name} {_brief(old, value)}, not {_brief(value, old)}"
+                return f"of {name} {brief(old, value)}, not {brief(value, old)}"
     return "of another run"
 
 
-def _brief(value: Any, other: Any) -> str:
+def brief(value: Any, other: Any) -> str:
     """The value, or for a mapping the entries that differ from the other one."""
     if isinstance(value, dict) and isinstance(other, dict):
         return f"{ {k: v for k, v in value.items() if other.get(k) != v} }"[:120]

@@ -141,7 +141,8 @@ def test_a_killed_run_goes_on_to_the_same_files(tmp_path: Path, warm: Path) -> N
     ("change", "named"),
     [
         ({"seed": 6}, "seed 5, not 6"),
-        ({"settings": SamplingSettings(cfg=3, top_k=20)}, "'cfg': 2.0"),
+        ({"settings": SETTINGS.replace(cfg=3)}, "sampling {'cfg': 2.0}, not {'cfg': 3.0}"),
+        ({"settings": SETTINGS.replace(top_p=0.5)}, "not {'top_p': 0.5}"),
         ({"shard_size": 4}, "shard_size 3, not 4"),
     ],
 )

@@ -40,6 +40,7 @@ from varptq.pictures import Pixels, to_pixels
 from varptq.progress import Progress, silent
 from varptq.quant.pipeline import QuantizedPipeline
 from varptq.torch_state import plain_torch
+from varptq.work import brief
 
 FORMAT_VERSION = 1
 MANIFEST = "samples.json"
@@ -297,7 +298,7 @@ def _difference(path: Path, identity: dict[str, Any]) -> str:
         found = json.loads(path.read_text())
         for name, value in identity.items():
             if found[name] != value:
-                return f"{name} {found[name]!r:.100}, not {value!r:.100}"
+                return f"{name} {brief(found[name], value)}, not {brief(value, found[name])}"
     except (OSError, ValueError, LookupError, TypeError):
         pass
     return f"a {path.name} that cannot be compared"
