@@ -105,13 +105,39 @@ def _read(path: Path) -> str:
 def _parse(text: str, path: Path) -> Any:
     if path.suffix not in {".yaml", ".yml"}:
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_of_pairs)
+        except _TwiceError as error:
+            raise ConfigError(f"configuration {path}: {error}") from None
         except ValueError as error:
             raise ConfigError(f"configuration {path}: not valid JSON ({error})") from None
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """A mapping with one key twice is refused."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            # What is malformed otherwise is the loader's to refuse.
+            keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            _of_pairs([(key.value, None) for key in keys if isinstance(key, yaml.ScalarNode)])
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
+    except _TwiceError as error:
+        raise ConfigError(f"configuration {path}: {error}") from None
     except yaml.YAMLError as error:
         line = str(error).splitlines()[0]
         raise ConfigError(f"configuration {path}: not valid YAML ({line})") from None
+
+
+class _TwiceError(Exception):
+    """One key stands twice in a mapping, and its values may differ."""
+
+
+def _of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"field {twice!r} stands twice; leave one of them")
+    return found

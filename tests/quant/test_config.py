@@ -372,6 +372,11 @@ def test_from_file(tmp_path: Path, suffix: str) -> None:
         ("a.json", b"\xff\xfe", "cannot be read"),
         ("a.json", b"[1]", "expected a mapping, got list"),
         ("a.yaml", b"", "expected a mapping, got NoneType"),
+        ("a.json", b'{"name": "a", "name": "a"}', "field 'name' stands twice"),
+        ("a.json", b'{"linear": {"weight": 1, "weight": 2}}', "field 'weight' stands twice"),
+        ("a.yaml", b"name: a\nlinear: {weight: 1, weight: 2}\n", "field 'weight' stands twice"),
+        ("a.yaml", b"? [a]\n: 1\n", "not valid YAML"),
+        ("a.yaml", b"!!map name", "not valid YAML"),
         ("absent.json", None, "cannot be read"),
     ],
 )
