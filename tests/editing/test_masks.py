@@ -78,6 +78,15 @@ def test_pasting_leaves_what_has_no_weight(
     assert (pasted[untouched] == np.asarray(image)[untouched]).all()
 
 
+def test_a_feather_wider_than_the_image_is_as_wide_as_it() -> None:
+    frame = Frame.of((37, 21), MODEL, "crop")
+    mask = Image.new("L", (37, 21))
+    mask.putpixel((18, 3), 255)
+    seen = np.asarray(feathered(mask, 10**30, frame).crop(frame.seen))
+    assert (seen == 255).all()
+    assert feathered(mask, 42, frame) == feathered(mask, 10**30, frame)
+
+
 def test_the_new_picture_replaces_the_old_on_the_mask() -> None:
     frame = Frame.of((SIDE, SIDE), MODEL, "crop")
     for channels in (3, 4):

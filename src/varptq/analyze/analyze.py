@@ -26,6 +26,7 @@ from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline
 from varptq.models.prompts import Prompts, spread
 from varptq.models.sampling import SamplingSettings
+from varptq.models.sampling_defaults import MAX_IMAGES
 from varptq.progress import Progress, silent
 from varptq.quant.config import QuantConfig
 from varptq.quant.quantizers import MAX_BITS, MIN_BITS
@@ -43,7 +44,7 @@ class AnalysisConfig(Settings):
     tensor is measured. seed: of the images; calibration's default is 0, so these are held out.
     """
 
-    images: int = Field(default=8, ge=1)
+    images: int = Field(default=8, ge=1, le=MAX_IMAGES)
     widths: tuple[int, ...] = (8, 6, 4)
     seed: int = Field(default=1, ge=0)
     sampling: SamplingSettings = SamplingSettings()

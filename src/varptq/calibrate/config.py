@@ -9,6 +9,7 @@ from pydantic import Field
 
 from varptq.errors import ConfigError
 from varptq.models.sampling import SamplingSettings
+from varptq.models.sampling_defaults import MAX_IMAGES
 from varptq.quant.config import LinearSpec
 from varptq.quant.quantizers import QUANTIZERS
 from varptq.settings import Settings
@@ -41,7 +42,7 @@ class CalibrationConfig(Settings):
     in a memory-mapped file in `spool_dir` (default: the system's temporary folder).
     """
 
-    num_samples: int = Field(default=256, ge=1)
+    num_samples: int = Field(default=256, ge=1, le=MAX_IMAGES)
     rounding: Rounding = "adaround"
     steps: int = Field(default=2000, ge=0)
     patience: int | None = Field(default=None, ge=1)
@@ -55,7 +56,7 @@ class CalibrationConfig(Settings):
     tune_steps: int = Field(default=0, ge=0)
     budget: float = Field(default=0.01, ge=0)
     theta_grid: int = Field(default=10_000, ge=2)
-    theta_samples: int = Field(default=8, ge=1)
+    theta_samples: int = Field(default=8, ge=1, le=MAX_IMAGES)
     sampling: SamplingSettings = SamplingSettings()
     memory_gb: float = Field(default=8.0, gt=0)
     spool_dir: str | None = None

@@ -28,7 +28,7 @@ from varptq.cli import generate as generate_verb
 from varptq.cli import quantize as quantize_verb
 from varptq.cli import quantized as quantized_verb
 from varptq.errors import VarptqError
-from varptq.models.sampling_defaults import TOP_P
+from varptq.models.sampling_defaults import MAX_IMAGES, TOP_P
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,7 @@ class Recipe:
 
 OF_CLASSES = Recipe()
 OF_TEXTS = Recipe(model="demo-text", cfg=None, top_k=None, top_p=None)
+ImageCount = Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Images per class or text.")]
 
 
 def command(
@@ -85,9 +86,7 @@ def command(
     ] = False,
     samples: Annotated[int, typer.Option(help="Calibration images.")] = Recipe.samples,
     steps: Annotated[int, typer.Option(help="Reconstruction steps per unit.")] = Recipe.steps,
-    images: Annotated[int, typer.Option(min=1, help="Images per class or text.")] = (
-        Recipe.images_per_class
-    ),
+    images: ImageCount = Recipe.images_per_class,
     json: options.Json = False,
 ) -> None:
     """Quantize a bundled model to 4 bits and compare its images with the original's."""

@@ -20,6 +20,7 @@ from varptq.cli.asked import Asked, read_size
 from varptq.cli.generate import GRID_NAME, TOKENS_NAME
 from varptq.cli.model_choice import ModelChoice
 from varptq.errors import InputError
+from varptq.models.sampling_defaults import MAX_IMAGES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,6 +44,9 @@ Task = Annotated[
 ]
 Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What to stay away from.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Write the model's own image, not pasted.")]
+Candidates = Annotated[
+    int, typer.Option(min=1, max=MAX_IMAGES, help="Alternatives to choose from.")
+]
 
 
 def command(
@@ -69,7 +73,7 @@ def command(
     encoder: options.Encoder = None,
     size: options.Size = None,
     fit: Annotated[str, typer.Option(help="crop (to the model's proportions) or pad.")] = "crop",
-    candidates: Annotated[int, typer.Option(min=1, help="Alternatives to choose from.")] = 1,
+    candidates: Candidates = 1,
     seed: options.Seed = 0,
     cfg: options.Guidance = None,
     tau: options.Tau = None,

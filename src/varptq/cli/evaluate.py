@@ -23,6 +23,7 @@ from varptq.cli.asked import Asked
 from varptq.cli.compared import Choices, Models
 from varptq.cli.exported import METRICS_NAME, REPORT_NAME, Export, Exported
 from varptq.errors import InputError
+from varptq.models.sampling_defaults import MAX_IMAGES
 
 if TYPE_CHECKING:
     from varptq.distributed import Ranks
@@ -61,6 +62,7 @@ Clip = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="CLIP model: folder or name on the Hugging Face hub."),
 ]
+Count = Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Images per model.")]
 
 
 def command(
@@ -70,7 +72,7 @@ def command(
     vae: options.VaeFile = None,
     random: options.RandomModel = None,
     out: options.Results = Path("out/evaluate"),
-    count: Annotated[int, typer.Option(min=1, help="Images per model.")] = 100,
+    count: Count = 100,
     seed: options.Seed = 0,
     prompts: options.PromptFile = None,
     encoder: options.Encoder = None,

@@ -25,6 +25,7 @@ from varptq.cli import common, options
 from varptq.cli.asked import Asked, read_size
 from varptq.cli.model_choice import ModelChoice
 from varptq.errors import OutputError
+from varptq.models.sampling_defaults import MAX_IMAGES
 
 if TYPE_CHECKING:
     from varptq.models.generate import Output
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from varptq.models.sampling import SamplingSettings
 
 GRID_NAME, TOKENS_NAME = "grid.png", "tokens.npz"
+Count = Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Images per class or text.")]
 
 
 def command(
@@ -53,7 +55,7 @@ def command(
     vae: options.VaeFile = None,
     random: options.RandomModel = None,
     class_names: options.ClassNames = None,
-    count: Annotated[int, typer.Option(min=1, help="Images per class or text.")] = 1,
+    count: Count = 1,
     seed: options.Seed = 0,
     cfg: options.Guidance = None,
     tau: options.Tau = None,

@@ -106,7 +106,8 @@ def feathered(pixels: Image.Image, width: int, frame: Frame) -> Image.Image:
     the model reproduces the original there, so that two nearly equal images are mixed.
     """
     seen = pixels.crop(frame.seen)
-    radius = width // 2
+    # From the length of the longer side on the whole of it has full weight.
+    radius = min(width // 2, max(seen.size))
     if radius:
         grown = Image.fromarray(_grown(np.asarray(seen) > 0, radius).astype(np.uint8) * 255)
         seen = ImageChops.lighter(seen, grown.filter(ImageFilter.BoxBlur(radius)))

@@ -7,3 +7,6 @@ A file without imports, so that `varptq --help` can print the numbers without to
 CFG = 1.5
 TOP_K = 900
 TOP_P = 0.96
+
+# Of one call; more would not be drawn in years.
+MAX_IMAGES = 10**9
