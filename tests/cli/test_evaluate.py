@@ -119,6 +119,16 @@ def test_one_metric_of_an_artifact_beside_files(artifact: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_float_model_of_another_kind_is_refused_before_sampling(
+    artifact: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ran = run("evaluate", artifact, "--against", "demo-text", "--count", 1, "--out", out)
+    assert ran.code == 2 and "model 'demo-text': reads texts, and the artifact of" in ran.err
+    assert ran.err.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.slow
 def test_a_float_model_that_is_another_one_is_warned_of(foreign: Path, tmp_path: Path) -> None:
     words = ("evaluate", foreign, "--count", 1, "--metrics", "psnr", "--out")
     ran = run(*words, tmp_path / "a")

@@ -66,6 +66,7 @@ class Choices:
         beside = ModelChoice(against, *files, **placement) if given else None
         if beside is not None:
             beside.check_float()
+            _check_alike(subject, beside)
         return cls(subject, beside)
 
     def load(self, runtime: str) -> Models:
@@ -98,4 +99,15 @@ class Choices:
             Models(pipe, float_pipe)
             if float_pipe.sources == pipe.sources
             else Models(pipe, None, missing)
+        )
+
+
+def _check_alike(subject: ModelChoice, beside: ModelChoice) -> None:
+    """Raise `InputError` for a model of classes and one that reads texts."""
+    (name, texts), (other, other_texts) = subject.about(), beside.about()
+    if texts != other_texts:
+        kinds = ["reads texts" if reads else "draws classes" for reads in (texts, other_texts)]
+        raise InputError(
+            f"model {other!r}: {kinds[1]}, and the artifact of {name!r} {kinds[0]}; name the float "
+            "model that it was made from"
         )
