@@ -9,8 +9,9 @@ A layer is what a ResNet block has of it: GroupNorm and SiLU, the convolution, t
 shortcut. The floats are oneDNN's, channels last, the fastest torch offers. Ours has the codes of
 the norm from moments that the convolution before found, and finds those of its own result. All
 variants alternate in one process on one thread, and medians of CPU time are compared, so a busy
-machine slows them alike. The floor is the time of the products at the measured peak of the
-instruction. The decoder stands beside OpenVINO's in 8 bits where openvino and nncf are installed.
+machine slows them alike. The last column is the time of all products at the measured peak of the
+byte product, as a share of ours: above 100% where kernels multiply less. The decoder stands beside
+OpenVINO's in 8 bits where openvino and nncf are installed.
 """
 
 from __future__ import annotations
@@ -175,10 +176,11 @@ def cases(label: str, named: dict[str, Any], peak: float, digits: int, unit: flo
         ours = taken["int8"]
         cells = [f"{taken[other] * unit:.{digits}f}" for other in (*others, "int8")]
         cells += [f"{taken[other] / ours:.2f}x" for other in others]
-        floor = f"{case['operations'] / peak / ours:.0%}" if peak else ""
-        rows.append([name, *cells, floor])
+        share = f"{case['operations'] / peak / ours:.0%}" if peak else ""
+        rows.append([name, *cells, share])
     return table(
-        [label, *others, "int8", *(f"over {name}" for name in others), "of the floor"], rows
+        [label, *others, "int8", *(f"over {name}" for name in others), "all products at the peak"],
+        rows,
     )
 
 

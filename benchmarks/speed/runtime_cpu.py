@@ -12,7 +12,8 @@ runtime_report.py makes the tables of docs/benchmarks.md.
 
 Next to each of ours is its floor: the products of the Linears at the measured peak of the product
 instruction or their packed bytes at the measured rate of reading memory, whichever is longer, scale
-by scale; and the decoder's convolutions at the same peak.
+by scale; and all products of the decoder's convolutions at the same peak, though kernels may
+multiply less.
 """
 
 from __future__ import annotations

@@ -58,12 +58,15 @@ def seconds(case: Document) -> Iterator[str]:
     yield from head("ratio", *presets)
     for name in next(iter(case["ratios"].values())):
         yield row(name, *(f"{case['ratios'][preset][name]:.2f}x" for preset in presets))
-    for part in ("linears", "decoder"):
+    for part, name in (
+        ("linears", "floor of the linears"),
+        ("decoder", "all products of the decoder, at the peak"),
+    ):
         cells = []
         for preset in presets:
             floor = case["floors"][preset][part]
-            cells.append(f"{floor:.2f} s, {floor / case['seconds'][preset][part]:.0%} reached")
-        yield row(f"floor of the {part}", *cells)
+            cells.append(f"{floor:.2f} s, {floor / case['seconds'][preset][part]:.0%} of its time")
+        yield row(name, *cells)
 
 
 def linears(found: Document) -> Iterator[str]:
