@@ -221,6 +221,18 @@ def test_batches_of_the_demo_model(demo: Demo) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make", KERNELS[1:])
+def test_the_same_tokens_are_the_same_image(make: Make, make_tiny: Callable[..., Pipeline]) -> None:
+    """From token map to pixels, to the bit: codes of the decoder follow last bits of its input."""
+    plain = quantized(make_tiny(depth=1, scales=Scales((1, 3, 7))), "w8a8")
+    reference = on_integers(plain, ReferenceKernels())
+    drawn = generate(reference, [0, 1, 2, 3], seed=0)
+    found = generate(on_integers(plain, make()), [0, 1, 2, 3], forced=drawn.tokens)
+    assert found.images is not None and drawn.images is not None
+    assert torch.equal(found.images, drawn.images)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "words"),
     [("w8a8+paper", "policy"), ("w4a4+renorm", "renormal"), ("w4a4+paper", "policy")],

@@ -39,8 +39,14 @@ from varptq.runtime.kernels import (
     Pending,
     Weight,
 )
-from varptq.runtime.layers import PerImage, by_rows
-from varptq.runtime.reference_convolution import affine, norm_codes, products, scaled
+from varptq.runtime.layers import by_rows
+from varptq.runtime.reference_convolution import (
+    OrderedPhi,
+    affine,
+    norm_codes,
+    products,
+    scaled,
+)
 
 INT32_END = 2**31
 
@@ -178,7 +184,7 @@ class ReferenceKernels:
         return attention.answer(q_RlC, rule, cache, spans)
 
     def phi(self, phi: nn.Conv2d) -> nn.Module:
-        return PerImage(phi)
+        return OrderedPhi(phi)
 
     def sampler(self) -> Sampler:
         return PerImageSampler()

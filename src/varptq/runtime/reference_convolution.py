@@ -13,14 +13,19 @@ rounded; all else is float32, each operation rounded, e^x the polynomial of the 
 (src/lanes/vmath.h), whose steps are fused. The range of SiLU is what the ends of v leave possible:
 it falls to its lowest point and rises from there, so nothing else has to be known of a map before
 it is coded.
+
+The token map is a convolution in float, and its last bits move the codes of all that follow. So its
+sums have the order of the native core, too (`OrderedPhi`).
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from varptq.models.convolutions import Taps
+from varptq.models.seams import RESIDUAL_RATIO
 from varptq.quant.affine import check_finite
 from varptq.quant.convolution import MapCodes, codes_on, image_grid
 from varptq.runtime.kernels import NormRule
@@ -115,3 +120,22 @@ def scaled(
     """float32 (N, H', W', O), contiguous."""
     y_NHWO = products_NHWO.float() * (scale_N.view(-1, 1, 1, 1) * scale_O)
     return y_NHWO.contiguous() if bias_O is None else (y_NHWO + bias_O).contiguous()
+
+
+class OrderedPhi(nn.Module):
+    """phi(h) of the token map. One sum per output, each product and each sum rounded: bias, then
+    input channels, kernel rows and kernel columns ascending."""
+
+    def __init__(self, phi: nn.Conv2d) -> None:
+        super().__init__()
+        assert phi.bias is not None
+        self.weight, self.bias, self.reach = phi.weight, phi.bias, phi.kernel_size[0] // 2
+
+    def forward(self, h_BCPP: Tensor) -> Tensor:
+        height, width = h_BCPP.shape[2:]
+        around = F.pad(h_BCPP, (self.reach,) * 4)
+        sums = self.bias.view(-1, 1, 1).expand_as(h_BCPP)
+        for channel, rows, columns in torch.ones_like(self.weight[0]).nonzero().tolist():
+            h = around[:, channel, None, rows : rows + height, columns : columns + width]
+            sums = sums + self.weight[:, channel, rows, columns, None, None] * h
+        return (1 - RESIDUAL_RATIO) * h_BCPP + RESIDUAL_RATIO * sums
