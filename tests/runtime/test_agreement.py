@@ -26,7 +26,7 @@ from varptq.quant.pipeline import QuantizedPipeline
 from varptq.runtime.convert import on_integers
 from varptq.runtime.cpu import NativeKernels, cpu_kernels
 from varptq.runtime.cpu_torch import TorchKernels
-from varptq.runtime.kernels import Kernels
+from varptq.runtime.kernels import InputRule, Kernels, Weight
 from varptq.runtime.layers import IntLinear
 from varptq.runtime.reference import ReferenceKernels
 
@@ -277,6 +277,22 @@ def test_odd_token_maps(sides: tuple[int, ...], make_tiny: Callable[..., Pipelin
     expected = plain.var(labels, inputs)
     found = on_integers(plain, NativeKernels()).var(labels, inputs)
     assert (found - expected).abs().median() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3, 64, 130])
+def test_products_of_torch_are_exact_at_every_width(inputs: int) -> None:
+    rule = InputRule("", inputs, "affine", 8, "with_zero", None, None, True, None)
+    g = torch.Generator().manual_seed(inputs)
+    codes = torch.randint(256, (37, inputs), generator=g).to(torch.uint8)
+    weight = Weight(codes, torch.ones(37, 1), torch.full((37, 1), 3.0), 8)
+    x = torch.randn(1, 5, inputs, generator=g)
+    found = [
+        kernels.linear(
+            kernels.quantize(x, rule, None, None), kernels.pack(weight, rule), None, None
+        )
+        for kernels in (ReferenceKernels(), TorchKernels())
+    ]
+    assert torch.equal(*found)
 
 
 def test_seams_are_all_replaced(tiny: Pipeline) -> None:

@@ -121,7 +121,8 @@ def _patches(x_NCHW: Tensor, taps: Taps, kernel: int) -> Tensor:
 
 def _int8_product(a_Mg: Tensor, w_Ng: Tensor) -> Tensor:
     """a, uint8 or int8, times the transpose of int8 w, int32 (M, N)."""
-    if _int_mm_is_exact():
+    # torch reads (N, 1) wrongly where it is transposed: its strides are those of (1, N).
+    if _int_mm_is_exact() and a_Mg.shape[1] > 1:
         return _int_mm(a_Mg.contiguous(), w_Ng.T)
     return a_Mg.int() @ w_Ng.int().T
 
