@@ -56,6 +56,20 @@ def test_a_file_that_is_no_library_is_a_reason_not_an_error(loading: Path) -> No
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("left", [5000, -4096, -1])
+def test_a_library_that_was_cut_is_a_reason_not_a_crash(loading: Path, left: int) -> None:
+    built = Path(build.__file__).parent / "_core.so"
+    if not built.exists():
+        pytest.skip("the native core is not built")
+    whole = built.read_bytes()
+    if not whole.startswith(b"\x7fELF"):
+        pytest.skip("no ELF file")
+    loading.write_bytes(whole[:left])
+    assert binding.core() is None
+    assert "_core.so is only a part of a library" in binding.reason()
+
+
+@pytest.mark.native
 def test_a_library_of_other_sources_is_not_used(
     loading: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
 from varptq.native import build
 
 OK, NON_FINITE = 0, 1
+# Of little-endian ELF files, Linux's libraries: where the table of sections starts, bytes of an
+# entry, and how many there are.
+_ELF_OF_64_BITS, _ELF_HEADER = b"\x7fELF\x02\x01", struct.Struct("<40xQ10xHH2x")
 # Sets for tests, which run kernels for machines unlike this one; see src/machine/isa.h.
 EMULATED = ("amx-emulated", "avxvnni-evex")
 
@@ -24,6 +28,17 @@ class _Loaded(NamedTuple):
     reason: str
 
 
+def _is_cut(path: Path) -> bool:
+    """Whether the end of an ELF file is missing, such as after a copy that was stopped: its table
+    of sections comes last. The system would map what is not there, and end the process."""
+    with path.open("rb") as file:
+        head = file.read(_ELF_HEADER.size)
+    if len(head) < _ELF_HEADER.size or not head.startswith(_ELF_OF_64_BITS):
+        return False
+    *_, start, size, count = _ELF_HEADER.unpack(head)
+    return path.stat().st_size < start + size * count
+
+
 @functools.cache
 def _load() -> _Loaded:
     path: Path = build.LIBRARY
@@ -31,6 +46,8 @@ def _load() -> _Loaded:
     if not path.exists():
         return _Loaded(None, f"the native core is not built: {hint}")
     try:
+        if _is_cut(path):
+            return _Loaded(None, f"{path.name} is only a part of a library: {hint}")
         library = ctypes.CDLL(str(path))
         library.vq_source_hash.restype = ctypes.c_char_p
         found = library.vq_source_hash().decode()
