@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor
 from varptq.native import binding
 from varptq.native.linear import PackedWeight, accumulate, linear, pack
 from varptq.native.quantize import Rows, quantize
+from varptq.runtime.cpu import cpu_kernels
 
 pytestmark = [
     pytest.mark.native,
@@ -318,6 +320,18 @@ def test_the_environment_caps_the_instruction_set_and_never_crashes() -> None:
             assert NAMES.index(used) <= NAMES.index(name) and used not in binding.EMULATED
         if name in binding.features():
             assert used == name
+
+
+def test_a_cap_that_is_no_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VARPTQ_ISA", "AVX2")
+    with pytest.warns(UserWarning, match="VARPTQ_ISA 'AVX2': unknown, nothing is capped; use port"):
+        cpu_kernels()
+    assert set(binding.features()) <= set(binding.names())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in (*binding.names(), *binding.EMULATED, ""):
+            monkeypatch.setenv("VARPTQ_ISA", name)
+            cpu_kernels()
 
 
 def test_a_child_process_computes_after_a_fork() -> None:

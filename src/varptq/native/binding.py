@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ OK, NON_FINITE = 0, 1
 _ELF_OF_64_BITS, _ELF_HEADER = b"\x7fELF\x02\x01", struct.Struct("<40xQ10xHH2x")
 # Sets for tests, which run kernels for machines unlike this one; see src/machine/isa.h.
 EMULATED = ("amx-emulated", "avxvnni-evex")
+# Caps the set; the core reads it when it first computes.
+ENVIRONMENT = "VARPTQ_ISA"
 
 
 class _Loaded(NamedTuple):
@@ -99,6 +102,21 @@ def isa() -> str:
     """The instruction set in use: "portable", "avx2", "avxvnni", "avx512vnni", "amx",
     "neon-dotprod", "neon-i8mm", or one of `EMULATED`."""
     return library().vq_isa().decode()
+
+
+def names() -> list[str]:
+    """The instruction sets of all machines, ascending, without those for tests."""
+    isas = (build.PORTABLE, *(isa for isas in build.ISAS_OF_MACHINE.values() for isa in isas))
+    return [name for isa in isas if (name := isa.replace("_", "-")) not in EMULATED]
+
+
+def unknown_cap() -> str:
+    """What is wrong with the environment's cap, which the core then ignores; empty if nothing."""
+    asked = os.environ.get(ENVIRONMENT, "")
+    if not asked or asked in (*names(), *EMULATED):
+        return ""
+    known = ", ".join(names())
+    return f"environment variable {ENVIRONMENT} {asked!r}: unknown, nothing is capped; use {known}"
 
 
 def features() -> list[str]:

@@ -37,8 +37,11 @@ from varptq.runtime.reference_convolution import affine, affine_of
 
 
 def cpu_kernels() -> Kernels:
-    """The native core if it is available, else torch's integer products, with a warning."""
+    """The native core if it is available, else torch's integer products, with a warning. Another
+    one for a cap that is no instruction set."""
     if binding.core() is not None:
+        if mistake := binding.unknown_cap():
+            warnings.warn(mistake, stacklevel=2)
         return NativeKernels()
     warnings.warn(f"runtime 'cpu' takes its slow path: {binding.reason()}", stacklevel=2)
     return TorchKernels()
