@@ -9,7 +9,7 @@ rounded, none fused. Maps are channels last: NHWC.
     SiLU: v / (1 + e^-v)
 
 Mean and variance come from sums in double, which leave no trace of their order when they are
-rounded; all else is float32, each operation rounded, e^x the polynomial of the native core
+rounded, unless a group's mean is thousands of times its deviation; all else is float32, each operation rounded, e^x the polynomial of the native core
 (src/lanes/vmath.h), whose steps are fused. The range of SiLU is what the ends of v leave possible:
 it falls to its lowest point and rises from there, so nothing else has to be known of a map before
 it is coded.
