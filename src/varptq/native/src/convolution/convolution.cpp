@@ -133,7 +133,7 @@ bool ran_in_words(const Convolution& job, int64_t strips, int64_t panels) {
       words.make(job, first + i / kVectors, i % kVectors, kernels + i / kVectors * size);
     };
     parallel_for(count * kVectors, threads, make);
-    const int64_t parts = strips < 4 * threads && threads > 1 ? count : 1, each = count / parts;
+    const int64_t parts = threads > 1 && strips < 2 * threads ? count : 1, each = count / parts;
     auto task = [&](int64_t i, int) {
       const int64_t at = i / parts, part = i % parts * each;
       words.strip(job, at / job.strips, at % job.strips, first + part, each,
