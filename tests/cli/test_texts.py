@@ -189,6 +189,7 @@ BAD = [
     ("generate --random tiny --prompt cat --tau 0 --out {out}", "tau is 0"),
     ("generate --random tiny --prompt cat --tau x --out {out}", "'--tau'"),
     ("generate --random tiny --prompt cat --size 2M --out {out}", "size '2M': expected one of"),
+    ("generate --random tiny --prompt cat --negative x --cfg 1 --out {out}", "with cfg 1.0 no"),
     ("generate demo --classes cat --size 1M --out {out}", "draws at one size only"),
     ("generate --random tiny --prompts {here}/gone.txt --out {out}", "gone.txt: cannot be read"),
     ("generate --random tiny --prompts {here}/empty.txt --out {out}", "line 2: empty"),

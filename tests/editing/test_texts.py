@@ -197,6 +197,7 @@ def test_every_named_size_has_a_schedule(text: Pipeline) -> None:
         ({"size": "2M"}, "model 'tiny-text': size '2M': expected one of 0.06M"),
         ({"cfg": 3.0}, "cfg 3.0: inpaint towards nothing"),
         ({"to": CAT, "cfg": (3.0, 3.0)}, "cfg: 2 values, expected one for all scales or 4"),
+        ({"negative": DOG, "cfg": 1}, "negative: with cfg 1.0 no scale is guided"),
         ({"tau": 0.0}, "tau"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,26 @@ def test_guidance_beyond_the_blocks(tiny: Pipeline) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unguided", "words"),
+    [
+        ({"cfg": 1.0}, "with cfg 1.0 no scale is guided"),
+        ({"cfg": [1, 1, 1]}, "with cfg (1.0, 1.0, 1.0)"),
+        ({"cfg": [1, 1, 4], "guided_scales": 2}, "with guided_scales 2"),
+        ({"guided_scales": 0}, "with guided_scales 0"),
+    ],
+)
+def test_a_negative_prompt_wants_guidance(
+    tiny: Pipeline, unguided: dict[str, Any], words: str
+) -> None:
+    against = prompts(2)
+    for asked, negative in ((prompts(3), against), (prompts(3).instead_of(against), None)):
+        with pytest.raises(InputError) as caught:
+            varptq.generate(tiny, asked, negative=negative, **unguided)
+        one_line(caught, "negative: ", words, "leave the negative prompt out")
+    varptq.generate(tiny, prompts(3), negative=against, cfg=[1, 4, 1], decode=False)
+
+
 def test_it_is_quantized_saved_and_loaded(tiny: Pipeline, tmp_path: Path) -> None:
     """In one config; calibrate/test_texts.py has the others."""
     asked = prompts(3, 5, 1, 3)

@@ -87,7 +87,8 @@ def command(
     choice = ModelChoice(source, var, vae, random, download, device, dtype, class_names)
     asked.check(choice)
     pipe = asked.prepared(choice.load(runtime)).sized(read_size(size))
-    pipe.plan(settings, guide_at)  # refused before texts are encoded
+    # Refused before texts are encoded.
+    pipe.plan(settings, guide_at, negative=negative is not None)
     document = draw(
         pipe, asked.prompts(pipe, count), settings, guide_at, seed, batch_size, out, force
     )

@@ -158,6 +158,7 @@ def prepare(
     before = read_image(image)
     pipe = _sized(pipe, size, before)
     sampling = _sampling(pipe, task, wanted, asks=to is not None or negative is not None)
+    pipe.plan(sampling, negative=negative is not None)
     view = _View.of(before, pipe, task, mask, box, fit)
     keep_L = keep_mask(view.mask.cells_PQ, pipe.scales)
     prompt = pipe.prompts(_one(pipe, to), negative)

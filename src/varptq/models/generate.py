@@ -103,7 +103,8 @@ def generate(
     settings = SamplingSettings(top_p=top_p, guided_scales=guided_scales, **shared, **rest)
     graphs = pipe.graphs if cuda_graphs else None
     pipe = bare(pipe).sized(size)
-    asked, plan = pipe.prompts(prompts, negative), pipe.plan(settings, guide_at)
+    asked = pipe.prompts(prompts, negative)
+    plan = pipe.plan(settings, guide_at, negative=asked.has_negative)
     forced = _check_forced(pipe, forced, len(asked))
     batches = _batches(len(asked), batch_size)
     drawn_from = _check_streams(streams, seed, first_index, len(asked))

@@ -131,10 +131,17 @@ class Pipeline:
         """These settings, with the model's own value for each that is None."""
         return (settings or SamplingSettings()).filled(self.var.sampling)
 
-    def plan(self, settings: SamplingSettings, guide_at: Sequence[int] = (LOGITS,)) -> DrawPlan:
-        """These settings as numbers per scale for this model. Raises `InputError` for another
-        number of values than of scales and for more guided scales, `ConfigError` for a place that
-        it cannot be guided at."""
+    def plan(
+        self,
+        settings: SamplingSettings,
+        guide_at: Sequence[int] = (LOGITS,),
+        *,
+        negative: bool = False,
+    ) -> DrawPlan:
+        """These settings as numbers per scale for this model. negative: whether there is a negative
+        prompt. Raises `InputError` for another number of values than of scales, for more guided
+        scales, and for a negative prompt where none is guided, `ConfigError` for a place that it
+        cannot be guided at."""
         filled = self.filled(settings)
         assert filled.cfg is not None and filled.tau is not None
         assert filled.top_k is not None and filled.top_p is not None
@@ -144,8 +151,9 @@ class Pipeline:
             raise InputError(f"guided_scales {guided}: expected 0 to {count}, the model's scales")
         with self._named():
             self.var.check_guidance(places)
-        return DrawPlan(
-            (*self.var.strengths(filled.cfg)[:guided], *(0.0,) * (count - guided)),
+        strengths = self.var.strengths(filled.cfg)
+        plan = DrawPlan(
+            (*strengths[:guided], *(0.0,) * (count - guided)),
             per_scale("tau", filled.tau, self.scales),
             filled.top_k,
             filled.top_p,
@@ -153,6 +161,13 @@ class Pipeline:
             filled.more_smooth,
             places,
         )
+        if negative and not plan.is_guided:
+            said = f"guided_scales {guided}" if any(strengths) else f"cfg {filled.cfg}"
+            raise InputError(
+                f"negative: with {said} no scale is guided, so nothing would be drawn differently; "
+                "guide one, or leave the negative prompt out"
+            )
+        return plan
 
     def over(self, scales: Scales) -> Self:
         """The same model over another schedule; its networks are shared. Raises `InputError` where

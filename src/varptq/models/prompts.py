@@ -72,6 +72,11 @@ class Prompts(ABC):
         `NEGATIVE` says so. Raises `InputError` for another number of them."""
         raise NotImplementedError
 
+    @property
+    def has_negative(self) -> bool:
+        """Whether others take the place of nothing."""
+        return False
+
     def guided(self) -> Self:
         """The rows that guidance needs, in the order `sampling.guided` takes them: all that is
         asked for, then nothing as often."""

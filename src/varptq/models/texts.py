@@ -105,6 +105,10 @@ class TextPrompts(Prompts):
                     state.update(features.contiguous().numpy().tobytes())
         return state.hexdigest()
 
+    @property
+    def has_negative(self) -> bool:
+        return any(row.negative is not None for row in self.rows)
+
     def instead_of(self, negative: TextPrompts) -> Self:
         if len(negative) not in (1, len(self)):
             raise InputError(

@@ -186,3 +186,6 @@ def test_a_model_that_reads_texts(server: Running) -> None:
     assert files(answer)[0] != files(other)[0]
     with pytest.raises(openai.BadRequestError, match=r"prompt: empty"):
         client.images.generate(model="texts", prompt=" ")
+    unguided = {**extra, "cfg": 1}
+    with pytest.raises(openai.BadRequestError, match="no scale is guided"):
+        client.images.generate(model="texts", prompt="a red boat", extra_body=unguided)

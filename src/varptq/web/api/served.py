@@ -57,7 +57,8 @@ class Served:
         pipe = self.pipe.sized(self._size(asked.size))
         if not asked.prompt.strip():
             raise InputError("prompt: empty; say what to draw")
-        pipe.plan(asked.sampling)  # refused before a text is encoded
+        # Refused before a text is encoded.
+        pipe.plan(asked.sampling, negative=asked.negative_prompt is not None)
         prompts = pipe.prompts([asked.prompt] * asked.n, asked.negative_prompt)
         height, width = pipe.vae.image_size
         order = _order(asked, pipe, prompts, pipe.filled(asked.sampling))
