@@ -12,8 +12,7 @@ The loop over scales lives with the model, not here.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -35,6 +34,8 @@ SMOOTH_TAU, SMOOTH_DECAY, SMOOTH_TAU_MIN = 0.27, 0.95, 0.005
 HALF_STEP, BELOW_ONE = 2.0**-25, 1 - 2.0**-24
 # Where guidance mixes: the logits, and no hidden states.
 LOGITS = 0
+# Far beyond any use; logits times the one, or over the other, are finite.
+MAX_CFG, MIN_DIVISOR, MAX_DIVISOR = 1e6, 1e-6, 100
 # torch hands this many elements to one thread.
 SERIAL_ELEMENTS = 2**15
 # Odd, hence a bijection of the 32-bit integers (2^32 over the golden ratio).
@@ -62,7 +63,7 @@ class SamplingSettings(Settings):
     tau: PerScale | None = None
     top_k: int | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, ge=0, le=1)
-    temperature: float = Field(default=1.0, gt=0, le=100)
+    temperature: float = Field(default=1.0, ge=MIN_DIVISOR, le=MAX_DIVISOR)
     more_smooth: bool = False
     guided_scales: int | None = Field(default=None, ge=0)
 
@@ -70,12 +71,12 @@ class SamplingSettings(Settings):
     @field_validator("cfg", mode="before")
     @classmethod
     def _guidance(cls, value: Any) -> Any:
-        return _checked(value, lambda x: x >= 0, "at least 0")
+        return _checked(value, 0, MAX_CFG)
 
     @field_validator("tau", mode="before")
     @classmethod
     def _divisor(cls, value: Any) -> Any:
-        return _checked(value, lambda x: 0 < x <= 100, "above 0 and at most 100")
+        return _checked(value, MIN_DIVISOR, MAX_DIVISOR)
 
     def filled(self, own: SamplingSettings) -> SamplingSettings:
         """These settings, with the value of `own` for each that is None."""
@@ -84,13 +85,19 @@ class SamplingSettings(Settings):
         return SamplingSettings(**{**said, **missing})
 
 
-def _checked(value: Any, fits: Callable[[float], bool], expected: str) -> Any:
-    """A number, or one per scale, each finite and fit."""
+def _checked(value: Any, low: float, high: float) -> Any:
+    """A number, or one per scale, each of the range."""
     for number in value if isinstance(value, list | tuple) else [value]:
-        is_number = isinstance(number, Real) and not isinstance(number, bool)
-        if number is not None and not (is_number and math.isfinite(number) and fits(float(number))):
-            raise ValueError(f"expected numbers that are {expected}, one or one for each scale")
+        if number is not None and not (_is_number(number) and low <= number <= high):
+            raise ValueError(
+                f"expected numbers that are at least {low:g} and at most {high:g}, one or one for "
+                "each scale"
+            )
     return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 VAR_SAMPLING = SamplingSettings(cfg=CFG, tau=1.0, top_k=TOP_K, top_p=TOP_P)

@@ -93,6 +93,8 @@ def test_a_token_is_asked_for_everywhere_but_for_health(on_integers: Pipeline) -
         ({"json": {"prompt": "cat", "response_format": "url"}}, "response_format is 'url'"),
         ({"json": {"prompt": "cat", "background": "transparent"}}, "background"),
         ({"json": {"prompt": "cat", "cfg": [1.0, 2.0]}}, "cfg"),
+        ({"json": {"prompt": "cat", "cfg": 1e308}}, "cfg is 1e+308: expected numbers that are"),
+        ({"json": {"prompt": "cat", "tau": 1e-45}}, "tau is 1e-45: expected numbers that are"),
         ({"json": {"prompt": "cat", "top_p": 7}}, "top_p is 7"),
         ({"content": b'{"prompt": "cat", "cfg": NaN}'}, "cfg"),
         ({"json": {"prompt": "cat", "negative_prompt": "dog"}}, "negative"),
