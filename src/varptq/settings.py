@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from varptq.errors import ConfigError
 
@@ -57,6 +57,16 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise describe(error, type(self).__name__) from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # `yes` in YAML; as a number it would be 1.
+        if _holds_truth(value):
+            kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+            if bool not in kinds and (int in kinds or float in kinds):
+                raise ValueError("expected a number")
+        return value
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again. Fields left to their defaults stay
         so: a default that depends on other fields is computed again."""
@@ -83,6 +93,19 @@ class Settings(BaseModel):
             return cls.from_dict(_parse(_read(path), path))
         except RecursionError:
             raise ConfigError(f"configuration {path}: nested too deeply") from None
+
+
+def _holds_truth(value: Any) -> bool:
+    """Whether it is true or false, or a list with one of these."""
+    return isinstance(value, bool) or (
+        isinstance(value, list | tuple) and any(map(_holds_truth, value))
+    )
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types in an annotation: str, int and None of `dict[str, int] | None`."""
+    parts = get_args(annotation)
+    return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]
 
 
 def _read(path: Path) -> str:

@@ -241,6 +241,10 @@ def test_unknown_presets_name_the_known_ones(name: str, words: list[str]) -> Non
         ({}, "TensorSpec: num_bits: Field required"),
         ({"num_bits": 4, "tpye": "log2"}, "TensorSpec: unknown field 'tpye'"),
         (
+            {"num_bits": 4, "row_multiple": True},
+            "TensorSpec: row_multiple is True: expected a number",
+        ),
+        (
             {"num_bits": 4, "type": "fp4"},
             "TensorSpec: type is 'fp4': expected one of affine, codebook, sign_split, log2, "
             "uniform",
@@ -375,6 +379,7 @@ def test_from_file(tmp_path: Path, suffix: str) -> None:
         ("a.json", b'{"name": "a", "name": "a"}', "field 'name' stands twice"),
         ("a.json", b'{"linear": {"weight": 1, "weight": 2}}', "field 'weight' stands twice"),
         ("a.yaml", b"name: a\nlinear: {weight: 1, weight: 2}\n", "field 'weight' stands twice"),
+        ("a.yaml", b"{name: a, linear: {weight: {num_bits: yes}}}", "num_bits is True: expected"),
         ("a.yaml", b"? [a]\n: 1\n", "not valid YAML"),
         ("a.yaml", b"!!map name", "not valid YAML"),
         ("absent.json", None, "cannot be read"),
