@@ -18,13 +18,14 @@ from varptq.calibrate import run as run_module
 from varptq.calibrate.config import CalibrationConfig
 from varptq.calibrate.quantize import quantize
 from varptq.calibrate.samples import calibration_set
-from varptq.errors import InputError, NonFiniteError, VarptqError
+from varptq.errors import ConfigError, InputError, NonFiniteError, VarptqError
 from varptq.evaluate.tokens import TokenFidelity, token_fidelity
 from varptq.models.generate import generate
 from varptq.models.pipeline import Pipeline, load_model
 from varptq.models.scales import Scales
-from varptq.quant.config import LayerRule, QuantConfig
-from varptq.quant.convert import convert
+from varptq.models.seams import linears_of
+from varptq.quant.config import LayerRule, QuantConfig, TensorSpec
+from varptq.quant.convert import check_groups, convert
 from varptq.quant.describe import bops_account
 from varptq.quant.find import quant_linears, quant_mixes
 from varptq.quant.pipeline import QuantizedPipeline
@@ -288,6 +289,23 @@ def test_a_config_that_does_not_fit_is_refused_before_any_work(
     monkeypatch.setattr(run_module, "calibration_set", None)
     with pytest.raises(VarptqError, match=r"rule 'layers\.\*': matches no layer"):
         run(tiny, config=W4A4.with_rules(LayerRule(targets="layers.*", input=None)))
+
+
+def test_a_group_wider_than_every_layer_is_refused_before_any_work(
+    tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "calibration_set", None)
+    widest = max(layer.in_features for layer in linears_of(tiny.var).values())
+    wide = TensorSpec(num_bits=4, strategy="group", group_size=widest + 1, fallback=False)
+
+    def weights(spec: TensorSpec) -> QuantConfig:
+        return W4A4.with_rules(LayerRule(targets="*.ffn.fc1", weight=spec))
+
+    with pytest.raises(ConfigError, match=rf"group_size {widest + 1}: .* 8 to {widest}"):
+        run(tiny, "rtn", weights(wide))
+    # Narrower than the widest layer, or told to fall back: whole rows are meant.
+    for spec in (wide.replace(group_size=widest), wide.replace(fallback=True)):
+        check_groups(tiny.var, weights(spec))
 
 
 def test_eight_bits_are_nearly_float_and_more_bits_are_better(tiny: Pipeline) -> None:

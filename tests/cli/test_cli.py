@@ -274,6 +274,8 @@ BAD_QUANTIZE = [
     ("demo --config {here}/broken.json", "not valid JSON"),
     ("demo --group-size 96", "layer head: group_size 96"),
     ("demo --group-size 4", "group_size"),
+    ("demo --method rtn --samples 1 --group-size 2048", "group_size 2048: wider than every layer"),
+    (f"demo --method rtn --dry-run --group-size {10**26}", f"group_size {10**26}: wider than"),
     ("demo --group-size half", "'--group-size'"),
     ("demo --method magic", "method 'magic': unknown"),
     ("demo --method sas+magic", "method 'sas+magic': unknown"),

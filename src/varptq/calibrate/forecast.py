@@ -51,7 +51,7 @@ from varptq.models.placement import checked_device, checked_dtype
 from varptq.models.seams import linears_of
 from varptq.progress import Progress, silent
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import check_rules, shared_copy
+from varptq.quant.convert import check_groups, check_rules, shared_copy
 from varptq.torch_state import plain_torch
 
 STAGE = "forecast"
@@ -169,6 +169,7 @@ def forecast(
     recipe = Method.parse(method)
     pipe, settings = prepared(pipe, recipe.settle(calibration or CalibrationConfig()), prompts)
     check_rules(pipe.var, config)
+    check_groups(pipe.var, config)
     depth, draws = pipe.var.arch.depth, _draws(pipe, config, recipe, settings)
     cut = _first_block(pipe, placed)
     probe = Probe(cut, depth, config, recipe, settings, draws)

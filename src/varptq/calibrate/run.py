@@ -24,7 +24,7 @@ from varptq.models.pipeline import Pipeline
 from varptq.models.transformer import Transformer
 from varptq.progress import Progress, silent
 from varptq.quant.config import QuantConfig
-from varptq.quant.convert import convert, convert_autoencoder
+from varptq.quant.convert import check_groups, convert, convert_autoencoder
 from varptq.quant.find import quant_linears
 from varptq.quant.folds import Diagonals, scale_all
 from varptq.quant.layers import QuantLinear
@@ -60,6 +60,7 @@ class Run:
     _names: Counter[str] = field(default_factory=Counter[str], init=False)
 
     def __post_init__(self) -> None:
+        check_groups(self.pipe.var, self.config)
         self.quantized = self.converted()
         self.autoencoder = convert_autoencoder(self.pipe.vae, self.config)
 

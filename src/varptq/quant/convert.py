@@ -153,6 +153,21 @@ def check_rules(var: Transformer, config: QuantConfig) -> None:
     _check_targets(rules, (*linears, *attentions), (linears[0], linears[-1], attentions[0]))
 
 
+def check_groups(var: Transformer, config: QuantConfig) -> None:
+    """Raise `ConfigError` for groups that every layer of the model is narrower than, so that none
+    would have any, unless whole rows may take their place."""
+    linears = linears_of(var)
+    widest = max(layer.in_features for layer in linears.values())
+    for name in linears:
+        spec = config.linear_for(name)
+        for tensor in (spec.weight, spec.input):
+            if tensor and not tensor.fallback and (tensor.group_size or 0) > widest:
+                raise ConfigError(
+                    f"group_size {tensor.group_size}: wider than every layer of the model, "
+                    f"expected 8 to {widest} input channels; choose a smaller one"
+                )
+
+
 def check_autoencoder_rules(vae: Autoencoder, config: QuantConfig) -> None:
     """`check_rules` for what rules say of the autoencoder."""
     names = list(convolutions_of(vae)) or ["(none here)"]
