@@ -5,8 +5,10 @@ Knows neither pages nor an API.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
+import logging
 import socket
 from typing import Literal
 
@@ -72,4 +74,13 @@ def server_of(
     config = uvicorn.Config(
         app, log_level="warning", lifespan=lifespan, timeout_graceful_shutdown=grace
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_failure)
     return uvicorn.Server(config)
+
+
+def _is_failure(record: logging.LogRecord) -> bool:
+    """Whether an entry of the log is no traceback of what was cut off at the end: an answer, or, as
+    text, the wait for the end itself."""
+    kind = record.exc_info[0] if record.exc_info else None
+    cut = kind is not None and issubclass(kind, asyncio.CancelledError)
+    return not cut and not record.getMessage().rstrip().endswith("CancelledError")

@@ -116,7 +116,11 @@ def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -
     listening = listen(options.host, options.port)
     server = server_of(web_app(studio, options), grace=1)
     announce(f"{url(options.host, listening)}/")
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    finally:
+        # What a page still waits for ends at its next scale.
+        studio.jobs.end()
 
 
 def _password_check(user: str, password: str) -> Callable[[str, str], bool]:
