@@ -126,10 +126,16 @@ def test_the_gate_sees_images_that_tuning_does_not(
     assert len(keys["steps"]) == 2 * tuning.BATCH and not keys["gate"] & keys["steps"]
 
 
-def test_the_loss_is_the_reported_fidelity(tiny: Pipeline, untuned: QuantizedPipeline) -> None:
-    images = calibration_set(tiny, CONFIG.replace(num_samples=5), seed=3, resampled=False)
-    known = token_fidelity(tiny, untuned, images.prompts, images.tokens, cfg=1.5).kl
-    assert mean_kl(tiny, untuned, images, CONFIG) == pytest.approx(known, rel=1e-4)
+@pytest.mark.parametrize("guided_scales", [None, 2, 0])
+def test_the_loss_is_the_reported_fidelity(
+    tiny: Pipeline, untuned: QuantizedPipeline, guided_scales: int | None
+) -> None:
+    sampling = SamplingSettings(cfg=1.5, guided_scales=guided_scales)
+    config = CONFIG.replace(num_samples=5, sampling=tiny.filled(sampling))
+    images = calibration_set(tiny, config, seed=3, resampled=False)
+    how = {"cfg": 1.5, "guided_scales": guided_scales}
+    known = token_fidelity(tiny, untuned, images.prompts, images.tokens, **how).kl
+    assert mean_kl(tiny, untuned, images, config) == pytest.approx(known, rel=1e-4)
 
 
 def test_the_gradient_of_a_scale_is_a_difference_quotient(tiny: Pipeline) -> None:

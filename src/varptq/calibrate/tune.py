@@ -250,5 +250,6 @@ def mean_kl(
 
 def all_logits(pipe: Pipeline, images: CalibrationSet, sampling: SamplingSettings) -> Tensor:
     """(B, L draws, V) float32 guided logits of all scales, nothing filtered."""
-    parts = guided_logits(pipe, images.prompts, images.tokens, sampling.cfg, sampling.tau)
+    guidance = (sampling.cfg, sampling.tau, sampling.guided_scales)
+    parts = guided_logits(pipe, images.prompts, images.tokens, *guidance)
     return torch.cat([part.float() for _, part in parts], dim=1)
