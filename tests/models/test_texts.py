@@ -92,12 +92,23 @@ def test_strings_want_an_encoder(model: Infinity) -> None:
         ),
         ([torch.ones(2, CHANNELS + 1)], f"{CHANNELS + 1} channels, expected {CHANNELS}"),
         ([torch.ones(7, CHANNELS)], "7 tokens, expected at most 6"),
+        (np.array(3), "a list of features"),
+        ([np.ones((2, CHANNELS), np.longdouble)], "prompt 0: of "),
+        ([np.full((2, CHANNELS), 1e300)], "prompt 0: features hold"),
     ],
 )
 def test_what_is_refused(model: Infinity, values: object, words: str) -> None:
     with pytest.raises(InputError) as caught:
         model.prompts(values, (), None)
     one_line(caught, words)
+
+
+def test_arrays_of_any_byte_order_and_strides() -> None:
+    (plain,) = features(3)
+    array = plain.numpy()
+    for other in (array.astype(">f4"), array[::-1].copy()[::-1], np.asfortranarray(array)):
+        (row,) = TextPrompts.of([other]).rows
+        assert row.features_TD is not None and torch.equal(row.features_TD, plain)
 
 
 def test_prompts_of_another_model_are_refused_too(model: Infinity) -> None:
@@ -112,7 +123,13 @@ def test_files_of_features(tmp_path: Path) -> None:
     arrays = {"features": torch.cat(found), "lengths": torch.tensor([3, 1, 2])}
     save_file(arrays, tmp_path / "f.safetensors")
     np.savez(tmp_path / "f.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
-    for name in ("f.safetensors", "f.npz"):
+    save_file(arrays, tmp_path / "F.SAFETENSORS")
+    swapped = {
+        "features": torch.cat(found).numpy().astype(">f4"),
+        "lengths": np.array([3, 1, 2], ">i8"),
+    }
+    np.savez(tmp_path / "swapped.npz", **swapped)
+    for name in ("f.safetensors", "F.SAFETENSORS", "f.npz", "swapped.npz"):
         rows = load_features(tmp_path / name).rows
         assert [row.length for row in rows] == [3, 1, 2]
         assert all(torch.equal(r.features_TD, f) for r, f in zip(rows, found, strict=True))
@@ -126,6 +143,9 @@ def test_files_of_features(tmp_path: Path) -> None:
         ({"features": np.ones((3, 2)), "lengths": np.array([3, 0])}, "at least 1"),
         ({"features": np.ones(3), "lengths": np.array([3])}, "(tokens, channels)"),
         ({"features": np.full((1, 2), np.inf), "lengths": np.array([1])}, "NaN or infinity"),
+        ({"features": np.ones((3, 2)), "lengths": np.array([2.0, 1.0])}, "whole numbers"),
+        ({"features": np.ones((3, 2)), "lengths": np.array(["2", "1"])}, "lengths: of <U1"),
+        ({"features": np.array([["a"]]), "lengths": np.array([1])}, "features: of <U1"),
     ],
 )
 def test_files_that_hold_something_else(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -123,6 +124,8 @@ def generate(
 
 
 def _batches(count: int, batch_size: int) -> list[slice]:
+    if not isinstance(batch_size, Integral):
+        raise InputError(f"batch_size {batch_size!r}: expected a whole number")
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: must be at least 1")
     return [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
@@ -135,12 +138,20 @@ def _check_streams(
         return [(seed, first_index + i) for i in range(count)]
     if len(streams) != count:
         raise InputError(f"streams: {len(streams)}, expected {count}, one for each prompt")
+    for stream in streams:
+        pair = stream if isinstance(stream, Sequence) else ()
+        if len(pair) != 2 or not all(isinstance(number, Integral) for number in pair):
+            raise InputError(
+                f"stream {stream!r}: expected two whole numbers, a seed and the index of an image"
+            )
     return streams
 
 
 def _check_forced(pipe: Pipeline, forced: Tensor | None, count: int) -> Tensor | None:
     if forced is None:
         return None
+    if not isinstance(forced, Tensor):
+        raise InputError(f"forced: a {type(forced).__name__}, expected a tensor of int64 ids")
     alphabet = pipe.alphabet
     expected = alphabet.shape(count, pipe.scales.num_tokens)
     if tuple(forced.shape) != expected:

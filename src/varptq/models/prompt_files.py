@@ -26,7 +26,7 @@ from varptq.errors import InputError
 from varptq.files import write_atomic
 from varptq.models.file_kinds import SAFETENSORS_SUFFIX, read_content
 from varptq.models.text_files import lines_of, read_text
-from varptq.models.texts import LENGTHS, MAX_CHARACTERS, TextPrompts
+from varptq.models.texts import LENGTHS, MAX_CHARACTERS, TextPrompts, numbers
 
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "prompts.txt"
 FEATURES, TEXTS, PROMPT = "features", "texts", "prompt"
@@ -74,11 +74,14 @@ def load_features(path: str | Path) -> TextPrompts:
     Raises `InputError` for what is not such a file, `CheckpointError` for one that is damaged.
     """
     path = Path(path)
-    content = read_content(path) if path.suffix == SAFETENSORS_SUFFIX else _read_npz(path)
+    is_npz = path.suffix.lower() != SAFETENSORS_SUFFIX
+    content = _read_npz(path) if is_npz else read_content(path)
     if not {FEATURES, LENGTHS} <= set(content):
         raise InputError(f"{path}: holds {sorted(content)[:4]}, expected {FEATURES} and {LENGTHS}")
-    features = torch.as_tensor(content[FEATURES], dtype=None, device="cpu")
-    lengths = torch.as_tensor(content[LENGTHS], dtype=None, device="cpu").flatten().tolist()
+    features, counts = (numbers(content[name], f"{path}: {name}") for name in (FEATURES, LENGTHS))
+    if counts.is_floating_point() or counts.is_complex():
+        raise InputError(f"{path}: {LENGTHS} are {counts.dtype}, expected whole numbers")
+    lengths = counts.flatten().tolist()
     ends = np.cumsum([0, *lengths]).tolist()
     if features.dim() != 2 or any(n < 1 for n in lengths) or ends[-1] != len(features):
         raise InputError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from varptq.errors import InputError
-from varptq.models.class_names import UNCONDITIONAL, place_of, title_of
+from varptq.models.class_names import MAX_CHARACTERS, UNCONDITIONAL, place_of, title_of
 
 # What a picture of a class should fit.
 CAPTION = "a photo of a {}"
@@ -153,7 +153,7 @@ class ClassPrompts(Prompts):
         exist."""
         if isinstance(values, Prompts):
             return cls._own(values, num_classes)
-        values = values.tolist() if isinstance(values, Tensor) else values
+        values = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
         # A lone name would pass as a sequence of letters.
         if isinstance(values, str) or not isinstance(values, Iterable):
             raise InputError(f"labels: {values!r}, expected a list of class ids and names")
@@ -169,8 +169,10 @@ def _label(value: Any, num_classes: int, names: Sequence[str]) -> int:
         return _label_of_name(value, num_classes, names)
     if isinstance(value, bool) or not isinstance(value, Integral | str):
         raise InputError(f"class {value!r}: expected an id or a name, got {type(value).__name__}")
-    if not 0 <= int(value) < num_classes:
-        raise InputError(f"class {value}: not in 0..{num_classes - 1}")
+    # Python converts no text of thousands of digits.
+    known = not isinstance(value, str) or len(value) <= MAX_CHARACTERS
+    if not known or not 0 <= int(value) < num_classes:
+        raise InputError(f"class {value!s:.{MAX_CHARACTERS}}: not in 0..{num_classes - 1}")
     return int(value)
 
 

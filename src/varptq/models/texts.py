@@ -152,7 +152,8 @@ class TextPrompts(Prompts):
         `InputError`."""
         if isinstance(values, cls):
             return values
-        if isinstance(values, str | Prompts) or not isinstance(values, Iterable):
+        scalar = isinstance(values, Tensor | np.ndarray) and not values.ndim
+        if isinstance(values, str | Prompts) or scalar or not isinstance(values, Iterable):
             raise InputError(f"prompts: {values!r:.60}, expected a list of features or of strings")
         listed: list[Any] = list(values)
         if not listed:
@@ -183,7 +184,7 @@ def _features(value: Any, what: str) -> Tensor:
     """(T, D) float32 on the CPU."""
     if not isinstance(value, Tensor | np.ndarray):
         raise InputError(f"{what}: a {type(value).__name__}, expected features (tokens, channels)")
-    features = torch.as_tensor(value, dtype=None, device="cpu").detach()
+    features = numbers(value, what)
     if features.dim() != 2 or not features.is_floating_point():
         raise InputError(
             f"{what}: {features.dtype} of shape {tuple(features.shape)}, expected floating point "
@@ -191,6 +192,19 @@ def _features(value: Any, what: str) -> Tensor:
         )
     if len(features) == 0:
         raise InputError(f"{what}: has no tokens, expected one at least; an empty text has one")
+    # In the dtype that is read: what is beyond its range is infinite there.
+    features = features.float()
     if not bool(features.isfinite().all()):
         raise InputError(f"{what}: features hold NaN or infinity, expected finite numbers")
-    return features.float()
+    return features
+
+
+def numbers(value: Tensor | np.ndarray, what: str) -> Tensor:
+    """An array of any byte order and strides as a tensor on the CPU. Raises `InputError` for one of
+    no numbers that torch has."""
+    try:
+        if isinstance(value, np.ndarray):
+            value = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(value.shape)
+        return torch.as_tensor(value, dtype=None, device="cpu").detach()
+    except (TypeError, ValueError):
+        raise InputError(f"{what}: of {value.dtype}, expected numbers of 64 bits at most") from None
