@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from varptq.calibrate.quantize import quantize
 from varptq.errors import InputError
 from varptq.models.pipeline import Pipeline
 from varptq.quant.config import QuantConfig
-from varptq.web import parts
+from varptq.web import measuring, parts
 from varptq.web.jobs import Job, State
 from varptq.web.losses import Losses
 
@@ -182,3 +184,11 @@ def test_a_zip_of_an_artifact_holds_its_files(models: Path, tmp_path: Path) -> N
         weights = (models / "w4a4" / "model.safetensors").read_bytes()
         assert archive.read("w4a4/model.safetensors") == weights
     assert component.temp_files == {path}
+
+
+def test_reading_a_log_leaves_the_place_where_it_is_written() -> None:
+    with tempfile.TemporaryFile() as log:
+        os.write(log.fileno(), "half done\rmore: 50 °".encode())
+        os.lseek(log.fileno(), 9, os.SEEK_SET)  # as if the process were about to write here
+        assert measuring._last_line(log) == "more: 50 °"
+        assert os.lseek(log.fileno(), 0, os.SEEK_CUR) == 9

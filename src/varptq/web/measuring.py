@@ -7,13 +7,14 @@ any time, as both verbs leave nothing half-written.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from varptq.artifact.load import read_config
 from varptq.errors import InputError, VarptqError
@@ -90,7 +91,7 @@ def model_words(entry: Entry) -> list[str]:
 
 def run(job: Job, *words: Any) -> None:
     """Run `varptq <words>`; its last line is the job's progress, its error the job's error."""
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "varptq", *words]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
@@ -110,7 +111,8 @@ def run(job: Job, *words: Any) -> None:
             )
 
 
-def _last_line(log: Any) -> str:
-    log.seek(0)
-    lines = log.read().splitlines()
+def _last_line(log: IO[bytes]) -> str:
+    """Read without moving the place where the process writes, which it shares with us."""
+    content = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0)
+    lines = content.decode(errors="replace").splitlines()
     return lines[-1].strip() if lines else ""
