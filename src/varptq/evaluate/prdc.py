@@ -17,7 +17,8 @@ from varptq.errors import InputError, NonFiniteError
 
 # Distances held at once: 128 MB in float64.
 BLOCK_ELEMENTS = 1 << 24
-# Rounding gives equal points a distance, which stays below this share of their squared norms.
+# Rounding gives equal points a distance, and equal distances a difference, which stay below this
+# share of the squared norms.
 ROUNDING = 1e-13
 
 
@@ -44,7 +45,9 @@ def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> tuple[floa
     real_radii, fake_radii = _radii(real, k), _radii(fake, k)
     realistic = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for rows, distances in _distances(real, fake):
+    for rows, distances, rounding in _distances(real, fake):
+        # As near as the neighbour, whose distance was rounded another way.
+        distances -= rounding
         realistic |= (distances <= real_radii[rows].unsqueeze(1)).any(0)
         covered[rows] = (distances <= fake_radii).any(1)
     return float(realistic.double().mean()), float(covered.double().mean())
@@ -52,16 +55,17 @@ def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> tuple[floa
 
 def _radii(points: Tensor, k: int) -> Tensor:
     """(N,) squared distance to the k-th neighbour; the nearest point of all is the point itself."""
-    nearest = [block.kthvalue(k + 1, dim=1).values for _, block in _distances(points, points)]
+    nearest = [block.kthvalue(k + 1, dim=1).values for _, block, _ in _distances(points, points)]
     return torch.cat(nearest)
 
 
-def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of the squared distances (len(a), len(b))."""
+def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Blocks of rows of the squared distances (len(a), len(b)), and the rounding of each."""
     a_norms, b_norms = a.square().sum(1), b.square().sum(1)
     step = max(1, BLOCK_ELEMENTS // len(b))
     for start in range(0, len(a), step):
         rows = slice(start, start + step)
         norms = a_norms[rows].unsqueeze(1) + b_norms
         distances = torch.addmm(norms, a[rows], b.T, alpha=-2)
-        yield rows, distances.masked_fill_(distances < ROUNDING * norms, 0)
+        rounding = norms.mul_(ROUNDING)
+        yield rows, distances.masked_fill_(distances < rounding, 0), rounding
