@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from varptq.calibrate import reconstruct as module
 from varptq.calibrate.config import PRESETS, CalibrationConfig
+from varptq.calibrate.quantize import quantize
 from varptq.calibrate.reconstruct import (
     evaluate,
     reconstruct_unit,
@@ -32,6 +34,7 @@ from varptq.quant.config import QuantConfig
 from varptq.quant.convert import convert
 from varptq.quant.find import quant_linears, set_theta
 from varptq.quant.layers import LearnedRounding
+from varptq.work import Work
 
 # Few rows and steps: what is tested holds after any number of them.
 CONFIG = CalibrationConfig(num_samples=4, steps=15)
@@ -258,11 +261,22 @@ def test_no_learned_state_is_left(tiny: Pipeline, samples: CalibrationSet) -> No
     assert not any("alpha" in name for name, _ in model.named_parameters())
 
 
-def test_a_loss_that_is_not_finite_names_the_unit(tiny: Pipeline) -> None:
+@pytest.mark.parametrize("rounding", ["adaround", "gptq"])
+def test_a_loss_that_is_not_finite_names_the_unit(tiny: Pipeline, rounding: str) -> None:
     unit = toy_unit(tiny, quantized(tiny))
     unit = dataclasses.replace(unit, targets=torch.full_like(unit.inputs, torch.inf))
     with pytest.raises(NonFiniteError, match="unit toy: reconstruction loss is inf"):
-        reconstruct_unit(unit, CONFIG, 0)
+        reconstruct_unit(unit, CONFIG.replace(rounding=rounding), 0)
+
+
+def test_a_loss_beyond_its_dtype_ends_the_run_in_one_line(
+    make_tiny: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    pipe = make_tiny()
+    pipe.var.head.weight.mul_(1e20)
+    config = CONFIG.replace(rounding="gptq", num_samples=1)
+    with Work(tmp_path / "work") as work, pytest.raises(NonFiniteError, match="unit head: recon"):
+        quantize(pipe, QuantConfig.preset("w4a4"), method="gptq", calibration=config, work=work)
 
 
 def test_steps_are_reported_from_zero(tiny: Pipeline) -> None:

@@ -304,9 +304,14 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(unit: Unit, rows: Tensor) -> float:
-    """Mean loss over these rows, a few at a time."""
+    """Mean loss over these rows, a few at a time. Raises `NonFiniteError` if it is not finite."""
     total = 0.0
     for part in rows.split(8):
         loss = unit_loss(unit.run(unit.met[part]), unit.target(part), unit.token_weights)
         total += float(loss) * len(part)
+    if not math.isfinite(total):
+        raise NonFiniteError(
+            f"unit {unit.name}: reconstruction loss is {total}, expected a finite number; "
+            "calibrate in another dtype, or check the size of the weights"
+        )
     return total / len(rows)
