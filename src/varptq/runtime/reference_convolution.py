@@ -9,10 +9,10 @@ rounded, none fused. Maps are channels last: NHWC.
     SiLU: v / (1 + e^-v)
 
 Mean and variance come from sums in double, which leave no trace of their order when they are
-rounded, unless a group's mean is thousands of times its deviation; all else is float32, each operation rounded, e^x the polynomial of the native core
-(src/lanes/vmath.h), whose steps are fused. The range of SiLU is what the ends of v leave possible:
-it falls to its lowest point and rises from there, so nothing else has to be known of a map before
-it is coded.
+rounded, unless a group's mean is thousands of times its deviation; all else is float32, each
+operation rounded, e^x the polynomial of the native core (src/lanes/vmath.h), whose steps are fused.
+The range of SiLU is what the ends of v leave possible: it falls to its lowest point and rises from
+there, so nothing else has to be known of a map before it is coded.
 
 The token map is a convolution in float, and its last bits move the codes of all that follow. So its
 sums have the order of the native core, too (`OrderedPhi`).
