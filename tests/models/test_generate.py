@@ -215,14 +215,6 @@ def test_top_k_one_is_greedy_whatever_the_noise(tiny: Pipeline) -> None:
     assert torch.equal(logits.argmax(-1), first)
 
 
-def test_the_ends_of_the_settings_can_be_drawn(any_tiny: Pipeline) -> None:
-    ends: list[dict[str, Any]] = [{"cfg": 1e6}, {"tau": 1e-6}, {"tau": 100}, {"temperature": 1e-6}]
-    ends.append({key: value for end in ends for key, value in end.items()} | {"tau": 1e-6})
-    for end in ends:
-        for smooth in (False, True):
-            tokens(any_tiny, more_smooth=smooth, **end)
-
-
 def test_temperature_moves_the_first_token_from_greedy_to_uniform(tiny: Pipeline) -> None:
     """Top-p off; the first scale has one token, whose distribution is softmax(logits / T)."""
     draws, keep = [1] * 400, dict(top_k=0, top_p=0.0, batch_size=400)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from varptq.errors import ConfigError, NonFiniteError
+from varptq.models.generate import generate
+from varptq.models.pipeline import Pipeline
 from varptq.models.sampling import (
     ImageRandom,
     SamplingSettings,
@@ -196,3 +200,11 @@ def test_bad_settings_are_refused_in_one_line(field, value):
     with pytest.raises(ConfigError, match=field) as error:
         SamplingSettings(**{field: value})
     assert "\n" not in str(error.value)
+
+
+def test_the_ends_of_the_settings_can_be_drawn(any_tiny: Pipeline) -> None:
+    ends: list[dict[str, Any]] = [{"cfg": 1e6}, {"tau": 1e-6}, {"tau": 100}, {"temperature": 1e-6}]
+    ends.append({"cfg": 1e6, "tau": 1e-6, "temperature": 1e-6})
+    for end in ends:
+        for smooth in (False, True):
+            generate(any_tiny, [0, 1], decode=False, more_smooth=smooth, **end)
