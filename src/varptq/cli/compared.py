@@ -104,6 +104,8 @@ class Choices:
 
 def _check_alike(subject: ModelChoice, beside: ModelChoice) -> None:
     """Raise `InputError` for a model of classes and one that reads texts."""
+    if (beside.var is None) != (beside.vae is None):
+        return  # one file of two, which loading refuses
     (name, texts), (other, other_texts) = subject.about(), beside.about()
     if texts != other_texts:
         kinds = ["reads texts" if reads else "draws classes" for reads in (texts, other_texts)]
