@@ -140,7 +140,7 @@ def test_sums_are_exact_where_all_products_are_as_large_as_they_can_be(
         assert torch.equal(run(c, found), want), name
 
 
-@pytest.mark.parametrize("kind", ["3x3", "up"])
+@pytest.mark.parametrize("kind", ["3x3", "up", "down"])
 def test_rows_so_long_that_strips_have_four_are_those_of_the_portable_kernels(kind: str) -> None:
     c = case(kind, 1, (5, 640), (320, 3))
     made = {}

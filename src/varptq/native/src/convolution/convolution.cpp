@@ -76,8 +76,8 @@ Convolution make_job(const vq_convolution_args* a) {
   job.panel_bytes = a->kernel_height * padded(a->kernel_width * job.pixel) * kPanel;
   // A part of the definition of the moments: from sizes alone, never from threads.
   // In fours, for kernels that make four rows at once.
-  const int64_t rows = std::max<int64_t>(1, kStripBytes / job.row - 2) * job.phases / a->stride;
-  job.strip_rows = std::min((rows + 3) / 4 * 4, job.out_height);
+  const int64_t rows = (kStripBytes / job.row - 2) * job.phases / a->stride;
+  job.strip_rows = std::min(std::max<int64_t>(4, (rows + 3) / 4 * 4), job.out_height);
   job.strips = (job.out_height + job.strip_rows - 1) / job.strip_rows;
   for (int64_t y = 0; y < job.phases; ++y)
     for (int64_t x = 0; x < job.phases; ++x) job.taps[y][x] = taps_of(job, y, x);
