@@ -10,6 +10,7 @@ import errno
 import ipaddress
 import logging
 import socket
+from collections.abc import Callable
 from typing import Literal
 
 import uvicorn
@@ -76,6 +77,15 @@ def server_of(
     )
     logging.getLogger("uvicorn.error").addFilter(_is_failure)
     return uvicorn.Server(config)
+
+
+def run(server: uvicorn.Server, listening: socket.socket, end_work: Callable[[], object]) -> None:
+    """Answer until SIGTERM or Ctrl-C. `end_work` is for what is under way then, at a second Ctrl-C
+    or when the grace is over."""
+    try:
+        server.run(sockets=[listening])
+    finally:
+        end_work()
 
 
 def _is_failure(record: logging.LogRecord) -> bool:

@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 
 from varptq.errors import InputError, OutputError
 from varptq.web import app, theme
-from varptq.web.address import is_local, listen, only_known_names, server_of, url
+from varptq.web.address import is_local, listen, only_known_names, run, server_of, url
 from varptq.web.catalogue import Catalogue
 from varptq.web.jobs import Jobs
 from varptq.web.limits import MAX_BYTES, KeptUploads, OwnFilesOnly, PolicyHeaders, QuickFiles
@@ -116,11 +116,7 @@ def serve(studio: Studio, options: Options, announce: Callable[[str], object]) -
     listening = listen(options.host, options.port)
     server = server_of(web_app(studio, options), grace=1)
     announce(f"{url(options.host, listening)}/")
-    try:
-        server.run(sockets=[listening])
-    finally:
-        # What a page still waits for ends at its next scale.
-        studio.jobs.end()
+    run(server, listening, studio.jobs.end)
 
 
 def _password_check(user: str, password: str) -> Callable[[str, str], bool]:

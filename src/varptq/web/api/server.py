@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from varptq.errors import InputError
-from varptq.web.address import is_local, listen, only_known_names, server_of, url
+from varptq.web.address import is_local, listen, only_known_names, run, server_of, url
 from varptq.web.api.defaults import BATCH_SIZE, DEADLINE, PORT, QUEUE
 from varptq.web.api.gate import Gate, Limits
 from varptq.web.api.metrics import Metrics
@@ -83,8 +83,4 @@ def serve(models: Sequence[Served], options: Options, announce: Callable[[str], 
     app = api(models, options, lambda: server.should_exit)
     server = server_of(app, grace=math.ceil(options.deadline) + 1, lifespan="off")
     announce(f"{url(options.host, listening)}/v1")
-    try:
-        server.run(sockets=[listening])
-    finally:
-        # What is under way at a second Ctrl-C, or at the deadline, ends at its next scale.
-        app.state.jobs.end()
+    run(server, listening, app.state.jobs.end)

@@ -14,7 +14,7 @@ namespace {
 // Codes of a strip, with those of its neighbours: beside a panel of weights they fit the L2 cache.
 constexpr int64_t kStripBytes = 384 * 1024;
 // Words of kernels made at a time: what the strips of a map read again and again fits the L3 cache.
-constexpr int64_t kKernelBytes = 8 * 1024 * 1024;
+constexpr int64_t kKernelWords = 4 * 1024 * 1024;
 constexpr int64_t kVectors = kPanel / 16;
 // Reads beyond the map: the padding of a run's weights.
 constexpr int64_t kSlack = 64;
@@ -102,19 +102,10 @@ void run_strips(const Convolution& job, int64_t strips, int64_t panels) {
 }
 
 #if defined(VQ_X86)
+// None with AMX, whose tiles replace them.
 WordKernels word_kernels() {
-  switch (isa()) {
-    case Isa::avx2:
-      return convolution_words(Set<Isa::avx2>{});
-    case Isa::avx512vnni:
-      return convolution_words(Set<Isa::avx512vnni>{});
-    case Isa::avxvnni:
-      return convolution_words(Set<Isa::avxvnni>{});
-    case Isa::avxvnni_evex:
-      return convolution_words(Set<Isa::avxvnni_evex>{});
-    default:
-      return {};
-  }
+  if (isa() != product_isa()) return {};
+  return on_product_isa([](auto set) { return convolution_words(set); });
 }
 
 // Codes become words once for all panels of a task, so these are divided only where strips are few.
@@ -122,8 +113,8 @@ bool ran_in_words(const Convolution& job, int64_t strips, int64_t panels) {
   const WordKernels words = word_kernels();
   if (!words.gains || !words.gains(job)) return false;
   const int threads = usable_threads(job.args->threads);
-  const int64_t size = words.panel_bytes(job) / sizeof(int16_t);
-  const int64_t most = std::max<int64_t>(1, kKernelBytes / words.panel_bytes(job));
+  const int64_t size = words.panel_words(job);
+  const int64_t most = std::max<int64_t>(1, kKernelWords / size);
   thread_local Scratch scratch;
   auto* kernels =
       static_cast<int16_t*>(scratch.at_least(std::min(most, panels) * size * sizeof(int16_t)));

@@ -61,7 +61,7 @@ StripKernel convolution_kernel(Set<Isa::neon_i8mm>);
 // the packed weights once for all strips.
 struct WordKernels {
   bool (*gains)(const Convolution&);
-  int64_t (*panel_bytes)(const Convolution&);
+  int64_t (*panel_words)(const Convolution&);  // of a kernel
   // Of one vector of 16 outputs of a panel: its place in the panel's kernel is the same for all.
   void (*make)(const Convolution&, int64_t panel, int64_t vector, int16_t* kernel);
   // Of `count` panels, whose kernels follow one another.
@@ -69,6 +69,7 @@ struct WordKernels {
                 const int16_t* kernels);
 };
 
+inline WordKernels convolution_words(Set<Isa::portable>) { return {}; }
 WordKernels convolution_words(Set<Isa::avx2>);
 WordKernels convolution_words(Set<Isa::avx512vnni>);
 WordKernels convolution_words(Set<Isa::avxvnni>);

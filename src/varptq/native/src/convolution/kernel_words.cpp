@@ -32,8 +32,6 @@ int64_t panel_words(const Convolution& job) {
   return (job.args->upsample ? kUpParts : kParts) * word_channels(job.args->inputs) * kPanel;
 }
 
-int64_t panel_bytes(const Convolution& job) { return panel_words(job) * sizeof(int16_t); }
-
 void make(const Convolution& job, int64_t panel, int64_t vector, int16_t* kernel) {
   const uint8_t* weights = job.args->packed + panel * job.panel_bytes + vector * 64;
   kernel += vector_start(vector, job.args->upsample ? kUpParts : kParts,
@@ -64,6 +62,6 @@ void strip_words(const Convolution& job, int64_t image, int64_t strip, int64_t p
 
 }  // namespace
 
-WordKernels convolution_words(Set<kIsa>) { return {gains, panel_bytes, make, strip_words}; }
+WordKernels convolution_words(Set<kIsa>) { return {gains, panel_words, make, strip_words}; }
 
 }  // namespace vq

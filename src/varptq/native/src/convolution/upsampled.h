@@ -134,7 +134,7 @@ void upsampled_rows(const WordStrip& strip, const WordPanel* panels, int64_t cou
         for (int64_t x = 0; x < 2; ++x) {
           const int64_t at = x + late_column;
           finish_row(strip, panels[i], y, x, 2, (job.out_width - x + 1) / 2,
-                     sums + (2 * second + at % 2) * phase + at / 2 * kPanel, kPanel);
+                     sums + (2 * second + at % 2) * phase + at / 2 * kPanel);
         }
       }
     }

@@ -202,8 +202,7 @@ void winograd_rows(const WordStrip& strip, const WordPanel* panels, int64_t coun
     for (int64_t i = 0; i < count; ++i) {
       winograd_sums(band, panels[i], squares, parts, sums);
       for (int64_t at = 0; at < rows; ++at)
-        finish_row(strip, panels[i], y + at, 0, 1, strip.job.out_width, sums + at * band.row(),
-                   kPanel);
+        finish_row(strip, panels[i], y + at, 0, 1, strip.job.out_width, sums + at * band.row());
     }
   }
 }

@@ -80,8 +80,9 @@ VQ_INLINE void for_weights(const Convolution& job, const uint8_t* weights, Funct
                                         half * kWordBytes);
         even[ky][kx] = both.even, odd[ky][kx] = both.odd;
       }
-      function(even, q / 8 * 32, q % 8 * kPairWords + half * kWords);
-      function(odd, q / 8 * 32, (q % 8 + 8) * kPairWords + half * kWords);
+      const int64_t channel = q / 8 * kTogether, place = q % 8 * kPairWords + half * kWords;
+      function(even, channel, place);
+      function(odd, channel, place + 8 * kPairWords);
     }
 }
 
@@ -176,9 +177,9 @@ VQ_INLINE void in_pieces(int64_t count, Function function) {
   if (first < count) function(std::integral_constant<int, 1>{}, first);
 }
 
-// Outputs of row y from x on, `step` apart; of one's sums to the next are `pitch`.
+// Outputs of row y from x on, `step` apart, from sums of a panel each.
 inline void finish_row(const WordStrip& strip, const WordPanel& panel, int64_t y, int64_t x,
-                       int64_t step, int64_t count, const int32_t* sums, int64_t pitch) {
+                       int64_t step, int64_t count, const int32_t* sums) {
   const Convolution& job = strip.job;
   const int64_t outputs = job.args->outputs;
   Tile tile{nullptr, 0, 0, step * outputs, strip.image, panel.column, kCentre};
@@ -186,7 +187,7 @@ inline void finish_row(const WordStrip& strip, const WordPanel& panel, int64_t y
   in_pieces(count, [&](auto together, int64_t first) VQ_INLINED {
     tile.y = start + first * tile.y_stride;
     for (int64_t v = 0; v < panel.vectors; ++v)
-      finish_vector<together()>(job, tile, sums + first * pitch + v * kLanes, pitch,
+      finish_vector<together()>(job, tile, sums + first * kPanel + v * kLanes, kPanel,
                                 panel.column + v * kLanes, panel.moments);
   });
 }
