@@ -19,7 +19,7 @@ from varptq.errors import InputError
 from varptq.evaluate.tokens import token_fidelity
 from varptq.models.pipeline import Pipeline
 from varptq.models.scales import Scales
-from varptq.models.seams import TokenLinear, spans_of
+from varptq.models.seams import GatedSum, TokenLinear, spans_of
 from varptq.native import binding
 from varptq.quant.find import quant_linears
 from varptq.quant.pipeline import QuantizedPipeline
@@ -27,7 +27,7 @@ from varptq.runtime.convert import on_integers
 from varptq.runtime.cpu import NativeKernels, cpu_kernels
 from varptq.runtime.cpu_torch import TorchKernels
 from varptq.runtime.kernels import InputRule, Kernels, Weight
-from varptq.runtime.layers import IntLinear
+from varptq.runtime.layers import GatedSumInPlace, IntLinear
 from varptq.runtime.reference import ReferenceKernels
 
 BOOKS = ("w4a4", "w2a8", "w3a5+proj8")
@@ -293,6 +293,20 @@ def test_products_of_torch_are_exact_at_every_width(inputs: int) -> None:
         for kernels in (ReferenceKernels(), TorchKernels())
     ]
     assert torch.equal(*found)
+
+
+def test_what_a_branch_adds_takes_its_place() -> None:
+    """The same bits as in float, in the memory of the branch; x stays."""
+    g = torch.Generator().manual_seed(0)
+    x_BLC, branch_BLC, gamma_B1C = (torch.randn(2, n, 7, generator=g) for n in (3, 3, 1))
+    before = x_BLC.clone()
+    for gamma in (gamma_B1C, None):
+        own = branch_BLC.clone()
+        found = GatedSumInPlace()(x_BLC, own, gamma)
+        assert torch.equal(found, GatedSum()(x_BLC, branch_BLC, gamma))
+        assert found.data_ptr() == own.data_ptr() and torch.equal(x_BLC, before)
+    half = branch_BLC.bfloat16()
+    assert torch.equal(GatedSumInPlace()(x_BLC, half), x_BLC + half)
 
 
 def test_seams_are_all_replaced(tiny: Pipeline) -> None:

@@ -28,6 +28,7 @@ from varptq.models.seams import (
     Fold,
     Gain,
     GainFold,
+    GatedSum,
     LayerCache,
     Mix,
     ModulatedNorm,
@@ -187,6 +188,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = ModulatedNorm(), ModulatedNorm()
         self.attn = Attention(width, num_heads, l2_norm=l2_norm)
         self.ffn = FeedForward(width)
+        self.sum = GatedSum()
         self.shared_adaln = shared_adaln
         if shared_adaln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, width, dtype=torch.float32))
@@ -220,5 +222,6 @@ class Block(nn.Module):
         self, x_BLC: Tensor, ada_B16C: Tensor, spans: list[Span], cache: LayerCache | None = None
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
-        x_BLC = x_BLC + self.attn(self.norm1(x_BLC, scale1, shift1), spans, cache) * gamma1
-        return x_BLC + self.ffn(self.norm2(x_BLC, scale2, shift2), spans) * gamma2
+        mixed_BLC = self.attn(self.norm1(x_BLC, scale1, shift1), spans, cache)
+        x_BLC = self.sum(x_BLC, mixed_BLC, gamma1)
+        return self.sum(x_BLC, self.ffn(self.norm2(x_BLC, scale2, shift2), spans), gamma2)

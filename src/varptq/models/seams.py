@@ -217,6 +217,15 @@ class ModulatedNorm(nn.Module):
         return normed_BLC * (1 + scale_B1C) + shift_B1C
 
 
+class GatedSum(nn.Module):
+    """Seam: what a branch of a block adds to its tokens."""
+
+    def forward(self, x_BLC: Tensor, branch_BLC: Tensor, gamma_B1C: Tensor | None = None) -> Tensor:
+        """x + branch gamma, or without a gate x + branch. Nobody reads `branch` afterwards: a
+        runtime may put the result in its place."""
+        return x_BLC + (branch_BLC if gamma_B1C is None else branch_BLC * gamma_B1C)
+
+
 class Gain(nn.Module):
     """Factors of modulated norms, where an AdaLN layer that blocks share has no rows of a block's
     own to fold them into:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from varptq.errors import InputError
 from varptq.models.blocks import Attention
 from varptq.models.cross import CrossAttention
-from varptq.models.seams import ModulatedNorm, Phi, TextSummary
+from varptq.models.seams import GatedSum, ModulatedNorm, Phi, TextSummary
 from varptq.models.transformer import Transformer
 from varptq.quant.config import TensorSpec
 from varptq.quant.find import quant_linears
@@ -35,6 +35,7 @@ from varptq.runtime.layers import (
     ByRows,
     DeferredLayerNorm,
     DeferredNorm,
+    GatedSumInPlace,
     IntLinear,
     PerImage,
     PerRowAttention,
@@ -122,6 +123,9 @@ def finish(pipe: QuantizedPipeline, kernels: Kernels) -> QuantizedPipeline:
         elif isinstance(norm, nn.LayerNorm):
             replace_module(var, source, DeferredLayerNorm(norm))
     _one_image_at_a_time(var)
+    for name, module in list(var.named_modules()):
+        if isinstance(module, GatedSum):
+            replace_module(var, name, GatedSumInPlace())
     for name, attention in _attentions(var).items():
         replace_module(var, name, _on_codes(attention, kernels))
     for name, module in list(pipe.vae.named_modules()):

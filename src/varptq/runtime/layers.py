@@ -2,6 +2,8 @@
 
     DeferredNorm, DeferredLayerNorm
                    pass x, scale and shift on; the quantizer normalises while it reads x
+    GatedSumInPlace
+                   what a branch adds, in the branch's place
     IntLinear      codes of the input x packed codes of the weight, then scale and bias
     PerImage, ByRows, PerRowAttention, PerRowCrossAttention
                    what the config leaves in float, so that an image does not depend on its batch
@@ -23,7 +25,7 @@ from varptq.models.cross import CrossAttention, TextCache, TextGroup
 from varptq.models.rotary import Rotary
 from varptq.models.sampling import SERIAL_ELEMENTS
 from varptq.models.scales import Scales
-from varptq.models.seams import LAYER_NORM_EPS, LayerCache, ModulatedNorm, Span
+from varptq.models.seams import LAYER_NORM_EPS, GatedSum, LayerCache, ModulatedNorm, Span
 from varptq.quant.buffers import TypedBuffers
 from varptq.quant.layers import QuantLinear, mean_rows
 from varptq.runtime.kernels import InputRule, Kernels, Pending, Weight
@@ -51,6 +53,15 @@ class DeferredLayerNorm(TypedBuffers):
 
     def forward(self, x_BLC: Tensor) -> Pending:
         return Pending(x_BLC, self.get_buffer("scale_11C"), self.get_buffer("shift_11C"))
+
+
+class GatedSumInPlace(GatedSum):
+    """The same in the place of the branch: memory of its own would be fresh, page by page."""
+
+    def forward(self, x_BLC: Tensor, branch_BLC: Tensor, gamma_B1C: Tensor | None = None) -> Tensor:
+        if branch_BLC.dtype != x_BLC.dtype:
+            return super().forward(x_BLC, branch_BLC, gamma_B1C)
+        return (branch_BLC if gamma_B1C is None else branch_BLC.mul_(gamma_B1C)).add_(x_BLC)
 
 
 class PerImage(nn.Module):

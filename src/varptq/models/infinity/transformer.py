@@ -46,6 +46,7 @@ from varptq.models.seams import (
     ConditionLinear,
     Fold,
     Gain,
+    GatedSum,
     LayerCache,
     ModulatedNorm,
     NormFold,
@@ -129,6 +130,7 @@ class InfinityBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS, dtype=torch.float32)
         self.cross = CrossAttention(width, heads)
         self.ffn = FeedForward(width, arch.ffn_width)
+        self.sum = GatedSum()
         self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, width, dtype=torch.float32))
         self.ada_gain = Gain(NORMS)
 
@@ -160,9 +162,10 @@ class InfinityBlock(nn.Module):
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
         own, of_text = (None, None) if cache is None else cache
-        x_BLC = x_BLC + gamma1 * self.attn(self.norm1(x_BLC, scale1, shift1), spans, own, tables)
-        x_BLC = x_BLC + self.cross(self.cross_norm(x_BLC), spans, text, of_text)
-        return x_BLC + gamma2 * self.ffn(self.norm2(x_BLC, scale2, shift2), spans)
+        mixed_BLC = self.attn(self.norm1(x_BLC, scale1, shift1), spans, own, tables)
+        x_BLC = self.sum(x_BLC, mixed_BLC, gamma1)
+        x_BLC = self.sum(x_BLC, self.cross(self.cross_norm(x_BLC), spans, text, of_text))
+        return self.sum(x_BLC, self.ffn(self.norm2(x_BLC, scale2, shift2), spans), gamma2)
 
 
 class Infinity(Transformer):
