@@ -13,14 +13,20 @@ from varptq import QuantConfig, artifact, generate
 from varptq.calibrate.config import CalibrationConfig
 from varptq.errors import ArtifactError, NonFiniteError
 from varptq.evaluate.paired import psnr
-from varptq.models.convolutions import Convolution, MapNorm, feeds
+from varptq.models.convolutions import Convolution, MapNorm, Taps, feeds
 from varptq.models.pipeline import Pipeline
 from varptq.pictures import to_pixels
 from varptq.quant.convert import convert, convert_autoencoder
 from varptq.quant.find import quant_convolutions
 from varptq.quant.pipeline import QuantizedPipeline
+from varptq.runtime import convolutions
 from varptq.runtime.convert import on_integers
-from varptq.runtime.convolutions import DeferredMapNorm, IntConvolution, decodes_on_integers
+from varptq.runtime.convolutions import (
+    DeferredMapNorm,
+    IntConvolution,
+    NormedConvolution,
+    decodes_on_integers,
+)
 from varptq.runtime.cpu_torch import TorchKernels
 from varptq.runtime.decoder import decode_in
 from varptq.runtime.reference import ReferenceKernels
@@ -88,6 +94,26 @@ def test_torch_computes_the_same_bits(simulated: QuantizedPipeline) -> None:
             assert torch.equal(*both), name
             compared += 1
     assert compared >= 10
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("side", [(5, 7), (1, 1), (40, 300), (2, 33)])
+def test_the_last_convolution_in_parts(
+    side: tuple[int, int], silu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm and a convolution in float, a few rows at a time, are those of torch."""
+    width = side[1]
+    monkeypatch.setattr(convolutions, "PART_ELEMENTS", 3 * 32 * width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        norm, conv = MapNorm(32, silu=silu), Convolution(32, 3, 3, Taps(pads=(1, 1, 1, 1)))
+        x_BCHW, skip_BOHW = torch.randn(2, 32, *side), torch.randn(2, 3, *side)
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    in_parts = NormedConvolution.of(conv, ReferenceKernels())
+    with torch.no_grad():
+        found = in_parts(DeferredMapNorm(norm)(x_BCHW), skip_BOHW)
+        expected = conv(norm(x_BCHW), skip_BOHW)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=ROUNDING)
 
 
 def test_the_simulated_pipeline_stays_as_it_is(simulated: QuantizedPipeline) -> None:

@@ -32,7 +32,7 @@ from varptq.runtime.layers import replace_module, tensors_of
 # and whatever is computed from it is another tensor, without the attribute.
 FOUND = "varptq_found"
 # So much of a map is normed at once for a convolution in float.
-PART_ELEMENTS = 2**18
+PART_ELEMENTS = 2**19
 
 
 class DeferredMapNorm(TypedBuffers):
@@ -88,7 +88,11 @@ class IntConvolution(TypedBuffers):
 
 class NormedConvolution(Convolution):
     """A convolution in float of a `PendingMap`, whose norm is computed some rows at a time: as a
-    whole it would be one more map of the decoder's largest size."""
+    whole it would be one more map of the decoder's largest size.
+
+    It has few channels out. So each pixel is multiplied with all taps at once, a matrix product,
+    and what it adds to its neighbours is added where they lie: no row is normed twice, and the
+    libraries' convolutions take three times as long for three channels."""
 
     kernels: ImageKernels
 
@@ -106,22 +110,32 @@ class NormedConvolution(Convolution):
         read = Map(x_BHWC, getattr(input.x_BCHW, FOUND, None))
         gain_BC, shift_BC = self.kernels.affine(read, norm)
         batch, height, width, channels = x_BHWC.shape
-        rows, reach = max(1, PART_ELEMENTS // x_BHWC[0, 0].numel()), self.taps.pads[2]
-        whole = x_BHWC.new_empty((batch, self.out_channels, height, width))
+        rows = min(max(1, PART_ELEMENTS // (width * channels)), height)
+        # (k k O, C)
+        taps_TC = self.weight.permute(2, 3, 0, 1).flatten(0, 2).contiguous()
+        whole = x_BHWC.new_zeros((batch, self.out_channels, height, width))
+        if self.bias is not None:
+            whole += self.bias[:, None, None]
         # One buffer for all parts: what each of them would leave lies between results that stay.
-        buffer = x_BHWC.new_empty(batch * min(rows + 2 * reach, height) * width * channels)
-        for start in range(0, height, rows):
-            end = min(start + rows, height)
-            low, high = max(start - reach, 0), min(end + reach, height)
-            y_BHWC = buffer[: batch * (high - low) * width * channels].view(
-                batch, -1, width, channels
-            )
-            torch.mul(x_BHWC[:, low:high], gain_BC[:, None, None], out=y_BHWC)
-            y_BCHW = y_BHWC.add_(shift_BC[:, None, None]).permute(0, 3, 1, 2)
-            if norm.silu:
-                y_BCHW = F.silu(y_BCHW, inplace=True)
-            whole[:, :, start:end] = super().forward(y_BCHW)[:, :, start - low : end - low]
+        buffer_PC = x_BHWC.new_empty(rows * width, channels)
+        for image, gain_C, shift_C, x_HWC in zip(whole, gain_BC, shift_BC, x_BHWC, strict=True):
+            for start in range(0, height, rows):
+                part_PC = x_HWC[start : start + rows].view(-1, channels)
+                y_PC = torch.mul(part_PC, gain_C, out=buffer_PC[: len(part_PC)]).add_(shift_C)
+                y_PC = F.silu(y_PC, inplace=True) if norm.silu else y_PC
+                self._add(image, (taps_TC @ y_PC.t()).unflatten(1, (-1, width)), start)
         return whole if skip is None else skip + whole
+
+    def _add(self, image_OHW: Tensor, products_ThW: Tensor, start: int) -> None:
+        """What rows `start`.. add to the image: products with all taps (k k O, h, W)."""
+        side, count = self.kernel_size[0], products_ThW.shape[1]
+        height, width = image_OHW.shape[1:]
+        for place, tap_OhW in enumerate(products_ThW.unflatten(0, (side * side, -1))):
+            down, right = start + side // 2 - place // side, side // 2 - place % side
+            top, left = max(down, 0), max(right, 0)
+            bottom, end = min(down + count, height), min(right + width, width)
+            into = image_OHW[:, top:bottom, left:end]
+            into += tap_OhW[:, top - down : bottom - down, left - right : end - right]
 
 
 def _channels_last(x_BCHW: Tensor) -> Tensor:
