@@ -65,6 +65,10 @@ struct Tile {
   int32_t centre;        // what codes were lessened by
 };
 
+// How far ahead outputs are fetched into the cache: a panel's lines of a map are too far apart for
+// the hardware to do it, and stores wait for them in order.
+constexpr int64_t kAheadPixels = 8;
+
 // One vector of outputs of R pixels; `count` of its 16 exist.
 template <int R>
 VQ_INLINE void finish_vector(const Convolution& job, const Tile& tile, const int32_t* sums,
@@ -78,7 +82,9 @@ VQ_INLINE void finish_vector(const Convolution& job, const Tile& tile, const int
   Floats out[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const int64_t at = tile.y + r * tile.y_stride + column;
+    const int64_t at = tile.y + r * tile.y_stride + column, next = at + kAheadPixels * tile.y_stride;
+    if (a.residual) __builtin_prefetch(a.residual + next);
+    if (a.residual != a.y) __builtin_prefetch(a.y + next, 1);
     Floats y = to_float(load(sums + r * row_length) - correction) * scale + bias;
     if (count == kLanes) {
       if (a.residual) y = y + load(a.residual + at);

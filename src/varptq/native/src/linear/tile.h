@@ -22,13 +22,28 @@ namespace vq {
 namespace {
 
 constexpr int64_t kSteps = kBlock / 4;   // of the inner loop for a block
-constexpr int64_t kAhead = 8 * kStep;    // bytes between a load of weights and its prefetch
+constexpr int64_t kAhead = 16 * kStep;   // bytes between a load of weights and its prefetch
 
 // halves: two codes of 4 bits in a byte; entries: those of a table; ordered: bytes in scratch, two
 // steps as the product takes them (lanes/matrix.h).
 enum class Store { bytes, halves, entries, ordered };
 
 inline Ints load_weights(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
+
+// A panel as tiles read it, in task of rows from `first` on. The first tiles fetch the next panel into
+// L2, whose bytes lie `next` from these (0: none is fetched).
+struct Weights {
+  const uint8_t* bytes;
+  int64_t next, first;
+
+  Weights from(int64_t offset) const { return {bytes + offset, next, first}; }
+  // From a byte that tile m reads to the one that it fetches: a line of each step.
+  template <int R, int V>
+  int64_t to_fetch(int64_t m) const {
+    const int64_t tile = (m - first) / R;
+    return next && tile < V ? next + tile * 64 : 0;
+  }
+};
 
 // How the sums of a segment start: at `all`, and with the correction of a short segment, row m's
 // pair times each column's.
@@ -71,8 +86,10 @@ struct Registers {
   // s += codes x weights over `steps` times 4 inputs; decode makes weights of bytes.
   template <bool ordered = false, class Decode>
   VQ_INLINE void add(const uint8_t* codes, int64_t stride, const uint8_t* weights, int64_t steps,
-                     Decode decode) {
+                     Decode decode, int64_t to_fetch = 0) {
     const auto load_right = [&](const uint8_t* at, int v) VQ_INLINED {
+      // Tiles of fewer vectors have no time for one more instruction.
+      if (V > 1 && v == 0) __builtin_prefetch(at + to_fetch, 0, 2);
       // Into L1 ahead of use: a panel lies in L2, and the hardware alone falls behind.
       __builtin_prefetch(at + v * 64 + kAhead);
       return decode(load_weights(at + v * 64));
@@ -95,11 +112,12 @@ struct Registers {
 
 template <class Dot, Store kind, bool shorts, int R, int V, class End>
 __attribute__((noinline)) void multiply(const Start& start, const uint8_t* codes, int64_t stride,
-                                        const uint8_t* weights, int64_t steps, const End& end) {
+                                        const uint8_t* weights, int64_t steps, const End& end,
+                                        int64_t to_fetch) {
   Registers<Dot, R, V> registers;
   registers.template begin<shorts>(start);
-  registers.template add<kind == Store::ordered>(codes, stride, weights, steps,
-                                                 [](Ints x) { return x; });
+  registers.template add<kind == Store::ordered>(
+      codes, stride, weights, steps, [](Ints x) { return x; }, to_fetch);
   registers.settle();
   end(registers);
 }
@@ -130,7 +148,7 @@ __attribute__((noinline)) void multiply_halves(const Start& start, const uint8_t
 // Products of one segment, handed to `end` in registers; those of a short segment are corrected.
 template <class Dot, Store kind, bool shorts, int R, int V, class End>
 VQ_INLINE void segment_sums(const Job& job, int64_t m, int64_t column, const Position& p,
-                            const uint8_t* weights, const End& end) {
+                            const Weights& weights, const End& end) {
   const int64_t first = p.segment * job.segment_blocks;
   const uint8_t* codes = job.args->codes + m * job.code_stride + first * kBlock;
   const Start start{job.corrections + m * job.segments + p.segment, job.segments,
@@ -138,17 +156,18 @@ VQ_INLINE void segment_sums(const Job& job, int64_t m, int64_t column, const Pos
                     padding_of(job)};
   if constexpr (kind == Store::bytes || kind == Store::ordered)
     multiply<Dot, kind, shorts, R, V>(start, codes, job.code_stride,
-                                      weights + first * kSteps * kStep,
-                                      job.segment_blocks * kSteps, end);
+                                      weights.bytes + first * kSteps * kStep,
+                                      job.segment_blocks * kSteps, end,
+                                      weights.to_fetch<R, V>(m));
   else
-    multiply_halves<Dot, kind, shorts, R, V>(start, codes, job.code_stride, weights, first,
+    multiply_halves<Dot, kind, shorts, R, V>(start, codes, job.code_stride, weights.bytes, first,
                                              first + job.segment_blocks, job.args->table, end);
 }
 
 // The same from memory, corrected, handed to `end`.
 template <class Dot, Store kind, bool shorts, int R, int V, class End>
 VQ_INLINE void stored_sums(const Job& job, int64_t m, int64_t column, const Position& p,
-                           const uint8_t* weights, const End& end) {
+                           const Weights& weights, const End& end) {
   Sums<R, V> sums;
   const auto leave = [&](const auto& registers) VQ_INLINED { registers.leave(sums); };
   segment_sums<Dot, kind, shorts, R, V>(job, m, column, p, weights, leave);
@@ -159,18 +178,22 @@ VQ_INLINE void stored_sums(const Job& job, int64_t m, int64_t column, const Posi
 }
 
 template <class Dot, Store kind, int R, int V>
-VQ_INLINE void single_tile(const Job& job, int64_t m, int64_t column, const uint8_t* weights) {
-  const auto end = [&](const auto& sums) VQ_INLINED {
-    if (job.args->products)
-      store_products<R, V>(job, m, column, 0, sums);
-    else
-      store_single<R, V>(job, m, column, sums);
-  };
-  stored_sums<Dot, kind, false, R, V>(job, m, column, Position{}, weights, end);
+VQ_INLINE void single_tile(const Job& job, int64_t m, int64_t column, const Weights& weights) {
+  const bool plain = is_plain<V>(*job.args, column);
+  if (plain) fetch_plain<R, V>(*job.args, m, column);
+  Sums<R, V> sums;
+  const auto leave = [&](const auto& registers) VQ_INLINED { registers.leave(sums); };
+  segment_sums<Dot, kind, false, R, V>(job, m, column, Position{}, weights, leave);
+  if (plain) return store_plain<R, V>(job, m, column, sums);
+  const Corrected<false, R, V> corrected(job, m, column, Position{}, sums);
+  if (job.args->products)
+    store_products<R, V>(job, m, column, 0, corrected);
+  else
+    store_single<R, V>(job, m, column, corrected);
 }
 
 template <class Dot, Store kind, Scheme scheme, bool shorts, int R, int V>
-VQ_INLINE void grouped_tile(const Job& job, int64_t m, int64_t column, const uint8_t* weights) {
+VQ_INLINE void grouped_tile(const Job& job, int64_t m, int64_t column, const Weights& weights) {
   const vq_linear_args& a = *job.args;
   Totals<R, V> totals, parts;
   each<R, V>([&](int r, int v) {
@@ -200,7 +223,7 @@ VQ_INLINE void grouped_tile(const Job& job, int64_t m, int64_t column, const uin
 
 // All rows first .. last - 1 in tiles of R rows, the rest in a lower one.
 template <class Dot, Store kind, Scheme scheme, bool shorts, int R, int V>
-void tiles(const Job& job, int64_t first, int64_t last, int64_t column, const uint8_t* weights) {
+void tiles(const Job& job, int64_t first, int64_t last, int64_t column, const Weights& weights) {
   for (; first + R <= last; first += R) {
     if constexpr (scheme == Scheme::single)
       single_tile<Dot, kind, R, V>(job, first, column, weights);
@@ -218,7 +241,7 @@ void tiles(const Job& job, int64_t first, int64_t last, int64_t column, const ui
 // Groups of more than 128 inputs are unusual: tiles of a pair of rows, or one, do for them.
 template <class Dot, Store kind, Scheme scheme, int R, int V>
 void grouped_tiles(const Job& job, int64_t first, int64_t last, int64_t column,
-                   const uint8_t* weights) {
+                   const Weights& weights) {
   if (job.short_segments)
     return tiles<Dot, kind, scheme, true, R, V>(job, first, last, column, weights);
   if constexpr (kind == Store::bytes || kind == Store::ordered)
@@ -262,20 +285,20 @@ inline void order_steps(const Job& job, const uint8_t* from, uint8_t* to) {
 
 template <class Dot, Store kind, int R, int V>
 void single_tiles(const Job& job, int64_t panel, int64_t first, int64_t last,
-                  const uint8_t* weights) {
+                  const Weights& weights) {
   for (int vector = 0; vector < kPanel / kLanes; vector += V)
     tiles<Dot, kind, Scheme::single, false, R, V>(job, first, last,
                                                   panel * kPanel + vector * kLanes,
-                                                  weights + vector * 64);
+                                                  weights.from(vector * 64));
 }
 
 template <class Dot, Store kind, int R, int V>
 void panel_tiles(const Job& job, int64_t panel, int64_t first, int64_t last,
-                 const uint8_t* weights) {
+                 const Weights& weights) {
   if (job.segments == 1) return single_tiles<Dot, kind, R, V>(job, panel, first, last, weights);
   for (int vector = 0; vector < kPanel / kLanes; vector += V) {
     const int64_t column = panel * kPanel + vector * kLanes;
-    const uint8_t* w = weights + vector * 64;
+    const Weights w = weights.from(vector * 64);
     if (job.args->row_group == job.args->inputs)
       grouped_tiles<Dot, kind, Scheme::weight_groups, R, V>(job, first, last, column, w);
     else
@@ -287,23 +310,28 @@ void panel_tiles(const Job& job, int64_t panel, int64_t first, int64_t last,
 template <class Dot, int R, int V>
 inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
                      uint8_t* unpacked) {
-  const uint8_t* weights = job.args->packed + panel * job.panel_bytes;
+  const uint8_t* packed = job.args->packed + panel * job.panel_bytes;
   const bool few = last - first <= 2 * R;
+  // So few rows wait for their own weights, behind which no others should come.
+  const bool fetches = !few && (panel + 1) * kPanel < job.args->outputs;
+  const auto in = [&](const uint8_t* bytes) {
+    return Weights{bytes, fetches ? packed + job.panel_bytes - bytes : 0, first};
+  };
   constexpr Store kMany = Dot::kOrdersSteps ? Store::ordered : Store::bytes;
   if (job.args->weight_bits > 4) {
     if (few || !Dot::kOrdersSteps)
-      return panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, weights);
-    if constexpr (Dot::kOrdersSteps) order_steps<Dot>(job, weights, unpacked);
-    return panel_tiles<Dot, kMany, R, V>(job, panel, first, last, unpacked);
+      return panel_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, in(packed));
+    if constexpr (Dot::kOrdersSteps) order_steps<Dot>(job, packed, unpacked);
+    return panel_tiles<Dot, kMany, R, V>(job, panel, first, last, in(unpacked));
   }
   const bool simple = job.short_segments || job.segments == 1;
   if (few && job.args->table && job.segments == 1)
-    return single_tiles<Dot, Store::entries, R, V>(job, panel, first, last, weights);
+    return single_tiles<Dot, Store::entries, R, V>(job, panel, first, last, in(packed));
   if (few && simple && !job.args->table)
-    return panel_tiles<Dot, Store::halves, R, V>(job, panel, first, last, weights);
-  unpack(job, weights, [&](int64_t b, int64_t i) { return unpacked + b * kBlock * kPanel + i; });
+    return panel_tiles<Dot, Store::halves, R, V>(job, panel, first, last, in(packed));
+  unpack(job, packed, [&](int64_t b, int64_t i) { return unpacked + b * kBlock * kPanel + i; });
   if constexpr (Dot::kOrdersSteps) order_steps<Dot>(job, unpacked, unpacked);
-  panel_tiles<Dot, kMany, R, V>(job, panel, first, last, unpacked);
+  panel_tiles<Dot, kMany, R, V>(job, panel, first, last, in(unpacked));
 }
 
 inline double seconds() {

@@ -225,6 +225,48 @@ VQ_INLINE void store_single(const Job& job, int64_t m, int64_t column, const Fou
   });
 }
 
+// Whether a tile is whole, float and has one bias, as nearly all have.
+template <int V>
+VQ_INLINE bool is_plain(const vq_linear_args& a, int64_t column) {
+  return a.outputs - column >= V * kLanes && a.y_type == VQ_FLOAT32 && !a.pairs && !a.bias_row &&
+         !a.products;
+}
+
+// The lines of y into the cache while the products are made: stores wait for them in order, and what
+// is stored after them waits too.
+template <int R, int V>
+VQ_INLINE void fetch_plain(const vq_linear_args& a, int64_t m, int64_t column) {
+  const float* y = static_cast<const float*>(a.y) + m * a.y_stride + column;
+  each<R, V>([&](int r, int v) { __builtin_prefetch(y + r * a.y_stride + v * kLanes, 1); });
+}
+
+// The same as Corrected and store_single, for such a tile: what belongs to columns is read once,
+// before the first store, across which no compiler can keep it.
+template <int R, int V>
+VQ_INLINE void store_plain(const Job& job, int64_t m, int64_t column, const Sums<R, V>& sums) {
+  const vq_linear_args& a = *job.args;
+  const float* biases = bias_of(a, m, column);
+  Ints weights[V], zeros[V];
+  Floats scale[V], bias[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    const int64_t at = column + v * kLanes;
+    weights[v] = load(a.panel_sum + at), zeros[v] = load(a.panel_zero + at);
+    scale[v] = load(a.panel_scale + at), bias[v] = load(biases + v * kLanes);
+  }
+  float* y = static_cast<float*>(a.y) + m * a.y_stride + column;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const Ints za = all_int(a.zero_point[m + r] - kLeftShift), row = all_int(job.corrections[m + r]);
+    const Floats row_scale = all(a.scale[m + r]);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const Ints product = without_zeros(sums.at(r, v), za, weights[v], row, zeros[v]);
+      store(y + r * a.y_stride + v * kLanes, of_single(product, row_scale, scale[v], bias[v]));
+    }
+  }
+}
+
 template <Scheme scheme, int R, int V>
 VQ_INLINE void store_totals(const Job& job, int64_t m, int64_t column,
                             const Totals<R, V>& totals) {
