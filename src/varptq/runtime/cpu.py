@@ -243,7 +243,9 @@ class NativeSampler(PerImageSampler):
         filtered: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         length, vocabulary = logits_BlV.shape[1:]
-        noise_BlV = torch.stack([random.uniform(length, vocabulary) for random in randoms])
+        noise = [random.uniform(length, vocabulary) for random in randoms]
+        # Of one image without a copy, which is as large as its logits.
+        noise_BlV = torch.stack(noise) if len(noise) > 1 else noise[0].unsqueeze(0)
         drawn = sampler.sample(
             logits_BlV,
             guidance=guidance,
