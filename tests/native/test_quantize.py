@@ -104,6 +104,31 @@ def test_codebook_codes_are_those_of_the_reference(
         assert rows.codes.sum() == rows.plain_codes.sum(), "padding is not zero"
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_numbers_next_to_a_border_of_a_codebook(bits: int) -> None:
+    """The floats around those that reach a border have the reference's codes: a core that compares
+    with limits must have just these."""
+    half = torch.tensor(HALVES[bits], dtype=torch.float32)
+    borders = (half[1:] + half[:-1]) / 2
+    g = torch.Generator().manual_seed(bits)
+    x = torch.randn(200, 512, generator=g)
+    x = x / x.abs().amax(-1, keepdim=True) * 1.5
+    steps = torch.randint(-3, 4, (len(x), len(borders)), generator=g, dtype=torch.int32)
+    for _ in range(8):
+        # What is planted moves the start by little, after a few turns by nothing.
+        near = borders * codebook_grid(x, bits).start
+        x[:, : len(borders)] = (near.view(torch.int32) + steps).view(torch.float32)
+    grid = codebook_grid(x, bits)
+    moved = (borders * grid.start).view(torch.int32) - x[:, : len(borders)].view(torch.int32)
+    assert (moved.abs() <= 3).float().mean() > 0.5, "too few are next to a border"
+    found = entries(bits)[codebook_codes(x, grid, bits).int()].int()
+    book = Codebook(HALVES[bits], reach(bits))
+    for name in sets():
+        binding.select_isa(name)
+        rows = quantize(x, num_bits=bits, codebook=book)
+        assert torch.equal(rows.plain_codes.int() - 128, found), name
+
+
 @settings(max_examples=40)
 @given(st.sampled_from([1, 3]), LAYOUTS, st.integers(2, 8), KINDS, st.integers(0, 999))
 def test_sign_split_codes_are_those_of_the_reference(

@@ -117,7 +117,9 @@ def _fitted(x: Tensor, num_bits: int, dims: Dims) -> tuple[BookGrid, Tensor]:
     x = wide(x)
     unit = _power_below(x.abs().amax(-1, keepdim=True))
     x = x / unit
-    deviation = (ordered_sum(x.square()) / torch.full_like(unit, x.shape[-1])).sqrt()
+    mean = ordered_sum(x.square()) / torch.full_like(unit, x.shape[-1])
+    # Rounded once: torch's root of a float32 may be the number beside it, depending on the CPU.
+    deviation = mean.double().sqrt().to(mean.dtype)
     start = deviation * torch.full_like(unit, reach(num_bits))
     codes = _codes(x, start, num_bits)
     found = _entries_of(codes, num_bits)

@@ -25,7 +25,9 @@ def decode_in(pipe: P, dtype: torch.dtype) -> P:
         part.to(dtype)
         if pipe.device.type == "cpu":
             part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    for module in (*parts[:1], *pipe.vae.upsamplings()):
+    # Maps on integers have memory that goes from one to the next (native/room.py).
+    later = [] if decodes_on_integers(pipe.vae) else pipe.vae.upsamplings()
+    for module in (*parts[:1], *later):
         module.register_forward_pre_hook(_return_free_memory)
     return pipe
 

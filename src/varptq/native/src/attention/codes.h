@@ -166,9 +166,12 @@ struct Coding {
     for (int r = 0; r < rows.count; ++r) {
       alignas(64) float room[kMaxHeadWidth];
       const float low = ranges.low[r], high = ranges.high[r];
-      const Fit fit = codebook_fit(rows.width, -low > high ? -low : high, book, room,
-                                   [&](int64_t i) { return load(rows.x[r] + i); },
-                                   [](int64_t, Floats) {});
+      const Fit fit = with_known(book, [&](auto known) {
+        return codebook_fit<known()>(
+            rows.width, -low > high ? -low : high, book, room,
+            [&](int64_t i) VQ_INLINED { return load(rows.x[r] + i); },
+            [](int64_t, Floats) VQ_INLINED {});
+      });
       out.scale[r] = fit.scale;
       out.zero[r] = kCodebookZero;
       out.start[r] = fit.start;

@@ -82,7 +82,8 @@ VQ_INLINE void finish_vector(const Convolution& job, const Tile& tile, const int
   Floats out[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const int64_t at = tile.y + r * tile.y_stride + column, next = at + kAheadPixels * tile.y_stride;
+    const int64_t at = tile.y + r * tile.y_stride + column;
+    const int64_t next = at + kAheadPixels * tile.y_stride;
     if (a.residual) __builtin_prefetch(a.residual + next);
     if (a.residual != a.y) __builtin_prefetch(a.y + next, 1);
     Floats y = to_float(load(sums + r * row_length) - correction) * scale + bias;

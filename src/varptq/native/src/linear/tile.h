@@ -30,8 +30,8 @@ enum class Store { bytes, halves, entries, ordered };
 
 inline Ints load_weights(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
 
-// A panel as tiles read it, in task of rows from `first` on. The first tiles fetch the next panel into
-// L2, whose bytes lie `next` from these (0: none is fetched).
+// A panel as tiles read it, in a task of rows from `first` on. The first tiles fetch the next panel
+// into L2, whose bytes lie `next` from these (0: none is fetched).
 struct Weights {
   const uint8_t* bytes;
   int64_t next, first;

@@ -232,8 +232,8 @@ VQ_INLINE bool is_plain(const vq_linear_args& a, int64_t column) {
          !a.products;
 }
 
-// The lines of y into the cache while the products are made: stores wait for them in order, and what
-// is stored after them waits too.
+// The lines of y into the cache while the products are made: stores wait for them in order, and
+// what is stored after them waits too.
 template <int R, int V>
 VQ_INLINE void fetch_plain(const vq_linear_args& a, int64_t m, int64_t column) {
   const float* y = static_cast<const float*>(a.y) + m * a.y_stride + column;
@@ -257,7 +257,8 @@ VQ_INLINE void store_plain(const Job& job, int64_t m, int64_t column, const Sums
   float* y = static_cast<float*>(a.y) + m * a.y_stride + column;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const Ints za = all_int(a.zero_point[m + r] - kLeftShift), row = all_int(job.corrections[m + r]);
+    const Ints za = all_int(a.zero_point[m + r] - kLeftShift);
+    const Ints row = all_int(job.corrections[m + r]);
     const Floats row_scale = all(a.scale[m + r]);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "lanes/lanes_more.h"
 #include "quantize/scales.h"
@@ -17,6 +18,8 @@ namespace {
 
 constexpr int32_t kCodebookZero = 128;
 
+VQ_INLINE Floats size_of(Floats x) { return floats_of(bits_of(x) & all_int(0x7FFFFFFF)); }
+
 // Floats that `codebook_fit` needs room for: a power of two.
 inline int64_t codebook_room(int64_t n) {
   int64_t size = kLanes;
@@ -24,11 +27,14 @@ inline int64_t codebook_room(int64_t n) {
   return size;
 }
 
+// Entries of 4 bits, which most codebooks have: loops over so many are unrolled.
+constexpr int32_t kUsualEntries = 8;
+
 struct Codebook {
   const float* entries;
   int32_t count;
   float reach;
-  float borders[VQ_MOST_ENTRIES];  // between entry i - 1 and i
+  float borders[VQ_MOST_ENTRIES] = {};  // between entry i - 1 and i
 
   explicit Codebook(const vq_codebook& book)
       : entries(book.entries), count(book.count), reach(book.reach) {
@@ -36,29 +42,84 @@ struct Codebook {
   }
   explicit operator bool() const { return count > 0; }
 
-  // The entry nearest to x in units of `scale`; on a border the larger, for 0 the smallest above.
-  Floats nearest(Floats x, Floats scale) const { return nearest(x, scale, x); }
-  // With the sign of another number, which x may have lost.
-  Floats nearest(Floats x, Floats scale, Floats sign) const {
-    const Floats size = floats_of(bits_of(x) & all_int(0x7FFFFFFF)) / scale;
+  // The entry whose limits `size` lies between, with the sign of another number; of `known`
+  // entries, or as many as there are.
+  template <int32_t known>
+  VQ_INLINE Floats entry_at(Floats size, const float* limits, Floats sign) const {
     Floats found = all(entries[0]);
-    for (int32_t i = 1; i < count; ++i)
-      found = where_less(size, all(borders[i]), found, all(entries[i]));
+#pragma GCC unroll 8
+    for (int32_t i = 1; i < (known ? known : count); ++i)
+      found = where_less(size, all(limits[i]), found, all(entries[i]));
     return where_less(sign, all(0.0f), all(0.0f) - found, found);
+  }
+  // The entry nearest to x in units of `scale`; on a border the larger, for 0 the smallest above.
+  Floats nearest(Floats x, Floats scale) const {
+    const Floats size = size_of(x) / scale;
+    return count == kUsualEntries ? entry_at<kUsualEntries>(size, borders, x)
+                                  : entry_at<0>(size, borders, x);
   }
 };
 
+// The smallest floats whose quotients with `scale` reach the borders: a float is below one just
+// where its quotient is below the border, so that none has to be divided. A quotient rounds up by
+// less than a step of the border, the product by half of one of its own: two steps are enough.
+inline void limits_of(const Codebook& book, float scale, float* limits) {
+  constexpr int32_t kSteps = 2;
+  for (int32_t first = 0; first < book.count; first += kLanes) {
+    const Floats border = load(book.borders + first), near = border * all(scale);
+    Floats found = near;
+    for (int32_t step = kSteps; step >= -kSteps; --step) {
+      const Floats x = floats_of(bits_of(near) + all_int(step));
+      found = where_less(x / all(scale), border, found, x);
+    }
+    store(limits + first, found);
+  }
+}
+
 inline float divisor_of(float start) { return start > 0.0f ? start : 1.0f; }
 
-// Sum of n floats, which are overwritten; there is room for `codebook_room(n)`.
-inline float halving_sum(float* x, int64_t n) {
-  int64_t size = codebook_room(n);
-  for (int64_t i = n; i < size; ++i) x[i] = 0.0f;
-  while (size > kLanes) {
-    size /= 2;
-    for (int64_t i = 0; i < size; i += kLanes) store(x + i, load(x + i) + load(x + size + i));
+// So many halvings of a sum are done in registers, of which they need two to that power.
+#if defined(VQ_LANES512)
+constexpr int kMostHalvings = 3;
+#else
+constexpr int kMostHalvings = 2;
+#endif
+
+// `to` gets the sums of vectors i, i + step, i + 2 step, ... for all i below step.
+template <int halvings, class Term>
+VQ_INLINE void halve(int64_t step, float* to, Term term) {
+  constexpr int kCount = 1 << halvings;
+  for (int64_t i = 0; i < step; ++i) {
+    Floats v[kCount];
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) v[k] = term((i + k * step) * kLanes);
+#pragma GCC unroll 8
+    for (int half = kCount / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int k = 0; k < half; ++k) v[k] = v[k] + v[k + half];
+    store(to + i * kLanes, v[0]);
   }
-  return sum_of(load(x));
+}
+
+template <class Term>
+VQ_INLINE int64_t halve_once(int64_t vectors, float* to, Term term) {
+  if (kMostHalvings > 2 && vectors >= 8)
+    return halve<kMostHalvings>(vectors / 8, to, term), vectors / 8;
+  if (vectors >= 4) return halve<2>(vectors / 4, to, term), vectors / 4;
+  if (vectors == 2) return halve<1>(1, to, term), 1;
+  return halve<0>(1, to, term), 1;
+}
+
+// The sum of n numbers, of which `term(i)` makes 16 from i on, by halves: the second half is added
+// to the first one, until 16 are left. In `room` there is room for `codebook_room(n)` floats.
+template <class Term>
+VQ_INLINE float halving_sum(int64_t n, float* room, Term term) {
+  const auto first = [&](int64_t i) VQ_INLINED { return i < n ? term(i) : all(0.0f); };
+  int64_t vectors = halve_once(codebook_room(n) / kLanes, room, first);
+  // What is read lies at or behind what is written.
+  while (vectors > 1)
+    vectors = halve_once(vectors, room, [&](int64_t i) VQ_INLINED { return load(room + i); });
+  return sum_of(load(room));
 }
 
 // s, and what x is divided by when its entries are chosen; both 0 where one is no normal float.
@@ -66,11 +127,15 @@ struct Fit {
   float scale, start;
 };
 
+// Of fewer numbers, limits take longer than quotients.
+constexpr int64_t kManyNumbers = 256;
+
 // Of n floats whose largest size is `largest`; `load_at(i)` gives 16 of them, zeros behind the end.
-// `chosen(i, entries)` gets their entries, which are final unless the fit is 0.
-template <class LoadAt, class Chosen>
-inline Fit codebook_fit(int64_t n, float largest, const Codebook& book, float* room,
-                        LoadAt load_at, Chosen chosen) {
+// `chosen(i, entries)` gets their entries, which are final unless the fit is 0. Inlined, so that
+// what it adds up stays in registers.
+template <int32_t known, class LoadAt, class Chosen>
+VQ_INLINE Fit codebook_fit(int64_t n, float largest, const Codebook& book, float* room,
+                           LoadAt load_at, Chosen chosen) {
   int32_t bits;
   std::memcpy(&bits, &largest, sizeof bits);
   bits &= 0x7F800000;
@@ -79,26 +144,42 @@ inline Fit codebook_fit(int64_t n, float largest, const Codebook& book, float* r
   // A power of two whose inverse is a normal float, so that products are the quotients.
   const float unit = largest < kLeastScale ? 1.0f : power < 0x1p126f ? power : 0x1p126f;
   const Floats inverse = all(1.0f / unit);
-  for (int64_t i = 0; i < n; i += kLanes) {
+  const float energy_of_x = halving_sum(n, room, [&](int64_t i) VQ_INLINED {
     const Floats x = load_at(i) * inverse;
-    store(room + i, x * x);
-  }
-  const float start = std::sqrt(halving_sum(room, n) / static_cast<float>(n)) * book.reach;
-  const Floats starts = all(divisor_of(start));
+    return x * x;
+  });
+  const float start = std::sqrt(energy_of_x / static_cast<float>(n)) * book.reach;
+  const float divisor = divisor_of(start);
+  const bool many = n >= kManyNumbers;
+  float limits[VQ_MOST_ENTRIES];
+  if (many) limits_of(book, divisor, limits);
   Ints squares = all_int(0);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Floats given = load_at(i), x = given * inverse, c = book.nearest(x, starts, given);
-    chosen(i, c);
-    store(room + i, x * c);
-    squares = squares + to_int(c * c);
-  }
+  const auto products = [&](auto sizes, const float* between) VQ_INLINED {
+    return halving_sum(n, room, [&](int64_t i) VQ_INLINED {
+      const Floats given = load_at(i), x = given * inverse;
+      const Floats c = book.entry_at<known>(sizes(size_of(x)), between, given);
+      chosen(i, c);
+      squares = squares + to_int(c * c);
+      return x * c;
+    });
+  };
+  const float both = many ? products([](Floats size) VQ_INLINED { return size; }, limits)
+                          : products([&](Floats size) VQ_INLINED { return size / all(divisor); },
+                                     book.borders);
   // Behind the end are zeros on the smallest entry.
   const int32_t smallest = static_cast<int32_t>(book.entries[0]);
   const int32_t behind = static_cast<int32_t>((kLanes - n % kLanes) % kLanes);
   const int32_t energy = sum_of(squares) - behind * smallest * smallest;
-  const float scale = halving_sum(room, n) / static_cast<float>(energy) * unit;
+  const float scale = both / static_cast<float>(energy) * unit;
   const Fit fit{scale, start * unit};
   return fit.scale >= kLeastScale && fit.start >= kLeastScale ? fit : Fit{0.0f, 0.0f};
+}
+
+// function(std::integral_constant<int32_t, known>{}) of `codebook_fit`.
+template <class Function>
+VQ_INLINE auto with_known(const Codebook& book, Function function) {
+  return book.count == kUsualEntries ? function(std::integral_constant<int32_t, kUsualEntries>{})
+                                     : function(std::integral_constant<int32_t, 0>{});
 }
 
 }  // namespace

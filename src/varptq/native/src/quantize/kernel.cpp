@@ -313,6 +313,7 @@ inline void sign_split_group(const vq_quantize_args& a, const Place& p, int64_t 
   }
 }
 
+template <int32_t known>
 inline void codebook_group(const vq_quantize_args& a, const Place& p, int64_t g, const float* x,
                            const Range& range, const Codebook& book, float* room) {
   const float largest = -range.low > range.high ? -range.low : range.high;
@@ -320,18 +321,19 @@ inline void codebook_group(const vq_quantize_args& a, const Place& p, int64_t g,
   uint8_t* codes = a.codes + first * p.stride;
   const Ints zero = all_int(kCodebookZero);
   Ints sums = all_int(0);
-  const auto load_at = [&](int64_t i) {
+  const auto load_at = [&](int64_t i) VQ_INLINED {
     return i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, 0.0f);
   };
-  // Where a group is one segment, entries go straight to their place, which has room to 64.
-  const bool direct = a.group == a.segment;
-  const auto chosen = [&](int64_t i, Floats entries) {
-    if (!direct) return;
+  const auto chosen = [&](int64_t i, Floats entries) VQ_INLINED {
     const Ints code = to_int(entries) + zero;
     sums = sums + code;
     store_bytes(codes + i, code);
   };
-  const Fit fit = codebook_fit(n, largest, book, room, load_at, chosen);
+  // Where a group is one segment, entries go straight to their place, which has room to 64.
+  const bool direct = a.group == a.segment;
+  const auto nothing = [](int64_t, Floats) VQ_INLINED {};
+  const Fit fit = direct ? codebook_fit<known>(n, largest, book, room, load_at, chosen)
+                         : codebook_fit<known>(n, largest, book, room, load_at, nothing);
   a.scale[p.row * p.groups + g] = fit.scale;
   a.zero_point[p.row * p.groups + g] = kCodebookZero;
   if (!direct || fit.scale == 0.0f) {
@@ -359,7 +361,9 @@ inline bool quantize_row(const vq_quantize_args& a, int64_t m, float* room, cons
     const Range range = range_of(x, a.group);
     if (!range.finite) return false;
     if (book)
-      codebook_group(a, place, g, x, range, book, room + a.width + kLanes);
+      with_known(book, [&](auto known) {
+        codebook_group<known()>(a, place, g, x, range, book, room + a.width + kLanes);
+      });
     else if (a.sign_split)
       sign_split_group(a, place, g, x, range);
     else
