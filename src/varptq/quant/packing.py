@@ -90,7 +90,9 @@ def unpack(words: Tensor, num_bits: int, n: int) -> Tensor:
             f"expected {packed_words(n, num_bits)}"
         )
     if BYTE_BITS % num_bits == 0 and sys.byteorder == "little":
-        return _from_bytes(words.contiguous().view(torch.uint8), num_bits)[:, :n].clone()
+        codes = _from_bytes(words.contiguous().view(torch.uint8), num_bits)[:, :n]
+        own = num_bits < BYTE_BITS and codes.is_contiguous()
+        return codes if own else codes.clone()
     pattern_codes, pattern_words = _pattern(num_bits)
     blocks = _padded(words, pattern_words)
     codes = torch.empty(
