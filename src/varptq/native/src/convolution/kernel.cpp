@@ -23,7 +23,7 @@ __attribute__((noinline)) void multiply_taps(Sums<R, V>& sums, const Taps& taps,
   for (int64_t i = 0; i < taps.count; ++i) {
     const Run& run = taps.runs[i];
     registers.add(codes + run.codes, stride, weights + run.weights, run.steps,
-                  [](Ints x) { return x; });
+                  [](Ints x, const uint8_t*) { return x; });
   }
   registers.settle();
   registers.leave(sums);

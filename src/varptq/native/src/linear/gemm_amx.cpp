@@ -1,6 +1,7 @@
 // The product kernel for AMX, on the tiles of amx_tiles.h. After a segment the sums go to memory and
 // through the corrections and float sums of tile_finish.h, so every bit is as there.
 #include "linear/amx_tiles.h"
+#include "linear/peak.h"
 
 namespace vq {
 namespace {

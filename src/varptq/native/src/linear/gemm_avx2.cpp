@@ -3,6 +3,7 @@
 // The byte product adds pairs in 16 bits and saturates there: fine for codes whose pairs fit, and
 // where those of two steps do, both are added before they are widened. Other codes are widened
 // first (Bytes).
+#include "linear/peak.h"
 #include "linear/tile.h"
 
 namespace vq {

@@ -1,4 +1,5 @@
 // The product kernel for AVX512-VNNI; see tile.h.
+#include "linear/peak.h"
 #include "linear/tile.h"
 
 namespace vq {

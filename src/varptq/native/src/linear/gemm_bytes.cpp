@@ -1,5 +1,6 @@
 // The product kernel of sets whose lanes multiply bytes in 256 bits or less: AVX-VNNI, and NEON with
 // DotProd or I8MM; see tile.h.
+#include "linear/peak.h"
 #include "linear/tile.h"
 
 namespace vq {

@@ -12,9 +12,6 @@
 // in registers for a few rows, else unpacked once per panel into scratch.
 #pragma once
 
-#include <cstring>
-#include <ctime>
-
 #include "lanes/products.h"
 #include "linear/tile_finish.h"
 
@@ -24,19 +21,21 @@ namespace {
 constexpr int64_t kSteps = kBlock / 4;   // of the inner loop for a block
 constexpr int64_t kAhead = 16 * kStep;   // bytes between a load of weights and its prefetch
 
-// halves: two codes of 4 bits in a byte; entries: those of a table; ordered: bytes in scratch, two
-// steps as the product takes them (lanes/matrix.h).
-enum class Store { bytes, halves, entries, ordered };
+// halves: two codes of 4 bits in a byte; entries: those of a table; kept: the same, and what they
+// stand for is left in scratch as bytes; ordered: bytes in scratch, two steps as the product takes
+// them (lanes/matrix.h).
+enum class Store { bytes, halves, entries, kept, ordered };
 
 inline Ints load_weights(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
 
 // A panel as tiles read it, in a task of rows from `first` on. The first tiles fetch the next panel
-// into L2, whose bytes lie `next` from these (0: none is fetched).
+// into L2, whose bytes lie `next` from these (0: none is fetched). scratch: for Store::kept.
 struct Weights {
   const uint8_t* bytes;
+  uint8_t* scratch;
   int64_t next, first;
 
-  Weights from(int64_t offset) const { return {bytes + offset, next, first}; }
+  Weights from(int64_t offset) const { return {bytes + offset, scratch + offset, next, first}; }
   // From a byte that tile m reads to the one that it fetches: a line of each step.
   template <int R, int V>
   int64_t to_fetch(int64_t m) const {
@@ -83,16 +82,17 @@ struct Registers {
     Dot::enter(s);
   }
 
-  // s += codes x weights over `steps` times 4 inputs; decode makes weights of bytes.
-  template <bool ordered = false, class Decode>
+  // s += codes x weights over `steps` times 4 inputs; decode makes weights of bytes, and is told
+  // where they are.
+  template <bool ordered = false, bool fetches = false, class Decode>
   VQ_INLINE void add(const uint8_t* codes, int64_t stride, const uint8_t* weights, int64_t steps,
                      Decode decode, int64_t to_fetch = 0) {
     const auto load_right = [&](const uint8_t* at, int v) VQ_INLINED {
       // Tiles of fewer vectors have no time for one more instruction.
-      if (V > 1 && v == 0) __builtin_prefetch(at + to_fetch, 0, 2);
+      if (fetches && V > 1 && v == 0) __builtin_prefetch(at + to_fetch, 0, 2);
       // Into L1 ahead of use: a panel lies in L2, and the hardware alone falls behind.
       __builtin_prefetch(at + v * 64 + kAhead);
-      return decode(load_weights(at + v * 64));
+      return decode(load_weights(at + v * 64), at + v * 64);
     };
     Dot::template add<ordered>(s, codes, R == 1 ? 0 : stride, weights, kStep, steps, load_right);
   }
@@ -116,8 +116,8 @@ __attribute__((noinline)) void multiply(const Start& start, const uint8_t* codes
                                         int64_t to_fetch) {
   Registers<Dot, R, V> registers;
   registers.template begin<shorts>(start);
-  registers.template add<kind == Store::ordered>(
-      codes, stride, weights, steps, [](Ints x) { return x; }, to_fetch);
+  registers.template add<kind == Store::ordered, kind == Store::bytes>(
+      codes, stride, weights, steps, [](Ints x, const uint8_t*) { return x; }, to_fetch);
   registers.settle();
   end(registers);
 }
@@ -125,21 +125,28 @@ __attribute__((noinline)) void multiply(const Start& start, const uint8_t* codes
 // The same over blocks first .. last - 1 of a panel of halves, which are `table`'s or values.
 template <class Dot, Store kind, bool shorts, int R, int V, class End>
 __attribute__((noinline)) void multiply_halves(const Start& start, const uint8_t* codes,
-                                               int64_t stride, const uint8_t* panel, int64_t first,
+                                               int64_t stride, const Weights& panel, int64_t first,
                                                int64_t last, const int8_t* table, const End& end) {
   Registers<Dot, R, V> registers;
   registers.template begin<shorts>(start);
-  constexpr bool of_table = kind == Store::entries;
+  constexpr bool of_table = kind != Store::halves;
   const Ints entries = of_table ? all_entries(table) : all_int(0);
   for (int64_t b = first; b < last; ++b, codes += kBlock) {
-    const uint8_t* block = panel + b / 2 * kSteps * kStep;
-    const auto decode = [&](Ints halves) {
-      return of_table ? entries_at(entries, halves) : halves;
+    const uint8_t* block = panel.bytes + b / 2 * kSteps * kStep;
+    uint8_t* scratch = panel.scratch + b * kSteps * kStep;
+    const auto decode = [&](Ints halves, const uint8_t* at) VQ_INLINED {
+      const Ints found = of_table ? entries_at(entries, halves) : halves;
+      if (kind == Store::kept) store(reinterpret_cast<int32_t*>(scratch + (at - block)), found);
+      return found;
     };
     if (b % 2)
-      registers.add(codes, stride, block, kSteps, [&](Ints x) { return decode(high_half(x)); });
+      registers.add(codes, stride, block, kSteps, [&](Ints x, const uint8_t* at) VQ_INLINED {
+        return decode(high_half(x), at);
+      });
     else
-      registers.add(codes, stride, block, kSteps, [&](Ints x) { return decode(low_half(x)); });
+      registers.add(codes, stride, block, kSteps, [&](Ints x, const uint8_t* at) VQ_INLINED {
+        return decode(low_half(x), at);
+      });
   }
   registers.settle();
   end(registers);
@@ -160,7 +167,7 @@ VQ_INLINE void segment_sums(const Job& job, int64_t m, int64_t column, const Pos
                                       job.segment_blocks * kSteps, end,
                                       weights.to_fetch<R, V>(m));
   else
-    multiply_halves<Dot, kind, shorts, R, V>(start, codes, job.code_stride, weights.bytes, first,
+    multiply_halves<Dot, kind, shorts, R, V>(start, codes, job.code_stride, weights, first,
                                              first + job.segment_blocks, job.args->table, end);
 }
 
@@ -306,7 +313,8 @@ void panel_tiles(const Job& job, int64_t panel, int64_t first, int64_t last,
   }
 }
 
-// A panel with tiles of R x V; up to 2 R rows, weights are decoded and ordered in registers.
+// A panel with tiles of R x V; up to 2 R rows, weights are decoded and ordered in registers. Of
+// more, the first tile leaves those of a table as bytes for the others.
 template <class Dot, int R, int V>
 inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
                      uint8_t* unpacked) {
@@ -315,7 +323,7 @@ inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
   // So few rows wait for their own weights, behind which no others should come.
   const bool fetches = !few && (panel + 1) * kPanel < job.args->outputs;
   const auto in = [&](const uint8_t* bytes) {
-    return Weights{bytes, fetches ? packed + job.panel_bytes - bytes : 0, first};
+    return Weights{bytes, unpacked, fetches ? packed + job.panel_bytes - bytes : 0, first};
   };
   constexpr Store kMany = Dot::kOrdersSteps ? Store::ordered : Store::bytes;
   if (job.args->weight_bits > 4) {
@@ -329,56 +337,18 @@ inline void panel_of(const Job& job, int64_t panel, int64_t first, int64_t last,
     return single_tiles<Dot, Store::entries, R, V>(job, panel, first, last, in(packed));
   if (few && simple && !job.args->table)
     return panel_tiles<Dot, Store::halves, R, V>(job, panel, first, last, in(packed));
+  if constexpr (!Dot::kOrdersSteps) {
+    if (job.args->table && job.segments == 1) {
+      for (int vector = 0; vector < kPanel / kLanes; vector += V)
+        single_tile<Dot, Store::kept, R, V>(job, first, panel * kPanel + vector * kLanes,
+                                            in(packed).from(vector * 64));
+      first += R;
+      return single_tiles<Dot, Store::bytes, R, V>(job, panel, first, last, in(unpacked));
+    }
+  }
   unpack(job, packed, [&](int64_t b, int64_t i) { return unpacked + b * kBlock * kPanel + i; });
   if constexpr (Dot::kOrdersSteps) order_steps<Dot>(job, unpacked, unpacked);
   panel_tiles<Dot, kMany, R, V>(job, panel, first, last, in(unpacked));
-}
-
-inline double seconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
-// Operations (two per multiply-add) a second of the product alone, on registers.
-template <class Dot>
-inline double measured_peak() {
-  constexpr int64_t kTurns = 200000;
-#if defined(VQ_LANES512)
-  constexpr int kSums = 12;
-#else
-  constexpr int kSums = 6;  // of two or four registers each
-#endif
-  double best = 0;
-  for (int repeat = 0; repeat < 5; ++repeat) {
-    constexpr uint8_t kOnes[4 * kLeftSteps] = {1, 1, 1, 1};
-    Left a = load_left<1>(kOnes);
-    Ints sums[kSums], b = all_int(0x01010101);
-    for (int i = 0; i < kSums; ++i) sums[i] = all_int(i);
-    const double start = seconds();
-    for (int64_t turn = 0; turn < kTurns; ++turn) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kSums; ++i) {
-        sums[i] = Dot::template dot<0>(sums[i], a, b);
-#if defined(VQ_LANES512)
-        __asm__ volatile("" : "+v"(sums[i].v));
-#elif defined(__AVX2__)
-        // Of the operand too, of which AVX2 would else compute its first step once for all.
-        __asm__ volatile("" : "+x"(sums[i].v), "+x"(sums[i].w), "+x"(a.v), "+x"(a.w));
-#elif defined(VQ_NEON)
-        pin(sums[i]);
-#endif
-      }
-    }
-    const double took = seconds() - start;
-    Ints all_sums = sums[0];
-    for (int i = 1; i < kSums; ++i) all_sums = all_sums + sums[i];
-    volatile int32_t keep = sum_of(all_sums);
-    (void)keep;
-    const double rate = 2.0 * kLanes * Dot::kLaneBytes * kSums * kTurns / took / 1e9;
-    best = rate > best ? rate : best;
-  }
-  return best;
 }
 
 }  // namespace
