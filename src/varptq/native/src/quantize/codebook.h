@@ -78,12 +78,16 @@ inline void limits_of(const Codebook& book, float scale, float* limits) {
 
 inline float divisor_of(float start) { return start > 0.0f ? start : 1.0f; }
 
-// So many halvings of a sum are done in registers, of which they need two to that power.
+// So many halvings of a sum are done in registers, of which they need two to that power. Lanes that
+// are loops have code enough with one, and with one way to the entries.
 #if defined(VQ_LANES512)
 constexpr int kMostHalvings = 3;
-#else
+#elif defined(__AVX2__) || defined(VQ_NEON)
 constexpr int kMostHalvings = 2;
+#else
+constexpr int kMostHalvings = 1;
 #endif
+constexpr bool kTwoWays = kMostHalvings > 1;
 
 // `to` gets the sums of vectors i, i + step, i + 2 step, ... for all i below step.
 template <int halvings, class Term>
@@ -103,10 +107,13 @@ VQ_INLINE void halve(int64_t step, float* to, Term term) {
 
 template <class Term>
 VQ_INLINE int64_t halve_once(int64_t vectors, float* to, Term term) {
-  if (kMostHalvings > 2 && vectors >= 8)
-    return halve<kMostHalvings>(vectors / 8, to, term), vectors / 8;
-  if (vectors >= 4) return halve<2>(vectors / 4, to, term), vectors / 4;
-  if (vectors == 2) return halve<1>(1, to, term), 1;
+  if constexpr (kMostHalvings > 2) {
+    if (vectors >= 8) return halve<3>(vectors / 8, to, term), vectors / 8;
+  }
+  if constexpr (kMostHalvings > 1) {
+    if (vectors >= 4) return halve<2>(vectors / 4, to, term), vectors / 4;
+  }
+  if (vectors >= 2) return halve<1>(vectors / 2, to, term), vectors / 2;
   return halve<0>(1, to, term), 1;
 }
 
@@ -127,7 +134,7 @@ struct Fit {
   float scale, start;
 };
 
-// Of fewer numbers, limits take longer than quotients.
+// Of fewer numbers, limits take longer than quotients: those of a row of attention 0.04 s an image.
 constexpr int64_t kManyNumbers = 256;
 
 // Of n floats whose largest size is `largest`; `load_at(i)` gives 16 of them, zeros behind the end.
@@ -150,9 +157,6 @@ VQ_INLINE Fit codebook_fit(int64_t n, float largest, const Codebook& book, float
   });
   const float start = std::sqrt(energy_of_x / static_cast<float>(n)) * book.reach;
   const float divisor = divisor_of(start);
-  const bool many = n >= kManyNumbers;
-  float limits[VQ_MOST_ENTRIES];
-  if (many) limits_of(book, divisor, limits);
   Ints squares = all_int(0);
   const auto products = [&](auto sizes, const float* between) VQ_INLINED {
     return halving_sum(n, room, [&](int64_t i) VQ_INLINED {
@@ -163,9 +167,15 @@ VQ_INLINE Fit codebook_fit(int64_t n, float largest, const Codebook& book, float
       return x * c;
     });
   };
-  const float both = many ? products([](Floats size) VQ_INLINED { return size; }, limits)
-                          : products([&](Floats size) VQ_INLINED { return size / all(divisor); },
-                                     book.borders);
+  float both;
+  if (kTwoWays && n >= kManyNumbers) {
+    float limits[VQ_MOST_ENTRIES];
+    limits_of(book, divisor, limits);
+    both = products([](Floats size) VQ_INLINED { return size; }, limits);
+  } else {
+    const auto quotients = [&](Floats size) VQ_INLINED { return size / all(divisor); };
+    both = products(quotients, book.borders);
+  }
   // Behind the end are zeros on the smallest entry.
   const int32_t smallest = static_cast<int32_t>(book.entries[0]);
   const int32_t behind = static_cast<int32_t>((kLanes - n % kLanes) % kLanes);
@@ -178,8 +188,11 @@ VQ_INLINE Fit codebook_fit(int64_t n, float largest, const Codebook& book, float
 // function(std::integral_constant<int32_t, known>{}) of `codebook_fit`.
 template <class Function>
 VQ_INLINE auto with_known(const Codebook& book, Function function) {
-  return book.count == kUsualEntries ? function(std::integral_constant<int32_t, kUsualEntries>{})
-                                     : function(std::integral_constant<int32_t, 0>{});
+  if constexpr (kTwoWays) {
+    if (book.count == kUsualEntries)
+      return function(std::integral_constant<int32_t, kUsualEntries>{});
+  }
+  return function(std::integral_constant<int32_t, 0>{});
 }
 
 }  // namespace
