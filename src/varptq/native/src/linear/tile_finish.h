@@ -237,7 +237,9 @@ VQ_INLINE bool is_plain(const vq_linear_args& a, int64_t column) {
 template <int R, int V>
 VQ_INLINE void fetch_plain(const vq_linear_args& a, int64_t m, int64_t column) {
   const float* y = static_cast<const float*>(a.y) + m * a.y_stride + column;
-  each<R, V>([&](int r, int v) { __builtin_prefetch(y + r * a.y_stride + v * kLanes, 1); });
+  each<R, V>([&](int r, int v) VQ_INLINED {
+    __builtin_prefetch(y + r * a.y_stride + v * kLanes, 1);
+  });
 }
 
 // The same as Corrected and store_single, for such a tile: what belongs to columns is read once,
