@@ -93,44 +93,13 @@ struct Chunk {
     if (r < rows) finish_strip<shorts, 1>(r, p);
   }
 
-  // Whether all of a chunk is finished by store_rows.
-  bool plain() const {
-    const vq_linear_args& a = *job.args;
-    return job.segments == 1 && !a.products && !a.pairs && a.y_type == VQ_FLOAT32 &&
-           column + kWidth <= a.outputs;
-  }
-
-  // The same as finish_segment, row by row: what belongs to the columns stays in registers.
-  void store_rows() {
-    const vq_linear_args& a = *job.args;
-    Ints weights[kVectors], zeros[kVectors];
-    Floats scale[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) {
-      weights[v] = load(a.panel_sum + column + v * kLanes);
-      zeros[v] = load(a.panel_zero + column + v * kLanes);
-      scale[v] = load(a.panel_scale + column + v * kLanes);
-    }
-    float* y = static_cast<float*>(a.y) + first * a.y_stride + column;
-    const float* bias = bias_of(a, first, column);
-    for (int64_t r = 0; r < rows; ++r, y += a.y_stride) {
-      const int64_t m = first + r;
-      if (a.bias_row) bias = bias_of(a, m, column);
-      const Ints za = all_int(a.zero_point[m] - kLeftShift), row = all_int(job.corrections[m]);
-      const Floats row_scale = all(a.scale[m]);
-      const int32_t* sums = strips[0].of[0] + r * kWidth;
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const Ints sum = load(sums + v * kLanes);
-        const Ints product = without_zeros(sum, za, weights[v], row, zeros[v]);
-        store(y + v * kLanes, of_single(product, row_scale, scale[v], load(bias + v * kLanes)));
-      }
-    }
-  }
-
   void run() {
-    if (plain()) {
+    if (is_plain<kVectors>(job, column)) {
       multiply_segment(0);
-      return store_rows();
+      const PlainColumns<kVectors> columns(job, column);
+      const int32_t* sums = strips[0].of[0];
+      for (int64_t r = 0; r < rows; ++r) columns.store_row(first + r, sums + r * kWidth);
+      return;
     }
     for (Position p; p.segment < job.segments; p.advance(job)) {
       multiply_segment(p.segment);

@@ -186,12 +186,17 @@ VQ_INLINE void stored_sums(const Job& job, int64_t m, int64_t column, const Posi
 
 template <class Dot, Store kind, int R, int V>
 VQ_INLINE void single_tile(const Job& job, int64_t m, int64_t column, const Weights& weights) {
-  const bool plain = is_plain<V>(*job.args, column);
-  if (plain) fetch_plain<R, V>(*job.args, m, column);
+  const bool plain = is_plain<V>(job, column);
+  if (plain) fetch_outputs<R, V>(*job.args, m, column);
   Sums<R, V> sums;
   const auto leave = [&](const auto& registers) VQ_INLINED { registers.leave(sums); };
   segment_sums<Dot, kind, false, R, V>(job, m, column, Position{}, weights, leave);
-  if (plain) return store_plain<R, V>(job, m, column, sums);
+  if (plain) {
+    const PlainColumns<V> columns(job, column);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) columns.store_row(m + r, sums.of[r]);
+    return;
+  }
   const Corrected<false, R, V> corrected(job, m, column, Position{}, sums);
   if (job.args->products)
     store_products<R, V>(job, m, column, 0, corrected);

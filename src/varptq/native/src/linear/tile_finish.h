@@ -225,49 +225,61 @@ VQ_INLINE void store_single(const Job& job, int64_t m, int64_t column, const Fou
   });
 }
 
-// Whether a tile is whole, float and has one bias, as nearly all have.
+// Whether outputs from `column` on, V vectors of them, are whole, float and of one segment, as
+// nearly all are.
 template <int V>
-VQ_INLINE bool is_plain(const vq_linear_args& a, int64_t column) {
-  return a.outputs - column >= V * kLanes && a.y_type == VQ_FLOAT32 && !a.pairs && !a.bias_row &&
-         !a.products;
+VQ_INLINE bool is_plain(const Job& job, int64_t column) {
+  const vq_linear_args& a = *job.args;
+  return job.segments == 1 && a.outputs - column >= V * kLanes && a.y_type == VQ_FLOAT32 &&
+         !a.pairs && !a.products;
 }
+
+// The same as Corrected and store_single, row by row, for such outputs: what belongs to columns is
+// read once, before the first store, across which no compiler can keep it.
+template <int V>
+class PlainColumns {
+ public:
+  VQ_INLINE PlainColumns(const Job& job, int64_t column)
+      : job_(job), column_(column), bias_(bias_of(*job.args, 0, column)) {
+    const vq_linear_args& a = *job.args;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = column + v * kLanes;
+      weights_[v] = load(a.panel_sum + at), zeros_[v] = load(a.panel_zero + at);
+      scale_[v] = load(a.panel_scale + at);
+    }
+  }
+  // Row m of y from its sums.
+  VQ_INLINE void store_row(int64_t m, const int32_t* sums) const {
+    const vq_linear_args& a = *job_.args;
+    const float* bias = a.bias_row ? bias_of(a, m, column_) : bias_;
+    float* y = static_cast<float*>(a.y) + m * a.y_stride + column_;
+    const Ints za = all_int(a.zero_point[m] - kLeftShift), row = all_int(job_.corrections[m]);
+    const Floats row_scale = all(a.scale[m]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Ints sum = load(sums + v * kLanes);
+      const Ints product = without_zeros(sum, za, weights_[v], row, zeros_[v]);
+      store(y + v * kLanes, of_single(product, row_scale, scale_[v], load(bias + v * kLanes)));
+    }
+  }
+
+ private:
+  const Job& job_;
+  const int64_t column_;
+  const float* bias_;  // of every row, where rows have none of their own
+  Ints weights_[V], zeros_[V];
+  Floats scale_[V];
+};
 
 // The lines of y into the cache while the products are made: stores wait for them in order, and
 // what is stored after them waits too.
 template <int R, int V>
-VQ_INLINE void fetch_plain(const vq_linear_args& a, int64_t m, int64_t column) {
+VQ_INLINE void fetch_outputs(const vq_linear_args& a, int64_t m, int64_t column) {
   const float* y = static_cast<const float*>(a.y) + m * a.y_stride + column;
   each<R, V>([&](int r, int v) VQ_INLINED {
     __builtin_prefetch(y + r * a.y_stride + v * kLanes, 1);
   });
-}
-
-// The same as Corrected and store_single, for such a tile: what belongs to columns is read once,
-// before the first store, across which no compiler can keep it.
-template <int R, int V>
-VQ_INLINE void store_plain(const Job& job, int64_t m, int64_t column, const Sums<R, V>& sums) {
-  const vq_linear_args& a = *job.args;
-  const float* biases = bias_of(a, m, column);
-  Ints weights[V], zeros[V];
-  Floats scale[V], bias[V];
-#pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) {
-    const int64_t at = column + v * kLanes;
-    weights[v] = load(a.panel_sum + at), zeros[v] = load(a.panel_zero + at);
-    scale[v] = load(a.panel_scale + at), bias[v] = load(biases + v * kLanes);
-  }
-  float* y = static_cast<float*>(a.y) + m * a.y_stride + column;
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    const Ints za = all_int(a.zero_point[m + r] - kLeftShift);
-    const Ints row = all_int(job.corrections[m + r]);
-    const Floats row_scale = all(a.scale[m + r]);
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const Ints product = without_zeros(sums.at(r, v), za, weights[v], row, zeros[v]);
-      store(y + r * a.y_stride + v * kLanes, of_single(product, row_scale, scale[v], bias[v]));
-    }
-  }
 }
 
 template <Scheme scheme, int R, int V>
