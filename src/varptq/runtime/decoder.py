@@ -19,14 +19,15 @@ P = TypeVar("P", bound=Pipeline)
 def decode_in(pipe: P, dtype: torch.dtype) -> P:
     """Decode images in `dtype` from now on, in place, unless on integers; the token map stays as
     it is."""
-    dtype = torch.float32 if decodes_on_integers(pipe.vae) else dtype
+    integers = decodes_on_integers(pipe.vae)
+    dtype = torch.float32 if integers else dtype
     parts = [pipe.vae.get_submodule(name) for name in pipe.vae.DECODING]
     for part in parts:
         part.to(dtype)
         if pipe.device.type == "cpu":
             part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     # Maps on integers have memory that goes from one to the next (native/room.py).
-    later = [] if decodes_on_integers(pipe.vae) else pipe.vae.upsamplings()
+    later = [] if integers else pipe.vae.upsamplings()
     for module in (*parts[:1], *later):
         module.register_forward_pre_hook(_return_free_memory)
     return pipe

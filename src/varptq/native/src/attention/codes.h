@@ -166,7 +166,7 @@ struct Coding {
     for (int r = 0; r < rows.count; ++r) {
       alignas(64) float room[kMaxHeadWidth];
       const float low = ranges.low[r], high = ranges.high[r];
-      const Fit fit = with_known(book, [&](auto known) {
+      const Fit fit = book.with_known([&](auto known) {
         return codebook_fit<known()>(
             rows.width, -low > high ? -low : high, book, room,
             [&](int64_t i) VQ_INLINED { return load(rows.x[r] + i); },

@@ -30,6 +30,17 @@ inline int64_t codebook_room(int64_t n) {
 // Entries of 4 bits, which most codebooks have: loops over so many are unrolled.
 constexpr int32_t kUsualEntries = 8;
 
+// So many halvings of a sum are done in registers, of which they need two to that power. Lanes that
+// are loops have code enough with one, and with one way to the entries.
+#if defined(VQ_LANES512)
+constexpr int kMostHalvings = 3;
+#elif defined(__AVX2__) || defined(VQ_NEON)
+constexpr int kMostHalvings = 2;
+#else
+constexpr int kMostHalvings = 1;
+#endif
+constexpr bool kTwoWays = kMostHalvings > 1;
+
 struct Codebook {
   const float* entries;
   int32_t count;
@@ -41,6 +52,17 @@ struct Codebook {
     for (int32_t i = 1; i < count; ++i) borders[i] = 0.5f * (entries[i - 1] + entries[i]);
   }
   explicit operator bool() const { return count > 0; }
+
+  // function(std::integral_constant<int32_t, known>{}) with the number of entries, where code is
+  // made for it, or 0.
+  template <class Function>
+  VQ_INLINE auto with_known(Function function) const {
+    if constexpr (kTwoWays) {
+      if (count == kUsualEntries)
+        return function(std::integral_constant<int32_t, kUsualEntries>{});
+    }
+    return function(std::integral_constant<int32_t, 0>{});
+  }
 
   // The entry whose limits `size` lies between, with the sign of another number; of `known`
   // entries, or as many as there are.
@@ -54,9 +76,9 @@ struct Codebook {
   }
   // The entry nearest to x in units of `scale`; on a border the larger, for 0 the smallest above.
   Floats nearest(Floats x, Floats scale) const {
-    const Floats size = size_of(x) / scale;
-    return count == kUsualEntries ? entry_at<kUsualEntries>(size, borders, x)
-                                  : entry_at<0>(size, borders, x);
+    return with_known([&](auto known) VQ_INLINED {
+      return entry_at<known()>(size_of(x) / scale, borders, x);
+    });
   }
 };
 
@@ -77,17 +99,6 @@ inline void limits_of(const Codebook& book, float scale, float* limits) {
 }
 
 inline float divisor_of(float start) { return start > 0.0f ? start : 1.0f; }
-
-// So many halvings of a sum are done in registers, of which they need two to that power. Lanes that
-// are loops have code enough with one, and with one way to the entries.
-#if defined(VQ_LANES512)
-constexpr int kMostHalvings = 3;
-#elif defined(__AVX2__) || defined(VQ_NEON)
-constexpr int kMostHalvings = 2;
-#else
-constexpr int kMostHalvings = 1;
-#endif
-constexpr bool kTwoWays = kMostHalvings > 1;
 
 // `to` gets the sums of vectors i, i + step, i + 2 step, ... for all i below step.
 template <int halvings, class Term>
@@ -183,16 +194,6 @@ VQ_INLINE Fit codebook_fit(int64_t n, float largest, const Codebook& book, float
   const float scale = both / static_cast<float>(energy) * unit;
   const Fit fit{scale, start * unit};
   return fit.scale >= kLeastScale && fit.start >= kLeastScale ? fit : Fit{0.0f, 0.0f};
-}
-
-// function(std::integral_constant<int32_t, known>{}) of `codebook_fit`.
-template <class Function>
-VQ_INLINE auto with_known(const Codebook& book, Function function) {
-  if constexpr (kTwoWays) {
-    if (book.count == kUsualEntries)
-      return function(std::integral_constant<int32_t, kUsualEntries>{});
-  }
-  return function(std::integral_constant<int32_t, 0>{});
 }
 
 }  // namespace

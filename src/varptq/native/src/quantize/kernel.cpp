@@ -361,7 +361,7 @@ inline bool quantize_row(const vq_quantize_args& a, int64_t m, float* room, cons
     const Range range = range_of(x, a.group);
     if (!range.finite) return false;
     if (book)
-      with_known(book, [&](auto known) {
+      book.with_known([&](auto known) {
         codebook_group<known()>(a, place, g, x, range, book, room + a.width + kLanes);
       });
     else if (a.sign_split)
